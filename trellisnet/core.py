@@ -1,0 +1,232 @@
+"""TrellisNet: a causal convolution with the same kernel in every layer, the input injected into every layer.
+
+The module owns the parameters and prepares what one forward pass needs; the equation itself is in
+:mod:`trellisnet.ops.reference`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trellisnet import ops
+from trellisnet.regularization import Masks, check_rate, drop_connect, dropout_scale, weight_norm
+
+# Gates of each activation, in the row order of the published weights (paper: f, i, g, o).
+GATES = {"lstm": ("i", "o", "g", "f")}
+INIT_STD = 0.01
+
+State = tuple[Tensor, Tensor]
+
+
+class TrellisOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Args:
+        output: last `output_size` channels of the last layer, (N, L, output_size).
+        state: (h, c) of the last layer at the last time step, (N, H) each, not detached.
+        aux: outputs of the layers that were asked for, (N, L, output_size) each.
+    """
+
+    output: Tensor
+    state: State
+    aux: list[Tensor]
+
+
+class TrellisNet(nn.Module):
+    """Trellis network (sections 3 and 5.1 of the paper).
+
+    Args:
+        input_size: channels of the input sequence x.
+        hidden_size: H, all channels of h (the authors' nhid + nout).
+        num_layers: how often the one layer is applied; at dilation 1 and kernel size 2 the receptive field is
+            num_layers + 1 inputs.
+        output_size: the last channels of h that are returned. Default: all H.
+        kernel_size: k ≥ 2 taps. The hidden sequence is seen (k−1)·dilation steps back, the cell `dilation` steps.
+        dilation: dilations, cycled over the layers.
+        weight_norm: weight normalisation of both kernels, one norm an output row (Appendix B.2).
+        hidden_dropout: probability of dropping a hidden channel; one mask a sequence, shared by all layers and time
+            steps (Appendix B.1, "variational dropout").
+        weight_dropout: probability of dropping a weight of either kernel (Appendix B.1, "DropConnect").
+        temporal_weight_dropout: drop weights of the older taps only.
+        backend: operator to run, one of `trellisnet.ops.BACKENDS`.
+
+    Parameters `weight_x` (4H, input_size, k), `weight_h` (4H, H, k), `bias` (4H); with weight normalisation
+    `weight_x_v`, `weight_x_g` (4H, 1, 1), `weight_h_v`, `weight_h_g` instead of the kernels. They start from
+    N(0, 0.01²), g from the norm of v.
+
+    `activation`, `kernel_groups`, `inject_every` and `recompute` take only their defaults in this version.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        output_size: int | None = None,
+        kernel_size: int = 2,
+        dilation: Sequence[int] = (1,),
+        weight_norm: bool = True,
+        hidden_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        temporal_weight_dropout: bool = True,
+        activation: str = "lstm",
+        kernel_groups: int | None = None,
+        inject_every: int = 1,
+        recompute: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        output_size = hidden_size if output_size is None else output_size
+        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 1 <= output_size <= hidden_size:
+            raise ValueError(f"output_size: expected 1 to hidden_size = {hidden_size}, got {output_size}")
+        if kernel_size < 2:
+            raise ValueError(f"kernel_size: expected at least 2, got {kernel_size}")
+        if not dilation or min(dilation) < 1:
+            raise ValueError(f"dilation: expected one or more integers ≥ 1, got {tuple(dilation)}")
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        for name, value, only in (
+            ("activation", activation, "lstm"),
+            ("kernel_groups", kernel_groups, None),
+            ("inject_every", inject_every, 1),
+            ("recompute", recompute, False),
+        ):
+            if value != only:
+                raise ValueError(f"{name}: this version supports only {only!r}, got {value!r}")
+
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.output_size = output_size
+        self.kernel_size = kernel_size
+        self.dilation = tuple(dilation)
+        self.weight_norm = weight_norm
+        self.hidden_dropout = check_rate("hidden_dropout", hidden_dropout)
+        self.weight_dropout = check_rate("weight_dropout", weight_dropout)
+        self.temporal_weight_dropout = temporal_weight_dropout
+        self.activation = activation
+        self.backend = backend
+
+        rows = len(GATES[activation]) * hidden_size
+        for name, channels in (("weight_x", input_size), ("weight_h", hidden_size)):
+            kernel = nn.Parameter(torch.empty(rows, channels, kernel_size, device=device, dtype=dtype))
+            if weight_norm:
+                self.register_parameter(f"{name}_v", kernel)
+                g = nn.Parameter(torch.empty(rows, 1, 1, device=device, dtype=dtype))
+                self.register_parameter(f"{name}_g", g)
+            else:
+                self.register_parameter(name, kernel)
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw kernels and bias from N(0, 0.01²); g becomes the norm of v, so that w = v at the start."""
+        for name in ("weight_x", "weight_h"):
+            kernel = getattr(self, f"{name}_v" if self.weight_norm else name)
+            nn.init.normal_(kernel, std=INIT_STD)
+            if self.weight_norm:
+                norm = torch.linalg.vector_norm(kernel, dim=(1, 2), keepdim=True)
+                getattr(self, f"{name}_g").copy_(norm)
+        nn.init.normal_(self.bias, std=INIT_STD)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_size}, {self.hidden_size}, {self.num_layers}, output_size={self.output_size}, "
+            f"kernel_size={self.kernel_size}, dilation={self.dilation}, weight_norm={self.weight_norm}, "
+            f"hidden_dropout={self.hidden_dropout}, weight_dropout={self.weight_dropout}, "
+            f"temporal_weight_dropout={self.temporal_weight_dropout}, backend={self.backend!r}"
+        )
+
+    @property
+    def receptive_field(self) -> int:
+        """Time steps of x that one output depends on, itself included: 1 + Σ_layers (k−1)·dilation."""
+        cycle = [self.dilation[i % len(self.dilation)] for i in range(self.num_layers)]
+        return 1 + (self.kernel_size - 1) * sum(cycle)
+
+    def effective_weight(self, name: str, masks: Masks | None = None) -> Tensor:
+        """The kernel of this forward pass: DropConnect first, weight normalisation of what is left after it.
+
+        Args:
+            name: "weight_x" or "weight_h".
+            masks: explicit masks, or None to draw in training mode.
+        """
+        kernel = getattr(self, f"{name}_v" if self.weight_norm else name)
+        kernel = drop_connect(
+            kernel, self.weight_dropout, self.temporal_weight_dropout, self.training, masks, name
+        )
+        return weight_norm(kernel, getattr(self, f"{name}_g")) if self.weight_norm else kernel
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        aux_every: int | None = None,
+        last_only: bool = False,
+        masks: Masks | None = None,
+    ) -> TrellisOutput:
+        """Run the trellis over a segment.
+
+        Args:
+            x: (N, L, input_size), L ≥ 1.
+            state: (h, c) carried from the segment before, (N, H) each; None for zeros.
+            aux_every: also return the outputs of the layers i = 1..num_layers with i % aux_every == 0.
+            last_only: takes only False in this version.
+            masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
+
+        Raises:
+            ValueError: a shape or setting that does not fit.
+        """
+        if x.dim() != 3 or x.size(2) != self.input_size or x.size(1) < 1:
+            raise ValueError(f"x: expected (N, L ≥ 1, {self.input_size}), got {tuple(x.shape)}")
+        if aux_every is not None and aux_every < 1:
+            raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
+        if last_only:
+            raise ValueError("last_only: this version supports only False, got True")
+        expected = (x.size(0), self.hidden_size)
+        if state is None:
+            state = (x.new_zeros(expected), x.new_zeros(expected))
+        for name, part in zip("hc", state, strict=True):
+            if tuple(part.shape) != expected:
+                raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")
+
+        output, state, aux = ops.trellis(
+            x,
+            self.effective_weight("weight_x", masks),
+            self.effective_weight("weight_h", masks),
+            self.bias,
+            state,
+            num_layers=self.num_layers,
+            dilation=self.dilation,
+            output_size=self.output_size,
+            aux_every=aux_every,
+            hidden_scale=dropout_scale(
+                x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"
+            ),
+            backend=self.backend,
+        )
+        return TrellisOutput(output, state, aux)
+
+    def init_stream(self, batch_size: int):
+        """Not in this version; raises ValueError."""
+        raise ValueError("streaming is not available in this version: call the module on whole segments")
+
+    def stream(self, x: Tensor, stream):
+        """Not in this version; raises ValueError."""
+        return self.init_stream(x.size(0))
+
+    def step(self, x_t: Tensor, stream):
+        """Not in this version; raises ValueError."""
+        return self.init_stream(x_t.size(0))

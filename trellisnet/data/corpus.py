@@ -1,0 +1,117 @@
+"""Text as streams of ids: vocabulary, encoding, rows.
+
+Letters: N batch (rows), L length.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trellisnet.errors import UserError
+
+EOS = "<eos>"
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An encoded corpus.
+
+    Args:
+        vocabulary: token of every id.
+        train, valid, test: streams of ids, 1-D int64.
+        sha256: digest of the content that the streams were made from.
+        label: what to call the corpus in logs and results.
+    """
+
+    vocabulary: list[str]
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+    sha256: str
+    label: str
+
+
+def words(text: str) -> Iterator[str]:
+    """The words of `text`, separated by white space, and `<eos>` at the end of every line, blank ones too."""
+    for line in io.StringIO(text):  # lines end at a line feed only, unlike str.splitlines()
+        yield from line.split()
+        yield EOS
+
+
+def encode(splits: Iterable[Iterable[str]], *, sha256: str, label: str) -> Corpus:
+    """Number the tokens of train, valid and test by first appearance, in this order, from 0."""
+    ids: dict[str, int] = {}
+    streams = [
+        torch.tensor([ids.setdefault(token, len(ids)) for token in tokens], dtype=torch.int64) for tokens in splits
+    ]
+    return Corpus(list(ids), *streams, sha256=sha256, label=label)
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 text file.
+
+    Raises:
+        UserError: missing, unreadable, empty or not UTF-8 text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); put the text there or name its folder with --data") from e
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); convert it to UTF-8") from e
+    if "\0" in text:
+        raise UserError(f"{path}: holds zero bytes, so it is no text; name the folder of the text with --data")
+    if not text.strip():
+        raise UserError(f"{path}: is empty; put the text there or name its folder with --data")
+    return text
+
+
+def read_splits(folder: Path) -> list[str]:
+    """The texts of `train.txt`, `valid.txt` and `test.txt` in `folder`.
+
+    Raises:
+        UserError: a file that :func:`read_text` refuses, or no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; make it with train.txt, valid.txt and test.txt, name another with --data, "
+            "or try --data synthetic"
+        )
+    return [read_text(folder / f"{split}.txt") for split in SPLITS]
+
+
+def digest(texts: Iterable[str]) -> str:
+    """sha256 of the texts one after the other, as hexadecimal."""
+    total = hashlib.sha256()
+    for text in texts:
+        total.update(text.encode("utf-8"))
+    return total.hexdigest()
+
+
+def batchify(ids: Tensor, batch_size: int) -> Tensor:
+    """Cut a stream into rows that lie side by side in a batch.
+
+    Args:
+        ids: 1-D int64.
+        batch_size: N.
+
+    Returns:
+        int64 (N, length): contiguous rows of the stream, the tail that does not fill them trimmed.
+
+    Raises:
+        ValueError: wrong shape or dtype, or fewer ids than rows.
+    """
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected 1-D int64, got {ids.dim()}-D {ids.dtype}")
+    length = ids.numel() // batch_size if batch_size > 0 else 0
+    if length < 1:
+        raise ValueError(f"batch_size: expected 1 to {ids.numel()} (the number of ids), got {batch_size}")
+    return ids[: length * batch_size].view(batch_size, length).contiguous()

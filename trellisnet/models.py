@@ -1,0 +1,171 @@
+"""Whole models: what goes into the trellis, the trellis, and the head on top of it.
+
+Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trellisnet.core import State, TrellisNet
+from trellisnet.heads import INIT_RANGE, LinearSoftmax
+from trellisnet.regularization import Masks, check_rate, dropout_scale, scaled
+
+
+class LanguageModelOutput(NamedTuple):
+    """Features before the head.
+
+    Args:
+        output: after output dropout, (N, L, output_size).
+        raw_output: before it.
+        state: (h, c) to carry, (N, H) each, not detached.
+        aux: auxiliary outputs after output dropout (a mask each), (N, L, output_size) each.
+    """
+
+    output: Tensor
+    raw_output: Tensor
+    state: State
+    aux: list[Tensor]
+
+
+class TrellisLanguageModel(nn.Module):
+    """Embedding, TrellisNet and (tied) softmax: the language models of Tables 1 and 3.
+
+    Args:
+        vocab_size: V.
+        embedding_size: E.
+        hidden_size: all channels of h (the authors' nhid + nout).
+        num_layers: layers of the trellis.
+        output_size: channels that the head reads; must equal embedding_size when tied.
+        tied: the head uses the embedding matrix.
+        embedding_dropout: probability of dropping a whole word of the vocabulary.
+        input_dropout: probability of dropping an embedding channel, one mask a sequence.
+        output_dropout: probability of dropping an output channel, one mask a sequence.
+        freeze_last_embedding: give the last vocabulary entry no gradient through the input, as the authors' code
+            does by accident (its padding_idx of −1 means the last row).
+        core: every further keyword goes to :class:`trellisnet.TrellisNet`.
+
+    `n_experts`, `cutoffs`, `latent_dropout` and `log_epsilon` take only their defaults in this version.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        output_size: int,
+        tied: bool = True,
+        n_experts: int = 0,
+        cutoffs: tuple[int, ...] | None = None,
+        embedding_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        latent_dropout: float = 0.0,
+        log_epsilon: float = 0.0,
+        freeze_last_embedding: bool = False,
+        **core,
+    ):
+        super().__init__()
+        for name, value, only in (
+            ("n_experts", n_experts, 0),
+            ("cutoffs", cutoffs, None),
+            ("latent_dropout", latent_dropout, 0.0),
+            ("log_epsilon", log_epsilon, 0.0),
+        ):
+            if value != only:
+                raise ValueError(f"{name}: this version supports only {only!r}, got {value!r}")
+        for name, value in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if tied and output_size != embedding_size:
+            raise ValueError(
+                f"output_size: tied weights need embedding_size = {embedding_size}, got {output_size}"
+            )
+        self.vocab_size = vocab_size
+        self.tied = tied
+        self.embedding_dropout = check_rate("embedding_dropout", embedding_dropout)
+        self.input_dropout = check_rate("input_dropout", input_dropout)
+        self.output_dropout = check_rate("output_dropout", output_dropout)
+        self.freeze_last_embedding = freeze_last_embedding
+
+        factory = {"device": core.get("device"), "dtype": core.get("dtype")}
+        self.embedding = nn.Embedding(vocab_size, embedding_size, **factory)
+        nn.init.uniform_(self.embedding.weight, -INIT_RANGE, INIT_RANGE)
+        self.core = TrellisNet(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
+        self.head = LinearSoftmax(
+            output_size, vocab_size, weight=self.embedding.weight if tied else None, **factory
+        )
+
+    def embed(self, tokens: Tensor, masks: Masks | None = None) -> Tensor:
+        """Token ids (N, L) → embedded and dropped input (N, L, E)."""
+        weight = self.embedding.weight
+        padding_idx = self.vocab_size - 1 if self.freeze_last_embedding else None
+        x = F.embedding(tokens, weight, padding_idx=padding_idx)  # (N, L, E)
+        words = dropout_scale(
+            weight, (self.vocab_size, 1), self.embedding_dropout, self.training, masks, "embedding"
+        )
+        if words is not None:
+            x = x * F.embedding(tokens, words)  # the look-up of a scaled matrix, without building it
+        channels = (x.size(0), 1, x.size(2))
+        return scaled(x, dropout_scale(x, channels, self.input_dropout, self.training, masks, "input"))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        aux_every: int | None = None,
+        masks: Masks | None = None,
+    ) -> LanguageModelOutput:
+        """Features of a segment; :meth:`log_prob` and :meth:`loss` apply the head to them.
+
+        Args:
+            tokens: int64 (N, L), L ≥ 1.
+            state: (h, c) carried from the segment before, (N, H) each; None for zeros.
+            aux_every: also return the outputs of every aux_every-th layer.
+            masks: explicit dropout masks; None draws them in training mode.
+
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        if tokens.dim() != 2 or tokens.size(1) < 1:
+            raise ValueError(f"tokens: expected (N, L ≥ 1), got {tuple(tokens.shape)}")
+        raw_output, state, aux = self.core(self.embed(tokens, masks), state, aux_every=aux_every, masks=masks)
+
+        N, _, C = raw_output.shape
+        p, training = self.output_dropout, self.training
+        output = scaled(raw_output, dropout_scale(raw_output, (N, 1, C), p, training, masks, "output"))
+        if aux:
+            scale = dropout_scale(raw_output, (N, len(aux), 1, C), p, training, masks, "aux")
+            if scale is not None:
+                aux = [a * s for a, s in zip(aux, scale.unbind(1), strict=True)]
+        return LanguageModelOutput(output, raw_output, state, aux)
+
+    def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None) -> Tensor:
+        """Log-probabilities in nats, (..., output_size) → (..., V)."""
+        self._check_latent_mask(latent_mask)
+        return self.head.log_prob(output)
+
+    def loss(
+        self, output: Tensor, target: Tensor, *, latent_mask: Tensor | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """Negative log-likelihood in nats of `target` (...), int64, given `output` (..., output_size)."""
+        self._check_latent_mask(latent_mask)
+        return self.head.loss(output, target, reduction=reduction)
+
+    @staticmethod
+    def _check_latent_mask(latent_mask: Tensor | None) -> None:
+        if latent_mask is not None:
+            raise ValueError("latent_mask: only a mixture of softmaxes (n_experts > 0) has latent vectors")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers in the model, shared parameters counted once."""
+    return sum(p.numel() for p in model.parameters())

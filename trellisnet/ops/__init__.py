@@ -1,0 +1,77 @@
+"""The trellis operator and its backends behind one call.
+
+`reference` is the paper's equation and the truth that every other backend is tested against.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trellisnet.ops import reference
+
+_BACKENDS = {"reference": reference.trellis}
+BACKENDS = ("auto", *_BACKENDS)
+
+__all__ = ["BACKENDS", "resolve", "trellis"]
+
+
+def resolve(backend: str) -> str:
+    """The backend that `backend` stands for here: `auto` becomes the fastest that can run.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    return "reference" if backend == "auto" else backend
+
+
+def trellis(
+    x: Tensor,
+    weight_x: Tensor,
+    weight_h: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor],
+    *,
+    num_layers: int,
+    dilation: Sequence[int],
+    output_size: int,
+    aux_every: int | None = None,
+    hidden_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
+    """Run all layers of the trellis.
+
+    Args:
+        x: input sequence (N, L, C), L ≥ 1.
+        weight_x: kernel on x, (4H, C, k), newest tap last, row groups i, o, g, f.
+        weight_h: kernel on the hidden sequence, (4H, H, k).
+        bias: (4H,).
+        state: (h, c) left of the first time step, (N, H) each.
+        num_layers: how often the one layer is applied.
+        dilation: dilations, cycled over the layers.
+        output_size: how many of the last channels of h are the output.
+        aux_every: also return the output of every layer i = 1..num_layers with i % aux_every == 0.
+        hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1);
+            0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched.
+        backend: one of `BACKENDS`; `auto` takes the fastest that can run here.
+
+    Returns:
+        output (N, L, output_size); (h, c) of the last layer at the last step, (N, H) each; the auxiliary outputs,
+        (N, L, output_size) each.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    return _BACKENDS[resolve(backend)](
+        x,
+        weight_x,
+        weight_h,
+        bias,
+        state,
+        num_layers=num_layers,
+        dilation=dilation,
+        output_size=output_size,
+        aux_every=aux_every,
+        hidden_scale=hidden_scale,
+    )

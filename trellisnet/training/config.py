@@ -1,0 +1,308 @@
+"""Settings of a run: dataclass ↔ command-line flags ↔ JSON.
+
+A setting is a dataclass field; its flag, help and default come from the field. Four sources are laid over each other:
+flag > `--config` file > `--preset` > default. A setting `foo: bool` gives `--foo / --no-foo`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from trellisnet import ops
+from trellisnet.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[2]  # relative defaults (data, runs) lie here
+
+
+def setting(default: Any, help: str, *, flag: str | None = None, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is also a flag; `flag` if it is spelled otherwise than the field."""
+    metadata = {"help": help, "flag": flag, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig:
+    """What every task's train.py understands. Tasks add their own settings, defaults and presets."""
+
+    task: ClassVar[str]
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
+    # May differ between a run and its continuation; everything else is part of what is being computed.
+    resumable: ClassVar[frozenset[str]] = frozenset(
+        {"resume", "out", "epochs", "max_steps", "device", "cuda", "log_interval", "metrics", "overwrite", "eval"}
+        | {"max_eval_tokens", "preset", "config", "name", "threads"}
+    )
+
+    name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
+    preset: str = setting("default", "named settings to start from")
+    config: str = setting("", "JSON file of settings, e.g. the config.json of a run; flags override it")
+    out: str = setting("", "folder of the run")
+    resume: str = setting("", "continue the run in --out (or from FILE)")
+    overwrite: bool = setting(False, "delete an earlier run in the folder")
+    load: str = setting("", "refused: a pickled model can run code; use --load_weight")
+    load_weight: str = setting("", "start from weights in the authors' layout (.pkl)")
+    eval: bool = setting(False, "only score the validation and test data")
+    metrics: str = setting("", "write one JSON object with the results to FILE")
+
+    data: str = setting("", "folder of the data, or 'synthetic'")
+    seed: int = setting(1111, "seed of all random numbers")
+    cuda: bool = setting(True, "use a CUDA device if there is one")
+    device: str = setting("auto", "any torch device, or auto: cuda if there is one and --cuda, else cpu")
+    threads: int = setting(0, "CPU threads; 0: torch's choice")
+    backend: str = setting("auto", "trellis operator", choices=ops.BACKENDS)
+
+    optim: str = setting("SGD", "optimiser: a class of torch.optim")
+    lr: float = setting(1e-3, "initial learning rate")
+    clip: float = setting(0.0, "gradient-norm clip; 0: none")
+    wdecay: float = setting(0.0, "weight decay, inside the optimiser")
+    epochs: int = setting(1, "epochs to train in all")
+    max_steps: int = setting(0, "stop after so many updates in all; 0: no limit")
+    max_eval_tokens: int = setting(0, "score only so many tokens of each split (marks the result partial); 0: all")
+    batch_size: int = setting(16, "rows of a training batch")
+    eval_batch_size: int = setting(10, "rows for validation and test")
+    when: list[int] = setting([-1], "divide the learning rate by 10 after these epochs")
+    anneal: int = setting(0, "plateau patience in epochs; 0: no annealing on plateaus")
+    log_interval: int = setting(100, "batches between log lines", flag="--log-interval")
+
+    def validate(self) -> None:
+        """Raise UserError at the first setting that makes no sense, naming its flag."""
+        if self.load:
+            raise UserError(
+                f"--load {self.load}: a pickled whole model can run any code when it is opened, so it is refused; save "
+                "its weights with torch.save(model.state_dict(), FILE) where it was made and pass --load_weight FILE"
+            )
+        self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval")
+        self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads")
+        if self.eval and self.resume:
+            raise UserError("--eval and --resume exclude each other: to score a run pass --load_weight RUN/weights.pkl")
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other: the one continues a run, the other deletes it")
+
+    def check_at_least(self, least: float, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= least or math.isinf(getattr(self, name)):
+                raise UserError(f"{flag_of(self, name)}: expected at least {least}, got {getattr(self, name)}")
+
+    def check_rates(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"{flag_of(self, name)}: expected a probability in [0, 1), got {getattr(self, name)}"
+                )
+
+    def torch_device(self) -> torch.device:
+        """The device to run on.
+
+        Raises:
+            UserError: no such device here.
+        """
+        wanted = self.device
+        if wanted == "auto":
+            wanted = "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(wanted)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as e:
+            raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
+        return device
+
+    def folder(self) -> Path:
+        """The run folder: what the user typed, or runs/<task>/<name> in the project."""
+        return Path(self.out) if self.out else PROJECT / "runs" / self.task / self.name
+
+    def data_folder(self) -> str:
+        """Where the data are: "synthetic", what the user typed, or the default folder in the project."""
+        default = {f.name: f.default for f in dataclasses.fields(self)}["data"]
+        if self.data == default and self.data != "synthetic":
+            return str(PROJECT / self.data)
+        return self.data
+
+
+@dataclasses.dataclass(kw_only=True)
+class LanguageModelConfig(RunConfig):
+    """Settings that the language models share, under the authors' names."""
+
+    emsize: int = setting(400, "embedding width")
+    nhid: int = setting(1000, "hidden channels without the output channels")
+    nout: int = setting(400, "output channels; equal to --emsize when tied")
+    nlevels: int = setting(58, "layers")
+    ksize: int = setting(2, "kernel size")
+    dilation: list[int] = setting([1], "dilations, cycled over the layers")
+    tied: bool = setting(True, "tie the output to the input embedding")
+    wnorm: bool = setting(False, "weight normalisation")
+
+    dropout: float = setting(0.0, "output dropout, one mask a sequence")
+    dropouti: float = setting(0.0, "input dropout, one mask a sequence")
+    dropouth: float = setting(0.0, "hidden dropout, one mask a sequence for all layers")
+    emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
+    wdrop: float = setting(0.0, "DropConnect on both kernels")
+    temporalwdrop: bool = setting(True, "DropConnect on the older taps only")
+
+    horizon: int = setting(58, "unscored positions of a window; length of a window when the state is carried")
+    seq_len: int = setting(0, "length of a window, the unscored positions included")
+    repack: bool = setting(False, "carry the state from window to window")
+    aux: float = setting(0.0, "weight of the auxiliary losses; 0: none")
+    aux_freq: float = setting(20.0, "auxiliary loss after every so many layers")
+    alpha: float = setting(0.0, "activation regularisation (AR)")
+    beta: float = setting(0.0, "temporal activation regularisation (TAR)")
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_at_least(1, "emsize", "nhid", "nout", "nlevels", "horizon")
+        self.check_at_least(2, "ksize")
+        self.check_at_least(0, "seq_len", "alpha", "beta")
+        self.check_rates("dropout", "dropouti", "dropouth", "emb_dropout", "wdrop")
+        if min(self.dilation, default=0) < 1:
+            raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
+        if self.tied and self.nout != self.emsize:
+            raise UserError(
+                f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; change one or pass --no-tied"
+            )
+        if self.aux > 0:
+            if self.aux_freq != int(self.aux_freq) or self.aux_freq < 1:
+                raise UserError(f"--aux_freq {self.aux_freq}: expected a whole number of layers ≥ 1")
+            if self.aux_freq > self.nlevels:
+                raise UserError(
+                    f"--aux_freq {self.aux_freq:g}: larger than --nlevels {self.nlevels}, so no layer would have an "
+                    "auxiliary loss; lower it or pass --aux 0"
+                )
+        if not self.eval and not self.repack and self.seq_len <= self.horizon:
+            raise UserError(
+                f"--seq_len {self.seq_len}: must be larger than --horizon {self.horizon}, or nothing is scored; "
+                "make it longer or pass --repack --seq_len 0"
+            )
+        if not self.eval and self.repack and 0 < self.seq_len <= self.horizon:
+            raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def flag_of(config: type[RunConfig] | RunConfig, name: str) -> str:
+    """The flag of a setting, e.g. `--log-interval`."""
+    field = next(f for f in dataclasses.fields(config) if f.name == name)
+    return field.metadata["flag"] or f"--{name}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line instead of a usage dump, and names the nearest flag."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
+    """A parser with one flag a setting; what is not given on the command line is not in its result."""
+    hints = typing.get_type_hints(cls)
+    parser = _Parser(
+        prog=f"{cls.task}/train.py",
+        description=f"{cls.__doc__} Presets: {', '.join(cls.presets)}.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(cls):
+        flag, kind = field.metadata["flag"] or f"--{field.name}", hints[field.name]
+        names = [flag, f"--{field.name}"] if flag != f"--{field.name}" else [flag]
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        shown = field.default_factory() if callable(field.default_factory) else field.default
+        shown = " ".join(map(str, shown)) if isinstance(shown, list) else shown
+        options["help"] = field.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown != "" else "")
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.name == "resume":
+            options |= {"nargs": "?", "const": "last.pt", "metavar": "FILE"}
+        elif field.name == "preset":
+            options["choices"] = list(cls.presets)
+        elif isinstance(kind, types.GenericAlias):
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "N"}
+        else:
+            options |= {"type": kind, "choices": field.metadata["choices"]}
+            options["metavar"] = None if field.metadata["choices"] else kind.__name__.upper()
+        parser.add_argument(*names, **options)
+    return parser
+
+
+def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """Settings from a command line.
+
+    Returns:
+        the settings, validated; and those that were given as flags or in the `--config` file.
+
+    Raises:
+        UserError: an unknown flag or a value that makes no sense.
+    """
+    parser = build_parser(cls)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        raise UserError(
+            f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+        )
+    flags = vars(namespace)
+    given = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
+    return from_settings(cls, given), given
+
+
+def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
+    """`given` over the preset it names (or `default`) over the defaults of `cls`, validated."""
+    preset = given.get("preset", "default")
+    if preset not in cls.presets:
+        raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {preset!r}")
+    config = cls(**{**cls.presets[preset], **given})
+    config.validate()
+    return config
+
+
+def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
+    """Settings from a JSON object; the config.json of a run is one.
+
+    Raises:
+        UserError: unreadable, no JSON object, an unknown setting or a value of another type.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"--config {path}: cannot be read ({e.strerror})") from e
+    except ValueError as e:
+        raise UserError(f"--config {path}: not JSON ({e})") from e
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected a JSON object of settings")
+    content = content.get("settings", content)
+    return check_settings(cls, content, f"--config {path}")
+
+
+def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) -> dict[str, Any]:
+    """`content` with every name known and every value of its setting's type, or UserError."""
+    hints = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    checked = {}
+    for name, value in content.items():
+        if name not in names:
+            raise UserError(f"{where}: unknown setting {name!r}")
+        kind = hints[name]
+        plain = list if isinstance(kind, types.GenericAlias) else kind
+        if plain is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
+        if plain is list:
+            fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        if not fits:
+            raise UserError(f"{where}: {name} expects {plain.__name__}, got {value!r}")
+        checked[name] = value
+    return checked
+
+
+def to_settings(config: RunConfig) -> dict[str, Any]:
+    """All settings as plain values, for JSON and checkpoints."""
+    return dataclasses.asdict(config)

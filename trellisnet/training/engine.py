@@ -1,0 +1,379 @@
+"""The training engine: optimiser, schedule, logging, checkpoints, resume. It knows no task and no data."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from trellisnet.errors import RunError, UserError
+from trellisnet.training import checkpoint
+from trellisnet.training.config import RunConfig, to_settings
+from trellisnet.training.runlog import RunFolder
+
+FIRST_STEPS = 10  # after so many steps the time of an epoch can be told
+_UNUSABLE = {"LBFGS": "needs to evaluate the loss several times a step", "SparseAdam": "needs sparse gradients"}
+
+
+class Task(Protocol):
+    """What the engine asks of a task."""
+
+    model: nn.Module
+    score_name: str
+
+    def batches(self, data: Any) -> list[Any]: ...
+    def size(self, batch: Any) -> int: ...
+    def loss(self, *batch: Any, state: Any = None) -> tuple[dict[str, Tensor], Any]: ...
+    def evaluate(self, data: Any, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]: ...
+    def score(self, loss: float) -> float: ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of a run in the form that the task takes; `sha256` and `label` say what they are."""
+
+    train: Any
+    valid: Any
+    test: Any
+    sha256: str
+    label: str
+
+
+@dataclass
+class Result:
+    """What a run came to. `valid` and `test` are results of `Task.evaluate` with the task's score added."""
+
+    valid: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    epochs: int = 0
+    steps: int = 0
+    best_epoch: int | None = None
+    complete: bool = False
+    seconds: float = 0.0
+
+
+@dataclass
+class Schedule:
+    """The learning rate: the authors' rules for all their tasks.
+
+    After an epoch the rate is divided by `factor` if the validation loss exceeds the best one older than `anneal`
+    epochs, as long as the rate is above `floor`; and by 10 if the epoch is one of `when`.
+
+    Args:
+        lr: current rate.
+        anneal: patience in epochs; 0: no annealing on plateaus.
+        factor: divisor on a plateau.
+        floor: no annealing on plateaus at or below this rate.
+        when: epochs, counted from 1, after which the rate is divided by 10.
+        history: validation losses of the epochs so far.
+    """
+
+    lr: float
+    anneal: int = 0
+    factor: float = 4.0
+    floor: float = 0.0
+    when: list[int] = field(default_factory=list)
+    history: list[float] = field(default_factory=list)
+
+    def step(self, epoch: int, loss: float) -> float:
+        """Take the validation loss of `epoch`; returns the rate for the next one."""
+        older = self.history[: -self.anneal] if self.anneal else []
+        if older and loss > min(older) and self.lr > self.floor:
+            self.lr /= self.factor
+        if epoch in self.when:
+            self.lr /= 10
+        self.history.append(loss)
+        return self.lr
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """The class of torch.optim that `--optim` names, with `--lr` and `--wdecay`.
+
+    Raises:
+        UserError: no such class, or one that needs a closure or sparse gradients.
+    """
+    name = config.optim
+    if name in _UNUSABLE:
+        raise UserError(f"--optim {name}: {_UNUSABLE[name]}, which this engine does not do; use SGD or Adam")
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or cls is torch.optim.Optimizer:
+        raise UserError(f"--optim {name}: no such optimiser in torch.optim; use SGD or Adam")
+    return cls(parameters, lr=config.lr, weight_decay=config.wdecay)
+
+
+def bar(iterable: Iterable | None = None, total: int | None = None, **options: Any) -> tqdm:
+    """A progress bar on standard error; silent where that is no terminal."""
+    return tqdm(iterable, total=total, disable=None, dynamic_ncols=True, leave=False, **options)
+
+
+def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, Any]:
+    """Score one split: `Task.evaluate` with the score added, and `partial` if it was cut short."""
+    limit = config.max_eval_tokens or None
+    result = task.evaluate(
+        data, max_tokens=limit, progress=lambda it, total: bar(it, total, desc=name, unit="window")
+    )
+    if not math.isfinite(result["loss"]):
+        raise RunError(f"the {name} loss is {result['loss']}")
+    result[task.score_name] = task.score(result["loss"])
+    if limit:
+        result["partial"] = True
+    return result
+
+
+class Trainer:
+    """One training run. :func:`fit` is the way in.
+
+    Args:
+        task: what is learned.
+        splits: the data.
+        config: the settings.
+        folder: where the run leaves its files.
+        schedule: the learning rate.
+        save_weights: writes the model's weights in a task-independent layout to a path.
+        say: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        splits: Splits,
+        config: RunConfig,
+        folder: RunFolder,
+        schedule: Schedule,
+        save_weights: Callable[[nn.Module, Any], None],
+        say: Callable[[str], None] = print,
+    ):
+        self.task, self.splits, self.config, self.folder, self.schedule = task, splits, config, folder, schedule
+        self.save_weights = save_weights
+        self.say = say
+        self.optimizer = make_optimizer(task.model.parameters(), config)
+        self.epoch = self.batch = self.step = 0
+        self.carry: Any = None
+        self.best: dict[str, Any] | None = None
+        self.running = {"loss": 0.0, "raw": 0.0, "tokens": 0, "seconds": 0.0}
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    # -- state of the run ------------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def checkpoint(self) -> dict[str, Any]:
+        return {
+            "settings": to_settings(self.config),
+            "data": self.splits.sha256,
+            "model": self.task.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"lr": self.schedule.lr, "history": list(self.schedule.history)},
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "carry": self.carry,
+            "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "running": dict(self.running),
+            "rng": checkpoint.rng_state(),
+        }
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Put back what :meth:`checkpoint` returned.
+
+        Raises:
+            UserError: the data are not those of the run.
+        """
+        if content["data"] != self.splits.sha256:
+            raise UserError(
+                f"the data differ from those the run was started on (sha256 {self.splits.sha256[:12]}… instead of "
+                f"{content['data'][:12]}…); pass the --data of its config.json"
+            )
+        self.task.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.lr = content["schedule"]["lr"]
+        self.schedule.history = list(content["schedule"]["history"])
+        self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
+        device = next(self.task.model.parameters()).device
+        carry = content["carry"]
+        self.carry = carry if carry is None else tuple(part.to(device) for part in carry)
+        self.best = content["best"]
+        self.running = dict(content["running"])
+        self.seconds_before = content["seconds"]
+        checkpoint.set_rng_state(content["rng"])
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Train to the last epoch (or `max_steps`), then score validation and test with the best weights."""
+        batches = self.task.batches(self.splits.train)
+        while self.epoch < self.config.epochs and not self._stopped():
+            finished = self._train_epoch(batches)
+            self._end_epoch(finished)
+        return self._finish()
+
+    def _stopped(self) -> bool:
+        return bool(self.config.max_steps) and self.step >= self.config.max_steps
+
+    def _train_epoch(self, batches: list[Any]) -> bool:
+        """Train on what is left of the epoch; False if it was cut short by `max_steps`."""
+        task, model, config = self.task, self.task.model, self.config
+        model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr
+        parameters = list(model.parameters())
+        progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="window")
+        recent, recent_tokens, clock = torch.zeros((), device=parameters[0].device), 0, time.monotonic()
+        epoch_clock, first = clock, self.batch
+        with progress:
+            for batch in batches[self.batch :]:
+                if self._stopped():
+                    break
+                self.optimizer.zero_grad(set_to_none=True)
+                losses, self.carry = task.loss(*batch, state=self.carry)
+                losses["loss"].backward()
+                if config.clip > 0:
+                    nn.utils.clip_grad_norm_(parameters, config.clip)
+                self.optimizer.step()
+                self.batch += 1
+                self.step += 1
+                size = task.size(batch)
+                recent += losses["raw"].detach() * size
+                recent_tokens += size
+                progress.update()
+                if self.batch - first == FIRST_STEPS:
+                    self._announce((time.monotonic() - epoch_clock) / FIRST_STEPS, len(batches))
+                if self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped():
+                    self._log_steps(recent.item(), recent_tokens, time.monotonic() - clock, progress, len(batches))
+                    recent.zero_()
+                    recent_tokens, clock = 0, time.monotonic()
+        return self.batch == len(batches)
+
+    def _announce(self, seconds_a_step: float, steps: int) -> None:
+        epoch = seconds_a_step * steps
+        left = epoch * (self.config.epochs - self.epoch)
+        if self.epoch == 0:
+            self.say(f"about {_duration(epoch)} an epoch, {_duration(left)} for all, evaluation aside")
+
+    def _log_steps(self, total: float, tokens: int, seconds: float, progress: tqdm, steps: int) -> None:
+        loss = total / tokens
+        if not math.isfinite(loss):
+            last = self.folder.file("last.pt")
+            kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
+            raise RunError(
+                f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, window {self.batch}); "
+                f"{kept}; lower --lr or --clip"
+            )
+        self.running["raw"] += total
+        self.running["tokens"] += tokens
+        self.running["seconds"] += seconds
+        name, score = self.task.score_name, self.task.score(loss)
+        rate = tokens / seconds
+        progress.set_postfix_str(f"loss {loss:.3f}, {name} {score:.2f}, lr {self.schedule.lr:g}, {rate:,.0f} tok/s")
+        self.folder.log(
+            f"epoch {self.epoch + 1} window {self.batch}/{steps} step {self.step} lr {self.schedule.lr:g} "
+            f"loss {loss:.4f} {name} {score:.2f} {rate:.0f} tok/s"
+        )
+        self.folder.record(
+            "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, loss=loss
+        )
+
+    def _end_epoch(self, finished: bool) -> None:
+        """Validate, remember the best, anneal, write the checkpoints."""
+        valid = evaluate(self.task, self.splits.valid, "valid", self.config)
+        epoch, lr, name = self.epoch + 1, self.schedule.lr, self.task.score_name
+        train = self.running["raw"] / max(self.running["tokens"], 1)
+        if finished:
+            self.schedule.step(epoch, valid["loss"])
+            self.epoch, self.batch, self.carry = epoch, 0, None
+        better = self.best is None or valid["loss"] < self.best["valid"]["loss"]
+        if better:
+            self.best = {"epoch": epoch, "valid": valid}
+        seconds = self.running["seconds"]
+        line = (
+            f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  "
+            f"train {name} {self.task.score(train):.2f}  valid {name} {valid[name]:.2f}"
+            f"{' *' if better else ''}  {_duration(seconds)}  {self.running['tokens'] / max(seconds, 1e-9):,.0f} tok/s"
+        )
+        self.say(line)
+        self.folder.log(line)
+        self.folder.record(
+            "epoch", epoch=epoch, step=self.step, lr=lr, train_loss=train, valid_loss=valid["loss"],
+            train_score=self.task.score(train), valid_score=valid[name], finished=finished,
+            train_seconds=seconds, seconds=self.seconds,
+        )  # fmt: skip
+        if finished:
+            self.running = dict.fromkeys(self.running, 0.0)
+        try:
+            content = self.checkpoint()
+            checkpoint.save(self.folder.file("last.pt"), content)
+            if better:
+                checkpoint.save(self.folder.file("best.pt"), content)
+                self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+        except OSError as e:
+            raise RunError(
+                f"the checkpoint could not be written ({e.strerror}); the one before is kept in {self.folder.path}; "
+                "make room and continue with --resume"
+            ) from e
+
+    def _finish(self) -> Result:
+        best = checkpoint.load(self.folder.file("best.pt"))
+        self.task.model.load_state_dict(best["model"])
+        valid, name = self.best["valid"], self.task.score_name
+        test = evaluate(self.task, self.splits.test, "test", self.config)
+        for split, result in (("valid", valid), ("test", test)):
+            line = f"{split} {name} {result[name]:.2f}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens"
+            line += " (partial)" if "partial" in result else ""
+            self.say(line)
+            self.folder.log(line)
+        self.folder.record("result", valid=valid, test=test, best_epoch=self.best["epoch"])
+        return Result(
+            valid=valid,
+            test=test,
+            epochs=self.epoch,
+            steps=self.step,
+            best_epoch=self.best["epoch"],
+            complete=self.epoch >= self.config.epochs and not self.config.max_eval_tokens,
+            seconds=self.seconds,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{seconds:.1f}s"
+
+
+def fit(
+    task: Task,
+    splits: Splits,
+    config: RunConfig,
+    folder: RunFolder,
+    schedule: Schedule,
+    save_weights: Callable[[nn.Module, Any], None],
+    *,
+    resume_from: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Train `task` to the end of the run and score it.
+
+    Args:
+        task, splits, config, folder, schedule: see :class:`Trainer`.
+        save_weights: writes the best epoch's weights (weights.pkl).
+        resume_from: a checkpoint to continue from.
+        say: prints a line for the user.
+
+    Returns:
+        validation and test results of the epoch with the best validation loss.
+
+    Raises:
+        UserError: settings or data that do not fit.
+        RunError: a loss that is not finite, or a checkpoint that could not be written.
+    """
+    trainer = Trainer(task, splits, config, folder, schedule, save_weights, say)
+    if resume_from is not None:
+        trainer.restore(resume_from)
+    return trainer.run()

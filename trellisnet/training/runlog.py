@@ -1,0 +1,146 @@
+"""What a run leaves behind: its folder, log, metrics, and where they came from."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import trellisnet
+from trellisnet.errors import UserError
+from trellisnet.serialization import atomic_write
+from trellisnet.training.config import PROJECT, RunConfig, to_settings
+
+
+def command_line(program: str, argv: Sequence[str]) -> str:
+    """The command as one would type it from the project's folder."""
+    return shlex.join(["python", program, *argv])
+
+
+def commit() -> str | None:
+    """Commit of the code, with "-dirty" if tracked files differ from it; None outside a git checkout."""
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", *args], cwd=PROJECT, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return run("rev-parse", "--short=12", "HEAD") + ("-dirty" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine(device: torch.device) -> str:
+    """The hardware in a few words, e.g. "AMD EPYC, 2 cores"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads of this process."""
+    return {
+        "version": trellisnet.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "device": str(device),
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
+    """Write one JSON object, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with atomic_write(path) as file:
+            file.write((json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+    except OSError as e:
+        raise UserError(f"--metrics {path}: cannot be written ({e.strerror})") from e
+
+
+class RunFolder:
+    """The folder of a run: config.json, log.txt, metrics.jsonl, last.pt, best.pt, weights.pkl.
+
+    Args:
+        path: the folder; it is made if missing.
+        fresh: a new run (True) or the continuation of one (False).
+        overwrite: delete what an earlier run left in it.
+
+    Raises:
+        UserError: the folder holds something and neither was asked for, or it cannot be written.
+    """
+
+    FILES = ("config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl")
+
+    def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if fresh and any(path.iterdir()):
+                if not overwrite:
+                    raise UserError(
+                        f"{path}: holds an earlier run; continue it with --resume, replace it with --overwrite, "
+                        "or choose another folder with --out"
+                    )
+                self._clear()
+            self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
+            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); choose another folder with --out") from e
+
+    def _clear(self) -> None:
+        """Remove the files of a run; a folder with anything else in it is not ours to delete."""
+        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in self.FILES and not p.name.startswith("."))
+        if foreign:
+            raise UserError(f"{self.path}: holds {foreign[0]}, which no run wrote; empty it or choose another --out")
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def log(self, line: str) -> None:
+        """Append a line to log.txt."""
+        self._log.write(line + "\n")
+
+    def record(self, event: str, **values: Any) -> None:
+        """Append a JSON object to metrics.jsonl."""
+        self._metrics.write(json.dumps({"event": event, **values}) + "\n")
+
+    def write_config(self, config: RunConfig, choices: dict[str, Any]) -> None:
+        """Write config.json: all settings, and the choices made at the start of the run."""
+        content = {"task": config.task, "settings": to_settings(config), **choices}
+        with atomic_write(self.file("config.json")) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+
+    def log_head(self, command: str, env: dict[str, Any], facts: dict[str, Any]) -> None:
+        """The head of log.txt: when, what and on what."""
+        self.log(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}  {command}")
+        for key, value in {**env, **facts}.items():
+            self.log(f"# {key}: {value}")
+
+    def close(self) -> None:
+        self._log.close()
+        self._metrics.close()
+
+
+def stderr_is_terminal() -> bool:
+    return sys.stderr.isatty()

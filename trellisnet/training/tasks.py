@@ -1,0 +1,203 @@
+"""What is learned: the only place with losses, perplexity, and the ways of giving a window its history.
+
+A task binds a model to a loss. The engine sees of it: `model`, `batches`, `size`, `loss`, `evaluate`, `score`.
+
+Letters: N batch (rows), L length of a row, l length of a window.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from trellisnet.core import State
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
+
+Losses = dict[str, Tensor]
+Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known length, e.g. in a progress bar
+
+
+class LanguageModeling:
+    """Next-token prediction over rows of text (section 5.2, Appendices B.1 and B.2).
+
+    There are two ways of giving a window its history. *History mode*: windows of `seq_len` overlap by `horizon`
+    positions, whose outputs are context only and are not scored; every window starts from a zero state. *Repackaging*:
+    windows of `horizon` positions lie end to end, all scored, and the state is carried from one to the next, detached.
+
+    Args:
+        model: the language model.
+        horizon: unscored positions of a window in history mode; length of a window otherwise.
+        seq_len: length of a window in history mode.
+        repackage: carry the state. With seq_len > 0 training still uses overlapping windows, as the authors'
+            word-level script does; that carries a state into a window that starts before it, so a warning is given.
+        aux_weight: λ of Eq. 23, the weight of the summed auxiliary losses; 0 or less: none.
+        aux_every: ℓ of Appendix B.2: layers ℓ, 2ℓ, … predict too, counted from the bottom as in the authors' code.
+        alpha, beta: weights of AR and TAR.
+
+    Raises:
+        ValueError: settings that fit no window.
+    """
+
+    score_name = "ppl"
+
+    def __init__(
+        self,
+        model: TrellisLanguageModel,
+        *,
+        horizon: int,
+        seq_len: int = 0,
+        repackage: bool = False,
+        aux_weight: float = 0.0,
+        aux_every: int | None = None,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+    ):
+        if horizon < 1:
+            raise ValueError(f"horizon: expected at least 1, got {horizon}")
+        if seq_len < 0:
+            raise ValueError(f"seq_len: expected 0 or more, got {seq_len}")
+        if aux_weight > 0 and aux_every is None:
+            raise ValueError("aux_every: expected a number of layers when aux_weight > 0, got None")
+        if repackage and seq_len > 0:
+            warnings.warn(
+                f"repackaging with seq_len = {seq_len}: training windows overlap by {horizon} positions although the "
+                "state is carried; seq_len = 0 gives windows that lie end to end",
+                stacklevel=2,
+            )
+        self.model = model
+        self.horizon = horizon
+        self.seq_len = seq_len
+        self.repackage = repackage
+        self.aux_weight = aux_weight
+        self.aux_every = aux_every
+        self.alpha = alpha
+        self.beta = beta
+
+    def _has_history(self, training: bool) -> bool:
+        """Whether windows overlap and leave their first `horizon` positions unscored: the authors' two rules."""
+        if training:
+            return self.seq_len > 0 or not self.repackage
+        return self.seq_len > self.horizon and not self.repackage
+
+    def windows(self, rows: Tensor, training: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Cut rows (N, L) into windows: (start, inputs (N, l), targets (N, l)).
+
+        Windows with nothing to score are skipped. `training` chooses between the authors' two rules.
+
+        Raises:
+            ValueError: history mode with seq_len ≤ horizon.
+        """
+        window = self.seq_len if self._has_history(training) else self.horizon
+        for start in self._starts(rows, training):
+            end = min(start + window, rows.size(1) - 1)
+            yield start, rows[:, start:end], rows[:, start + 1 : end + 1]
+
+    def _starts(self, rows: Tensor, training: bool) -> range:
+        unscored = self.horizon if self._has_history(training) else 0
+        stride = self.seq_len - unscored if unscored else self.horizon
+        if stride < 1:
+            raise ValueError(
+                f"seq_len: history mode needs seq_len > horizon = {self.horizon}, got {self.seq_len}; "
+                "make it longer, or repackage with seq_len = 0"
+            )
+        return range(0, max(rows.size(1) - 1 - unscored, 0), stride)
+
+    def batches(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The training windows of an epoch: (inputs, targets), views into `rows`.
+
+        Raises:
+            ValueError: the rows are shorter than one window.
+        """
+        windows = [(inputs, targets) for _, inputs, targets in self.windows(rows)]
+        if not windows:
+            raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+        return windows
+
+    def size(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Scored tokens of a training window."""
+        inputs, _ = batch
+        return inputs.size(0) * (inputs.size(1) - (self.horizon if self._has_history(True) else 0))
+
+    def loss(
+        self, inputs: Tensor, targets: Tensor, state: State | None = None, masks: Masks | None = None
+    ) -> tuple[Losses, State | None]:
+        """Loss of one window, in nats a token.
+
+        Args:
+            inputs, targets: int64 (N, l).
+            state: (h, c) to start from; always used when given.
+            masks: explicit dropout masks.
+
+        Returns:
+            0-dim terms `raw`, `aux`, `alpha`, `beta`, already multiplied by their weights, and their sum `loss`;
+            and the state to carry: detached when repackaging, else None.
+
+        Raises:
+            ValueError: the window has nothing to score.
+        """
+        skip = self.horizon if self._has_history(self.model.training) else 0
+        if inputs.size(1) <= skip:
+            raise ValueError(f"a window of {inputs.size(1)} tokens holds nothing to score after the first {skip}")
+        with_aux = self.aux_weight > 0
+        out = self.model(inputs, state, aux_every=self.aux_every if with_aux else None, masks=masks)
+        targets = targets[:, skip:]
+
+        raw = self.model.loss(out.output[:, skip:], targets)
+        aux = alpha = beta = raw.new_zeros(())
+        if with_aux and out.aux:
+            aux = self.aux_weight * sum(self.model.loss(a[:, skip:], targets) for a in out.aux)
+        if self.alpha:
+            alpha = activation_regularization(out.output[:, skip:], self.alpha)
+        if self.beta:
+            beta = temporal_activation_regularization(out.raw_output[:, skip:], self.beta)
+        losses = {"loss": raw + aux + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
+        return losses, self._carried(out.state)
+
+    def _carried(self, state: State) -> State | None:
+        h, c = state
+        return (h.detach(), c.detach()) if self.repackage else None
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict:
+        """Mean loss of rows (N, L) in evaluation mode; the model's mode is put back afterwards.
+
+        Args:
+            rows: int64 (N, L).
+            max_tokens: stop after the window in which so many tokens have been scored.
+            progress: wraps the windows, e.g. in a progress bar.
+
+        Returns:
+            `loss`, the token-weighted mean in nats, and `tokens`, the scored positions × rows.
+
+        Raises:
+            ValueError: the rows are shorter than one window.
+        """
+        skip = self.horizon if self._has_history(False) else 0
+        windows = self.windows(rows, training=False)
+        if progress is not None:
+            windows = progress(windows, len(self._starts(rows, False)))
+        was_training = self.model.training
+        self.model.eval()
+        total, tokens, state = 0.0, 0, None
+        try:
+            for _, inputs, targets in windows:
+                out = self.model(inputs, state)
+                state = self._carried(out.state)
+                targets = targets[:, skip:]
+                total += self.model.loss(out.output[:, skip:], targets).item() * targets.numel()
+                tokens += targets.numel()
+                if max_tokens is not None and tokens >= max_tokens:
+                    break
+        finally:
+            self.model.train(was_training)
+        if not tokens:
+            raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+        return {"loss": total / tokens, "tokens": tokens}
+
+    @staticmethod
+    def score(loss: float) -> float:
+        """Perplexity of a mean loss in nats."""
+        return math.exp(loss) if loss < 700 else math.inf

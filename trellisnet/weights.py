@@ -1,0 +1,153 @@
+"""The authors' weight files: their names for our parameters, loading, saving, and saying what does not fit.
+
+Their state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), a tied `decoder.weight`
+repeats `encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`.
+"""
+
+import os
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from trellisnet import serialization
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+
+_CORE = "tnet.module.full_conv."
+_CORE_AGAIN = "network.0.module.full_conv."
+WHAT = "weights in the authors' layout (a state dict)"
+
+
+def parameter_map(model: TrellisLanguageModel) -> dict[str, nn.Parameter]:
+    """The authors' name of every parameter of `model`, each exactly once, in the order of their model."""
+    core = model.core
+    names = {"encoder.weight": model.embedding.weight}
+    if not model.tied:
+        names["decoder.weight"] = model.head.weight
+    names["decoder.bias"] = model.head.bias
+    names[_CORE + "bias2"] = core.bias
+    if core.weight_norm:
+        names[_CORE + "weight1_g"] = core.weight_x_g
+        names[_CORE + "weight2_g"] = core.weight_h_g
+        names[_CORE + "weight1_v_raw"] = core.weight_x_v
+        names[_CORE + "weight2_v_raw"] = core.weight_h_v
+    else:
+        names[_CORE + "weight1_raw"] = core.weight_x
+        names[_CORE + "weight2_raw"] = core.weight_h
+    return names
+
+
+def authors_state_dict(model: TrellisLanguageModel) -> "OrderedDict[str, Tensor]":
+    """The model as the authors' code would save it: their names and order, repeated tensors sharing storage."""
+    tensors = {name: p.detach().cpu() for name, p in parameter_map(model).items()}
+    state = OrderedDict()
+    for name, tensor in tensors.items():
+        if name == "decoder.bias" and model.tied:
+            state["decoder.weight"] = tensors["encoder.weight"]
+        state[name] = tensor
+    for name, tensor in tensors.items():
+        if name.startswith(_CORE):
+            state[_CORE_AGAIN + name.removeprefix(_CORE)] = tensor
+    return state
+
+
+def save_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, legacy: bool = False) -> None:
+    """Write the weights in the authors' layout, atomically.
+
+    Args:
+        model: the model.
+        path: file to write.
+        legacy: the container of torch < 1.6, which the authors' 2019 environment reads; else today's zip.
+    """
+    serialization.save(path, authors_state_dict(model), legacy=legacy)
+
+
+def load_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, init_tail: bool = False) -> None:
+    """Copy weights in the authors' layout into `model`; either all of them or, on any error, none.
+
+    Args:
+        model: the model, built with the settings that the weights were trained with.
+        path: their `.pkl`, zip or legacy container, tensors from any device.
+        init_tail: only for models with a split softmax, so it must be False here.
+
+    Raises:
+        ValueError: the file is no such thing or does not fit; one line names the tensor, both shapes and the flag
+            to change.
+    """
+    if init_tail:
+        raise ValueError("init_tail: only a split softmax (cutoffs) has tail vectors")
+    state = serialization.load(path, WHAT)
+    state = _unique(state, path)
+    if model.tied:
+        _check_tied(state, path)
+        state.pop("decoder.weight", None)
+    expected = parameter_map(model)
+    _check_names(state, expected, path)
+    for name, parameter in expected.items():
+        if state[name].shape != parameter.shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}; "
+                + _advice(name, state, model)
+            )
+        if not state[name].is_floating_point() or not torch.isfinite(state[name]).all():
+            raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(state[name])
+
+
+def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The file's tensors under their first names; repeated ones must agree."""
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path}: not {WHAT}; checkpoints of a run (last.pt, best.pt) are continued with --resume")
+    unique = {}
+    for name, tensor in state.items():
+        first = _CORE + name.removeprefix(_CORE_AGAIN) if name.startswith(_CORE_AGAIN) else name
+        other = state.get(first)
+        if other is not None and not torch.equal(other, tensor):
+            raise UserError(f"{path}: {name} and {first} should be one tensor but differ; the file is damaged")
+        unique[first] = tensor
+    return unique
+
+
+def _check_tied(state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    encoder, decoder = state.get("encoder.weight"), state.get("decoder.weight")
+    if encoder is not None and decoder is not None and not torch.equal(encoder, decoder):
+        raise UserError(f"{path}: decoder.weight differs from encoder.weight, the model ties them; pass --no-tied")
+
+
+def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], path: str | os.PathLike) -> None:
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
+    if not missing and not extra:
+        return
+    if any(name.startswith("mixsoft.") for name in extra):
+        advice = "the file is of a mixture of softmaxes, which this version cannot load"
+    elif any(name.endswith("_g") for name in extra):
+        advice = "the file was trained with weight normalisation; pass --wnorm"
+    elif any(name.endswith("_g") for name in missing) and _CORE + "weight1_raw" in state:
+        advice = "the file was trained without weight normalisation; pass --no-wnorm"
+    elif missing == ["decoder.weight"]:
+        advice = "the file is of a model with tied weights; pass --tied"
+    else:
+        advice = "it is of another model or task"
+    what = f"has no {missing[0]}" if missing else f"holds {extra[0]}, which the model has not"
+    raise UserError(f"{path}: {what}; {advice}")
+
+
+def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> str:
+    """The first setting in which file and model differ, as the flag to change."""
+    kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
+    words, embedding_size = state["encoder.weight"].shape
+    if embedding_size != model.embedding.embedding_dim:
+        return f"pass --emsize {embedding_size}" + (f" --nout {embedding_size}" if model.tied else "")
+    if words != model.vocab_size:
+        return f"the file knows {words} words, the data {model.vocab_size}: pass the --data it was trained on"
+    if kernel.dim() == 3 and kernel.size(2) != model.core.kernel_size:
+        return f"pass --ksize {kernel.size(2)}"
+    rows = state[_CORE + "bias2"].numel()
+    if rows != model.core.bias.numel():
+        nhid = rows // 4 - model.core.output_size
+        return f"pass --nhid {nhid}" if nhid >= 0 else "change --nhid and --nout"
+    return f"{name} is of another model"

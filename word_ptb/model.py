@@ -1,0 +1,78 @@
+"""Settings and model of word-level PTB. Defaults are those of the authors' released script."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.training.config import LanguageModelConfig, setting
+
+
+@dataclass(kw_only=True)
+class Config(LanguageModelConfig):
+    """Train a TrellisNet on word-level Penn Treebank."""
+
+    task: ClassVar[str] = "word_ptb"
+    presets: ClassVar = {
+        "default": {},
+        # Table 5, "Word-PTB (w/o MoS)"; what the table leaves out (dropouti, AR, TAR, windows) is the released script's.
+        "paper": {
+            "name": "paper", "nlevels": 55, "horizon": 55, "aux_freq": 16.0, "wdecay": 1e-6,
+        },
+        # For two CPU cores and about an hour.
+        "small": {
+            "name": "small", "emsize": 200, "nhid": 100, "nout": 200, "nlevels": 12, "horizon": 12, "seq_len": 62,
+            "batch_size": 20, "dropout": 0.35, "dropouti": 0.25, "dropouth": 0.1, "emb_dropout": 0.05, "wdrop": 0.2,
+            "aux_freq": 6.0, "epochs": 10, "when": [7, 9],
+        },
+        # For a look: a minute or two on two CPU cores.
+        "tiny": {
+            "name": "tiny", "emsize": 96, "nhid": 32, "nout": 96, "nlevels": 6, "horizon": 6, "seq_len": 46,
+            "dropout": 0.2, "dropouti": 0.1, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0,
+            "aux": 0.0, "epochs": 1,
+        },
+    }  # fmt: skip
+
+    name: str = setting("Trellis_wordPTB", "name of the run; its folder is runs/word_ptb/<name> unless --out is given")
+    data: str = setting("data/penn", "folder with train.txt, valid.txt, test.txt; or 'synthetic'")
+    optim: str = setting("SGD", "optimiser: a class of torch.optim")
+    lr: float = setting(20.0, "initial learning rate")
+    clip: float = setting(0.225, "gradient-norm clip; 0: none")
+    wdecay: float = setting(1.2e-6, "weight decay, inside the optimiser")
+    epochs: int = setting(500, "epochs to train in all")
+    batch_size: int = setting(16, "rows of a training batch")
+    eval_batch_size: int = setting(12, "rows for validation and test")
+    anneal: int = setting(10, "plateau patience in epochs: divide the learning rate by 4; 0: never")
+
+    dropout: float = setting(0.45, "output dropout, one mask a sequence")
+    dropouti: float = setting(0.45, "input dropout, one mask a sequence")
+    dropouth: float = setting(0.28, "hidden dropout, one mask a sequence for all layers")
+    emb_dropout: float = setting(0.1, "dropout of whole words of the vocabulary")
+    wdrop: float = setting(0.5, "DropConnect on both kernels")
+
+    seq_len: int = setting(110, "length of a window, the unscored positions included")
+    aux: float = setting(0.05, "weight of the auxiliary losses; 0: none")
+    aux_freq: float = setting(12.0, "auxiliary loss after every so many layers")
+    alpha: float = setting(2.0, "activation regularisation (AR)")
+    beta: float = setting(1.0, "temporal activation regularisation (TAR)")
+
+
+def build_model(config: Config, vocab_size: int) -> TrellisLanguageModel:
+    """The language model of a configuration (tied softmax head)."""
+    return TrellisLanguageModel(
+        vocab_size,
+        config.emsize,
+        config.nhid + config.nout,
+        config.nlevels,
+        output_size=config.nout,
+        tied=config.tied,
+        embedding_dropout=config.emb_dropout,
+        input_dropout=config.dropouti,
+        output_dropout=config.dropout,
+        kernel_size=config.ksize,
+        dilation=config.dilation,
+        weight_norm=config.wnorm,
+        hidden_dropout=config.dropouth,
+        weight_dropout=config.wdrop,
+        temporal_weight_dropout=config.temporalwdrop,
+        backend=config.backend,
+    )
