@@ -3,7 +3,9 @@
 import contextlib
 import os
 import pickle
+import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,22 +62,24 @@ def load(path: str | os.PathLike, what: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected {what}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # remarks on how the file was written are not the user's concern
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except pickle.UnpicklingError as e:
-        if "GLOBAL" not in str(e) and "global" not in str(e):
-            raise UserError(f"{path}: not {what}, or a damaged one ({_first_line(e)})") from e
-        raise UserError(
-            f"{path}: holds a pickled object (a whole model?), not {what}; opening it could run any code, so it is "
-            "refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and load those."
-        ) from e
+        if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
+            raise UserError(
+                f"{path}: holds a pickled object (a whole model?), not {what}; opening it could run any code, so it is "
+                "refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and load those."
+            ) from e
+        raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
             AssertionError, zipfile.BadZipFile) as e:  # fmt: skip
         # What torch raises on damaged input is not documented; these are the kinds seen on truncated and altered files.
-        raise UserError(f"{path}: not {what}, or a damaged one ({_first_line(e)})") from e
+        raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:120]
+    said = re.search("WeightsUnpickler error: (.+)", text)
+    return (said.group(1) if said else text).splitlines()[0][:120]

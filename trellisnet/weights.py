@@ -90,24 +90,23 @@ def load_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, init_t
                 f"{path}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}; "
                 + _advice(name, state, model)
             )
-        if not state[name].is_floating_point() or not torch.isfinite(state[name]).all():
-            raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
 
 
 def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The file's tensors under their first names; repeated ones must agree."""
+    """The file's tensors under their first names; all must be finite, and repeated ones must agree."""
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: not {WHAT}; checkpoints of a run (last.pt, best.pt) are continued with --resume")
     unique = {}
     for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
         first = _CORE + name.removeprefix(_CORE_AGAIN) if name.startswith(_CORE_AGAIN) else name
-        other = state.get(first)
-        if other is not None and not torch.equal(other, tensor):
+        if first != name and first in state and not torch.equal(state[first], tensor):
             raise UserError(f"{path}: {name} and {first} should be one tensor but differ; the file is damaged")
-        unique[first] = tensor
+        unique.setdefault(first, tensor)
     return unique
 
 
@@ -122,7 +121,9 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
     extra = [name for name in state if name not in expected]
     if not missing and not extra:
         return
-    if any(name.startswith("mixsoft.") for name in extra):
+    if "encoder.weight" in missing or _CORE + "bias2" in missing:
+        advice = "it is of another model or task"
+    elif any(name.startswith("mixsoft.") for name in extra):
         advice = "the file is of a mixture of softmaxes, which this version cannot load"
     elif any(name.endswith("_g") for name in extra):
         advice = "the file was trained with weight normalisation; pass --wnorm"

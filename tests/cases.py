@@ -1,0 +1,91 @@
+"""Reading the conformance fixtures: numbers computed with the authors' code (see fixtures/README.json)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.regularization import Masks
+from trellisnet.training.tasks import LanguageModeling
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@dataclass
+class Case:
+    name: str
+    meta: dict
+    arrays: dict[str, torch.Tensor]
+
+    @property
+    def config(self) -> dict:
+        return self.meta["config"]["model"]
+
+    def file(self, suffix: str = ".pkl") -> Path:
+        return FIXTURES / f"{self.name}{suffix}"
+
+    def scalar(self, name: str) -> float:
+        return self.meta["scalars"][name]["value"]
+
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.arrays["h0"].squeeze(2), self.arrays["c0"].squeeze(2)
+
+    def model(self, **changes) -> TrellisLanguageModel:
+        c = {"temporalwdrop": True, "dropout": 0, "dropouti": 0, "dropouth": 0, "emb_dropout": 0, "wdrop": 0}
+        c |= self.config | changes
+        return TrellisLanguageModel(
+            c["ntoken"],
+            c["ninp"],
+            c["nhid"] + c["nout"],
+            c["nlevels"],
+            output_size=c["nout"],
+            tied=c["tie_weights"],
+            kernel_size=c["kernel_size"],
+            dilation=c["dilation"],
+            weight_norm=c["wnorm"],
+            output_dropout=c["dropout"],
+            input_dropout=c["dropouti"],
+            hidden_dropout=c["dropouth"],
+            embedding_dropout=c["emb_dropout"],
+            weight_dropout=c["wdrop"],
+            temporal_weight_dropout=c["temporalwdrop"],
+            freeze_last_embedding=c.get("freeze_last_embedding", False),
+        )
+
+    def language_modeling(self, model: TrellisLanguageModel) -> LanguageModeling:
+        args = self.meta["config"]["args"]
+        return LanguageModeling(
+            model,
+            horizon=args["horizon"],
+            seq_len=args["seq_len"],
+            repackage=args["repack"],
+            aux_weight=args["aux"],
+            aux_every=self.config["aux_frequency"] if self.config["aux"] else None,
+            alpha=args["alpha"],
+            beta=args["beta"],
+        )
+
+    def masks(self) -> Masks:
+        names = {"emb": "embedding", "input": "input", "weight1": "weight_x", "weight2": "weight_h"}
+        names |= {name: name for name in ("hidden", "output", "aux")}
+        return Masks(**{ours: self.arrays[f"mask_{theirs}"] for theirs, ours in names.items()})
+
+
+def load(name: str) -> Case:
+    meta = json.loads((FIXTURES / f"{name}.json").read_text())
+    arrays = {}
+    with np.load(FIXTURES / f"{name}.npz") as file:
+        for key, value in file.items():
+            tensor = torch.from_numpy(value)
+            arrays[key] = tensor.long() if tensor.dtype == torch.int32 else tensor
+    return Case(name, meta, arrays)
+
+
+def names(kind: str, without: tuple[str, ...] = ()) -> list[str]:
+    """Cases of a kind that a plain softmax head computes."""
+    cases = json.loads((FIXTURES / "README.json").read_text())["cases"]
+    chosen = [c["name"] for c in cases if c["kind"] == kind and c["name"] not in without]
+    return [n for n in chosen if json.loads((FIXTURES / f"{n}.json").read_text())["config"]["model"]["n_experts"] == 0]

@@ -1,0 +1,175 @@
+"""Every number of the authors' code that a plain softmax model computes, also after a round trip through our files."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import cases
+from trellisnet.data.corpus import batchify
+from trellisnet.training.config import RunConfig
+from trellisnet.training.engine import make_optimizer
+from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
+
+FORWARD = cases.names("lm_forward")
+QUIRK = "grad_padding_idx_quirk"
+GRADIENTS = cases.names("gradients", without=(QUIRK,)) + cases.names("dropout_masks")
+TRAJECTORIES = cases.names("trajectory", without=("traj_sgd_asgd", "traj_sgd_repack_overlap_quirk"))
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def test_the_cases_are_all_there():
+    assert len(FORWARD) == 5
+    assert len(GRADIENTS) == 4
+    assert len(TRAJECTORIES) == 3
+
+
+@pytest.fixture(params=["direct", "zip", "legacy"])
+def loaded(request, tmp_path):
+    """Loads a case's weights, directly or through a file that we wrote."""
+
+    def load(case, suffix=".pkl", **changes):
+        model = case.model(**changes)
+        load_weights(model, case.file(suffix))
+        if request.param == "direct":
+            return model
+        save_weights(model, tmp_path / "again.pkl", legacy=request.param == "legacy")
+        again = case.model(**changes)
+        load_weights(again, tmp_path / "again.pkl")
+        return again
+
+    return load
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name, loaded):
+    case = cases.load(name)
+    model, state = loaded(case).eval(), case.state()
+    for i in range(len(case.meta["config"]["segment_lengths"])):
+        aux_every = case.config["aux_frequency"] if case.config["aux"] else None
+        with torch.no_grad():
+            out = model(case.arrays[f"seg{i}_input"], state, aux_every=aux_every)
+            expected = case.arrays[f"seg{i}_decoded"]
+            assert_close(out.raw_output, case.arrays[f"seg{i}_raw_output"], **CLOSE)
+            assert_close(model.head.logits(out.output), expected, **CLOSE)
+            assert_close(model.log_prob(out.output), expected.log_softmax(-1), **CLOSE)
+            assert_close(out.state[0], case.arrays[f"seg{i}_h"].squeeze(2), **CLOSE)
+            assert_close(out.state[1], case.arrays[f"seg{i}_c"].squeeze(2), **CLOSE)
+            if case.config["aux"]:
+                aux = torch.stack([model.head.logits(a) for a in out.aux], dim=1)
+                assert_close(aux, case.arrays[f"seg{i}_aux_decoded"], **CLOSE)
+        state = out.state
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [(n, ".legacy.pkl") for n in FORWARD] + [("lm_plain_k2_tied", ".legacy_cuda0.pkl")]
+)
+def test_old_containers_hold_the_same_weights(name, suffix):
+    case = cases.load(name)
+    zipped, legacy = case.model(), case.model()
+    load_weights(zipped, case.file())
+    load_weights(legacy, case.file(suffix))
+    for ours, theirs in zip(legacy.parameters(), zipped.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def check_losses(case, losses):
+    for term in ("loss", "raw", "aux", "alpha", "beta"):
+        assert_close(losses[term], torch.tensor(case.scalar(term)), **CLOSE)
+
+
+def check_gradients(case, model, replaced=None):
+    for name, parameter in parameter_map(model).items():
+        expected = case.arrays[(replaced or {}).get(name, f"grad.{name}")]
+        error = (parameter.grad - expected).abs().max()
+        assert error <= 1e-6 + 1e-4 * expected.abs().max(), name
+    if replaced is None:
+        total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        assert_close(total, torch.tensor(case.scalar("total_grad_norm")), atol=1e-5, rtol=1e-4)
+
+
+def run_case(case, model):
+    tokens = case.arrays["tokens"]
+    masks = case.masks() if case.meta["kind"] == "dropout_masks" else None
+    losses, state = case.language_modeling(model).loss(tokens[:-1].T, tokens[1:].T, case.state(), masks)
+    losses["loss"].backward()
+    return losses, state
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_losses_and_gradients(name, loaded):
+    case = cases.load(name)
+    model = loaded(case).train()
+    losses, _ = run_case(case, model)
+    check_losses(case, losses)
+    check_gradients(case, model)
+
+
+@pytest.mark.parametrize("name", cases.names("dropout_masks"))
+def test_outputs_under_given_masks(name):
+    case = cases.load(name)
+    model = case.model()
+    load_weights(model, case.file())
+    model.eval()  # given masks act in evaluation mode too
+    tokens, skip = case.arrays["tokens"], case.meta["eff_history"]
+    with torch.no_grad():
+        out = model(tokens[:-1].T, case.state(), aux_every=case.config["aux_frequency"], masks=case.masks())
+        assert_close(out.raw_output, case.arrays["raw_output"], **CLOSE)
+        assert_close(out.output, case.arrays["output"], **CLOSE)
+        assert_close(model.head.logits(out.output), case.arrays["decoded"], **CLOSE)
+        assert_close(out.state[0], case.arrays["h"].squeeze(2), **CLOSE)
+        assert_close(out.state[1], case.arrays["c"].squeeze(2), **CLOSE)
+        aux = torch.stack([model.head.logits(a[:, skip:]).transpose(0, 1).flatten(0, 1) for a in out.aux])
+        assert_close(aux, case.arrays["aux_final_decoded"], **CLOSE)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_of_the_last_word(frozen, loaded):
+    case = cases.load(QUIRK)
+    model = loaded(case, freeze_last_embedding=frozen).train()
+    losses, _ = run_case(case, model)
+    check_losses(case, losses)
+    check_gradients(case, model, None if frozen else {"encoder.weight": "grad_noquirk.encoder.weight"})
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_training_trajectory(name, loaded):
+    case = cases.load(name)
+    model = loaded(case, ".init.pkl").train()
+    task, config = case.language_modeling(model), case.meta["config"]
+    train = batchify(case.arrays["train_stream"], config["batch"])
+    held_out = batchify(case.arrays["eval_stream"], config["eval_batch"])
+    assert task.evaluate(held_out)["loss"] == pytest.approx(case.scalar("eval_loss_initial"), abs=1e-4)
+
+    settings = config["optimizer"]
+    optimizer = make_optimizer(
+        model.parameters(), RunConfig(optim=settings["name"], lr=settings["lr"], wdecay=settings["weight_decay"])
+    )
+    state = None
+    for i, (start, inputs, targets) in enumerate(task.windows(train)):
+        assert (start, inputs.size(1)) == (case.arrays["window_start"][i], case.arrays["window_rows"][i])
+        optimizer.zero_grad()
+        losses, state = task.loss(inputs, targets, state)
+        losses["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["args"]["clip"])
+        optimizer.step()
+        for term in ("loss", "raw", "aux", "alpha", "beta"):
+            if f"step_{term}" in case.arrays:
+                assert_close(losses[term].detach(), case.arrays[f"step_{term}"][i], atol=1e-4, rtol=0)
+        assert_close(norm, case.arrays["step_grad_norm"][i], atol=1e-4, rtol=1e-3)
+    assert i + 1 == len(case.arrays["step_loss"])
+
+    assert task.evaluate(held_out)["loss"] == pytest.approx(case.scalar("eval_loss_final"), abs=1e-4)
+    final = case.model()
+    load_weights(final, case.file(".final.pkl"))
+    for ours, theirs in zip(model.parameters(), final.parameters(), strict=True):
+        assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FORWARD + GRADIENTS + [QUIRK])
+def test_names_and_order_of_the_layout(name):
+    case = cases.load(name)
+    model = case.model()
+    assert list(parameter_map(model)) == case.meta["parameters"]
+    assert {id(p) for p in parameter_map(model).values()} == {id(p) for p in model.parameters()}
+    written = {name: list(tensor.shape) for name, tensor in authors_state_dict(model).items()}
+    assert list(written.items()) == list(case.meta["state_dict"].items())

@@ -1,0 +1,235 @@
+"""TrellisNet: an independent anchor, causality, statelessness, and what it refuses."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from trellisnet import TrellisNet
+from trellisnet.regularization import Masks
+
+
+def net(**options):
+    torch.manual_seed(3)
+    options = {"weight_norm": False, "dtype": torch.float64} | options
+    module = TrellisNet(3, 5, options.pop("num_layers", 4), **options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.5)
+    return module
+
+
+def x_of(n=2, length=7, dtype=torch.float64):
+    return torch.randn(n, length, 3, generator=torch.Generator().manual_seed(5), dtype=dtype)
+
+
+def lstm_as_trellis(lstm: nn.LSTM, num_layers: int) -> TrellisNet:
+    """W_hh in the past tap, W_ih in the current one; torch's gate rows i, f, g, o become i, o, g, f."""
+    size = lstm.hidden_size
+    module = TrellisNet(lstm.input_size, size, num_layers, weight_norm=False, dtype=torch.float64)
+
+    def reorder(rows):
+        i, f, g, o = rows.chunk(4)
+        return torch.cat([i, o, g, f])
+
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+        module.weight_h[:, :, 0] = reorder(lstm.weight_hh_l0)
+        module.weight_x[:, :, 1] = reorder(lstm.weight_ih_l0)
+        module.bias.copy_(reorder(lstm.bias_ih_l0 + lstm.bias_hh_l0))
+    return module
+
+
+@pytest.mark.parametrize(("length", "num_layers"), [(6, 6), (6, 11), (1, 1), (20, 20)])
+def test_with_an_lstms_weights_it_is_that_lstm(length, num_layers):
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 5, batch_first=True, dtype=torch.float64)
+    x, h0, c0 = torch.randn(4, length, 3), torch.randn(4, 5), torch.randn(4, 5)
+    x, h0, c0 = x.double(), h0.double(), c0.double()
+    expected, (h, c) = lstm(x, (h0[None], c0[None]))
+    out = lstm_as_trellis(lstm, num_layers)(x, (h0, c0))
+    assert_close(out.output, expected, atol=1e-12, rtol=0)
+    assert_close(out.state[0], h[0], atol=1e-12, rtol=0)
+    assert_close(out.state[1], c[0], atol=1e-12, rtol=0)
+
+
+def test_with_fewer_layers_it_is_the_truncated_lstm():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 5, batch_first=True, dtype=torch.float64)
+    x, horizon = torch.randn(2, 12, 3, dtype=torch.float64), 4
+    output = lstm_as_trellis(lstm, horizon)(x).output
+    for t in range(horizon, 12):
+        truncated, _ = lstm(x[:, t - horizon + 1 : t + 1])
+        assert_close(output[:, t], truncated[:, -1], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(2, (1,)), (3, (1, 2)), (2, (1, 2, 4))])
+def test_the_future_changes_no_bit_of_the_past(kernel_size, dilation):
+    module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(length=12)
+    changed = x.clone()
+    changed[:, 8:] = 100.0
+    before, after = module(x, aux_every=1), module(changed, aux_every=1)
+    for a, b in zip([before.output, *before.aux], [after.output, *after.aux], strict=True):
+        assert torch.equal(a[:, :8], b[:, :8])
+        assert not torch.equal(a[:, 8:], b[:, 8:])
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation", "field"), [(2, (1,), 5), (3, (1,), 9), (2, (1, 2, 4), 9)])
+def test_receptive_field(kernel_size, dilation, field):
+    module = net(kernel_size=kernel_size, dilation=dilation)
+    assert module.receptive_field == field
+    x = x_of(n=1, length=12).requires_grad_()
+    module(x).output[:, -1].sum().backward()
+    seen = x.grad.abs().sum(dim=(0, 2)).nonzero().flatten()
+    assert 12 - seen.min() == field
+
+
+def test_one_set_of_weights_for_all_layers():
+    shallow, deep = net(num_layers=2), net(num_layers=9)
+    assert [p.shape for p in shallow.parameters()] == [p.shape for p in deep.parameters()]
+    assert {n for n, _ in deep.named_parameters()} == {"weight_x", "weight_h", "bias"}
+    assert {n for n, _ in net(weight_norm=True).named_parameters()} == {
+        "weight_x_v", "weight_x_g", "weight_h_v", "weight_h_g", "bias",
+    }  # fmt: skip
+
+
+def test_the_gradient_of_a_shared_weight_sums_over_the_layers():
+    module, x = net(num_layers=3), x_of()
+    module(x).output.sum().backward()
+    copies = [[p.detach().clone().requires_grad_() for p in module.parameters()] for _ in range(3)]
+    h = c = torch.zeros(2, 5, 7, dtype=torch.float64)
+    shift = lambda z: nn.functional.pad(z, (1, 0))[:, :, :-1]  # noqa: E731
+    order = [n for n, _ in module.named_parameters()]
+    for layer in copies:
+        w = dict(zip(order, layer, strict=True))
+        x_padded, h_padded = (nn.functional.pad(z, (1, 0)) for z in (x.transpose(1, 2), h))
+        z = nn.functional.conv1d(x_padded, w["weight_x"], w["bias"]) + nn.functional.conv1d(h_padded, w["weight_h"])
+        i, o, g, f = z.chunk(4, dim=1)
+        c = f.sigmoid() * shift(c) + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+    h.sum().backward()
+    for parameter, *parts in zip(module.parameters(), *copies, strict=True):
+        assert_close(parameter.grad, sum(p.grad for p in parts), atol=1e-12, rtol=1e-12)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    module = TrellisNet(200, 300, 2)
+    for p in (module.weight_x_v, module.weight_h_v, module.bias):
+        assert p.std().item() == pytest.approx(0.01, rel=0.06)
+        assert abs(p.mean().item()) < 1e-3
+    assert_close(module.effective_weight("weight_h"), module.weight_h_v)
+
+
+def test_a_forward_pass_leaves_nothing_behind():
+    module, x = net(weight_norm=True, hidden_dropout=0.3, weight_dropout=0.3), x_of()
+    module.train()
+    before = copy.deepcopy(module.state_dict())
+    module(x).output.sum().backward()
+    twin = copy.deepcopy(module)  # fails if a graph tensor hangs on the module
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before.values(), strict=True))
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    twin.eval(), module.eval()
+    assert torch.equal(twin(x).output, module(x).output)
+    assert module.float()(x.float()).output.dtype == torch.float32
+
+
+def test_evaluation_draws_no_random_numbers_and_training_does():
+    module, x = net(hidden_dropout=0.5, weight_dropout=0.5), x_of()
+    state = torch.get_rng_state()
+    assert torch.equal(module.eval()(x).output, module(x).output)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(module.train()(x).output, module(x).output)
+
+
+def test_the_hidden_mask_is_one_for_all_layers_and_steps():
+    module, x = net(hidden_dropout=0.5), x_of()
+    h0, c0 = torch.randn(2, 2, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]])
+    masked = module(x, (h0, c0), masks=Masks(hidden=mask[:, :, None])).output
+    for n in range(2):  # the same as scaling the columns of weight_h, which every layer and step reads
+        scaled = net()
+        scaled.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            scaled.weight_h.mul_(mask[n, :, None] / 0.5)
+        assert_close(masked[n], scaled(x, (h0, c0)).output[n], atol=1e-14, rtol=0)
+    assert torch.equal(module(x, masks=Masks()).output, module.eval()(x).output)
+
+
+def test_streams_and_segments_differ_by_design():
+    """Repackaging pads x with zeros and every layer with the last layer's state; see ops/reference.py."""
+    module, x = net(), x_of(length=10)
+    first = module(x[:, :5])
+    second = module(x[:, 5:], first.state)
+    whole = module(x).output
+    assert_close(first.output, whole[:, :5], atol=1e-14, rtol=0)
+    assert (second.output - whole[:, 5:]).abs().max() > 1e-3
+
+
+def test_gradients_reach_the_carried_state():
+    module, x = net(), x_of()
+    h0 = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    c0 = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    out = module(x, (h0, c0))
+    assert out.state[0].requires_grad
+    out.output.sum().backward()
+    assert h0.grad.abs().min() > 0
+    assert c0.grad.abs().min() > 0
+
+
+def test_repr_names_the_settings():
+    assert "kernel_size=2, dilation=(1,), weight_norm=False" in repr(net())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_size": 0}, "input_size: expected at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers: expected at least 1, got 0"),
+        ({"output_size": 6}, "output_size: expected 1 to hidden_size = 5, got 6"),
+        ({"kernel_size": 1}, "kernel_size: expected at least 2, got 1"),
+        ({"dilation": ()}, "dilation: expected one or more integers"),
+        ({"dilation": (1, 0)}, "dilation: expected one or more integers"),
+        ({"hidden_dropout": 1.0}, "hidden_dropout: expected a probability"),
+        ({"weight_dropout": -0.1}, "weight_dropout: expected a probability"),
+        ({"backend": "fast"}, "backend: expected one of auto, reference, got 'fast'"),
+        ({"activation": "gru"}, "activation: this version supports only 'lstm', got 'gru'"),
+        ({"kernel_groups": 2}, "kernel_groups: this version supports only None, got 2"),
+        ({"inject_every": 2}, "inject_every: this version supports only 1, got 2"),
+        ({"recompute": True}, "recompute: this version supports only False, got True"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        TrellisNet(**{"input_size": 3, "hidden_size": 5, "num_layers": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(2, 3)}, r"x: expected \(N, L ≥ 1, 3\), got \(2, 3\)"),
+        ({"x": torch.zeros(2, 7, 4)}, r"x: expected \(N, L ≥ 1, 3\), got \(2, 7, 4\)"),
+        ({"x": torch.zeros(2, 0, 3)}, r"x: expected \(N, L ≥ 1, 3\), got \(2, 0, 3\)"),
+        ({"state": (torch.zeros(2, 5), torch.zeros(2, 4))}, r"state c: expected \(2, 5\), got \(2, 4\)"),
+        ({"aux_every": 0}, "aux_every: expected None or at least 1, got 0"),
+        ({"last_only": True}, "last_only: this version supports only False"),
+        ({"masks": Masks(hidden=torch.ones(2, 4, 1))}, r"masks.hidden: expected shape \(2, 5, 1\), got \(2, 4, 1\)"),
+        ({"masks": Masks(weight_h=torch.ones(20, 5, 2))}, r"masks.weight_h: expected shape \(20, 5, 1\)"),
+    ],
+)
+def test_bad_inputs_are_named(arguments, message):
+    arguments = {"x": x_of(dtype=torch.float32)} | arguments
+    with pytest.raises(ValueError, match=message):
+        net(dtype=torch.float32)(**arguments)
+
+
+def test_streaming_is_refused():
+    for call in (lambda n: n.init_stream(2), lambda n: n.stream(x_of(), None), lambda n: n.step(x_of()[:, 0], None)):
+        with pytest.raises(ValueError, match="streaming is not available"):
+            call(net())

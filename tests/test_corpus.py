@@ -1,0 +1,82 @@
+"""Encoding, rows, and the files that are refused."""
+
+import pytest
+import torch
+
+from trellisnet.data import synthetic
+from trellisnet.data.corpus import EOS, batchify, digest, encode, read_splits, words
+from trellisnet.errors import UserError
+
+
+def test_words_end_every_line_also_a_blank_one():
+    assert list(words(" a b \n\nc\u2028d\r\n e")) == ["a", "b", EOS, EOS, "c", "d", EOS, "e", EOS]
+
+
+def test_ids_are_given_by_first_appearance_over_all_splits():
+    corpus = encode([["b", "a", "b"], ["c", "a"], ["d", "c"]], sha256="", label="x")
+    assert corpus.vocabulary == ["b", "a", "c", "d"]
+    assert corpus.train.tolist() == [0, 1, 0]
+    assert corpus.valid.tolist() == [2, 1]
+    assert corpus.test.tolist() == [3, 2]
+    assert corpus.train.dtype == torch.int64
+
+
+def test_batchify_cuts_contiguous_rows_and_trims_the_tail():
+    rows = batchify(torch.arange(11), 3)
+    assert rows.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert rows.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("ids", "batch_size", "message"),
+    [
+        (torch.arange(4), 5, "batch_size: expected 1 to 4"),
+        (torch.arange(4), 0, "batch_size: expected 1 to 4"),
+        (torch.zeros(2, 2, dtype=torch.int64), 1, "ids: expected 1-D int64, got 2-D"),
+        (torch.zeros(4), 1, "ids: expected 1-D int64, got 1-D torch.float32"),
+    ],
+)
+def test_batchify_refuses(ids, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        batchify(ids, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "train.txt: cannot be read"),
+        (b"", "train.txt: is empty"),
+        (b" \n \n", "train.txt: is empty"),
+        (b"a b\xff\xfe", "train.txt: not UTF-8 text"),
+        (b"a\0b", "train.txt: holds zero bytes"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    for split in ("valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("a\n")
+    if content is not None:
+        (tmp_path / "train.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_splits(tmp_path)
+
+
+def test_a_missing_folder_names_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"no such folder; make it with train.txt.*--data synthetic"):
+        read_splits(tmp_path / "nowhere")
+
+
+def test_the_synthetic_corpus_is_the_same_everywhere():
+    texts = synthetic.texts()
+    assert digest(texts) == "e99f17d011f777cbcdf31ae85733d745437b78f5ce9d1244c8d03930f304be3e"
+    assert synthetic.texts(seed=1) != texts
+    corpus = encode(map(words, texts), sha256="", label="synthetic")
+    assert set(texts[2].split()) <= set(texts[0].split())  # nothing new in the test text
+    assert 100 < len(corpus.vocabulary) < 300
+
+
+def test_the_synthetic_grammar_agrees_at_a_distance():
+    openings = {"who": "someone", "where": "somewhere", "when": "someday"}
+    asked = [line.split() for line in synthetic.texts()[0].splitlines() if line.split()[0] in openings]
+    assert len(asked) > 500
+    assert all(openings[line[0]] == line[-1] for line in asked)
+    assert max(map(len, asked)) > 20

@@ -1,0 +1,110 @@
+"""The operator: the equation written once more as loops, exact derivatives, and the dispatcher."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trellisnet import ops
+
+SHAPES = [
+    pytest.param(2, (1,), 5, id="k2"),
+    pytest.param(2, (1, 2, 4), 9, id="k2-dilated"),
+    pytest.param(3, (1,), 5, id="k3"),
+    pytest.param(3, (2, 1), 3, id="k3-dilation-longer-than-segment"),
+    pytest.param(2, (4,), 1, id="one-step"),
+]
+
+
+def random_inputs(k, length, *, n=2, channels=3, hidden=4, requires_grad=False):
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(0.5).requires_grad_(requires_grad)
+
+    return {
+        "x": draw(n, length, channels),
+        "weight_x": draw(4 * hidden, channels, k),
+        "weight_h": draw(4 * hidden, hidden, k),
+        "bias": draw(4 * hidden),
+        "h0": draw(n, hidden),
+        "c0": draw(n, hidden),
+    }
+
+
+def call(inputs, **options):
+    inputs = dict(inputs)
+    state = (inputs.pop("h0"), inputs.pop("c0"))
+    return ops.trellis(**inputs, state=state, **options)
+
+
+def by_loops(x, weight_x, weight_h, bias, h0, c0, *, num_layers, dilation, scale=None):
+    """Eq. 19 and the gated activation for one unit at a time, as the paper's Figure 3 draws it."""
+    n, length, _ = x.shape
+    hidden, k = h0.size(1), weight_h.size(2)
+    h = {t: torch.zeros(n, hidden, dtype=x.dtype) for t in range(length)}
+    c = dict(h)
+    for layer in range(num_layers):
+        d = dilation[layer % len(dilation)]
+        new_h, new_c = {}, {}
+        for t in range(length):
+            z = bias
+            for tap in range(k):
+                past = t - (k - 1 - tap) * d
+                seen = h[past] if past >= 0 else h0
+                z = z + (seen if scale is None else seen * scale) @ weight_h[:, :, tap].T
+                if past >= 0:
+                    z = z + x[:, past] @ weight_x[:, :, tap].T
+            i, o, g, f = z.chunk(4, dim=1)
+            before = c[t - d] if t - d >= 0 else c0
+            new_c[t] = f.sigmoid() * before + i.sigmoid() * g.tanh()
+            new_h[t] = o.sigmoid() * new_c[t].tanh()
+        h, c = new_h, new_c
+    return torch.stack(list(h.values()), dim=1), (h[length - 1], c[length - 1])
+
+
+@pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_the_equation_unit_by_unit(k, dilation, length, masked):
+    inputs = random_inputs(k, length)
+    scale = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64) if masked else None
+    output, state, _ = call(
+        inputs, num_layers=6, dilation=dilation, output_size=4, hidden_scale=scale[:, :, None] if masked else None
+    )
+    expected, expected_state = by_loops(**inputs, num_layers=6, dilation=dilation, scale=scale)
+    assert_close(output, expected, atol=1e-14, rtol=0)
+    assert_close(state[0], expected_state[0], atol=1e-14, rtol=0)
+    assert_close(state[1], expected_state[1], atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
+def test_gradients_are_exact(k, dilation, length):
+    inputs = random_inputs(k, min(length, 4), requires_grad=True)
+    scale = torch.tensor([2.0, 0, 2.0, 2.0], dtype=torch.float64).expand(2, 4)[:, :, None]
+
+    def run(*tensors):
+        named = dict(zip(inputs, tensors, strict=True))
+        output, state, aux = call(
+            named, num_layers=3, dilation=dilation, output_size=2, aux_every=2, hidden_scale=scale
+        )
+        return output, *state, *aux
+
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+
+
+def test_output_is_the_last_channels_and_aux_counts_from_the_bottom():
+    inputs = random_inputs(2, 5)
+    full, state, aux = call(inputs, num_layers=6, dilation=(1,), output_size=4, aux_every=2)
+    part, _, none = call(inputs, num_layers=6, dilation=(1,), output_size=3)
+    assert torch.equal(part, full[:, :, 1:])
+    assert none == []
+    assert len(aux) == 3
+    assert torch.equal(aux[-1], full)  # 6 is a multiple of 2
+    shallow, _, _ = call(inputs, num_layers=4, dilation=(1,), output_size=4)
+    assert torch.equal(aux[1], shallow)
+    assert torch.equal(state[0], full[:, -1])
+
+
+def test_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, got 'fast'"):
+        call(random_inputs(2, 3), num_layers=1, dilation=(1,), output_size=4, backend="fast")
+    assert ops.resolve("auto") in ops.BACKENDS

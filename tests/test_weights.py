@@ -1,0 +1,152 @@
+"""The authors' files: what loads, what is refused and with which words. Numbers are in test_conformance.py."""
+
+import os
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+
+import cases
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
+
+
+def model(**options):
+    settings = {"vocab_size": 20, "embedding_size": 4, "hidden_size": 7, "num_layers": 3, "output_size": 4} | options
+    return TrellisLanguageModel(**{"weight_norm": False} | settings)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "weights.pkl"
+    save_weights(model(), path)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("options", [{}, {"weight_norm": True}, {"tied": False, "output_size": 3}])
+def test_round_trip(tmp_path, legacy, options):
+    first, second = model(**options), model(**options)
+    save_weights(first, tmp_path / "w.pkl", legacy=legacy)
+    load_weights(second, tmp_path / "w.pkl")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pkl"]  # no temporary file is left
+
+
+def test_repeated_tensors_are_written_once(tmp_path):
+    module = model(vocab_size=5000)
+    save_weights(module, tmp_path / "w.pkl")
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    assert (tmp_path / "w.pkl").stat().st_size < 1.1 * size
+    state = authors_state_dict(module)
+    assert state["decoder.weight"].data_ptr() == state["encoder.weight"].data_ptr()
+
+
+def test_files_without_the_repeated_names_load(tmp_path):
+    module = model()
+    torch.save({n: p.detach() for n, p in parameter_map(module).items()}, tmp_path / "w.pkl")
+    other = model()
+    load_weights(other, tmp_path / "w.pkl")
+    assert torch.equal(other.core.weight_h, module.core.weight_h)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_size": 5, "output_size": 5}, r"encoder.weight has shape \(20, 4\), .* \(20, 5\); pass --emsize 4"),
+        ({"vocab_size": 21}, r"encoder.weight has shape \(20, 4\), .* \(21, 4\); the file knows 20 words, the data 21"),
+        ({"hidden_size": 9}, r"full_conv.bias2 has shape \(28,\), .* \(36,\); pass --nhid 3"),
+        ({"kernel_size": 3}, r"weight1_raw has shape \(28, 4, 2\), .* \(28, 4, 3\); pass --ksize 2"),
+        ({"weight_norm": True}, r"has no tnet.module.full_conv.weight1_g; .* pass --no-wnorm"),
+        ({"tied": False}, None),
+    ],
+)
+def test_what_does_not_fit_names_tensor_shapes_and_flag(saved, options, message):
+    module = model(**options)
+    before = [p.detach().clone() for p in module.parameters()]
+    if message is None:  # a tied file fits an untied model: it holds both matrices
+        load_weights(module, saved)
+        return
+    with pytest.raises(ValueError, match=message):
+        load_weights(module, saved)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
+
+
+def test_more_that_does_not_fit(tmp_path):
+    save_weights(model(weight_norm=True), tmp_path / "wn.pkl")
+    with pytest.raises(UserError, match=r"trained with weight normalisation; pass --wnorm"):
+        load_weights(model(), tmp_path / "wn.pkl")
+    save_weights(model(tied=False), tmp_path / "untied.pkl")
+    with pytest.raises(UserError, match=r"decoder.weight differs from encoder.weight, .* pass --no-tied"):
+        load_weights(model(), tmp_path / "untied.pkl")
+    with pytest.raises(UserError, match="mixture of softmaxes"):
+        load_weights(cases.load("lm_plain_k2_tied").model(), cases.FIXTURES / "lm_mos_tied_plain.pkl")
+    with pytest.raises(UserError, match="of another model or task"):
+        load_weights(model(), cases.FIXTURES / "pixel_1ch.pkl")
+    with pytest.raises(ValueError, match="init_tail: only a split softmax"):
+        load_weights(model(), tmp_path / "wn.pkl", init_tail=True)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", ["torch", "legacy", "pickle"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, writer):
+    path, trap = tmp_path / "bad.pkl", tmp_path / "trap"
+    content = OrderedDict({"encoder.weight": Bomb(trap)})
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    with pytest.raises(UserError, match="damaged" if writer == "pickle" else "pickled object.*refused"):
+        load_weights(model(), path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickled_whole_model_is_refused_with_an_explanation(tmp_path, legacy):
+    torch.save(model(), tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"holds a pickled object \(a whole model\?\).*state_dict"):
+        load_weights(model(), tmp_path / "model.pt")
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path, saved):
+    content = saved.read_bytes()
+    legacy = tmp_path / "legacy.pkl"
+    save_weights(model(), legacy, legacy=True)
+    old = legacy.read_bytes()
+    bad = {
+        "empty": b"", "text": b"hello world\n" * 50, "zeros": bytes(4096), "half": content[: len(content) // 2],
+        "half-legacy": old[: len(old) // 2], "tail": old[:-5],
+    }  # fmt: skip
+    for name, damaged in bad.items():
+        path = tmp_path / name
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}: not weights in the authors' layout"):
+            load_weights(model(), path)
+    with pytest.raises(UserError, match="nothing.pkl: no such file"):
+        load_weights(model(), tmp_path / "nothing.pkl")
+    torch.save({"format": 1, "step": 3}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="continued with --resume"):
+        load_weights(model(), tmp_path / "last.pt")
+
+
+def test_values_that_are_no_numbers_are_refused(tmp_path):
+    module = model()
+    with torch.no_grad():
+        module.core.weight_h[3, 2, 1] = float("nan")
+    save_weights(module, tmp_path / "w.pkl")
+    with pytest.raises(UserError, match="weight2_raw holds values that are not finite"):
+        load_weights(model(), tmp_path / "w.pkl")
+    state = authors_state_dict(model())
+    state["network.0.module.full_conv.bias2"] = state["network.0.module.full_conv.bias2"] + 1
+    torch.save(state, tmp_path / "differ.pkl")
+    with pytest.raises(UserError, match="should be one tensor but differ"):
+        load_weights(model(), tmp_path / "differ.pkl")
