@@ -163,9 +163,7 @@ class TrellisNet(nn.Module):
             masks: explicit masks, or None to draw in training mode.
         """
         kernel = getattr(self, f"{name}_v" if self.weight_norm else name)
-        kernel = drop_connect(
-            kernel, self.weight_dropout, self.temporal_weight_dropout, self.training, masks, name
-        )
+        kernel = drop_connect(kernel, self.weight_dropout, self.temporal_weight_dropout, self.training, masks, name)
         return weight_norm(kernel, getattr(self, f"{name}_g")) if self.weight_norm else kernel
 
     def forward(
@@ -212,9 +210,7 @@ class TrellisNet(nn.Module):
             dilation=self.dilation,
             output_size=self.output_size,
             aux_every=aux_every,
-            hidden_scale=dropout_scale(
-                x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"
-            ),
+            hidden_scale=dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
             backend=self.backend,
         )
         return TrellisOutput(output, state, aux)

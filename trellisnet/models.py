@@ -5,7 +5,6 @@ Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -85,9 +84,7 @@ class TrellisLanguageModel(nn.Module):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if tied and output_size != embedding_size:
-            raise ValueError(
-                f"output_size: tied weights need embedding_size = {embedding_size}, got {output_size}"
-            )
+            raise ValueError(f"output_size: tied weights need embedding_size = {embedding_size}, got {output_size}")
         self.vocab_size = vocab_size
         self.tied = tied
         self.embedding_dropout = check_rate("embedding_dropout", embedding_dropout)
@@ -99,18 +96,14 @@ class TrellisLanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, embedding_size, **factory)
         nn.init.uniform_(self.embedding.weight, -INIT_RANGE, INIT_RANGE)
         self.core = TrellisNet(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
-        self.head = LinearSoftmax(
-            output_size, vocab_size, weight=self.embedding.weight if tied else None, **factory
-        )
+        self.head = LinearSoftmax(output_size, vocab_size, weight=self.embedding.weight if tied else None, **factory)
 
     def embed(self, tokens: Tensor, masks: Masks | None = None) -> Tensor:
         """Token ids (N, L) → embedded and dropped input (N, L, E)."""
         weight = self.embedding.weight
         padding_idx = self.vocab_size - 1 if self.freeze_last_embedding else None
         x = F.embedding(tokens, weight, padding_idx=padding_idx)  # (N, L, E)
-        words = dropout_scale(
-            weight, (self.vocab_size, 1), self.embedding_dropout, self.training, masks, "embedding"
-        )
+        words = dropout_scale(weight, (self.vocab_size, 1), self.embedding_dropout, self.training, masks, "embedding")
         if words is not None:
             x = x * F.embedding(tokens, words)  # the look-up of a scaled matrix, without building it
         channels = (x.size(0), 1, x.size(2))

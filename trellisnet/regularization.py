@@ -81,9 +81,7 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
 
 
-def drop_connect(
-    weight: Tensor, p: float, temporal: bool, training: bool, masks: Masks | None, name: str
-) -> Tensor:
+def drop_connect(weight: Tensor, p: float, temporal: bool, training: bool, masks: Masks | None, name: str) -> Tensor:
     """DropConnect on a kernel (rows, in, k) (Appendix B.1, "recurrent weight dropout").
 
     With `temporal` only the older taps 0 … k−2 are dropped, never the newest: they are what a recurrent network calls

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 import re
+import struct
 import tempfile
 import warnings
 import zipfile
@@ -62,10 +63,12 @@ def load(path: str | os.PathLike, what: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected {what}")
     try:
-        with warnings.catch_warnings(action="ignore"):  # remarks on how the file was written are not the user's concern
-            return torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")  # noqa: SIM115 (closed by the with below)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        with file, warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
             raise UserError(
@@ -73,8 +76,8 @@ def load(path: str | os.PathLike, what: str) -> Any:
                 "refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and load those."
             ) from e
         raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            AssertionError, zipfile.BadZipFile) as e:  # fmt: skip
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
+            AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile) as e:  # fmt: skip
         # What torch raises on damaged input is not documented; these are the kinds seen on truncated and altered files.
         raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
 

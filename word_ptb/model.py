@@ -14,7 +14,7 @@ class Config(LanguageModelConfig):
     task: ClassVar[str] = "word_ptb"
     presets: ClassVar = {
         "default": {},
-        # Table 5, "Word-PTB (w/o MoS)"; what the table leaves out (dropouti, AR, TAR, windows) is the released script's.
+        # Table 5, "Word-PTB (w/o MoS)"; what it leaves out (dropouti, AR, TAR, windows) is the released script's.
         "paper": {
             "name": "paper", "nlevels": 55, "horizon": 55, "aux_freq": 16.0, "wdecay": 1e-6,
         },

@@ -31,13 +31,14 @@ def setup(config: Config, device: torch.device) -> tuple[LanguageModeling, Split
     sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
     try:
         rows = {split: batchify(getattr(corpus, split), sizes[split]).to(device) for split in SPLITS}
-        steps = len(task.batches(rows["train"]))
+        steps = 0 if config.eval else len(task.batches(rows["train"]))
     except ValueError as e:
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     # The authors' word-level rule: divide by 4 on a plateau while the rate is above 0.02. Their --when is never read.
     schedule = Schedule(config.lr, config.anneal, factor=4.0, floor=0.02, when=config.when)
     splits = Splits(**rows, sha256=corpus.sha256, label=corpus.label)
-    return task, splits, schedule, {"training tokens": corpus.train.numel(), "steps an epoch": steps}
+    facts = {"training tokens": corpus.train.numel(), "steps an epoch": steps}
+    return task, splits, schedule, facts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); put the text there or name its folder with --data") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror}); put it there or name its folder with --data") from e
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as e:

@@ -1,1 +1,1 @@
-"""Training: what is learned (tasks), how (engine), with which settings (config), and what is kept (checkpoint, runlog)."""
+"""Training: what is learned (tasks), how (engine), with which settings (config), what is kept (checkpoint, runlog)."""

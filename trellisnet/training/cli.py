@@ -13,7 +13,7 @@ from trellisnet import ops, weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
-from trellisnet.training.config import RunConfig, check_settings, flag_of, from_settings, parse, to_settings
+from trellisnet.training.config import RunConfig, check_settings, flag_of, from_settings, parse
 from trellisnet.training.engine import Schedule, Splits, Task, evaluate, fit
 from trellisnet.training.runlog import RunFolder, command_line, environment, write_metrics
 
@@ -46,7 +46,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         print(f"failed: {e}", file=sys.stderr)
         return EXIT_FAILED
     except _Interrupted as e:
-        print(f"interrupted; what the last checkpoint holds is continued with the same command and --resume", file=sys.stderr)
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 128 + e.signum
     return EXIT_OK
 
@@ -102,6 +102,7 @@ def _run(cls: type[RunConfig], setup: Setup, argv: list[str]) -> None:
         metrics |= _score(task, splits, config)
     else:
         folder = RunFolder(config.folder(), fresh=resumed is None, overwrite=config.overwrite)
+        print(f"run folder: {folder.path}")
         try:
             if resumed is None:
                 folder.write_config(config, {"data": splits.sha256, "corpus": splits.label})
@@ -109,7 +110,6 @@ def _run(cls: type[RunConfig], setup: Setup, argv: list[str]) -> None:
             result = fit(task, splits, config, folder, schedule, weights.save_weights, resume_from=resumed)
         finally:
             folder.close()
-        print(f"run folder: {folder.path}")
         metrics |= vars(result)
     metrics |= {key: env[key] for key in ("device", "machine", "threads", "precision", "backend")}
     metrics |= {"seed": config.seed, "torch": env["torch"]}
@@ -132,8 +132,8 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
     for name, value in given.items():
         if name not in cls.resumable and value != settings[name]:
             raise UserError(
-                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {settings[name]}; a continued "
-                "run keeps its settings: leave the flag out, or start a new run with another --out"
+                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {settings[name]}, and a "
+                "continued run keeps its settings: leave the flag out, or start a new run with another --out"
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
     settings = {**settings, "eval": False, "overwrite": False, **changed, "out": str(path.parent)}

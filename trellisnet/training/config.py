@@ -86,7 +86,7 @@ class RunConfig:
         if self.eval and self.resume:
             raise UserError("--eval and --resume exclude each other: to score a run pass --load_weight RUN/weights.pkl")
         if self.resume and self.overwrite:
-            raise UserError("--resume and --overwrite exclude each other: the one continues a run, the other deletes it")
+            raise UserError("--resume and --overwrite exclude each other: one continues a run, the other deletes it")
 
     def check_at_least(self, least: float, *names: str) -> None:
         for name in names:
@@ -96,9 +96,7 @@ class RunConfig:
     def check_rates(self, *names: str) -> None:
         for name in names:
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"{flag_of(self, name)}: expected a probability in [0, 1), got {getattr(self, name)}"
-                )
+                raise UserError(f"{flag_of(self, name)}: expected a probability in [0, 1), got {getattr(self, name)}")
 
     def torch_device(self) -> torch.device:
         """The device to run on.
@@ -166,7 +164,8 @@ class LanguageModelConfig(RunConfig):
             raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
         if self.tied and self.nout != self.emsize:
             raise UserError(
-                f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; change one or pass --no-tied"
+                f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; "
+                "change one or pass --no-tied"
             )
         if self.aux > 0:
             if self.aux_freq != int(self.aux_freq) or self.aux_freq < 1:

@@ -113,9 +113,7 @@ def bar(iterable: Iterable | None = None, total: int | None = None, **options: A
 def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, Any]:
     """Score one split: `Task.evaluate` with the score added, and `partial` if it was cut short."""
     limit = config.max_eval_tokens or None
-    result = task.evaluate(
-        data, max_tokens=limit, progress=lambda it, total: bar(it, total, desc=name, unit="window")
-    )
+    result = task.evaluate(data, max_tokens=limit, progress=lambda it, total: bar(it, total, desc=name, unit="window"))
     if not math.isfinite(result["loss"]):
         raise RunError(f"the {name} loss is {result['loss']}")
     result[task.score_name] = task.score(result["loss"])

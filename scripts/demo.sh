@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Train a tiny TrellisNet for a few minutes and print its perplexities.
+# usage: bash scripts/demo.sh [--data DIR] [any flag of word_ptb/train.py]
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+use_venv ""
+
+data=()
+case " $* " in
+*" --data "* | *" --data="*) ;; # the caller's choice
+*)
+    if [ ! -f "$ROOT/data/penn/train.txt" ]; then
+        echo "NOTICE: no Penn Treebank in data/penn (train.txt, valid.txt, test.txt);"
+        echo "NOTICE: training on a small synthetic corpus instead. Its perplexities mean nothing beyond it."
+        data=(--data synthetic)
+    fi
+    ;;
+esac
+"$PY" "$ROOT/word_ptb/train.py" --preset tiny --out "$ROOT/runs/demo" --overwrite "${data[@]}" "$@"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Check style and run the tests. usage: bash scripts/test.sh [any argument of pytest]
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+use_venv dev
+
+cd "$ROOT"
+"$PY" -m ruff check .
+"$PY" -m ruff format --check .
+"$PY" -m pytest -q "$@"

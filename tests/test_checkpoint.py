@@ -1,0 +1,74 @@
+"""Files that are whole or not there, and reading them back."""
+
+import os
+
+import pytest
+import torch
+
+from trellisnet import serialization
+from trellisnet.errors import UserError
+from trellisnet.training import checkpoint
+
+
+def content(**changes):
+    keys = checkpoint._KEYS - {"format"}
+    return {**dict.fromkeys(keys), "model": {"w": torch.arange(3)}, "rng": checkpoint.rng_state(), **changes}
+
+
+def test_round_trip_and_format(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", content(step=7))
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert loaded["format"] == checkpoint.FORMAT
+    assert loaded["step"] == 7
+    assert torch.equal(loaded["model"]["w"], torch.arange(3))
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", content())
+    expected = torch.rand(5)
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "last.pt")["rng"])
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_other_formats_are_refused(tmp_path):
+    torch.save({"format": 99}, tmp_path / "later.pt")
+    with pytest.raises(UserError, match="checkpoint format 99, this version reads format 1"):
+        checkpoint.load(tmp_path / "later.pt")
+    torch.save({"format": checkpoint.FORMAT, "model": {}}, tmp_path / "part.pt")
+    with pytest.raises(UserError, match="or a damaged one"):
+        checkpoint.load(tmp_path / "part.pt")
+    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "weights.pkl")
+    with pytest.raises(UserError, match="loaded with --load_weight"):
+        checkpoint.load(tmp_path / "weights.pkl")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_files_are_refused(tmp_path, keep):
+    checkpoint.save(tmp_path / "last.pt", content())
+    whole = (tmp_path / "last.pt").read_bytes()
+    end = int(len(whole) * keep) if isinstance(keep, float) else keep
+    (tmp_path / "last.pt").write_bytes(whole[:end])
+    with pytest.raises(UserError, match=r"last.pt: not a checkpoint of a run"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write():
+        with serialization.atomic_write(path) as file:
+            file.write(b"ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_files_get_ordinary_permissions(tmp_path):
+    with serialization.atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    (tmp_path / "plain").write_bytes(b"x")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode

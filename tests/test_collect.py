@@ -1,0 +1,91 @@
+"""scripts/collect.py: what is quoted, and what must not be."""
+
+import importlib.util
+import json
+
+import pytest
+
+from trellisnet.training.config import PROJECT
+
+spec = importlib.util.spec_from_file_location("collect", PROJECT / "scripts" / "collect.py")
+collect = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(collect)
+
+METRICS = {
+    "task": "word_ptb", "preset": "small", "command": "python word_ptb/train.py --preset small", "version": "0.1.0",
+    "commit": "0123456789ab", "params": 123456, "data": "f" * 64, "corpus": "Penn Treebank", "epochs": 2, "steps": 20,
+    "best_epoch": 2, "complete": True, "valid": {"loss": 4.8, "ppl": 121.51, "tokens": 73044},
+    "test": {"loss": 4.7, "ppl": 109.95, "tokens": 81720}, "seconds": 3600.0, "device": "cpu", "machine": "CPU, 2 cores",
+    "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111, "torch": "2.13.0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    def write(**changes):
+        folder = tmp_path / "results" / "one"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(METRICS | changes))
+        epochs = [
+            {
+                "event": "epoch",
+                "epoch": i,
+                "lr": 20.0,
+                "train_score": 300 / i,
+                "valid_score": 250 / i,
+                "seconds": 60 * i,
+            }
+            for i in (1, 2)
+        ]
+        lines = [json.dumps({"event": "train", "loss": 5}), *map(json.dumps, epochs)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "log.txt").write_text("epoch   1  lr 20  train ppl 300.00\ntest ppl 109.95\n")
+        (tmp_path / "README.md").write_text("hello\n")
+        return tmp_path
+
+    return write
+
+
+def test_a_result_is_written_with_everything_it_needs(root):
+    folder = root()
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    for quoted in ("109.95", "121.51", "56.97", "`python word_ptb/train.py --preset small`", "0123456789ab", "CPU, 2 cores",
+                   "1111", "Penn Treebank", "| 2 | 20 | 150.00 | 125.00 | 2.0 |", "60 minutes"):  # fmt: skip
+        assert quoted in text
+    assert collect.main(["--root", str(folder), "--check"]) == 0
+    (folder / "RESULTS.md").write_text(text.replace("109.95", "99.95"))
+    assert collect.main(["--root", str(folder), "--check"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"complete": False}, "not a complete run"),
+        ({"epochs": 3}, "not a complete run"),
+        ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
+        ({"commit": "0123456789ab-dirty"}, "the code of the run was not committed"),
+        ({"commit": None}, "the code of the run was not committed"),
+    ],
+)
+def test_what_is_no_result_is_refused(root, capsys, changes, message):
+    folder = root(**changes)
+    assert collect.main(["--root", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "RESULTS.md").exists()
+
+
+def test_the_demos_output_is_quoted_in_readme(root):
+    folder = root()
+    (folder / "results" / "one").rename(folder / "results" / collect.QUOTED)
+    (folder / "README.md").write_text(f"before\n{collect.BEGIN}\nold\n{collect.END}\nafter\n")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    assert "test ppl 109.95" in text
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+
+
+def test_what_is_committed_is_what_the_logs_give():
+    assert collect.main(["--check"]) == 0

@@ -1,0 +1,138 @@
+"""Settings: flags, presets, files, and what is refused."""
+
+import json
+
+import pytest
+
+from trellisnet.errors import UserError
+from trellisnet.training.config import PROJECT, build_parser, flag_of, parse, to_settings
+from word_ptb.model import Config
+
+
+def config(*argv):
+    return parse(Config, argv)[0]
+
+
+def test_defaults_are_the_authors_released_ones():
+    c = config()
+    released = {
+        "emsize": 400, "nhid": 1000, "nout": 400, "lr": 20, "clip": 0.225, "epochs": 500, "batch_size": 16,
+        "nlevels": 58, "horizon": 58, "dropout": 0.45, "dropouti": 0.45, "wdrop": 0.5, "emb_dropout": 0.1,
+        "dropouth": 0.28, "wdecay": 1.2e-6, "tied": True, "seed": 1111, "anneal": 10, "cuda": True, "wnorm": False,
+        "temporalwdrop": True, "optim": "SGD", "repack": False, "eval": False, "alpha": 2, "beta": 1, "aux": 0.05,
+        "aux_freq": 12, "seq_len": 110, "log_interval": 100, "when": [-1], "ksize": 2, "dilation": [1],
+        "eval_batch_size": 12, "name": "Trellis_wordPTB", "load": "", "load_weight": "",
+    }  # fmt: skip
+    assert {name: getattr(c, name) for name in released} == released
+
+
+def test_every_flag_is_spelled_as_theirs():
+    flags = {flag for action in build_parser(Config)._actions for flag in action.option_strings}
+    theirs = """data name emsize nhid nout lr clip epochs batch_size nlevels horizon dropout dropouti wdrop emb_dropout
+    dropouth wdecay tied seed anneal cuda wnorm temporalwdrop optim repack eval alpha beta aux aux_freq seq_len
+    log-interval when ksize dilation load load_weight""".split()
+    assert {f"--{name}" for name in theirs} <= flags
+    assert flag_of(Config, "log_interval") == "--log-interval"
+
+
+def test_values_of_every_kind():
+    c = config(
+        "--nhid", "7", "--wnorm", "--no-tied", "--dilation", "1", "2", "4", "--when", "-1", "--aux_freq", "12.0",
+        "--log-interval", "5", "--optim", "Adam", "--lr=2e-3", "--resume",
+    )  # fmt: skip
+    assert (c.nhid, c.wnorm, c.tied, c.dilation, c.when) == (7, True, False, [1, 2, 4], [-1])
+    assert (c.aux_freq, c.log_interval, c.optim, c.lr, c.resume) == (12, 5, "Adam", 2e-3, "last.pt")
+
+
+def test_flag_over_file_over_preset_over_default(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"settings": {"preset": "tiny", "nlevels": 9, "epochs": 3}}))
+    c = config("--config", str(path), "--epochs", "4")
+    assert (c.epochs, c.nlevels, c.emsize, c.lr) == (4, 9, Config.presets["tiny"]["emsize"], 20)
+    assert config("--config", str(path), "--preset", "paper", "--aux", "0").emsize == 400
+
+
+def test_settings_survive_json(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(to_settings(config("--preset", "small", "--dilation", "1", "2"))))
+    again = config("--config", str(path))
+    assert (again.dilation, again.emsize) == ([1, 2], Config.presets["small"]["emsize"])
+
+
+def test_lists_are_not_shared_between_configurations():
+    config().dilation.append(9)
+    assert config().dilation == [1]
+
+
+def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert config().data_folder() == str(PROJECT / "data" / "penn")
+    assert config("--data", "mine").data_folder() == "mine"
+    assert config("--data", "synthetic").data_folder() == "synthetic"
+    assert config().folder() == PROJECT / "runs" / "word_ptb" / "Trellis_wordPTB"
+    assert config("--preset", "small").folder().name == "small"
+    assert str(config("--out", "x").folder()) == "x"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nlevel", "3"], "unknown argument --nlevel; did you mean --nlevels?"),
+        (["--nlevels", "many"], "argument --nlevels: invalid int value: 'many'; see --help"),
+        (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
+        (["--backend", "fast"], "argument --backend: invalid choice: 'fast'"),
+        (["--nlevels", "0"], "--nlevels: expected at least 1, got 0"),
+        (["--ksize", "1"], "--ksize: expected at least 2, got 1"),
+        (["--dilation", "0"], r"--dilation: expected integers ≥ 1, got [0]"),
+        (["--dropout", "1.0"], "--dropout: expected a probability in [0, 1), got 1.0"),
+        (["--dropouth", "nan"], "--dropouth: expected a probability in [0, 1), got nan"),
+        (["--lr", "nan"], "--lr: expected at least 0, got nan"),
+        (["--lr", "inf"], "--lr: expected at least 0, got inf"),
+        (["--nout", "300"], "--nout 300: tied weights need --nout equal to --emsize 400"),
+        (["--aux_freq", "12.5"], "--aux_freq 12.5: expected a whole number of layers"),
+        (["--aux_freq", "59"], "--aux_freq 59: larger than --nlevels 58"),
+        (["--seq_len", "58"], "--seq_len 58: must be larger than --horizon 58"),
+        (["--seq_len", "20", "--repack"], "--seq_len 20: with --repack expected 0 or more than --horizon 58"),
+        (["--log-interval", "0"], "--log-interval: expected at least 1, got 0"),
+        (["--load", "m.pt"], "--load m.pt: a pickled whole model can run any code"),
+        (["--eval", "--resume"], "--eval and --resume exclude each other"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--config", "nothing.json"], "--config nothing.json: cannot be read"),
+    ],
+)
+def test_what_makes_no_sense_is_named(argv, message):
+    with pytest.raises(UserError) as e:
+        config(*argv)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"nlevls": 3}', "unknown setting 'nlevls'"),
+        ('{"nlevels": "3"}', "nlevels expects int, got '3'"),
+        ('{"wnorm": 1}', "wnorm expects bool, got 1"),
+        ('{"nlevels": true}', "nlevels expects int, got True"),
+        ('{"dilation": [1, 0.5]}', "dilation expects list, got [1, 0.5]"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(UserError) as e:
+        config("--config", str(path))
+    assert message in str(e.value)
+
+
+def test_integers_pass_for_floats_in_files(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"lr": 5}')
+    assert config("--config", str(path)).lr == 5.0
+
+
+def test_a_gap_that_only_training_minds_is_allowed_for_scoring():
+    assert config("--eval", "--seq_len", "0").seq_len == 0
+    assert config("--aux", "0", "--aux_freq", "1e4").aux_freq == 1e4

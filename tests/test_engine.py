@@ -1,0 +1,185 @@
+"""The engine, driven with a task of its own: it must not know language models."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from trellisnet.errors import RunError, UserError
+from trellisnet.training import checkpoint
+from trellisnet.training.config import RunConfig
+from trellisnet.training.engine import Schedule, Splits, fit, make_optimizer
+from trellisnet.training.runlog import RunFolder
+
+
+class Regression:
+    """Fit a line with noise injected, so that the random number generator matters."""
+
+    score_name = "rmse"
+
+    def __init__(self, spoil_at=None):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1)).double()
+        self.spoil_at, self.calls = spoil_at, 0
+
+    def batches(self, data):
+        return [(data[i : i + 10],) for i in range(0, len(data), 10)]
+
+    def size(self, batch):
+        return len(batch[0])
+
+    def _error(self, x):
+        return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def loss(self, x, state=None):
+        self.calls += 1
+        loss = self._error(x) + (0 if state is None else 0 * state[0].sum())
+        if self.calls == self.spoil_at:
+            loss = loss * math.nan
+        return {"loss": loss, "raw": loss}, (x[-1],)
+
+    @torch.no_grad()
+    def evaluate(self, data, *, max_tokens=None, progress=None):
+        self.model.eval()
+        return {"loss": self._error(data).item(), "tokens": len(data)}
+
+    @staticmethod
+    def score(loss):
+        return math.sqrt(loss)
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    task = "regression"
+
+
+def splits(sha256="abc"):
+    generator = torch.Generator().manual_seed(1)
+    train, valid, test = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (60, 20, 20))
+    return Splits(train, valid, test, sha256=sha256, label="line")
+
+
+def run(path, *, resume=None, task=None, sha256="abc", schedule=None, **options):
+    config = Config(**{"epochs": 4, "lr": 0.05, "clip": 1.0, "log_interval": 2} | options)
+    task = task or Regression()
+    torch.manual_seed(1)
+    content = checkpoint.load(path / resume) if resume else None
+    folder = RunFolder(path, fresh=resume is None)
+    said = []
+    try:
+        result = fit(
+            task, splits(sha256), config, folder, schedule or Schedule(config.lr),
+            lambda model, file: torch.save(model.state_dict(), file), resume_from=content, say=said.append,
+        )  # fmt: skip
+    finally:
+        folder.close()
+    return task, result, said
+
+
+@pytest.mark.parametrize("optim", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_resumed_after_epochs_it_ends_bit_equal(tmp_path, optim):
+    whole, result, _ = run(tmp_path / "whole", optim=optim)
+    run(tmp_path / "parts", optim=optim, epochs=1)
+    run(tmp_path / "parts", optim=optim, epochs=3, resume="last.pt")
+    parts, again, _ = run(tmp_path / "parts", optim=optim, epochs=4, resume="last.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert (result.test, result.best_epoch, result.steps) == (again.test, again.best_epoch, again.steps)
+
+
+def test_resumed_within_an_epoch_it_ends_bit_equal(tmp_path):
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", max_steps=8)
+    assert checkpoint.load(tmp_path / "parts" / "last.pt")["batch"] == 2
+    run(tmp_path / "parts", resume="last.pt")
+    a, b = (checkpoint.load(tmp_path / p / "last.pt") for p in ("whole", "parts"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert a["step"] == b["step"] == 24
+
+
+def test_what_a_run_leaves_and_says(tmp_path):
+    _, result, said = run(tmp_path / "run")
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {"log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl"}
+    assert result.complete
+    assert (result.epochs, result.steps) == (4, 24)
+    assert result.test["rmse"] == pytest.approx(math.sqrt(result.test["loss"]))
+    assert [line.split()[:2] for line in said[:4]] == [["epoch", str(i)] for i in range(1, 5)]
+    assert said[-1].startswith("test rmse ")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "epoch 1 window 2/6 step 2 lr 0.05 loss " in log
+
+
+def test_the_model_ends_with_the_best_weights(tmp_path):
+    # A rate that grows every epoch spoils what was learned: the best epoch is not the last.
+    schedule = Schedule(0.05, anneal=1, factor=0.02)
+    task, result, _ = run(tmp_path / "run", epochs=8, schedule=schedule, optim="Adam")
+    history = checkpoint.load(tmp_path / "run" / "last.pt")["schedule"]["history"]
+    assert result.best_epoch == 1 + history.index(min(history))
+    assert result.best_epoch < 8
+    best = checkpoint.load(tmp_path / "run" / "best.pt")["model"]
+    assert all(torch.equal(task.model.state_dict()[k], best[k]) for k in best)
+    assert result.valid["loss"] == min(history)
+
+
+def test_max_steps_counts_all_updates_and_marks_the_run(tmp_path):
+    _, result, _ = run(tmp_path / "run", max_steps=8)
+    assert (result.steps, result.epochs, result.complete) == (8, 1, False)
+
+
+def test_resume_on_other_data_is_refused(tmp_path):
+    run(tmp_path / "run", epochs=1)
+    with pytest.raises(UserError, match="the data differ from those the run was started on"):
+        run(tmp_path / "run", resume="last.pt", sha256="xyz")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(RunError, match=r"training loss became nan by step 8 .*last good checkpoint is .*last.pt"):
+        run(tmp_path / "run", task=Regression(spoil_at=8))
+    kept = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert kept["epoch"] == 1
+    assert all(torch.isfinite(p).all() for p in kept["model"].values())
+    with pytest.raises(RunError, match="no checkpoint had been written yet"):
+        run(tmp_path / "early", task=Regression(spoil_at=1))
+
+
+def test_a_full_disk_fails_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path / "run", epochs=1)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trellisnet.serialization.os.fsync", full)
+    with pytest.raises(RunError, match=r"could not be written \(No space left on device\).*--resume"):
+        run(tmp_path / "run", resume="last.pt")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_schedule_divides_on_a_plateau_above_the_floor():
+    schedule = Schedule(20.0, anneal=2, factor=4.0, floor=0.02)
+    rates = [schedule.step(i, loss) for i, loss in enumerate([5.0, 4.0, 4.5, 4.9, 4.1, 4.2, 3.0], start=1)]
+    # "Older than 2 epochs" leaves 5.0 to epoch 4; from epoch 5 on it holds the 4.0 that epochs 5 and 6 exceed.
+    assert rates == [20, 20, 20, 20, 5, 1.25, 1.25]
+    low = Schedule(0.02, anneal=1, factor=4.0, floor=0.02, history=[1.0, 1.0])
+    assert low.step(3, 9.0) == 0.02
+
+
+def test_schedule_divides_by_ten_after_given_epochs():
+    schedule = Schedule(1.0, when=[2, 3])
+    assert [schedule.step(i, 1.0) for i in (1, 2, 3, 4)] == pytest.approx([1.0, 0.1, 0.01, 0.01])
+    assert Schedule(1.0, when=[-1]).step(1, 1.0) == 1.0
+
+
+def test_weight_decay_and_rate_reach_the_optimiser():
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim="Adam", lr=0.5, wdecay=0.1))
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Optimizer", "Sgd", "lr_scheduler"])
+def test_optimisers_that_cannot_be_used_are_named(name):
+    with pytest.raises(UserError, match=f"--optim {name}: .*use SGD or Adam"):
+        make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim=name))

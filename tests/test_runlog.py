@@ -1,0 +1,61 @@
+"""The run folder and what it refuses."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from trellisnet.errors import UserError
+from trellisnet.training.runlog import RunFolder, command_line, environment, write_metrics
+from word_ptb.model import Config
+
+
+def test_an_earlier_run_is_never_overwritten_unasked(tmp_path):
+    first = RunFolder(tmp_path / "run", fresh=True)
+    first.log("one")
+    first.close()
+    with pytest.raises(UserError, match="holds an earlier run; continue it with --resume, replace it with --over"):
+        RunFolder(tmp_path / "run", fresh=True)
+    again = RunFolder(tmp_path / "run", fresh=False)
+    again.log("two")
+    again.close()
+    assert (tmp_path / "run" / "log.txt").read_text() == "one\ntwo\n"
+    RunFolder(tmp_path / "run", fresh=True, overwrite=True).close()
+    assert (tmp_path / "run" / "log.txt").read_text() == ""
+
+
+def test_overwrite_deletes_runs_only(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis.tex, which no run wrote"):
+        RunFolder(tmp_path, fresh=True, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another folder with --out"):
+        RunFolder(tmp_path / "file" / "run", fresh=True)
+    with pytest.raises(UserError, match=r"--metrics .*: cannot be written"):
+        write_metrics(tmp_path / "nowhere" / "m.json", {})
+
+
+def test_what_is_written(tmp_path):
+    folder = RunFolder(tmp_path / "run", fresh=True)
+    folder.write_config(Config(), {"data": "abc"})
+    folder.record("epoch", loss=1.5)
+    folder.log_head("python x.py", environment(torch.device("cpu")), {"parameters": 5})
+    folder.close()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["task"] == "word_ptb"
+    assert config["settings"]["nlevels"] == 58
+    assert config["data"] == "abc"
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text()) == {"event": "epoch", "loss": 1.5}
+    head = (tmp_path / "run" / "log.txt").read_text()
+    assert f"# torch: {torch.__version__}\n" in head
+    assert "# parameters: 5\n" in head
+    assert f"{os.cpu_count()} cores" in head
+
+
+def test_commands_are_quoted_for_a_shell():
+    assert command_line("word_ptb/train.py", ["--out", "a b"]) == "python word_ptb/train.py --out 'a b'"

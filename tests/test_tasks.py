@@ -1,0 +1,195 @@
+"""Windows, losses and evaluation of language modelling."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.training.tasks import LanguageModeling
+
+
+def task(num_layers=3, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(
+        20, 4, 7, num_layers, output_size=4, weight_norm=False, dtype=dtype, output_dropout=options.pop("dropout", 0.0)
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.4)
+    return LanguageModeling(model, **{"horizon": 5, "seq_len": 12} | options)
+
+
+def rows(n=2, length=40):
+    return torch.randint(20, (n, length), generator=torch.Generator().manual_seed(4))
+
+
+def starts(windows):
+    return [(start, inputs.size(1)) for start, inputs, _ in windows]
+
+
+def quiet(**options):
+    with warnings.catch_warnings(action="ignore"):
+        return task(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "expected"),
+    [
+        ({}, True, [(0, 12), (7, 12), (14, 12), (21, 12), (28, 11)]),
+        ({}, False, [(0, 12), (7, 12), (14, 12), (21, 12), (28, 11)]),
+        ({"seq_len": 4}, False, [(0, 5), (5, 5), (10, 5), (15, 5), (20, 5), (25, 5), (30, 5), (35, 4)]),
+        ({"seq_len": 0, "repackage": True, "horizon": 16}, True, [(0, 16), (16, 16), (32, 7)]),
+        ({"seq_len": 0, "repackage": True, "horizon": 16}, False, [(0, 16), (16, 16), (32, 7)]),
+        ({"repackage": True}, True, [(0, 12), (7, 12), (14, 12), (21, 12), (28, 11)]),
+        ({"repackage": True}, False, [(0, 5), (5, 5), (10, 5), (15, 5), (20, 5), (25, 5), (30, 5), (35, 4)]),
+    ],
+)
+def test_windows(options, training, expected):
+    data = rows()
+    windows = list(quiet(**options).windows(data, training))
+    assert starts(windows) == expected
+    for start, inputs, targets in windows:
+        assert torch.equal(inputs, data[:, start : start + inputs.size(1)])
+        assert torch.equal(targets, data[:, start + 1 : start + 1 + inputs.size(1)])
+
+
+def test_windows_with_nothing_to_score_are_skipped():
+    assert starts(task().windows(rows(length=20))) == [(0, 12), (7, 12)]
+    assert starts(task().windows(rows(length=7))) == [(0, 6)]
+    assert starts(task().windows(rows(length=6))) == []
+    with pytest.raises(ValueError, match="rows of 6 tokens hold no window"):
+        task().evaluate(rows(length=6))
+    with pytest.raises(ValueError, match="rows of 6 tokens hold no window"):
+        task().batches(rows(length=6))
+
+
+def test_the_authors_counts_on_penn_treebank():
+    """Scored tokens and windows of their loops, from the stream lengths alone (semantics of the released scripts)."""
+    word = task(horizon=58, seq_len=110)
+    splits = ((929_589, 16, 1117, 928_640), (73_760, 12, None, 73_044), (82_430, 12, None, 81_720))
+    for tokens, n, windows, scored in splits:
+        lengths = [i.size(1) for _, i, _ in word.windows(torch.zeros(n, tokens // n, dtype=torch.int64))]
+        assert sum(length - 58 for length in lengths) * n == scored
+        assert windows is None or (len(lengths), lengths[-1]) == (windows, 66)
+    char = task(horizon=140, seq_len=0, repackage=True)
+    for tokens, windows, scored in ((399_782, 286, 399_770), (449_945, 322, 449_930)):
+        lengths = [i.size(1) for _, i, _ in char.windows(torch.zeros(10, tokens // 10, dtype=torch.int64), False)]
+        assert (len(lengths), sum(lengths) * 10) == (windows, scored)
+
+
+def test_a_scored_token_sees_its_whole_receptive_field():
+    """With horizon ≥ num_layers its log-probability does not depend on how the windows lie."""
+    data = rows(length=60)
+    short, long = task(horizon=3, seq_len=12), task(horizon=3, seq_len=60)
+    assert short.evaluate(data)["loss"] == pytest.approx(long.evaluate(data)["loss"], abs=1e-12)
+
+
+def test_loss_terms():
+    t = task(aux_weight=0.5, aux_every=2, alpha=2.0, beta=3.0)
+    data = rows(length=13)
+    losses, state = t.loss(data[:, :-1], data[:, 1:])
+    out = t.model(data[:, :-1], aux_every=2)
+    scored, targets = slice(5, None), data[:, 6:]
+    assert state is None
+    assert_close(losses["raw"], t.model.loss(out.output[:, scored], targets))
+    assert_close(losses["aux"], 0.5 * t.model.loss(out.aux[0][:, scored], targets))
+    assert_close(losses["alpha"], 2 * out.output[:, scored].pow(2).mean())
+    assert_close(losses["beta"], 3 * (out.raw_output[:, 6:] - out.raw_output[:, 5:-1]).pow(2).mean())
+    assert_close(losses["loss"], losses["raw"] + losses["aux"] + losses["alpha"] + losses["beta"])
+    assert all(value.dim() == 0 for value in losses.values())
+
+
+@pytest.mark.parametrize("aux_weight", [0.0, -1.0])
+def test_terms_that_are_off_are_zero_but_there(aux_weight):
+    data = rows(length=13)
+    losses, _ = task(aux_weight=aux_weight, aux_every=2).loss(data[:, :-1], data[:, 1:])
+    assert [losses[k].item() for k in ("aux", "alpha", "beta")] == [0, 0, 0]
+    assert torch.equal(losses["loss"], losses["raw"])
+
+
+def test_a_last_window_with_one_scored_position_has_a_finite_loss():
+    data = rows(length=7)
+    losses, _ = task(beta=1.0, alpha=1.0).loss(data[:, :-1], data[:, 1:])
+    assert math.isfinite(losses["loss"].item())
+    with pytest.raises(ValueError, match="a window of 5 tokens holds nothing to score"):
+        task().loss(data[:, :5], data[:, 1:6])
+
+
+def test_loss_takes_the_rule_of_the_models_mode():
+    t = quiet(repackage=True)  # history windows in training, plain ones in evaluation
+    data = rows(length=6)
+    t.model.train()
+    with pytest.raises(ValueError, match="nothing to score"):
+        t.loss(data[:, :-1], data[:, 1:])
+    t.model.eval()
+    losses, _ = t.loss(data[:, :-1], data[:, 1:])
+    assert_close(losses["raw"], t.model.loss(t.model(data[:, :-1]).output, data[:, 1:]))
+
+
+def test_repackaging_carries_a_detached_state():
+    t, data = task(seq_len=0, repackage=True), rows(length=11)
+    _, state = t.loss(data[:, :5], data[:, 1:6])
+    assert [part.requires_grad for part in state] == [False, False]
+    losses, _ = t.loss(data[:, 5:10], data[:, 6:11], state)
+    fresh, _ = t.loss(data[:, 5:10], data[:, 6:11])
+    assert losses["loss"] != fresh["loss"]
+
+
+def test_evaluate_is_the_token_weighted_mean_and_puts_the_mode_back():
+    t, data = task(seq_len=0, repackage=True, horizon=16, dropout=0.5), rows()
+    t.model.train()
+    result = t.evaluate(data)
+    assert t.model.training
+    t.model.eval()
+    state, parts = None, []
+    for _, inputs, targets in t.windows(data, training=False):
+        out = t.model(inputs, state)
+        state = out.state
+        parts.append(t.model.loss(out.output, targets, reduction="none").flatten())
+    assert result["tokens"] == 78
+    assert result["loss"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-12)
+    t.evaluate(data)
+    assert not t.model.training
+
+
+def test_evaluate_can_stop_early_and_report_progress():
+    seen = []
+
+    def progress(windows, total):
+        seen.append(total)
+        return windows
+
+    assert task().evaluate(rows(), max_tokens=20, progress=progress)["tokens"] == 28  # two windows of 2 × 7
+    assert seen == [5]
+
+
+def test_the_overlap_of_repackaged_history_windows_is_warned_of():
+    with pytest.warns(UserWarning, match="training windows overlap by 5 positions"):
+        task(repackage=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 0}, "horizon: expected at least 1, got 0"),
+        ({"seq_len": -1}, "seq_len: expected 0 or more, got -1"),
+        ({"aux_weight": 0.1}, "aux_every: expected a number of layers"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        task(**options)
+
+
+@pytest.mark.parametrize("seq_len", [0, 5])
+def test_history_mode_needs_windows_longer_than_the_horizon(seq_len):
+    with pytest.raises(ValueError, match=f"seq_len: history mode needs seq_len > horizon = 5, got {seq_len}"):
+        list(task(seq_len=seq_len).windows(rows()))
+
+
+def test_perplexity():
+    assert task().score(math.log(50)) == pytest.approx(50)
+    assert task().score(1e6) == math.inf

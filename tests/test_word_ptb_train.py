@@ -1,0 +1,268 @@
+"""word_ptb from the command line: training, scoring, resuming, and every kind of complaint."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import cases
+from trellisnet.models import count_parameters
+from trellisnet.training.config import PROJECT
+from trellisnet.weights import load_weights, save_weights
+from word_ptb import data
+from word_ptb.model import Config, build_model
+from word_ptb.train import main
+
+SMALL = """--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 4 --aux_freq 2 --epochs 2
+--lr 5 --log-interval 10""".split()
+PENN = PROJECT / "data" / "penn"
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, lines in (("train", 60), ("valid", 20), ("test", 20)):
+        (folder / f"{split}.txt").write_text("the cat sat on the mat\n a dog ran off \n" * lines)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, text, capsys):
+    """Runs main; gives exit code, standard output, standard error and the metrics (or None)."""
+
+    def call(*argv, out="run"):
+        metrics = tmp_path / "metrics.json"
+        metrics.unlink(missing_ok=True)
+        argv = [*SMALL, "--data", text, "--out", tmp_path / out, "--metrics", metrics, *argv]
+        code = main([str(a) for a in argv])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err, json.loads(metrics.read_text()) if metrics.exists() else None
+
+    return call
+
+
+def test_train_score_and_the_files_it_leaves(run, tmp_path):
+    code, out, err, metrics = run()
+    assert (code, err) == (0, "")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl",
+    }  # fmt: skip
+    wanted = "task preset command version commit params data epochs steps best_epoch complete valid test seconds"
+    assert set(f"{wanted} device threads precision backend seed".split()) <= metrics.keys()
+    assert metrics["complete"]
+    assert metrics["epochs"] == 2
+    assert metrics["backend"] == "reference"
+    assert metrics["test"]["ppl"] < 12
+    assert re.search(r"own corpus: [\d,]+ parameters, 720 training tokens, \d+ steps an epoch", out)
+    assert len(re.findall(r"^epoch +\d.* valid ppl", out, re.M)) == 2
+
+    code, out, err, scored = run("--eval", "--load_weight", tmp_path / "run" / "weights.pkl", out="unused")
+    assert (code, err) == (0, "")
+    assert scored["valid"] == metrics["valid"]
+    assert scored["test"] == metrics["test"]
+    assert not (tmp_path / "unused").exists()  # scoring leaves no run folder
+
+
+def test_resume_goes_on_to_the_same_weights(run, tmp_path):
+    whole = run()
+    run("--epochs", "1", out="parts")
+    code, _, err, parts = run("--epochs", "2", "--resume", out="parts")
+    assert (code, err) == (0, "")
+    weights = [torch.load(tmp_path / out / "weights.pkl", weights_only=True) for out in ("run", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert parts["test"] == whole[3]["test"]
+    code, _, err, _ = run("--lr", "7", "--resume", out="parts")
+    assert code == 2
+    assert "--lr 7.0: the run in" in err
+    assert "was started with 5.0" in err
+    code, _, err, _ = run("--resume", out="nowhere")
+    assert code == 2
+    assert "last.pt: no such file; expected a checkpoint" in err
+
+
+def test_resume_needs_no_flag_but_the_folder(run, tmp_path):
+    run("--epochs", "1")
+    assert main(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
+    elsewhere = str(tmp_path / "run" / "last.pt")
+    assert main(["--resume", elsewhere, "--epochs", "3"]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines if '"event": "epoch"' in line] == [1, 2, 3]
+
+
+def test_seeds_decide_and_nothing_else_does(run, tmp_path):
+    results = [run("--seed", seed, out=name)[3]["test"] for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
+def test_limits_mark_the_result_partial(run):
+    _, out, _, metrics = run("--max_steps", "3", "--max_eval_tokens", "50")
+    assert (metrics["steps"], metrics["complete"]) == (3, False)
+    assert metrics["test"]["partial"]
+    assert metrics["test"]["tokens"] >= 50
+    assert "(partial)" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--wnorm",
+        "--no-tied --nout 5",
+        "--repack --seq_len 0",
+        "--optim Adam --lr 0.01",
+        "--ksize 3 --dilation 1 2",
+        "--no-temporalwdrop --wdrop 0.3",
+        "--aux 0",
+        "--alpha 0 --beta 0",
+    ],
+)
+def test_flags_train(run, flags):
+    code, _, err, metrics = run(*flags.split(), "--epochs", "1")
+    assert (code, err) == (0, "")
+    assert metrics["test"]["ppl"] < 40
+
+
+def test_authors_weights_are_scored_as_they_would_be(tmp_path, capsys):
+    """A trajectory's final weights on its own evaluation stream, written out as text."""
+    case = cases.load("traj_sgd_history")
+    stream, rows = case.arrays["eval_stream"], case.meta["config"]["eval_batch"]
+    folder = tmp_path / "text"
+    folder.mkdir()
+    count = case.config["ntoken"]
+    # The training text names the words in the order of their ids; the stream's last token is the end of its one line.
+    vocabulary = [f"w{i}" for i in range(count)]
+    vocabulary[int(stream[-1])] = "<eos>"
+    (folder / "train.txt").write_text(" ".join(vocabulary) + "\n")
+    for split in ("valid", "test"):
+        (folder / f"{split}.txt").write_text(" ".join(vocabulary[i] for i in stream[:-1]) + "\n")
+    c = case.config
+    argv = f"""--data {folder} --emsize {c["ninp"]} --nhid {c["nhid"]} --nout {c["nout"]} --nlevels {c["nlevels"]}
+    --horizon 10 --seq_len 24 --aux 0 --eval_batch_size {rows} --batch_size 1 --eval
+    --load_weight {case.file(".final.pkl")} --metrics {tmp_path / "m.json"}"""
+    assert main(argv.split()) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert result["valid"]["loss"] == pytest.approx(case.scalar("eval_loss_final"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "nowhere"], "error: nowhere: no such folder"),
+        (["--nlevel", "3"], "error: unknown argument --nlevel; did you mean --nlevels?"),
+        (["--optim", "Sgd"], "error: --optim Sgd: no such optimiser in torch.optim"),
+        (["--device", "warp"], "error: --device warp: not usable here"),
+        (["--batch_size", "9999"], "error: the corpus is too short for these settings"),
+        (["--seq_len", "400", "--horizon", "399", "--batch_size", "8"], "error: the corpus is too short"),
+        (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
+        (["--load", "model.pt"], "error: --load model.pt: a pickled whole model"),
+        (["--metrics", "/nowhere/m.json", "--max_steps", "1"], "error: --metrics /nowhere/m.json: cannot be written"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
+    code, _, err, _ = run(*argv)
+    assert code == 2
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
+    save_weights(build_model(Config(emsize=8, nhid=5, nout=8, nlevels=3), 10), tmp_path / "w.pkl")
+    code, _, err, _ = run("--load_weight", tmp_path / "w.pkl", "--eval")
+    assert code == 2
+    assert "pass --nhid 5" in err
+
+
+def test_an_earlier_run_is_kept(run, tmp_path):
+    run("--epochs", "1")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    code, _, err, _ = run("--epochs", "1")
+    assert code == 2
+    assert "--resume" in err
+    assert "--overwrite" in err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert run("--epochs", "1", "--overwrite")[0] == 0
+
+
+def test_a_diverging_run_fails_with_exit_code_one(run):
+    code, _, err, _ = run("--lr", "1e38", "--clip", "0")
+    assert code == 1
+    assert re.match(r"failed: the (training|valid) loss (became|is) (nan|inf)", err)
+
+
+@pytest.mark.parametrize("how", [["word_ptb/train.py"], ["-m", "word_ptb.train"]])
+def test_both_ways_to_start_it_from_elsewhere(tmp_path, how):
+    how = [str(PROJECT / how[0])] if len(how) == 1 else how
+    done = subprocess.run(
+        [sys.executable, *how, *SMALL, "--data", "synthetic", "--out", "here", "--max_steps", "2"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")  # no progress bar where there is no terminal
+    assert (tmp_path / "here" / "weights.pkl").is_file()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_with_their_code_and_name_the_way_on(tmp_path, signum, code):
+    command = [sys.executable, str(PROJECT / "word_ptb" / "train.py"), *SMALL, "--data", "synthetic", "--epochs", "99"]
+    with subprocess.Popen([*command, "--out", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "--resume" in err
+    assert "Traceback" not in err
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    assert e.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--nlevels" in shown
+    assert "default: 58" in shown
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_the_papers_size(preset):
+    config = Config(**Config.presets[preset])
+    assert count_parameters(build_model(config, 10_000)) == 24_175_600
+
+
+def test_the_synthetic_corpus_loads():
+    corpus = data.load("synthetic")
+    assert corpus.label == "synthetic"
+    assert corpus.train.numel() > 50_000
+
+
+@pytest.mark.skipif(not PENN.is_dir(), reason="needs Penn Treebank in data/penn")
+def test_penn_treebank_is_what_everyone_counts():
+    corpus = data.load(PENN)
+    assert corpus.label == data.PTB_LABEL
+    assert [s.numel() for s in (corpus.train, corpus.valid, corpus.test)] == [929_589, 73_760, 82_430]
+    words = corpus.vocabulary
+    assert len(words) == 10_000
+    expected = {0: "aer", 1: "banknote", 23: "wachter", 24: "<eos>", 25: "pierre", 26: "<unk>", 27: "N", 28: "years"}
+    assert {i: words[i] for i in expected} == expected
+    assert words[29] == "old"
+    assert words[9999] == "unilab"
+    unk = words.index("<unk>")
+    assert [(s == unk).sum().item() for s in (corpus.train, corpus.valid, corpus.test)] == [45_020, 3_485, 4_794]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PENN.is_dir(), reason="needs Penn Treebank in data/penn")
+def test_the_paper_configuration_trains(tmp_path):
+    argv = f"--preset paper --out {tmp_path / 'run'} --max_steps 2 --max_eval_tokens 600 --metrics {tmp_path / 'm'}"
+    assert main(argv.split()) == 0
+    metrics = json.loads((tmp_path / "m").read_text())
+    assert metrics["params"] == 24_175_600
+    assert metrics["steps"] == 2
+    model = build_model(Config(**Config.presets["paper"]), 10_000)
+    load_weights(model, tmp_path / "run" / "weights.pkl")
