@@ -15,8 +15,8 @@ METRICS = {
     "task": "word_ptb", "preset": "small", "command": "python word_ptb/train.py --preset small", "version": "0.1.0",
     "commit": "0123456789ab", "params": 123456, "data": "f" * 64, "corpus": "Penn Treebank", "epochs": 2, "steps": 20,
     "best_epoch": 2, "complete": True, "valid": {"loss": 4.8, "ppl": 121.51, "tokens": 73044},
-    "test": {"loss": 4.7, "ppl": 109.95, "tokens": 81720}, "seconds": 3600.0, "device": "cpu", "machine": "CPU, 2 cores",
-    "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111, "torch": "2.13.0",
+    "test": {"loss": 4.7, "ppl": 109.95, "tokens": 81720}, "seconds": 3600.0, "device": "cpu",
+    "machine": "CPU, 2 cores", "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111, "torch": "2.13.0",
 }  # fmt: skip
 
 
@@ -26,16 +26,9 @@ def root(tmp_path):
         folder = tmp_path / "results" / "one"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(METRICS | changes))
+        epoch = {"event": "epoch", "lr": 20.0}
         epochs = [
-            {
-                "event": "epoch",
-                "epoch": i,
-                "lr": 20.0,
-                "train_score": 300 / i,
-                "valid_score": 250 / i,
-                "seconds": 60 * i,
-            }
-            for i in (1, 2)
+            epoch | {"epoch": i, "train_score": 300 / i, "valid_score": 250 / i, "seconds": 60 * i} for i in (1, 2)
         ]
         lines = [json.dumps({"event": "train", "loss": 5}), *map(json.dumps, epochs)]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -50,9 +43,9 @@ def test_a_result_is_written_with_everything_it_needs(root):
     folder = root()
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
-    for quoted in ("109.95", "121.51", "56.97", "`python word_ptb/train.py --preset small`", "0123456789ab", "CPU, 2 cores",
-                   "1111", "Penn Treebank", "| 2 | 20 | 150.00 | 125.00 | 2.0 |", "60 minutes"):  # fmt: skip
-        assert quoted in text
+    quoted = ["109.95", "121.51", "56.97", f"`{METRICS['command']}`", "0123456789ab", "CPU, 2 cores", "1111"]
+    for part in [*quoted, "Penn Treebank", "| 2 | 20 | 150.00 | 125.00 | 2.0 |", "60 minutes"]:
+        assert part in text
     assert collect.main(["--root", str(folder), "--check"]) == 0
     (folder / "RESULTS.md").write_text(text.replace("109.95", "99.95"))
     assert collect.main(["--root", str(folder), "--check"]) == 1

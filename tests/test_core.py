@@ -233,3 +233,27 @@ def test_streaming_is_refused():
     for call in (lambda n: n.init_stream(2), lambda n: n.stream(x_of(), None), lambda n: n.step(x_of()[:, 0], None)):
         with pytest.raises(ValueError, match="streaming is not available"):
             call(net())
+
+
+def test_low_precision_runs_and_stays_in_its_dtype():
+    module, x = net(dtype=torch.float32, weight_norm=True), x_of(dtype=torch.float32)
+    exact = module(x).output
+    module.to(torch.bfloat16)
+    out = module(x.bfloat16())
+    assert out.output.dtype == out.state[1].dtype == torch.bfloat16
+    assert_close(out.output.float(), exact, atol=0.05, rtol=0)
+
+
+def test_wrapped_in_distributed_data_parallel_it_trains(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module, x = net(weight_norm=True, weight_dropout=0.3), x_of()
+        plain = copy.deepcopy(module)
+        wrapped = nn.parallel.DistributedDataParallel(module)
+        for runner in (wrapped, plain):
+            torch.manual_seed(0)
+            runner(x).output.sum().backward()
+        for a, b in zip(module.parameters(), plain.parameters(), strict=True):
+            assert_close(a.grad, b.grad)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -15,7 +15,13 @@ from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, check_settings, flag_of, from_settings, parse
 from trellisnet.training.engine import Schedule, Splits, Task, evaluate, fit
-from trellisnet.training.runlog import RunFolder, command_line, environment, write_metrics
+from trellisnet.training.runlog import (
+    RunFolder,
+    check_metrics_path,
+    command_line,
+    environment,
+    write_metrics,
+)
 
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
@@ -81,6 +87,8 @@ def _run(cls: type[RunConfig], setup: Setup, argv: list[str]) -> None:
     resumed = None
     if config.resume:
         config, resumed = _resume(cls, config, given)
+    if config.metrics:
+        check_metrics_path(config.metrics)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

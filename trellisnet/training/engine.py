@@ -115,7 +115,10 @@ def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, A
     limit = config.max_eval_tokens or None
     result = task.evaluate(data, max_tokens=limit, progress=lambda it, total: bar(it, total, desc=name, unit="window"))
     if not math.isfinite(result["loss"]):
-        raise RunError(f"the {name} loss is {result['loss']}")
+        raise RunError(
+            f"the {name} loss is {result['loss']}; no checkpoint of these weights was written, an earlier one is kept; "
+            "lower --lr or --clip"
+        )
     result[task.score_name] = task.score(result["loss"])
     if limit:
         result["partial"] = True
@@ -143,7 +146,7 @@ class Trainer:
         folder: RunFolder,
         schedule: Schedule,
         save_weights: Callable[[nn.Module, Any], None],
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = tqdm.write,
     ):
         self.task, self.splits, self.config, self.folder, self.schedule = task, splits, config, folder, schedule
         self.save_weights = save_weights
@@ -354,7 +357,7 @@ def fit(
     save_weights: Callable[[nn.Module, Any], None],
     *,
     resume_from: dict[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tqdm.write,
 ) -> Result:
     """Train `task` to the end of the run and score it.
 
@@ -362,7 +365,7 @@ def fit(
         task, splits, config, folder, schedule: see :class:`Trainer`.
         save_weights: writes the best epoch's weights (weights.pkl).
         resume_from: a checkpoint to continue from.
-        say: prints a line for the user.
+        say: prints a line for the user; the default keeps clear of the progress bar.
 
     Returns:
         validation and test results of the epoch with the best validation loss.

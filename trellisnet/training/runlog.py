@@ -63,6 +63,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def check_metrics_path(path: str | os.PathLike) -> None:
+    """Raise UserError now rather than after hours of training if the metrics file could not be written."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise UserError(f"--metrics {path}: cannot be written; name a file in a folder that exists and is writable")
+
+
 def write_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
     """Write one JSON object, atomically.
 
