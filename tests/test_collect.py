@@ -16,7 +16,8 @@ METRICS = {
     "commit": "0123456789ab", "params": 123456, "data": "f" * 64, "corpus": "Penn Treebank", "epochs": 2, "steps": 20,
     "best_epoch": 2, "complete": True, "valid": {"loss": 4.8, "ppl": 121.51, "tokens": 73044},
     "test": {"loss": 4.7, "ppl": 109.95, "tokens": 81720}, "seconds": 3600.0, "device": "cpu",
-    "machine": "CPU, 2 cores", "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111, "torch": "2.13.0",
+    "machine": "CPU, 2 cores", "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111,
+    "torch": "2.13.0",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
 from trellisnet.training.runlog import RunFolder
 
-FIRST_STEPS = 10  # after so many steps the time of an epoch can be told
+FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
 _UNUSABLE = {"LBFGS": "needs to evaluate the loss several times a step", "SparseAdam": "needs sparse gradients"}
 
 
@@ -125,6 +125,28 @@ def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, A
     return result
 
 
+class _Meter:
+    """Loss, tokens and time since it was made. The loss stays on the device until it is asked for."""
+
+    def __init__(self, device: torch.device):
+        self.started = self.shown = time.monotonic()
+        self.steps = self.tokens = 0
+        self._total = torch.zeros((), device=device)
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        self._total += loss.detach() * tokens
+        self.tokens += tokens
+        self.steps += 1
+
+    def loss(self) -> float:
+        self.shown = time.monotonic()
+        return self._total.item() / self.tokens
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
 class Trainer:
     """One training run. :func:`fit` is the way in.
 
@@ -226,9 +248,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr
         parameters = list(model.parameters())
+        meter = _Meter(parameters[0].device)
+        told = self.epoch > 0
         progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="window")
-        recent, recent_tokens, clock = torch.zeros((), device=parameters[0].device), 0, time.monotonic()
-        epoch_clock, first = clock, self.batch
         with progress:
             for batch in batches[self.batch :]:
                 if self._stopped():
@@ -241,26 +263,29 @@ class Trainer:
                 self.optimizer.step()
                 self.batch += 1
                 self.step += 1
-                size = task.size(batch)
-                recent += losses["raw"].detach() * size
-                recent_tokens += size
+                meter.add(losses["raw"], task.size(batch))
+                if not told and (meter.steps == FIRST_STEPS or meter.seconds > FIRST_SECONDS):
+                    told = True
+                    self._tell_duration(meter.seconds / meter.steps * len(batches))
                 progress.update()
-                if self.batch - first == FIRST_STEPS:
-                    self._announce((time.monotonic() - epoch_clock) / FIRST_STEPS, len(batches))
                 if self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped():
-                    self._log_steps(recent.item(), recent_tokens, time.monotonic() - clock, progress, len(batches))
-                    recent.zero_()
-                    recent_tokens, clock = 0, time.monotonic()
+                    self._log_steps(meter, len(batches))
+                    meter = _Meter(parameters[0].device)
+                elif not progress.disable and meter.shown + 1 < time.monotonic():
+                    progress.set_postfix_str(self._figures(meter))
         return self.batch == len(batches)
 
-    def _announce(self, seconds_a_step: float, steps: int) -> None:
-        epoch = seconds_a_step * steps
+    def _tell_duration(self, epoch: float) -> None:
         left = epoch * (self.config.epochs - self.epoch)
-        if self.epoch == 0:
-            self.say(f"about {_duration(epoch)} an epoch, {_duration(left)} for all, evaluation aside")
+        self.say(f"about {_duration(epoch)} an epoch, {_duration(left)} for all, evaluation aside")
 
-    def _log_steps(self, total: float, tokens: int, seconds: float, progress: tqdm, steps: int) -> None:
-        loss = total / tokens
+    def _figures(self, meter: "_Meter") -> str:
+        """Loss, score, rate and speed since the last log line.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        loss = meter.loss()
         if not math.isfinite(loss):
             last = self.folder.file("last.pt")
             kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
@@ -268,19 +293,18 @@ class Trainer:
                 f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, window {self.batch}); "
                 f"{kept}; lower --lr or --clip"
             )
-        self.running["raw"] += total
-        self.running["tokens"] += tokens
-        self.running["seconds"] += seconds
-        name, score = self.task.score_name, self.task.score(loss)
-        rate = tokens / seconds
-        progress.set_postfix_str(f"loss {loss:.3f}, {name} {score:.2f}, lr {self.schedule.lr:g}, {rate:,.0f} tok/s")
-        self.folder.log(
-            f"epoch {self.epoch + 1} window {self.batch}/{steps} step {self.step} lr {self.schedule.lr:g} "
-            f"loss {loss:.4f} {name} {score:.2f} {rate:.0f} tok/s"
-        )
+        score = f"{self.task.score_name} {self.task.score(loss):.2f}"
+        return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {meter.tokens / meter.seconds:,.0f} tok/s"
+
+    def _log_steps(self, meter: "_Meter", steps: int) -> None:
+        figures, loss = self._figures(meter), meter.loss()
+        self.folder.log(f"epoch {self.epoch + 1} window {self.batch}/{steps} step {self.step} {figures}")
         self.folder.record(
             "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, loss=loss
         )
+        self.running["raw"] += loss * meter.tokens
+        self.running["tokens"] += meter.tokens
+        self.running["seconds"] += meter.seconds
 
     def _end_epoch(self, finished: bool) -> None:
         """Validate, remember the best, anneal, write the checkpoints."""
