@@ -7,7 +7,7 @@ from torch.testing import assert_close
 import cases
 from trellisnet.data.corpus import batchify
 from trellisnet.training.config import RunConfig
-from trellisnet.training.engine import make_optimizer
+from trellisnet.training.optim import make_optimizer
 from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
 
 FORWARD = cases.names("lm_forward")

@@ -11,7 +11,8 @@ from torch import nn
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
-from trellisnet.training.engine import Schedule, Splits, fit, make_optimizer
+from trellisnet.training.engine import Splits, fit
+from trellisnet.training.optim import Schedule
 from trellisnet.training.runlog import RunFolder
 
 
@@ -157,30 +158,3 @@ def test_a_full_disk_fails_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatc
         run(tmp_path / "run", resume="last.pt")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*.tmp"))
-
-
-def test_schedule_divides_on_a_plateau_above_the_floor():
-    schedule = Schedule(20.0, anneal=2, factor=4.0, floor=0.02)
-    rates = [schedule.step(i, loss) for i, loss in enumerate([5.0, 4.0, 4.5, 4.9, 4.1, 4.2, 3.0], start=1)]
-    # "Older than 2 epochs" leaves 5.0 to epoch 4; from epoch 5 on it holds the 4.0 that epochs 5 and 6 exceed.
-    assert rates == [20, 20, 20, 20, 5, 1.25, 1.25]
-    low = Schedule(0.02, anneal=1, factor=4.0, floor=0.02, history=[1.0, 1.0])
-    assert low.step(3, 9.0) == 0.02
-
-
-def test_schedule_divides_by_ten_after_given_epochs():
-    schedule = Schedule(1.0, when=[2, 3])
-    assert [schedule.step(i, 1.0) for i in (1, 2, 3, 4)] == pytest.approx([1.0, 0.1, 0.01, 0.01])
-    assert Schedule(1.0, when=[-1]).step(1, 1.0) == 1.0
-
-
-def test_weight_decay_and_rate_reach_the_optimiser():
-    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim="Adam", lr=0.5, wdecay=0.1))
-    assert isinstance(optimizer, torch.optim.Adam)
-    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.1)
-
-
-@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Optimizer", "Sgd", "lr_scheduler"])
-def test_optimisers_that_cannot_be_used_are_named(name):
-    with pytest.raises(UserError, match=f"--optim {name}: .*use SGD or Adam"):
-        make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim=name))

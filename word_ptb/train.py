@@ -8,7 +8,8 @@ import torch
 from trellisnet.data.corpus import SPLITS, batchify
 from trellisnet.errors import UserError
 from trellisnet.training import cli
-from trellisnet.training.engine import Schedule, Splits
+from trellisnet.training.engine import Splits
+from trellisnet.training.optim import Schedule
 from trellisnet.training.tasks import LanguageModeling
 from word_ptb import data
 from word_ptb.model import Config, build_model

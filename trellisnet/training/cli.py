@@ -1,9 +1,11 @@
 """What every train.py does: settings, device, run folder, train or score, metrics file, exit code."""
 
+import contextlib
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, check_settings, flag_of, from_settings, parse
-from trellisnet.training.engine import Schedule, Splits, Task, evaluate, fit
+from trellisnet.training.engine import Splits, Task, evaluate, fit
+from trellisnet.training.optim import Schedule
 from trellisnet.training.runlog import (
     RunFolder,
     check_metrics_path,
@@ -62,22 +65,20 @@ class _Interrupted(BaseException):
         self.signum = signum
 
 
-class _signals:
-    """Turns SIGINT and SIGTERM into :class:`_Interrupted` while the program runs."""
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into :class:`_Interrupted`. Only the main thread can; elsewhere nothing changes."""
 
-    def __enter__(self):
-        def interrupt(signum, _frame):
-            raise _Interrupted(signum)
+    def interrupt(signum, _frame):
+        raise _Interrupted(signum)
 
-        self._before = {}
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[signum] = signal.signal(signum, interrupt)
-            except ValueError:  # not in the main thread, where no handler can be set
-                return
-
-    def __exit__(self, *_):
-        for signum, handler in self._before.items():
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = {signum: signal.signal(signum, interrupt) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
@@ -107,6 +108,8 @@ def _run(cls: type[RunConfig], setup: Setup, argv: list[str]) -> None:
         "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256, "corpus": splits.label,
     }  # fmt: skip
     if config.eval:
+        if not config.load_weight:
+            print("NOTICE: no --load_weight: scoring untrained weights")
         metrics |= _score(task, splits, config)
     else:
         folder = RunFolder(config.folder(), fresh=resumed is None, overwrite=config.overwrite)

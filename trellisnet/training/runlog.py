@@ -6,7 +6,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +27,15 @@ def command_line(program: str, argv: Sequence[str]) -> str:
 
 def commit() -> str | None:
     """Commit of the code, with "-dirty" if tracked files differ from it; None outside a git checkout."""
+
+    def git(*args: str) -> str:
+        run = subprocess.run(["git", *args], cwd=PROJECT, capture_output=True, text=True, check=True, timeout=10)
+        return run.stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", *args], cwd=PROJECT, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        return run("rev-parse", "--short=12", "HEAD") + ("-dirty" if run("status", "--porcelain", "-uno") else "")
+        if Path(git("rev-parse", "--show-toplevel")) != PROJECT:
+            return None  # installed inside somebody else's checkout
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -147,7 +150,3 @@ class RunFolder:
     def close(self) -> None:
         self._log.close()
         self._metrics.close()
-
-
-def stderr_is_terminal() -> bool:
-    return sys.stderr.isatty()
