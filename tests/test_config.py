@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trellisnet.errors import UserError
-from trellisnet.training.config import PROJECT, build_parser, flag_of, parse, to_settings
+from trellisnet.training.config import PROJECT, RUN_FOLDER, build_parser, flag_of, parse, to_settings
 from word_ptb.model import Config
 
 
@@ -41,7 +41,7 @@ def test_values_of_every_kind():
         "--log-interval", "5", "--optim", "Adam", "--lr=2e-3", "--resume",
     )  # fmt: skip
     assert (c.nhid, c.wnorm, c.tied, c.dilation, c.when) == (7, True, False, [1, 2, 4], [-1])
-    assert (c.aux_freq, c.log_interval, c.optim, c.lr, c.resume) == (12, 5, "Adam", 2e-3, "last.pt")
+    assert (c.aux_freq, c.log_interval, c.optim, c.lr, c.resume) == (12, 5, "Adam", 2e-3, RUN_FOLDER)
 
 
 def test_flag_over_file_over_preset_over_default(tmp_path):
@@ -68,6 +68,7 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
     monkeypatch.chdir(tmp_path)
     assert config().data_folder() == str(PROJECT / "data" / "penn")
     assert config("--data", "mine").data_folder() == "mine"
+    assert config("--data", "data/penn").data_folder() == "data/penn"
     assert config("--data", "synthetic").data_folder() == "synthetic"
     assert config().folder() == PROJECT / "runs" / "word_ptb" / "Trellis_wordPTB"
     assert config("--preset", "small").folder().name == "small"
@@ -85,9 +86,13 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
         (["--ksize", "1"], "--ksize: expected at least 2, got 1"),
         (["--dilation", "0"], r"--dilation: expected integers ≥ 1, got [0]"),
         (["--dropout", "1.0"], "--dropout: expected a probability in [0, 1), got 1.0"),
-        (["--dropouth", "nan"], "--dropouth: expected a probability in [0, 1), got nan"),
-        (["--lr", "nan"], "--lr: expected at least 0, got nan"),
-        (["--lr", "inf"], "--lr: expected at least 0, got inf"),
+        (["--dropouth", "nan"], "--dropouth: expected a finite number, got nan"),
+        (["--lr", "inf"], "--lr: expected a finite number, got inf"),
+        (["--lr", "-1"], "--lr: expected at least 0, got -1.0"),
+        (["--clip", "nan"], "--clip: expected a finite number, got nan"),
+        (["--aux_freq", "inf", "--aux", "0"], "--aux_freq: expected a finite number, got inf"),
+        (["--seed", str(2**70)], "--seed: expected less than 2**63"),
+        (["--n_experts", "3"], "unknown argument --n_experts; --help lists the flags"),
         (["--nout", "300"], "--nout 300: tied weights need --nout equal to --emsize 400"),
         (["--aux_freq", "12.5"], "--aux_freq 12.5: expected a whole number of layers"),
         (["--aux_freq", "59"], "--aux_freq 59: larger than --nlevels 58"),
@@ -117,6 +122,11 @@ def test_what_makes_no_sense_is_named(argv, message):
         ('{"wnorm": 1}', "wnorm expects bool, got 1"),
         ('{"nlevels": true}', "nlevels expects int, got True"),
         ('{"dilation": [1, 0.5]}', "dilation expects list, got [1, 0.5]"),
+        ('{"settings": 5}', "expected a JSON object"),
+        ('{"backend": "fast"}', "backend expects one of auto, reference, got 'fast'"),
+        ('{"overwrite": true}', "overwrite says what to do now; give it on the command line"),
+        ('{"lr": 1' + "0" * 400 + "}", "lr expects float"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):

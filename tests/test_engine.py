@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from trellisnet import serialization
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
 from trellisnet.training.engine import Splits, fit
-from trellisnet.training.optim import Schedule
+from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import RunFolder
 
 
@@ -60,7 +61,7 @@ class Config(RunConfig):
 def splits(sha256="abc"):
     generator = torch.Generator().manual_seed(1)
     train, valid, test = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (60, 20, 20))
-    return Splits(train, valid, test, sha256=sha256, label="line")
+    return Splits(train, valid, test, label="line", sha256=sha256, sizes=(60, 20, 20))
 
 
 def run(path, *, resume=None, task=None, sha256="abc", schedule=None, **options):
@@ -72,8 +73,9 @@ def run(path, *, resume=None, task=None, sha256="abc", schedule=None, **options)
     said = []
     try:
         result = fit(
-            task, splits(sha256), config, folder, schedule or Schedule(config.lr),
-            lambda model, file: torch.save(model.state_dict(), file), resume_from=content, say=said.append,
+            task, splits(sha256), config, folder, make_optimizer(task.model.parameters(), config),
+            schedule or Schedule(config.lr), lambda model, file: serialization.save(file, model.state_dict()),
+            command="python regression.py", resume_from=content, say=said.append,
         )  # fmt: skip
     finally:
         folder.close()
@@ -95,9 +97,12 @@ def test_resumed_within_an_epoch_it_ends_bit_equal(tmp_path):
     run(tmp_path / "parts", max_steps=8)
     assert checkpoint.load(tmp_path / "parts" / "last.pt")["batch"] == 2
     run(tmp_path / "parts", resume="last.pt")
-    a, b = (checkpoint.load(tmp_path / p / "last.pt") for p in ("whole", "parts"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert a["step"] == b["step"] == 24
+    for file in ("last.pt", "best.pt"):
+        a, b = (checkpoint.load(tmp_path / p / file) for p in ("whole", "parts"))
+        assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+        assert (a["step"], a["best"], a["schedule"]) == (b["step"], b["best"], b["schedule"])
+    weights = [torch.load(tmp_path / p / "weights.pkl", weights_only=True) for p in ("whole", "parts")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def test_what_a_run_leaves_and_says(tmp_path):
@@ -137,13 +142,11 @@ def test_resume_on_other_data_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(RunError, match=r"training loss became nan by step 8 .*last good checkpoint is .*last.pt"):
+    with pytest.raises(RunError, match=r"training loss became nan by step 8 \(epoch 2, window 2\)"):
         run(tmp_path / "run", task=Regression(spoil_at=8))
     kept = checkpoint.load(tmp_path / "run" / "last.pt")
     assert kept["epoch"] == 1
     assert all(torch.isfinite(p).all() for p in kept["model"].values())
-    with pytest.raises(RunError, match="no checkpoint had been written yet"):
-        run(tmp_path / "early", task=Regression(spoil_at=1))
 
 
 def test_a_full_disk_fails_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -154,7 +157,17 @@ def test_a_full_disk_fails_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("trellisnet.serialization.os.fsync", full)
-    with pytest.raises(RunError, match=r"could not be written \(No space left on device\).*--resume"):
+    with pytest.raises(RunError, match=r"could not be written \(No space left on device\)"):
         run(tmp_path / "run", resume="last.pt")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_run_cut_short_in_its_first_epoch_scores_what_it_has(tmp_path):
+    _, result, _ = run(tmp_path / "run", max_steps=3)
+    assert (result.best_epoch, result.epochs, result.complete) == (None, 0, False)
+    assert result.test["rmse"] > 0
+    assert (tmp_path / "run" / "weights.pkl").exists()
+    _, resumed, _ = run(tmp_path / "run", resume="last.pt")
+    _, whole, _ = run(tmp_path / "whole")
+    assert (resumed.valid, resumed.test) == (whole.valid, whole.test)

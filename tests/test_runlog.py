@@ -59,3 +59,20 @@ def test_what_is_written(tmp_path):
 
 def test_commands_are_quoted_for_a_shell():
     assert command_line("word_ptb/train.py", ["--out", "a b"]) == "python word_ptb/train.py --out 'a b'"
+
+
+def test_hidden_files_of_others_are_kept(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".last.pt.abc.tmp").write_text("left by a killed run")
+    with pytest.raises(UserError, match=r"holds \.git, which no run wrote"):
+        RunFolder(tmp_path, fresh=True, overwrite=True)
+    (tmp_path / ".git").rmdir()
+    RunFolder(tmp_path, fresh=True, overwrite=True).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl"]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
+    folder = RunFolder(tmp_path / "run", fresh=True)
+    folder.record("epoch", loss=float("inf"))
+    folder.close()
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] is None

@@ -61,6 +61,7 @@ def test_files_without_the_repeated_names_load(tmp_path):
         ({"kernel_size": 3}, r"weight1_raw has shape \(28, 4, 2\), .* \(28, 4, 3\); pass --ksize 2"),
         ({"weight_norm": True}, r"has no tnet.module.full_conv.weight1_g; .* pass --no-wnorm"),
         ({"tied": False}, None),
+        ({"tied": False, "output_size": 3, "hidden_size": 7}, r"decoder.weight .* pass --nout 4 --nhid 3"),
     ],
 )
 def test_what_does_not_fit_names_tensor_shapes_and_flag(saved, options, message):
@@ -150,3 +151,33 @@ def test_values_that_are_no_numbers_are_refused(tmp_path):
     torch.save(state, tmp_path / "differ.pkl")
     with pytest.raises(UserError, match="should be one tensor but differ"):
         load_weights(model(), tmp_path / "differ.pkl")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("encoder.weight", torch.zeros(20), "it is of another model or task"),
+        ("encoder.weight", torch.zeros(20, 4, dtype=torch.int64), "is of dtype torch.int64"),
+        ("encoder.weight", torch.zeros(20, 4, dtype=torch.complex64), "is of dtype torch.complex64"),
+        ("encoder.weight", torch.zeros(20, 4).to_sparse(), "torch.sparse_coo"),
+        (7, torch.zeros(1), "not weights in the authors' layout"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensors_of_another_kind_are_refused(tmp_path, name, tensor, message, tied):
+    state = authors_state_dict(model(tied=False))
+    state[name] = tensor
+    if tied and isinstance(name, str):
+        state["decoder.weight"] = tensor
+    torch.save(state, tmp_path / "w.pkl")
+    with pytest.raises(UserError, match=message):
+        load_weights(model(tied=tied), tmp_path / "w.pkl")
+
+
+def test_flipped_bits_in_a_zip_are_noticed(saved):
+    content = bytearray(saved.read_bytes())
+    position = content.find(model().head.bias.detach().numpy().tobytes())  # zeros: some run of them in the file
+    content[position + 5] ^= 16
+    saved.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(model(), saved)

@@ -92,8 +92,8 @@ class TrellisNet(nn.Module):
             raise ValueError(f"output_size: expected 1 to hidden_size = {hidden_size}, got {output_size}")
         if kernel_size < 2:
             raise ValueError(f"kernel_size: expected at least 2, got {kernel_size}")
-        if not dilation or min(dilation) < 1:
-            raise ValueError(f"dilation: expected one or more integers ≥ 1, got {tuple(dilation)}")
+        if not isinstance(dilation, Sequence) or not dilation or min(dilation) < 1:
+            raise ValueError(f"dilation: expected a sequence of integers ≥ 1, got {dilation!r}")
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(ops.BACKENDS)}, got {backend!r}")
         for name, value, only in (
@@ -196,6 +196,8 @@ class TrellisNet(nn.Module):
         expected = (x.size(0), self.hidden_size)
         if state is None:
             state = (x.new_zeros(expected), x.new_zeros(expected))
+        if len(state) != 2:
+            raise ValueError(f"state: expected (h, c), got {len(state)} parts")
         for name, part in zip("hc", state, strict=True):
             if tuple(part.shape) != expected:
                 raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")

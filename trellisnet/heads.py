@@ -77,6 +77,6 @@ class LinearSoftmax(nn.Module):
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if x.shape[:-1] != target.shape:
             raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
-        logits = self.logits(x.flatten(end_dim=-2))  # (positions, V)
-        loss = F.cross_entropy(logits, target.flatten(), reduction=reduction)
+        logits = self.logits(x.reshape(-1, x.size(-1)))  # (positions, V)
+        loss = F.cross_entropy(logits, target.reshape(-1), reduction=reduction)
         return loss.view(target.shape) if reduction == "none" else loss

@@ -8,6 +8,7 @@ import struct
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,14 +17,23 @@ import torch
 
 from trellisnet.errors import UserError
 
+# What torch and zipfile raise on damaged input is not documented; these are the kinds seen on altered files.
+_DAMAGE = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
+_DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on a clean exit it is flushed to disk and takes the place of `path`.
 
-    Whatever goes wrong in between, the old file stays as it was and the temporary one is removed.
+    Whatever goes wrong in between, the old file stays as it was and the temporary one is removed. Links are followed;
+    what is no regular file (a device, a pipe) is written to directly.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -60,26 +70,37 @@ def load(path: str | os.PathLike, what: str) -> Any:
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a pickle of something else than tensors.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; expected {what}")
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed by the with below)
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-    try:
-        with file, warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
-            raise UserError(
-                f"{path}: holds a pickled object (a whole model?), not {what}; opening it could run any code, so it is "
-                "refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and load those."
-            ) from e
-        raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            AssertionError, OverflowError, MemoryError, struct.error, zipfile.BadZipFile) as e:  # fmt: skip
-        # What torch raises on damaged input is not documented; these are the kinds seen on truncated and altered files.
-        raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
+    with file:
+        try:
+            _check_members(file)
+            file.seek(0)
+            with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:
+            if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
+                raise UserError(
+                    f"{path}: holds a pickled object (a whole model?), not {what}; opening it could run any code, so "
+                    "it is refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and "
+                    "load those."
+                ) from e
+            raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
+        except _DAMAGE as e:
+            raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
+
+
+def _check_members(file: BinaryIO) -> None:
+    """Compare the members of a zip container with their checksums, which torch does not; the older one has none."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def _reason(error: Exception) -> str:

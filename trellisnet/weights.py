@@ -97,10 +97,14 @@ def load_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, init_t
 
 def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
     """The file's tensors under their first names; all must be finite, and repeated ones must agree."""
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise UserError(f"{path}: not {WHAT}; checkpoints of a run (last.pt, best.pt) are continued with --resume")
     unique = {}
     for name, tensor in state.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
         first = _CORE + name.removeprefix(_CORE_AGAIN) if name.startswith(_CORE_AGAIN) else name
@@ -140,15 +144,19 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
 def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> str:
     """The first setting in which file and model differ, as the flag to change."""
     kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
-    words, embedding_size = state["encoder.weight"].shape
+    encoder, bias = state["encoder.weight"], state[_CORE + "bias2"]
+    if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % 4:
+        return "it is of another model or task"
+    words, embedding_size = encoder.shape
     if embedding_size != model.embedding.embedding_dim:
         return f"pass --emsize {embedding_size}" + (f" --nout {embedding_size}" if model.tied else "")
     if words != model.vocab_size:
         return f"the file knows {words} words, the data {model.vocab_size}: pass the --data it was trained on"
-    if kernel.dim() == 3 and kernel.size(2) != model.core.kernel_size:
+    if kernel.size(2) != model.core.kernel_size:
         return f"pass --ksize {kernel.size(2)}"
-    rows = state[_CORE + "bias2"].numel()
-    if rows != model.core.bias.numel():
-        nhid = rows // 4 - model.core.output_size
-        return f"pass --nhid {nhid}" if nhid >= 0 else "change --nhid and --nout"
-    return f"{name} is of another model"
+    nout = embedding_size if model.tied else state["decoder.weight"].size(-1)
+    nhid = bias.numel() // 4 - nout
+    flags = [] if nout == model.core.output_size else [f"--nout {nout}"]
+    if nhid != model.core.hidden_size - model.core.output_size:
+        flags.append(f"--nhid {nhid}")
+    return f"pass {' '.join(flags)}" if flags and nhid >= 0 else f"{name} is of another model"

@@ -12,6 +12,7 @@ class Config(LanguageModelConfig):
     """Train a TrellisNet on word-level Penn Treebank."""
 
     task: ClassVar[str] = "word_ptb"
+    default_data: ClassVar[str] = "data/penn"
     presets: ClassVar = {
         "default": {},
         # Table 5, "Word-PTB (w/o MoS)"; what it leaves out (dropouti, AR, TAR, windows) is the released script's.
@@ -34,7 +35,7 @@ class Config(LanguageModelConfig):
     }  # fmt: skip
 
     name: str = setting("Trellis_wordPTB", "name of the run; its folder is runs/word_ptb/<name> unless --out is given")
-    data: str = setting("data/penn", "folder with train.txt, valid.txt, test.txt; or 'synthetic'")
+    data: str = setting("", "folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here")
     optim: str = setting("SGD", "optimiser: a class of torch.optim")
     lr: float = setting(20.0, "initial learning rate")
     clip: float = setting(0.225, "gradient-norm clip; 0: none")

@@ -37,8 +37,9 @@ def setup(config: Config, device: torch.device) -> tuple[LanguageModeling, Split
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     # The authors' word-level rule: divide by 4 on a plateau while the rate is above 0.02. Their --when is never read.
     schedule = Schedule(config.lr, config.anneal, factor=4.0, floor=0.02, when=config.when)
-    splits = Splits(**rows, sha256=corpus.sha256, label=corpus.label)
-    facts = {"training tokens": corpus.train.numel(), "steps an epoch": steps}
+    tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
+    splits = Splits(**rows, label=corpus.label, sha256=corpus.sha256, sizes=tokens)
+    facts = {"training tokens": tokens[0], "words": len(corpus.vocabulary), "steps an epoch": steps}
     return task, splits, schedule, facts
 
 

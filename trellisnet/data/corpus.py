@@ -89,7 +89,7 @@ def read_splits(folder: Path) -> list[str]:
 
 
 def digest(texts: Iterable[str]) -> str:
-    """sha256 of the texts one after the other, as hexadecimal."""
+    """sha256 of the texts one after the other, as hexadecimal; blind to where one ends and the next begins."""
     total = hashlib.sha256()
     for text in texts:
         total.update(text.encode("utf-8"))

@@ -4,7 +4,8 @@ A checkpoint is a dict of tensors and plain values:
 
     format      version of this layout (`FORMAT`)
     settings    all settings of the run
-    data        sha256 of the data
+    command     the command line that started the run
+    data        what the data are (`Splits.fingerprint`)
     model       state dict
     optimizer   state dict
     schedule    learning rate and validation history
@@ -28,7 +29,7 @@ from trellisnet.errors import UserError
 
 FORMAT = 1
 _KEYS = frozenset(
-    "format settings data model optimizer schedule epoch batch carry step best seconds running rng".split()
+    "format settings command data model optimizer schedule epoch batch carry step best seconds running rng".split()
 )
 
 

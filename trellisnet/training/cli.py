@@ -1,6 +1,8 @@
 """What every train.py does: settings, device, run folder, train or score, metrics file, exit code."""
 
 import contextlib
+import os
+import shlex
 import signal
 import sys
 import threading
@@ -10,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from trellisnet import ops, weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
-from trellisnet.training.config import RunConfig, check_settings, flag_of, from_settings, parse
-from trellisnet.training.engine import Splits, Task, evaluate, fit
-from trellisnet.training.optim import Schedule
+from trellisnet.training.config import RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
+from trellisnet.training.engine import Result, Splits, Task, evaluate, fit
+from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import (
     RunFolder,
     check_metrics_path,
@@ -45,19 +48,39 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         line on standard error.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    program = _Program(cls, setup)
     try:
         with _signals():
-            _run(cls, setup, argv)
+            program.run(argv)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_USER
+        return _complain(f"error: {e}", EXIT_USER)
     except RunError as e:
-        print(f"failed: {e}", file=sys.stderr)
-        return EXIT_FAILED
+        return _complain(f"failed: {e}; {program.way_on()}", EXIT_FAILED)
+    except OSError as e:
+        return _complain(f"failed: {e.strerror} ({e.filename or program.folder}); {program.way_on()}", EXIT_FAILED)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        return _complain(f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}", EXIT_FAILED)
     except _Interrupted as e:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 128 + e.signum
+        return _complain(f"interrupted; {program.way_on()}", 128 + e.signum)
+    except SystemExit as e:  # --help
+        return e.code or EXIT_OK
     return EXIT_OK
+
+
+def _complain(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def _say(line: str) -> None:
+    """Print a line, clear of the progress bar. A reader that has gone away does not end the run."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
 
 
 class _Interrupted(BaseException):
@@ -82,52 +105,91 @@ def _signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _run(cls: type[RunConfig], setup: Setup, argv: list[str]) -> None:
-    started = time.monotonic()
-    config, given = parse(cls, argv)
-    resumed = None
-    if config.resume:
-        config, resumed = _resume(cls, config, given)
-    if config.metrics:
-        check_metrics_path(config.metrics)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    device = config.torch_device()
-    task, splits, schedule, facts = setup(config, device)
-    if config.load_weight and resumed is None:
-        weights.load_weights(task.model, config.load_weight)
+class _Program:
+    """One call of a train.py."""
 
-    facts = {"parameters": count_parameters(task.model), **facts}
-    env = environment(device) | {"backend": ops.resolve(config.backend), "precision": "fp32"}
-    shown = ", ".join(f"{value:,} {key}" for key, value in facts.items() if isinstance(value, int))
-    print(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {env['threads']} threads")
-    command = command_line(f"{config.task}/train.py", argv)
-    metrics = {
-        "task": config.task, "preset": config.preset, "command": command, "version": env["version"],
-        "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256, "corpus": splits.label,
-    }  # fmt: skip
-    if config.eval:
-        if not config.load_weight:
-            print("NOTICE: no --load_weight: scoring untrained weights")
-        metrics |= _score(task, splits, config)
-    else:
+    def __init__(self, cls: type[RunConfig], setup: Setup):
+        self.cls = cls
+        self.setup = setup
+        self.folder: Path | None = None  # of the run, once there is one
+
+    def way_on(self) -> str:
+        """What is kept and how to go on with it."""
+        if self.folder is None or not (self.folder / "last.pt").is_file():
+            return "no checkpoint had been written yet"
+        command = shlex.join(["python", f"{self.cls.task}/train.py", "--resume", str(self.folder / "last.pt")])
+        return f"the last checkpoint is kept; go on from it with: {command}"
+
+    def run(self, argv: list[str]) -> None:
+        """Parse, set up, train or score, write the metrics."""
+        started = time.monotonic()
+        config, given = parse(self.cls, argv)
+        resumed = None
+        if config.resume:
+            config, resumed = _resume(self.cls, config, given)
+        if config.metrics:
+            check_metrics_path(config.metrics, config.folder())
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        device = config.torch_device()
+        task, splits, schedule, facts = self.setup(config, device)
+        if config.load_weight and resumed is None:
+            weights.load_weights(task.model, config.load_weight)
+
+        facts = {"parameters": count_parameters(task.model), **facts}
+        env = environment(device) | {"backend": ops.resolve(config.backend), "precision": "fp32"}
+        shown = ", ".join(f"{value:,} {key}" for key, value in facts.items())
+        _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {env['threads']} threads")
+        command = command_line(f"{config.task}/train.py", argv)
+        if config.eval:
+            outcome = _score(task, splits, config)
+            outcome["seconds"] = time.monotonic() - started
+        else:
+            outcome = vars(self._train(task, splits, schedule, config, resumed, command, env, facts))
+        if config.metrics:
+            metrics = {
+                "task": config.task, "preset": config.preset, "command": resumed["command"] if resumed else command,
+                "resumed_with": command if resumed else None, "version": env["version"], "commit": env["commit"],
+                "params": facts["parameters"], "data": splits.sha256, "corpus": splits.label, **outcome,
+                **{key: env[key] for key in ("device", "machine", "threads", "precision", "backend", "torch")},
+                "seed": config.seed,
+            }  # fmt: skip
+            write_metrics(config.metrics, metrics)
+
+    def _train(
+        self,
+        task: Task,
+        splits: Splits,
+        schedule: Schedule,
+        config: RunConfig,
+        resumed: dict[str, Any] | None,
+        command: str,
+        env: dict[str, Any],
+        facts: dict[str, Any],
+    ) -> Result:
+        # Everything that can be wrong with the settings is found before an earlier run is deleted.
+        optimizer = make_optimizer(task.model.parameters(), config)
         folder = RunFolder(config.folder(), fresh=resumed is None, overwrite=config.overwrite)
-        print(f"run folder: {folder.path}")
-        try:
+        self.folder = folder.path
+        with contextlib.closing(folder):
+            _say(f"run folder: {folder.path}")
             if resumed is None:
-                folder.write_config(config, {"data": splits.sha256, "corpus": splits.label})
+                chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "backend", "precision")}
+                folder.write_config(config, {"command": command, "data": splits.sha256, **facts, **chosen})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
-            result = fit(task, splits, config, folder, schedule, weights.save_weights, resume_from=resumed)
-        finally:
-            folder.close()
-        metrics |= vars(result)
-    metrics |= {key: env[key] for key in ("device", "machine", "threads", "precision", "backend")}
-    metrics |= {"seed": config.seed, "torch": env["torch"]}
-    if config.eval:
-        metrics["seconds"] = time.monotonic() - started
-    if config.metrics:
-        write_metrics(config.metrics, metrics)
+            return fit(
+                task,
+                splits,
+                config,
+                folder,
+                optimizer,
+                schedule,
+                weights.save_weights,
+                command=resumed["command"] if resumed else command,
+                resume_from=resumed,
+                say=_say,
+            )
 
 
 def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
@@ -136,26 +198,33 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
     Raises:
         UserError: no checkpoint, or a flag that would change what the run computes.
     """
-    typed = Path(config.resume)
-    path = config.folder() / "last.pt" if config.resume == "last.pt" and not typed.is_file() else typed
+    path = config.folder() / "last.pt" if config.resume == RUN_FOLDER else Path(config.resume)
+    if config.out and path.absolute().parent != Path(config.out).absolute():
+        raise UserError(f"--out {config.out}: --resume {path} continues in its own folder; leave one of the two out")
     content = checkpoint.load(path)
+    best = path.with_name("best.pt")
+    if path.name == "last.pt" and best.is_file() and (later := checkpoint.load(best))["step"] > content["step"]:
+        content = later  # the run was killed after best.pt was written and before last.pt was
+    if not isinstance(content["settings"], dict):
+        raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")
     for name, value in given.items():
-        if name not in cls.resumable and value != settings[name]:
+        if name not in cls.resumable and value != settings.get(name):
             raise UserError(
-                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {settings[name]}, and a "
+                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {settings.get(name)}, and a "
                 "continued run keeps its settings: leave the flag out, or start a new run with another --out"
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
-    settings = {**settings, "eval": False, "overwrite": False, **changed, "out": str(path.parent)}
-    return from_settings(cls, settings), content
+    return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content
 
 
 def _score(task: Task, splits: Splits, config: RunConfig) -> dict[str, Any]:
     """Score validation and test data with the weights as they are."""
+    if not config.load_weight:
+        _say("NOTICE: no --load_weight: scoring untrained weights")
     results = {}
     for name in ("valid", "test"):
         result = results[name] = evaluate(task, getattr(splits, name), name, config)
         score = task.score_name
-        print(f"{name} {score} {result[score]:.2f}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens")
+        _say(f"{name} {score} {result[score]:.2f}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens")
     return {**results, "epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}

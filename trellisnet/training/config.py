@@ -21,6 +21,7 @@ from trellisnet import ops
 from trellisnet.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]  # relative defaults (data, runs) lie here
+RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
 def setting(default: Any, help: str, *, flag: str | None = None, choices: Sequence[str] | None = None) -> Any:
@@ -37,10 +38,12 @@ class RunConfig:
 
     task: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
-    # May differ between a run and its continuation; everything else is part of what is being computed.
-    resumable: ClassVar[frozenset[str]] = frozenset(
-        {"resume", "out", "epochs", "max_steps", "device", "cuda", "log_interval", "metrics", "overwrite", "eval"}
-        | {"max_eval_tokens", "preset", "config", "name", "threads"}
+    default_data: ClassVar[str] = ""  # folder in the project
+    # What to do now, not what to compute: taken from the command line only, never kept with a run.
+    process: ClassVar[frozenset[str]] = frozenset({"config", "out", "resume", "overwrite", "load", "eval", "metrics"})
+    # May differ between a run and its continuation (the data are compared by content).
+    resumable: ClassVar[frozenset[str]] = process | frozenset(
+        {"name", "preset", "epochs", "max_steps", "device", "cuda", "threads", "log_interval", "data"}
     )
 
     name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
@@ -54,7 +57,7 @@ class RunConfig:
     eval: bool = setting(False, "only score the validation and test data")
     metrics: str = setting("", "write one JSON object with the results to FILE")
 
-    data: str = setting("", "folder of the data, or 'synthetic'")
+    data: str = setting("", "folder of the data, or 'synthetic'; default: data/<corpus> in the project")
     seed: int = setting(1111, "seed of all random numbers")
     cuda: bool = setting(True, "use a CUDA device if there is one")
     device: str = setting("auto", "any torch device, or auto: cuda if there is one and --cuda, else cpu")
@@ -81,8 +84,13 @@ class RunConfig:
                 f"--load {self.load}: a pickled whole model can run any code when it is opened, so it is refused; save "
                 "its weights with torch.save(model.state_dict(), FILE) where it was made and pass --load_weight FILE"
             )
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag_of(self, name)}: expected a finite number, got {value}")
         self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval")
-        self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads")
+        self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if self.eval and self.resume:
             raise UserError("--eval and --resume exclude each other: to score a run pass --load_weight RUN/weights.pkl")
         if self.resume and self.overwrite:
@@ -90,7 +98,7 @@ class RunConfig:
 
     def check_at_least(self, least: float, *names: str) -> None:
         for name in names:
-            if not getattr(self, name) >= least or math.isinf(getattr(self, name)):
+            if getattr(self, name) < least:
                 raise UserError(f"{flag_of(self, name)}: expected at least {least}, got {getattr(self, name)}")
 
     def check_rates(self, *names: str) -> None:
@@ -109,7 +117,7 @@ class RunConfig:
             wanted = "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(wanted)
-            torch.empty(1, device=device)
+            torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as e:
             raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
         return device
@@ -120,10 +128,7 @@ class RunConfig:
 
     def data_folder(self) -> str:
         """Where the data are: "synthetic", what the user typed, or the default folder in the project."""
-        default = {f.name: f.default for f in dataclasses.fields(self)}["data"]
-        if self.data == default and self.data != "synthetic":
-            return str(PROJECT / self.data)
-        return self.data
+        return self.data or str(PROJECT / self.default_data)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -168,7 +173,7 @@ class LanguageModelConfig(RunConfig):
                 "change one or pass --no-tied"
             )
         if self.aux > 0:
-            if self.aux_freq != int(self.aux_freq) or self.aux_freq < 1:
+            if not self.aux_freq.is_integer() or self.aux_freq < 1:
                 raise UserError(f"--aux_freq {self.aux_freq}: expected a whole number of layers ≥ 1")
             if self.aux_freq > self.nlevels:
                 raise UserError(
@@ -219,7 +224,7 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.name == "resume":
-            options |= {"nargs": "?", "const": "last.pt", "metavar": "FILE"}
+            options |= {"nargs": "?", "const": RUN_FOLDER, "metavar": "FILE"}
         elif field.name == "preset":
             options["choices"] = list(cls.presets)
         elif isinstance(kind, types.GenericAlias):
@@ -244,7 +249,7 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.8)
         raise UserError(
             f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
         )
@@ -273,26 +278,32 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"--config {path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"--config {path}: not JSON ({e})") from e
+    if isinstance(content, dict):
+        content = content.get("settings", content)
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a JSON object of settings")
-    content = content.get("settings", content)
     return check_settings(cls, content, f"--config {path}")
 
 
 def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) -> dict[str, Any]:
     """`content` with every name known and every value of its setting's type, or UserError."""
     hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     checked = {}
     for name, value in content.items():
-        if name not in names:
+        if name not in fields:
             raise UserError(f"{where}: unknown setting {name!r}")
+        if name in cls.process:
+            raise UserError(f"{where}: {name} says what to do now; give it on the command line")
         kind = hints[name]
         plain = list if isinstance(kind, types.GenericAlias) else kind
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
             value = float(value)
+        choices = fields[name].metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{where}: {name} expects one of {', '.join(choices)}, got {value!r}")
         fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
         if plain is list:
             fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
@@ -303,5 +314,5 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
 
 
 def to_settings(config: RunConfig) -> dict[str, Any]:
-    """All settings as plain values, for JSON and checkpoints."""
-    return dataclasses.asdict(config)
+    """The settings of a run as plain values, for JSON and checkpoints: all but those about this process only."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in config.process}

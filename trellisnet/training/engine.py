@@ -13,7 +13,7 @@ from tqdm import tqdm
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
-from trellisnet.training.optim import Schedule, make_optimizer
+from trellisnet.training.optim import Schedule
 from trellisnet.training.runlog import RunFolder
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
@@ -34,13 +34,22 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The data of a run in the form that the task takes; `sha256` and `label` say what they are."""
+    """The data of a run in the form that the task takes.
+
+    `label`, `sha256` and `sizes` (of train, valid and test, in the task's units) say what they are.
+    """
 
     train: Any
     valid: Any
     test: Any
-    sha256: str
     label: str
+    sha256: str
+    sizes: tuple[int, int, int]
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """Equal for equal data: the digest alone does not see where one split ends and the next begins."""
+        return [self.sha256, *self.sizes]
 
 
 @dataclass
@@ -62,15 +71,16 @@ def bar(iterable: Iterable | None = None, total: int | None = None, **options: A
 
 
 def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, Any]:
-    """Score one split: `Task.evaluate` with the score added, and `partial` if it was cut short."""
+    """Score one split: `Task.evaluate` with the score added, and `partial` if it was cut short.
+
+    Raises:
+        RunError: the loss or the score is not finite.
+    """
     limit = config.max_eval_tokens or None
     result = task.evaluate(data, max_tokens=limit, progress=lambda it, total: bar(it, total, desc=name, unit="window"))
-    if not math.isfinite(result["loss"]):
-        raise RunError(
-            f"the {name} loss is {result['loss']}; no checkpoint of these weights was written, an earlier one is kept; "
-            "lower --lr or --clip"
-        )
-    result[task.score_name] = task.score(result["loss"])
+    score = result[task.score_name] = task.score(result["loss"])
+    if not math.isfinite(result["loss"]) or not math.isfinite(score):
+        raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; lower --lr or --clip")
     if limit:
         result["partial"] = True
     return result
@@ -106,8 +116,10 @@ class Trainer:
         splits: the data.
         config: the settings.
         folder: where the run leaves its files.
+        optimizer: updates the parameters of `task.model`.
         schedule: the learning rate.
         save_weights: writes the model's weights in a task-independent layout to a path.
+        command: the command line that started the run, kept with it.
         say: prints a line for the user.
     """
 
@@ -117,18 +129,19 @@ class Trainer:
         splits: Splits,
         config: RunConfig,
         folder: RunFolder,
+        optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         save_weights: Callable[[nn.Module, Any], None],
-        say: Callable[[str], None] = tqdm.write,
+        command: str,
+        say: Callable[[str], None],
     ):
-        self.task, self.splits, self.config, self.folder, self.schedule = task, splits, config, folder, schedule
-        self.save_weights = save_weights
-        self.say = say
-        self.optimizer = make_optimizer(task.model.parameters(), config)
+        self.task, self.splits, self.config, self.folder = task, splits, config, folder
+        self.optimizer, self.schedule = optimizer, schedule
+        self.save_weights, self.command, self.say = save_weights, command, say
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
         self.best: dict[str, Any] | None = None
-        self.running = {"loss": 0.0, "raw": 0.0, "tokens": 0, "seconds": 0.0}
+        self.running = {"loss": 0.0, "tokens": 0, "seconds": 0.0}
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -141,7 +154,8 @@ class Trainer:
     def checkpoint(self) -> dict[str, Any]:
         return {
             "settings": to_settings(self.config),
-            "data": self.splits.sha256,
+            "command": self.command,
+            "data": self.splits.fingerprint,
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {"lr": self.schedule.lr, "history": list(self.schedule.history)},
@@ -159,24 +173,35 @@ class Trainer:
         """Put back what :meth:`checkpoint` returned.
 
         Raises:
-            UserError: the data are not those of the run.
+            UserError: the data are not those of the run, the content is damaged, or best.pt is missing.
         """
-        if content["data"] != self.splits.sha256:
+        try:
+            self._restore(content)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as e:
+            if isinstance(e, UserError):
+                raise
+            reason = str(e).strip().splitlines()[-1][:120] if str(e).strip() else type(e).__name__
+            raise UserError(f"the checkpoint does not fit this run, or is damaged ({reason})") from e
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        if content["data"] != self.splits.fingerprint:
             raise UserError(
                 f"the data differ from those the run was started on (sha256 {self.splits.sha256[:12]}… instead of "
-                f"{content['data'][:12]}…); pass the --data of its config.json"
+                f"{content['data'][0][:12]}…); name those with --data"
             )
+        self.best = content["best"]
+        if self.best is not None:
+            self._load_best()
         self.task.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.lr = content["schedule"]["lr"]
         self.schedule.history = list(content["schedule"]["history"])
-        self.epoch, self.batch, self.step = content["epoch"], content["batch"], content["step"]
+        self.epoch, self.batch, self.step = (int(content[key]) for key in ("epoch", "batch", "step"))
         device = next(self.task.model.parameters()).device
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(part.to(device) for part in carry)
-        self.best = content["best"]
         self.running = dict(content["running"])
-        self.seconds_before = content["seconds"]
+        self.seconds_before = float(content["seconds"])
         checkpoint.set_rng_state(content["rng"])
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -188,6 +213,16 @@ class Trainer:
             finished = self._train_epoch(batches)
             self._end_epoch(finished)
         return self._finish()
+
+    def _load_best(self) -> dict[str, Any]:
+        """best.pt, which must be the one that last.pt tells of."""
+        best = checkpoint.load(self.folder.file("best.pt"))
+        if best["best"] != self.best:
+            raise UserError(
+                f"{self.folder.file('best.pt')}: is of epoch {best['best']['epoch']}, last.pt tells of epoch "
+                f"{self.best['epoch']}; put the files of one run together"
+            )
+        return best
 
     def _stopped(self) -> bool:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
@@ -238,11 +273,9 @@ class Trainer:
         """
         loss = meter.loss()
         if not math.isfinite(loss):
-            last = self.folder.file("last.pt")
-            kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
             raise RunError(
                 f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, window {self.batch}); "
-                f"{kept}; lower --lr or --clip"
+                "lower --lr or --clip"
             )
         score = f"{self.task.score_name} {self.task.score(loss):.2f}"
         return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {meter.tokens / meter.seconds:,.0f} tok/s"
@@ -253,26 +286,32 @@ class Trainer:
         self.folder.record(
             "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, loss=loss
         )
-        self.running["raw"] += loss * meter.tokens
+        self.running["loss"] += loss * meter.tokens
         self.running["tokens"] += meter.tokens
         self.running["seconds"] += meter.seconds
 
     def _end_epoch(self, finished: bool) -> None:
-        """Validate, remember the best, anneal, write the checkpoints."""
+        """Validate, remember the best, anneal, write the checkpoints, then report.
+
+        An epoch cut short by `max_steps` is validated for information only, so that a continued run is not changed by
+        where it had been stopped.
+        """
         valid = evaluate(self.task, self.splits.valid, "valid", self.config)
         epoch, lr, name = self.epoch + 1, self.schedule.lr, self.task.score_name
-        train = self.running["raw"] / max(self.running["tokens"], 1)
+        train, seconds = self.running["loss"] / max(self.running["tokens"], 1), self.running["seconds"]
+        rate = self.running["tokens"] / max(seconds, 1e-9)
+        better = finished and (self.best is None or valid["loss"] < self.best["valid"]["loss"])
+        if better:
+            self.best = {"epoch": epoch, "valid": valid}
         if finished:
             self.schedule.step(epoch, valid["loss"])
             self.epoch, self.batch, self.carry = epoch, 0, None
-        better = self.best is None or valid["loss"] < self.best["valid"]["loss"]
-        if better:
-            self.best = {"epoch": epoch, "valid": valid}
-        seconds = self.running["seconds"]
-        line = (
-            f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  "
-            f"train {name} {self.task.score(train):.2f}  valid {name} {valid[name]:.2f}"
-            f"{' *' if better else ''}  {_duration(seconds)}  {self.running['tokens'] / max(seconds, 1e-9):,.0f} tok/s"
+            self.running = dict.fromkeys(self.running, 0.0)
+        self._save(better)
+
+        line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
+            f"train {name} {self.task.score(train):.2f}  valid {name} {valid[name]:.2f}{' *' if better else ''}  "
+            f"{_duration(seconds)}  {rate:,.0f} tok/s"
         )
         self.say(line)
         self.folder.log(line)
@@ -281,38 +320,45 @@ class Trainer:
             train_score=self.task.score(train), valid_score=valid[name], finished=finished,
             train_seconds=seconds, seconds=self.seconds,
         )  # fmt: skip
-        if finished:
-            self.running = dict.fromkeys(self.running, 0.0)
+
+    def _save(self, best: bool) -> None:
+        """Write last.pt, and before it best.pt and weights.pkl if these weights are the best.
+
+        In this order best.pt is never behind what last.pt tells of; if a run is killed in between, best.pt is a whole
+        checkpoint of the later state and the run is continued from it.
+        """
+        content = self.checkpoint()
         try:
-            content = self.checkpoint()
-            checkpoint.save(self.folder.file("last.pt"), content)
-            if better:
+            if best:
                 checkpoint.save(self.folder.file("best.pt"), content)
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+            checkpoint.save(self.folder.file("last.pt"), content)
         except OSError as e:
-            raise RunError(
-                f"the checkpoint could not be written ({e.strerror}); the one before is kept in {self.folder.path}; "
-                "make room and continue with --resume"
-            ) from e
+            raise RunError(f"the checkpoint could not be written ({e.strerror}); make room and continue") from e
 
     def _finish(self) -> Result:
-        best = checkpoint.load(self.folder.file("best.pt"))
-        self.task.model.load_state_dict(best["model"])
-        valid, name = self.best["valid"], self.task.score_name
+        """Score the test data with the best weights, or with the last ones if no epoch was finished."""
+        name, best_epoch = self.task.score_name, self.best["epoch"] if self.best else None
+        if self.best:
+            self.task.model.load_state_dict(self._load_best()["model"])
+            valid = self.best["valid"]
+        else:
+            valid = evaluate(self.task, self.splits.valid, "valid", self.config)
+        self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = evaluate(self.task, self.splits.test, "test", self.config)
         for split, result in (("valid", valid), ("test", test)):
             line = f"{split} {name} {result[name]:.2f}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens"
             line += " (partial)" if "partial" in result else ""
             self.say(line)
             self.folder.log(line)
-        self.folder.record("result", valid=valid, test=test, best_epoch=self.best["epoch"])
+        self.folder.record("result", valid=valid, test=test, best_epoch=best_epoch)
         return Result(
             valid=valid,
             test=test,
             epochs=self.epoch,
             steps=self.step,
-            best_epoch=self.best["epoch"],
-            complete=self.epoch >= self.config.epochs and not self.config.max_eval_tokens,
+            best_epoch=best_epoch,
+            complete=self.epoch >= self.config.epochs and "partial" not in valid and "partial" not in test,
             seconds=self.seconds,
         )
 
@@ -328,17 +374,20 @@ def fit(
     splits: Splits,
     config: RunConfig,
     folder: RunFolder,
+    optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     save_weights: Callable[[nn.Module, Any], None],
     *,
+    command: str = "",
     resume_from: dict[str, Any] | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> Result:
     """Train `task` to the end of the run and score it.
 
     Args:
-        task, splits, config, folder, schedule: see :class:`Trainer`.
+        task, splits, config, folder, optimizer, schedule: see :class:`Trainer`.
         save_weights: writes the best epoch's weights (weights.pkl).
+        command: the command line that started the run.
         resume_from: a checkpoint to continue from.
         say: prints a line for the user; the default keeps clear of the progress bar.
 
@@ -349,7 +398,7 @@ def fit(
         UserError: settings or data that do not fit.
         RunError: a loss that is not finite, or a checkpoint that could not be written.
     """
-    trainer = Trainer(task, splits, config, folder, schedule, save_weights, say)
+    trainer = Trainer(task, splits, config, folder, optimizer, schedule, save_weights, command, say)
     if resume_from is not None:
         trainer.restore(resume_from)
     return trainer.run()

@@ -50,7 +50,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
     """The class of torch.optim that `--optim` names, with `--lr` and `--wdecay`.
 
     Raises:
-        UserError: no such class, or one that needs a closure or sparse gradients.
+        UserError: no such class, or one that needs a closure, sparse gradients or other settings.
     """
     name = config.optim
     if name in _UNUSABLE:
@@ -58,4 +58,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
     cls = getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or cls is torch.optim.Optimizer:
         raise UserError(f"--optim {name}: no such optimiser in torch.optim; use SGD or Adam")
-    return cls(parameters, lr=config.lr, weight_decay=config.wdecay)
+    try:
+        return cls(parameters, lr=config.lr, weight_decay=config.wdecay)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"--optim {name}: cannot be made with these settings ({e}); use SGD or Adam") from e

@@ -1,10 +1,10 @@
 """What a run leaves behind: its folder, log, metrics, and where they came from."""
 
 import json
+import math
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -66,10 +66,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def check_metrics_path(path: str | os.PathLike) -> None:
+def check_metrics_path(path: str, run_folder: Path) -> None:
     """Raise UserError now rather than after hours of training if the metrics file could not be written."""
-    folder = Path(path).absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
+    folder = os.path.dirname(os.path.abspath(path))
+    later = folder == os.path.abspath(run_folder)  # made with the run, if it does not exist yet
+    if os.path.isdir(path) or not (later or (os.path.isdir(folder) and os.access(folder, os.W_OK))):
         raise UserError(f"--metrics {path}: cannot be written; name a file in a folder that exists and is writable")
 
 
@@ -98,7 +99,7 @@ class RunFolder:
         UserError: the folder holds something and neither was asked for, or it cannot be written.
     """
 
-    FILES = ("config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl")
+    FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json", "last.pt", "best.pt", "weights.pkl")
 
     def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False):
         self.path = path
@@ -118,11 +119,13 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove the files of a run; a folder with anything else in it is not ours to delete."""
-        foreign = sorted(p.name for p in self.path.iterdir() if p.name not in self.FILES and not p.name.startswith("."))
+        ours = [self.path / name for name in self.FILES]
+        ours += [left for name in self.FILES for left in self.path.glob(f".{name}.*.tmp")]
+        foreign = sorted(path.name for path in set(self.path.iterdir()) - set(ours))
         if foreign:
             raise UserError(f"{self.path}: holds {foreign[0]}, which no run wrote; empty it or choose another --out")
-        for entry in self.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        for path in ours:
+            path.unlink(missing_ok=True)
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -132,8 +135,9 @@ class RunFolder:
         self._log.write(line + "\n")
 
     def record(self, event: str, **values: Any) -> None:
-        """Append a JSON object to metrics.jsonl."""
-        self._metrics.write(json.dumps({"event": event, **values}) + "\n")
+        """Append a JSON object to metrics.jsonl; numbers that are not finite become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._metrics.write(json.dumps({"event": event, **finite}) + "\n")
 
     def write_config(self, config: RunConfig, choices: dict[str, Any]) -> None:
         """Write config.json: all settings, and the choices made at the start of the run."""

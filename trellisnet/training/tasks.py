@@ -157,8 +157,8 @@ class LanguageModeling:
         return losses, self._carried(out.state)
 
     def _carried(self, state: State) -> State | None:
-        h, c = state
-        return (h.detach(), c.detach()) if self.repackage else None
+        h, c = state  # views of whole sequences; the copies let those go
+        return (h.detach().clone(), c.detach().clone()) if self.repackage else None
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict:
@@ -179,7 +179,7 @@ class LanguageModeling:
         windows = self.windows(rows, training=False)
         if progress is not None:
             windows = progress(windows, len(self._starts(rows, False)))
-        was_training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         total, tokens, state = 0.0, 0, None
         try:
@@ -192,7 +192,8 @@ class LanguageModeling:
                 if max_tokens is not None and tokens >= max_tokens:
                     break
         finally:
-            self.model.train(was_training)
+            for module, training in modes.items():
+                module.training = training
         if not tokens:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
         return {"loss": total / tokens, "tokens": tokens}
