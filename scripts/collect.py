@@ -30,17 +30,25 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     """Metrics and epoch records of one result.
 
     Raises:
-        BadResultError: a file is missing or unreadable, or the run is partial, synthetic or of uncommitted code.
+        BadResultError: a file is missing or unreadable, or the run is partial, synthetic, of uncommitted code, or its
+            command would not work elsewhere.
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text())
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        # A continued run may tell of an epoch twice; the last time counts.
+        epochs = list({r["epoch"]: r for r in records if r["event"] == "epoch" and r["finished"]}.values())
+        complete = metrics["complete"] and [r["epoch"] for r in epochs] == list(range(1, metrics["epochs"] + 1))
+        section(folder.name, metrics, epochs)
         (folder / "log.txt").read_text()
     except (OSError, ValueError) as e:
         raise BadResultError(f"{folder}: {e}") from e
-    epochs = [r for r in records if r["event"] == "epoch"]
-    if not metrics["complete"] or len(epochs) != metrics["epochs"]:
+    except (KeyError, TypeError, StopIteration) as e:
+        raise BadResultError(f"{folder}: a field is missing or of another kind ({e})") from e
+    if not complete:
         raise BadResultError(f"{folder}: not a complete run")
+    if re.search(r"(^|[ =])/", metrics["command"]):
+        raise BadResultError(f"{folder}: the command names a path of one machine: {metrics['command']}")
     if metrics["corpus"] == "synthetic":
         raise BadResultError(f"{folder}: a run on synthetic data is no result")
     if not metrics["commit"] or metrics["commit"].endswith("-dirty"):

@@ -27,7 +27,7 @@ def root(tmp_path):
         folder = tmp_path / "results" / "one"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(METRICS | changes))
-        epoch = {"event": "epoch", "lr": 20.0}
+        epoch = {"event": "epoch", "lr": 20.0, "finished": True}
         epochs = [
             epoch | {"epoch": i, "train_score": 300 / i, "valid_score": 250 / i, "seconds": 60 * i} for i in (1, 2)
         ]
@@ -60,6 +60,9 @@ def test_a_result_is_written_with_everything_it_needs(root):
         ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
         ({"commit": "0123456789ab-dirty"}, "the code of the run was not committed"),
         ({"commit": None}, "the code of the run was not committed"),
+        ({"command": "python word_ptb/train.py --data /home/me/penn"}, "names a path of one machine"),
+        ({"test": {}}, "a field is missing"),
+        ({"seconds": None}, "a field is missing or of another kind"),
     ],
 )
 def test_what_is_no_result_is_refused(root, capsys, changes, message):
