@@ -115,7 +115,9 @@ class _Program:
 
     def way_on(self) -> str:
         """What is kept and how to go on with it."""
-        if self.folder is None or not (self.folder / "last.pt").is_file():
+        if self.folder is None:
+            return "nothing was written"
+        if not (self.folder / "last.pt").is_file():
             return "no checkpoint had been written yet"
         command = shlex.join(["python", f"{self.cls.task}/train.py", "--resume", str(self.folder / "last.pt")])
         return f"the last checkpoint is kept; go on from it with: {command}"
