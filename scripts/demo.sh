@@ -9,8 +9,8 @@ data=()
 case " $* " in
 *" --data "* | *" --data="*) ;; # the caller's choice
 *)
-    if [ ! -f "$ROOT/data/penn/train.txt" ]; then
-        echo "NOTICE: no Penn Treebank in data/penn (train.txt, valid.txt, test.txt);"
+    if ! "$PY" -m word_ptb.data "$ROOT/data/penn"; then
+        echo "NOTICE: no Penn Treebank in data/penn (train.txt, valid.txt, test.txt), and it could not be fetched;"
         echo "NOTICE: training on a small synthetic corpus instead. Its perplexities mean nothing beyond it."
         data=(--data synthetic)
     fi

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trellisnet.data import synthetic
-from trellisnet.data.corpus import EOS, batchify, digest, encode, read_splits, words
+from trellisnet.data.corpus import EOS, batchify, cached, digest, encode, read_splits, words
 from trellisnet.errors import UserError
 
 
@@ -80,3 +80,24 @@ def test_the_synthetic_grammar_agrees_at_a_distance():
     assert len(asked) > 500
     assert all(openings[line[0]] == line[-1] for line in asked)
     assert max(map(len, asked)) > 20
+
+
+def test_an_encoded_corpus_is_kept_under_its_content(tmp_path, monkeypatch):
+    texts = ["a b\nc\n", "b\n", "c d\n"]
+    first = cached(tmp_path / "cache", texts, words, label="one")
+    (file,) = (tmp_path / "cache").iterdir()
+    with monkeypatch.context() as patch:  # found again without encoding
+        patch.setattr("trellisnet.data.corpus.encode", None)
+        second = cached(tmp_path / "cache", texts, words, label="two")
+    assert second.vocabulary == first.vocabulary == ["a", "b", EOS, "c", "d"]
+    for split in ("train", "valid", "test"):
+        assert torch.equal(getattr(first, split), getattr(second, split))
+        assert getattr(second, split).dtype == torch.int64
+    assert (second.label, second.sha256) == ("two", first.sha256)
+    moved = cached(tmp_path / "cache", ["a b\nc\nb\n", "", "c d\n"], words, label="moved")  # the border has moved
+    assert moved.train.numel() == 7
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(cached(tmp_path / "cache", texts, words, label="one").train, first.train)
+    (tmp_path / "blocked").write_text("")
+    assert torch.equal(cached(tmp_path / "blocked" / "cache", texts, words, label="one").train, first.train)

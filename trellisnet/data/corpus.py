@@ -3,15 +3,17 @@
 Letters: N batch (rows), L length.
 """
 
+import contextlib
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trellisnet import serialization
 from trellisnet.errors import UserError
 
 EOS = "<eos>"
@@ -51,6 +53,29 @@ def encode(splits: Iterable[Iterable[str]], *, sha256: str, label: str) -> Corpu
         torch.tensor([ids.setdefault(token, len(ids)) for token in tokens], dtype=torch.int64) for tokens in splits
     ]
     return Corpus(list(ids), *streams, sha256=sha256, label=label)
+
+
+def cached(folder: Path, texts: list[str], tokenize: Callable[[str], Iterable[str]], *, label: str) -> Corpus:
+    """:func:`encode` of the tokenised texts, kept in `folder` under a name made from their content.
+
+    A cache that cannot be read or written only costs time: the texts are encoded again.
+    """
+    sha256 = digest(texts)
+    borders = "-".join(str(len(text)) for text in texts)
+    path = folder / f"{tokenize.__name__}-{hashlib.sha256(f'{sha256}-{borders}'.encode()).hexdigest()[:32]}.pt"
+    if path.is_file():
+        try:
+            content = serialization.load(path, "an encoded corpus")
+            streams = [content[split].to(torch.int64) for split in SPLITS]
+            return Corpus(content["vocabulary"], *streams, sha256=sha256, label=label)
+        except (UserError, KeyError, TypeError, AttributeError):
+            pass  # damaged: made again below
+    corpus = encode(map(tokenize, texts), sha256=sha256, label=label)
+    streams = {split: getattr(corpus, split).to(torch.int32) for split in SPLITS}
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        serialization.save(path, {"vocabulary": corpus.vocabulary, **streams})
+    return corpus
 
 
 def read_text(path: Path) -> str:

