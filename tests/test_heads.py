@@ -1,11 +1,15 @@
-"""The softmax head."""
+"""The softmax heads."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from trellisnet.heads import LinearSoftmax
+from trellisnet import heads
+from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes
 
 
 def head():
@@ -45,3 +49,135 @@ def test_bad_input_is_named():
         module.loss(x, target[:, :4])
     with pytest.raises(ValueError, match=r"weight: expected shape \(11, 6\), got \(11, 5\)"):
         LinearSoftmax(6, 11, weight=nn.Parameter(torch.zeros(11, 5)))
+
+
+def mixture(n_experts=3, **options):
+    torch.manual_seed(0)
+    module = MixtureOfSoftmaxes(6, 11, n_experts, 4, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.7)
+    return module, torch.randn(2, 5, 6, dtype=torch.float64), torch.randint(11, (2, 5))
+
+
+def by_definition(module, x):
+    prior = (x @ module.prior.weight.T + module.prior.bias).softmax(-1)
+    z = (x @ module.latent.weight.T + module.latent.bias).tanh().unflatten(-1, (module.n_experts, -1))
+    return (prior[..., None] * (z @ module.weight.T + module.bias).softmax(-1)).sum(-2)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**23])
+def test_the_mixture_is_what_it_is_called(monkeypatch, chunk):
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+    module, x, target = mixture()
+    expected = by_definition(module, x).log()
+    assert_close(module.log_prob(x), expected)
+    assert_close(module.log_prob(x).exp().sum(-1), torch.ones(2, 5, dtype=torch.float64))
+    nll = -expected.gather(-1, target[..., None])[..., 0]
+    assert_close(module.loss(x, target, reduction="none"), nll)
+    assert_close(module.loss(x, target, reduction="sum"), nll.sum())
+    assert_close(module.loss(x, target), nll.mean())
+    with torch.no_grad():
+        assert_close(module.loss(x, target), nll.mean())
+    parameters = list(module.parameters())
+    ours = torch.autograd.grad(module.loss(x, target), parameters)
+    theirs = torch.autograd.grad(-by_definition(module, x).log().gather(-1, target[..., None]).mean(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+def test_one_expert_is_a_plain_softmax():
+    module, x, _ = mixture(n_experts=1)
+    plain = LinearSoftmax(4, 11, weight=module.weight, bias=module.bias)
+    assert_close(module.log_prob(x), plain.log_prob(torch.tanh(module.latent(x))))
+
+
+@pytest.mark.parametrize("chunk", [40, 2**23])
+def test_the_mixtures_gradients_are_exact(monkeypatch, chunk):
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+    module, x, target = mixture(log_epsilon=1e-3)
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x, *tensors):
+        call = lambda method, *args: torch.func.functional_call(  # noqa: E731
+            _Method(module, method), dict(zip([f"module.{n}" for n in names], tensors, strict=True)), args
+        )
+        return call("log_prob", x), call("loss", x, target)
+
+    inputs = [x.requires_grad_(), *(p.detach().clone().requires_grad_() for p in module.parameters())]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+class _Method(nn.Module):
+    def __init__(self, module, method):
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args):
+        return getattr(self.module, self.method)(*args)
+
+
+def test_epsilon_enters_log_prob_and_loss_alike():
+    module, x, target = mixture(log_epsilon=1e-2)
+    p = by_definition(module, x)
+    assert_close(module.log_prob(x), (p + 1e-2).log())
+    assert_close(module.loss(x, target), -(p + 1e-2).log().gather(-1, target[..., None]).mean())
+
+
+def test_improbable_words_keep_their_precision_in_log_space():
+    module, x, _ = mixture()
+    with torch.no_grad():
+        module.bias[3] -= 900.0  # a probability that underflows even in float64
+    log_p = module.log_prob(x)
+    assert torch.isfinite(log_p).all()
+    assert (log_p[..., 3] < -800).all()
+
+
+def test_latent_dropout_is_one_mask_a_sequence_before_the_tanh():
+    module, x, target = mixture(dropout=0.5)
+    mask = torch.randint(2, (2, 1, 12))
+    z = (module.latent(x) * mask / 0.5).tanh().unflatten(-1, (3, 4))
+    prior = module.prior(x).softmax(-1)[..., None]
+    expected = (prior * (z @ module.weight.T + module.bias).softmax(-1)).sum(-2).log()
+    for mode in (module.train(), module.eval()):
+        assert_close(mode.log_prob(x, latent_mask=mask), expected)
+        expected_loss = -expected.gather(-1, target[..., None]).mean()
+        assert_close(mode.loss(x, target, latent_mask=mask), expected_loss)
+    module.train()
+    assert not torch.equal(module.log_prob(x), module.log_prob(x))
+    assert torch.equal(module.log_prob(x, draw=False), module.eval().log_prob(x))
+    state = torch.get_rng_state()
+    module.loss(x, target)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_does_not_fit_the_mixture_is_named():
+    module, x, target = mixture(dropout=0.5)
+    with pytest.raises(ValueError, match=r"latent_mask: expected shape \(2, 1, 12\), got \(2, 12\)"):
+        module.log_prob(x, latent_mask=torch.ones(2, 12))
+    with pytest.raises(ValueError, match="reduction: expected one of"):
+        module.loss(x, target, reduction="max")
+    with pytest.raises(ValueError, match="n_experts: expected at least 1, got 0"):
+        mixture(n_experts=0)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(11, 4\), got \(11, 6\)"):
+        mixture(weight=nn.Parameter(torch.zeros(11, 6)))
+
+
+@pytest.mark.slow
+def test_the_mixture_of_the_paper_needs_less_than_300_megabytes():
+    """Peak of head forward and backward at N·L = 832, K = 15, V = 10,000; all logits at once are 500 MB a copy."""
+    code = """
+import resource, torch
+from trellisnet.heads import MixtureOfSoftmaxes
+torch.manual_seed(0)
+head = MixtureOfSoftmaxes(480, 10_000, 15, 280, dropout=0.29).train()
+x, target = torch.randn(16, 52, 480, requires_grad=True), torch.randint(10_000, (16, 52))
+small = MixtureOfSoftmaxes(8, 50, 2, 8)
+small.loss(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)).backward()  # loads what torch loads lazily
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+head.loss(x, target).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    print(f"peak {float(done.stdout):.0f} MB")
+    assert 30 < float(done.stdout) < 300

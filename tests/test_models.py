@@ -110,10 +110,10 @@ def test_initialisation():
         ({"output_size": 5}, "output_size: tied weights need embedding_size = 6, got 5"),
         ({"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
         ({"input_dropout": 1.0}, "input_dropout: expected a probability"),
-        ({"n_experts": 3}, "n_experts: this version supports only 0, got 3"),
+        ({"n_experts": -1}, "n_experts: expected 0 or more, got -1"),
         ({"cutoffs": (5,)}, "cutoffs: this version supports only None"),
-        ({"latent_dropout": 0.1}, "latent_dropout: this version supports only 0.0, got 0.1"),
-        ({"log_epsilon": 1e-8}, "log_epsilon: this version supports only 0.0"),
+        ({"latent_dropout": 1.0}, "latent_dropout: expected a probability"),
+        ({"n_experts": 2, "log_epsilon": -1.0}, "log_epsilon: expected 0 or a small positive number"),
     ],
 )
 def test_bad_settings_are_named(options, message):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -181,3 +182,24 @@ def test_flipped_bits_in_a_zip_are_noticed(saved):
     saved.write_bytes(bytes(content))
     with pytest.raises(UserError, match="damaged"):
         load_weights(model(), saved)
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, saved):
+    """The records of a zip cut short with their checksums made right again, and a legacy file of a huge claim."""
+    short = tmp_path / "short.pkl"
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(short, "w") as new:
+        for member in old.namelist():
+            content = old.read(member)
+            new.writestr(member, content[: len(content) // 2] if "/data/" in member else content)
+    with pytest.raises(UserError, match="not weights in the authors' layout"):
+        load_weights(model(), short)
+
+    legacy = tmp_path / "legacy.pkl"
+    state = {"encoder.weight": torch.zeros(1_000_003, 3)}
+    torch.save(state, legacy, _use_new_zipfile_serialization=False)
+    whole = legacy.read_bytes()
+    claim, more = (3_000_009).to_bytes(4, "little"), (2**31 - 1).to_bytes(4, "little")
+    assert claim in whole
+    legacy.write_bytes(whole[:5000].replace(claim, more))
+    with pytest.raises(UserError, match="not weights in the authors' layout"):
+        load_weights(model(), legacy)

@@ -1,14 +1,52 @@
 """Output layers. Each owns (or shares) its parameters and has one interface: `log_prob(x)` and `loss(x, target)`.
 
-Letters: V classes; `...` any leading dimensions.
+Letters: V classes, K experts, E embedding width, P positions; `...` any leading dimensions.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trellisnet.regularization import check_rate, scaled
 
 INIT_RANGE = 0.1
 REDUCTIONS = ("mean", "sum", "none")
+# A mixture computes so many logits at a time (16 MB in fp32; the backward pass holds a few such tensors).
+CHUNK_LOGITS = 2**22
+
+
+def _decoder(
+    n_classes: int,
+    in_features: int,
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """The given parameters (n_classes, in_features) and (n_classes,), or new ones: U(±0.1) and zero.
+
+    Raises:
+        ValueError: a given parameter has another shape.
+    """
+    if weight is None:
+        weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
+        nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
+    if bias is None:
+        bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=dtype))
+    for name, parameter, shape in (("weight", weight, (n_classes, in_features)), ("bias", bias, (n_classes,))):
+        if tuple(parameter.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(parameter.shape)}")
+    return weight, bias
+
+
+def _check_loss(x: Tensor, target: Tensor, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if x.shape[:-1] != target.shape:
+        raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
 
 
 class LinearSoftmax(nn.Module):
@@ -37,19 +75,7 @@ class LinearSoftmax(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.n_classes = n_classes
-        if weight is None:
-            weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
-            nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
-        if bias is None:
-            bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=dtype))
-        for name, parameter, shape in (
-            ("weight", weight, (n_classes, in_features)),
-            ("bias", bias, (n_classes,)),
-        ):
-            if tuple(parameter.shape) != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(parameter.shape)}")
-        self.weight = weight
-        self.bias = bias
+        self.weight, self.bias = _decoder(n_classes, in_features, weight, bias, device, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.n_classes}"
@@ -73,10 +99,134 @@ class LinearSoftmax(nn.Module):
         Raises:
             ValueError: unknown reduction, or x and target do not fit.
         """
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if x.shape[:-1] != target.shape:
-            raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
+        _check_loss(x, target, reduction)
         logits = self.logits(x.reshape(-1, x.size(-1)))  # (positions, V)
         loss = F.cross_entropy(logits, target.reshape(-1), reduction=reduction)
         return loss.view(target.shape) if reduction == "none" else loss
+
+
+class MixtureOfSoftmaxes(nn.Module):
+    """Mixture of softmaxes p = Σ_k π_k softmax(W tanh(z_k) + b) (Yang et al., 2018), in log space.
+
+    π = softmax(prior(x)); z = latent(x), K latent vectors of width E. As in the authors' code the prior has a bias and
+    latent dropout acts *before* the tanh. Logits are computed a chunk of positions at a time and again in the backward
+    pass, so that P·K·V numbers never exist at once.
+
+    Args:
+        in_features: width of x.
+        n_classes: V.
+        n_experts: K.
+        embedding_size: E.
+        weight: parameter (V, E) to share, e.g. the embedding of a tied model. Default: a new one, U(±0.1).
+        bias: parameter (V,) to share. Default: a new one, zero.
+        dropout: probability of dropping a channel of a latent vector, one mask a sequence.
+        log_epsilon: the result is log(p + log_epsilon). The authors' code has 1e-8 there, which gives improbable
+            words a little more than they have.
+
+    Raises:
+        ValueError: a setting out of range, or a shared parameter of another shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        n_experts: int,
+        embedding_size: int,
+        *,
+        weight: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        dropout: float = 0.0,
+        log_epsilon: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if n_experts < 1:
+            raise ValueError(f"n_experts: expected at least 1, got {n_experts}")
+        if not 0 <= log_epsilon < math.inf:
+            raise ValueError(f"log_epsilon: expected 0 or a small positive number, got {log_epsilon}")
+        self.in_features = in_features
+        self.n_classes = n_classes
+        self.n_experts = n_experts
+        self.embedding_size = embedding_size
+        self.dropout = check_rate("dropout", dropout)
+        self.log_epsilon = log_epsilon
+        self.prior = nn.Linear(in_features, n_experts, device=device, dtype=dtype)
+        self.latent = nn.Linear(in_features, n_experts * embedding_size, device=device, dtype=dtype)
+        self.weight, self.bias = _decoder(n_classes, embedding_size, weight, bias, device, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.n_classes}, n_experts={self.n_experts}, dropout={self.dropout}"
+
+    def _mix(self, x: Tensor, latent_mask: Tensor | None, draw: bool) -> tuple[Tensor, Tensor]:
+        """log π (P, K) and tanh(z) (P, K, E) of x (..., in_features)."""
+        shape = (*x.shape[:-2], 1, self.n_experts * self.embedding_size)
+        if latent_mask is not None:
+            if tuple(latent_mask.shape) != shape:
+                raise ValueError(f"latent_mask: expected shape {shape}, got {tuple(latent_mask.shape)}")
+            scale = latent_mask.to(x) / (1 - self.dropout)
+        elif draw and self.training and self.dropout > 0:
+            scale = F.dropout(x.new_ones(shape), self.dropout)
+        else:
+            scale = None
+        z = torch.tanh(scaled(self.latent(x), scale))  # (..., K·E)
+        log_prior = F.log_softmax(self.prior(x), dim=-1)  # (..., K)
+        return log_prior.reshape(-1, self.n_experts), z.reshape(-1, self.n_experts, self.embedding_size)
+
+    def _in_chunks(self, function, *tensors: Tensor) -> Tensor:
+        """function(*tensors) over chunks of positions; with gradients, only one chunk's logits are alive at a time."""
+        size = max(1, CHUNK_LOGITS // (self.n_experts * self.n_classes))
+        chunks = zip(*(t.split(size) for t in tensors), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([function(*chunk) for chunk in chunks])
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in there
+        return torch.cat([checkpoint(function, *chunk, **options) for chunk in chunks])
+
+    def _add_epsilon(self, log_p: Tensor) -> Tensor:
+        if not self.log_epsilon:
+            return log_p
+        return torch.logaddexp(log_p, log_p.new_tensor(math.log(self.log_epsilon)))
+
+    def log_prob(self, x: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
+        """Log-probabilities in nats, (..., in_features) → (..., V).
+
+        Args:
+            x: (..., L, in_features).
+            latent_mask: explicit 0/1 mask (..., 1, K·E); acts in training and evaluation mode.
+            draw: draw a mask in training mode if none is given.
+        """
+
+        def mixture(log_prior: Tensor, z: Tensor) -> Tensor:
+            log_p = F.log_softmax(F.linear(z, self.weight, self.bias), dim=-1)  # (P, K, V)
+            return self._add_epsilon(torch.logsumexp(log_prior.unsqueeze(2) + log_p, dim=1))  # (P, V)
+
+        log_p = self._in_chunks(mixture, *self._mix(x, latent_mask, draw))
+        return log_p.view(*x.shape[:-1], self.n_classes)
+
+    def loss(
+        self,
+        x: Tensor,
+        target: Tensor,
+        reduction: str = "mean",
+        *,
+        latent_mask: Tensor | None = None,
+        draw: bool = True,
+    ) -> Tensor:
+        """Negative log-likelihood in nats of `target` (...), int64; other arguments as in :meth:`log_prob`.
+
+        Raises:
+            ValueError: unknown reduction, or shapes that do not fit.
+        """
+        _check_loss(x, target, reduction)
+
+        def nll(log_prior: Tensor, z: Tensor, target: Tensor) -> Tensor:
+            logits = F.linear(z, self.weight, self.bias).flatten(0, 1)  # (P·K, V)
+            each = F.cross_entropy(logits, target.repeat_interleave(self.n_experts), reduction="none")
+            log_p = torch.logsumexp(log_prior - each.view_as(log_prior), dim=1)  # (P,)
+            return -self._add_epsilon(log_p)
+
+        loss = self._in_chunks(nll, *self._mix(x, latent_mask, draw), target.reshape(-1))
+        if reduction == "none":
+            return loss.view(target.shape)
+        return loss.mean() if reduction == "mean" else loss.sum()

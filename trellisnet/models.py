@@ -3,13 +3,13 @@
 Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellisnet.core import State, TrellisNet
-from trellisnet.heads import INIT_RANGE, LinearSoftmax
+from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes
 from trellisnet.regularization import Masks, check_rate, dropout_scale, scaled
 
 
@@ -30,23 +30,26 @@ class LanguageModelOutput(NamedTuple):
 
 
 class TrellisLanguageModel(nn.Module):
-    """Embedding, TrellisNet and (tied) softmax: the language models of Tables 1 and 3.
+    """Embedding, TrellisNet and (tied) softmax or mixture of softmaxes: the language models of Tables 1 and 3.
 
     Args:
         vocab_size: V.
         embedding_size: E.
         hidden_size: all channels of h (the authors' nhid + nout).
         num_layers: layers of the trellis.
-        output_size: channels that the head reads; must equal embedding_size when tied.
+        output_size: channels that the head reads; must equal embedding_size when tied, unless n_experts > 0.
         tied: the head uses the embedding matrix.
+        n_experts: softmaxes in a mixture; 0: one plain softmax.
         embedding_dropout: probability of dropping a whole word of the vocabulary.
         input_dropout: probability of dropping an embedding channel, one mask a sequence.
         output_dropout: probability of dropping an output channel, one mask a sequence.
+        latent_dropout: probability of dropping a latent channel of the mixture, one mask a sequence.
+        log_epsilon: added to the mixture's probabilities before the logarithm; no effect on a plain softmax.
         freeze_last_embedding: give the last vocabulary entry no gradient through the input, as the authors' code
             does by accident (its padding_idx of −1 means the last row).
         core: every further keyword goes to :class:`trellisnet.TrellisNet`.
 
-    `n_experts`, `cutoffs`, `latent_dropout` and `log_epsilon` take only their defaults in this version.
+    `cutoffs` takes only its default in this version.
 
     Raises:
         ValueError: a setting out of range.
@@ -72,21 +75,18 @@ class TrellisLanguageModel(nn.Module):
         **core,
     ):
         super().__init__()
-        for name, value, only in (
-            ("n_experts", n_experts, 0),
-            ("cutoffs", cutoffs, None),
-            ("latent_dropout", latent_dropout, 0.0),
-            ("log_epsilon", log_epsilon, 0.0),
-        ):
-            if value != only:
-                raise ValueError(f"{name}: this version supports only {only!r}, got {value!r}")
+        if cutoffs is not None:
+            raise ValueError(f"cutoffs: this version supports only None, got {cutoffs!r}")
+        if n_experts < 0:
+            raise ValueError(f"n_experts: expected 0 or more, got {n_experts}")
         for name, value in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if tied and output_size != embedding_size:
+        if tied and not n_experts and output_size != embedding_size:
             raise ValueError(f"output_size: tied weights need embedding_size = {embedding_size}, got {output_size}")
         self.vocab_size = vocab_size
         self.tied = tied
+        self.n_experts = n_experts
         self.embedding_dropout = check_rate("embedding_dropout", embedding_dropout)
         self.input_dropout = check_rate("input_dropout", input_dropout)
         self.output_dropout = check_rate("output_dropout", output_dropout)
@@ -96,7 +96,20 @@ class TrellisLanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, embedding_size, **factory)
         nn.init.uniform_(self.embedding.weight, -INIT_RANGE, INIT_RANGE)
         self.core = TrellisNet(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
-        self.head = LinearSoftmax(output_size, vocab_size, weight=self.embedding.weight if tied else None, **factory)
+        factory["weight"] = self.embedding.weight if tied else None
+        if n_experts:
+            self.head = MixtureOfSoftmaxes(
+                output_size,
+                vocab_size,
+                n_experts,
+                embedding_size,
+                dropout=latent_dropout,
+                log_epsilon=log_epsilon,
+                **factory,
+            )
+        else:
+            check_rate("latent_dropout", latent_dropout)
+            self.head = LinearSoftmax(output_size, vocab_size, **factory)
 
     def embed(self, tokens: Tensor, masks: Masks | None = None) -> Tensor:
         """Token ids (N, L) → embedded and dropped input (N, L, E)."""
@@ -141,22 +154,39 @@ class TrellisLanguageModel(nn.Module):
                 aux = [a * s for a, s in zip(aux, scale.unbind(1), strict=True)]
         return LanguageModelOutput(output, raw_output, state, aux)
 
-    def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None) -> Tensor:
-        """Log-probabilities in nats, (..., output_size) → (..., V)."""
-        self._check_latent_mask(latent_mask)
-        return self.head.log_prob(output)
+    def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
+        """Log-probabilities in nats, (..., output_size) → (..., V); arguments as in :meth:`loss`."""
+        return self.head.log_prob(output, **self._latent(latent_mask, draw))
 
     def loss(
-        self, output: Tensor, target: Tensor, *, latent_mask: Tensor | None = None, reduction: str = "mean"
+        self,
+        output: Tensor,
+        target: Tensor,
+        *,
+        latent_mask: Tensor | None = None,
+        reduction: str = "mean",
+        draw: bool = True,
     ) -> Tensor:
-        """Negative log-likelihood in nats of `target` (...), int64, given `output` (..., output_size)."""
-        self._check_latent_mask(latent_mask)
-        return self.head.loss(output, target, reduction=reduction)
+        """Negative log-likelihood in nats.
 
-    @staticmethod
-    def _check_latent_mask(latent_mask: Tensor | None) -> None:
+        Args:
+            output: (..., output_size), of :meth:`forward`.
+            target: int64 (...).
+            latent_mask: explicit 0/1 mask on the mixture's latent vectors, (N, 1, n_experts·embedding_size).
+            reduction: "mean", "sum" or "none" (shape of target).
+            draw: draw latent dropout in training mode if no mask is given.
+
+        Raises:
+            ValueError: shapes that do not fit, or a latent mask for a plain softmax.
+        """
+        return self.head.loss(output, target, reduction, **self._latent(latent_mask, draw))
+
+    def _latent(self, latent_mask: Tensor | None, draw: bool) -> dict[str, Any]:
+        if self.n_experts:
+            return {"latent_mask": latent_mask, "draw": draw}
         if latent_mask is not None:
             raise ValueError("latent_mask: only a mixture of softmaxes (n_experts > 0) has latent vectors")
+        return {}
 
 
 def count_parameters(model: nn.Module) -> int:

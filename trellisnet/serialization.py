@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import pickletools
 import re
 import struct
 import tempfile
@@ -77,21 +78,26 @@ def load(path: str | os.PathLike, what: str) -> Any:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     with file:
-        try:
-            _check_members(file)
-            file.seek(0)
-            with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as e:
-            if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
-                raise UserError(
-                    f"{path}: holds a pickled object (a whole model?), not {what}; opening it could run any code, so "
-                    "it is refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and "
-                    "load those."
-                ) from e
-            raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
-        except _DAMAGE as e:
-            raise UserError(f"{path}: not {what}, or a damaged one ({_reason(e)})") from e
+        return read(file, path, what)
+
+
+def read(file: BinaryIO, name: str | os.PathLike, what: str) -> Any:
+    """:func:`load` of an open file; `name` is for the message."""
+    try:
+        _check_members(file)
+        _check_claims(file)
+        file.seek(0)
+        with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
+            raise UserError(
+                f"{name}: holds a pickled object (a whole model?), not {what}; opening it could run any code, so it is "
+                "refused. Where it was made, save its weights with torch.save(model.state_dict(), FILE) and load those."
+            ) from e
+        raise UserError(f"{name}: not {what}, or a damaged one ({_reason(e)})") from e
+    except _DAMAGE as e:
+        raise UserError(f"{name}: not {what}, or a damaged one ({_reason(e)})") from e
 
 
 def _check_members(file: BinaryIO) -> None:
@@ -101,6 +107,23 @@ def _check_members(file: BinaryIO) -> None:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+
+
+def _check_claims(file: BinaryIO) -> None:
+    """Refuse an older container that claims more numbers than it has bytes, before memory is taken for them.
+
+    It is a row of pickles followed by raw numbers. The fourth pickle describes the tensors; no size, stride or offset
+    in it can exceed the size of the file. (The newer container is compared with the sizes of its members by torch.)
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if zipfile.is_zipfile(file):
+        return
+    file.seek(0)
+    for pickled in range(4):
+        for _, argument, _ in pickletools.genops(file):
+            if pickled == 3 and isinstance(argument, int) and argument > size:
+                raise EOFError(f"claims {argument:,} numbers in a file of {size:,} bytes")
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,9 @@ from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 
 _CORE = "tnet.module.full_conv."
-_CORE_AGAIN = "network.0.module.full_conv."
+_MIXTURE = "mixsoft."
+# The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
+_AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
 WHAT = "weights in the authors' layout (a state dict)"
 
 
@@ -35,7 +37,13 @@ def parameter_map(model: TrellisLanguageModel) -> dict[str, nn.Parameter]:
     else:
         names[_CORE + "weight1_raw"] = core.weight_x
         names[_CORE + "weight2_raw"] = core.weight_h
+    if model.n_experts:
+        names |= {_MIXTURE + name: p for part in ("prior", "latent") for name, p in _named(model.head, part)}
     return names
+
+
+def _named(head: nn.Module, part: str) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{part}.{name}", p) for name, p in getattr(head, part).named_parameters()]
 
 
 def authors_state_dict(model: TrellisLanguageModel) -> "OrderedDict[str, Tensor]":
@@ -46,9 +54,12 @@ def authors_state_dict(model: TrellisLanguageModel) -> "OrderedDict[str, Tensor]
         if name == "decoder.bias" and model.tied:
             state["decoder.weight"] = tensors["encoder.weight"]
         state[name] = tensor
-    for name, tensor in tensors.items():
-        if name.startswith(_CORE):
-            state[_CORE_AGAIN + name.removeprefix(_CORE)] = tensor
+    if model.n_experts:  # the mixture holds the decoder once more
+        state[_MIXTURE + "decoder.weight"] = state["decoder.weight"]
+        state[_MIXTURE + "decoder.bias"] = state["decoder.bias"]
+    for prefix, again in _AGAIN.items():
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[again + name.removeprefix(prefix)] = state[name]
     return state
 
 
@@ -107,11 +118,19 @@ def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
             raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
-        first = _CORE + name.removeprefix(_CORE_AGAIN) if name.startswith(_CORE_AGAIN) else name
+        first = _first_name(name)
         if first != name and first in state and not torch.equal(state[first], tensor):
             raise UserError(f"{path}: {name} and {first} should be one tensor but differ; the file is damaged")
         unique.setdefault(first, tensor)
     return unique
+
+
+def _first_name(name: str) -> str:
+    """The name under which the authors' model first holds the tensor `name`."""
+    for prefix, again in _AGAIN.items():
+        if name.startswith(again):
+            name = prefix + name.removeprefix(again)
+    return name.removeprefix(_MIXTURE) if name.startswith(_MIXTURE + "decoder.") else name
 
 
 def _check_tied(state: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -127,8 +146,10 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
         return
     if "encoder.weight" in missing or _CORE + "bias2" in missing:
         advice = "it is of another model or task"
-    elif any(name.startswith("mixsoft.") for name in extra):
-        advice = "the file is of a mixture of softmaxes, which this version cannot load"
+    elif any(name.startswith(_MIXTURE) for name in extra):
+        advice = f"the file is of a mixture of softmaxes; pass --n_experts {state[_MIXTURE + 'prior.bias'].numel()}"
+    elif any(name.startswith(_MIXTURE) for name in missing):
+        advice = "the file is of a plain softmax; pass --n_experts 0"
     elif any(name.endswith("_g") for name in extra):
         advice = "the file was trained with weight normalisation; pass --wnorm"
     elif any(name.endswith("_g") for name in missing) and _CORE + "weight1_raw" in state:
@@ -154,7 +175,12 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
         return f"the file knows {words} words, the data {model.vocab_size}: pass the --data it was trained on"
     if kernel.size(2) != model.core.kernel_size:
         return f"pass --ksize {kernel.size(2)}"
-    nout = embedding_size if model.tied else state["decoder.weight"].size(-1)
+    if model.n_experts and state[_MIXTURE + "prior.bias"].numel() != model.n_experts:
+        return f"pass --n_experts {state[_MIXTURE + 'prior.bias'].numel()}"
+    if model.n_experts:
+        nout = state[_MIXTURE + "prior.weight"].size(-1)
+    else:
+        nout = embedding_size if model.tied else state["decoder.weight"].size(-1)
     nhid = bias.numel() // 4 - nout
     flags = [] if nout == model.core.output_size else [f"--nout {nout}"]
     if nhid != model.core.hidden_size - model.core.output_size:
