@@ -18,8 +18,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Test scores of the paper (Table 1), by task.
 PAPER = {"word_ptb": (56.97, "24M parameters, preset `paper`")}
 SCORES = {"ppl": "perplexity"}
-QUOTED = "word_ptb_tiny"  # the run whose output README shows
-BEGIN, END = "<!-- output of the demo: begin -->", "<!-- output of the demo: end -->"
+# In README, what stands between <!-- output of NAME: begin --> and <!-- output of NAME: end --> comes from the log of
+# results/NAME.
+QUOTED = re.compile(r"<!-- output of (\w+): begin -->\n.*?<!-- output of \1: end -->", re.DOTALL)
 
 
 class BadResultError(Exception):
@@ -103,7 +104,8 @@ def quoted(folder: Path) -> str:
     lines = [
         line for line in (folder / "log.txt").read_text().splitlines() if re.match(r"epoch +\d+  |valid|test", line)
     ]
-    return "\n".join([BEGIN, "```", *lines, "```", END])
+    name = folder.name
+    return "\n".join([f"<!-- output of {name}: begin -->", "```", *lines, "```", f"<!-- output of {name}: end -->"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,10 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     folders = sorted(path for path in (args.root / "results").glob("*") if path.is_dir())
     readme = (args.root / "README.md").read_text(encoding="utf-8")
     try:
-        contents = {"RESULTS.md": results(folders)}
-        if BEGIN in readme:
-            shown = quoted(args.root / "results" / QUOTED)
-            contents["README.md"] = re.sub(f"{BEGIN}.*{END}", lambda _: shown, readme, flags=re.DOTALL)
+        contents = {
+            "RESULTS.md": results(folders),
+            "README.md": QUOTED.sub(lambda found: quoted(args.root / "results" / found[1]), readme),
+        }
     except (BadResultError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

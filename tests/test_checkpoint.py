@@ -1,7 +1,11 @@
 """Files that are whole or not there, and reading them back."""
 
+import hashlib
+import io
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,23 +15,38 @@ from trellisnet.training import checkpoint
 
 
 def content(**changes):
-    keys = checkpoint._KEYS - {"format"}
-    return {**dict.fromkeys(keys), "model": {"w": torch.arange(3)}, "rng": checkpoint.rng_state(), **changes}
+    return {
+        **dict.fromkeys(checkpoint._KEYS),
+        "model": {"w": torch.arange(3)},
+        "rng": checkpoint.rng_state(),
+        **changes,
+    }
 
 
 def test_round_trip_and_format(tmp_path):
     checkpoint.save(tmp_path / "last.pt", content(step=7))
     loaded = checkpoint.load(tmp_path / "last.pt")
-    assert loaded["format"] == checkpoint.FORMAT
     assert loaded["step"] == 7
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["format"] == checkpoint.FORMAT
     assert torch.equal(loaded["model"]["w"], torch.arange(3))
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
     checkpoint.save(tmp_path / "last.pt", content())
-    expected = torch.rand(5)
+    draw = lambda: (torch.rand(5).tolist(), np.random.rand(5).tolist(), random.random(), random.gauss(0, 1))  # noqa: E731
+    expected = draw()
+    assert draw() != expected
     checkpoint.set_rng_state(checkpoint.load(tmp_path / "last.pt")["rng"])
-    assert torch.equal(torch.rand(5), expected)
+    assert draw() == expected
+
+
+def test_content_that_differs_from_its_sum_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", content())
+    file = torch.load(tmp_path / "last.pt", weights_only=True)
+    for change in ({"sha256": "0" * 64}, {"sha256": None}, {"content": file["content"].flip(0)}, {"content": 7}):
+        torch.save(file | change, tmp_path / "other.pt")
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load(tmp_path / "other.pt")
 
 
 def test_other_formats_are_refused(tmp_path):
@@ -37,6 +56,14 @@ def test_other_formats_are_refused(tmp_path):
     torch.save({"format": checkpoint.FORMAT, "model": {}}, tmp_path / "part.pt")
     with pytest.raises(UserError, match="or a damaged one"):
         checkpoint.load(tmp_path / "part.pt")
+    for inner in ({"model": {}}, [1, 2]):
+        buffer = io.BytesIO()
+        torch.save(inner, buffer)
+        data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        sums = hashlib.sha256(buffer.getvalue()).hexdigest()
+        torch.save({"format": checkpoint.FORMAT, "sha256": sums, "content": data}, tmp_path / "inner.pt")
+        with pytest.raises(UserError, match="or a damaged one"):
+            checkpoint.load(tmp_path / "inner.pt")
     torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "weights.pkl")
     with pytest.raises(UserError, match="loaded with --load_weight"):
         checkpoint.load(tmp_path / "weights.pkl")

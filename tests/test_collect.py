@@ -74,8 +74,8 @@ def test_what_is_no_result_is_refused(root, capsys, changes, message):
 
 def test_the_demos_output_is_quoted_in_readme(root):
     folder = root()
-    (folder / "results" / "one").rename(folder / "results" / collect.QUOTED)
-    (folder / "README.md").write_text(f"before\n{collect.BEGIN}\nold\n{collect.END}\nafter\n")
+    begin, end = "<!-- output of one: begin -->", "<!-- output of one: end -->"
+    (folder / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "README.md").read_text()
     assert "test ppl 109.95" in text

@@ -21,7 +21,8 @@ def test_defaults_are_the_authors_released_ones():
         "dropouth": 0.28, "wdecay": 1.2e-6, "tied": True, "seed": 1111, "anneal": 10, "cuda": True, "wnorm": False,
         "temporalwdrop": True, "optim": "SGD", "repack": False, "eval": False, "alpha": 2, "beta": 1, "aux": 0.05,
         "aux_freq": 12, "seq_len": 110, "log_interval": 100, "when": [-1], "ksize": 2, "dilation": [1],
-        "eval_batch_size": 12, "name": "Trellis_wordPTB", "load": "", "load_weight": "",
+        "eval_batch_size": 12, "name": "Trellis_wordPTB", "load": "", "load_weight": "", "asgd": False,
+        "n_experts": 0, "dropoutl": 0.29,
     }  # fmt: skip
     assert {name: getattr(c, name) for name in released} == released
 
@@ -30,7 +31,7 @@ def test_every_flag_is_spelled_as_theirs():
     flags = {flag for action in build_parser(Config)._actions for flag in action.option_strings}
     theirs = """data name emsize nhid nout lr clip epochs batch_size nlevels horizon dropout dropouti wdrop emb_dropout
     dropouth wdecay tied seed anneal cuda wnorm temporalwdrop optim repack eval alpha beta aux aux_freq seq_len
-    log-interval when ksize dilation load load_weight""".split()
+    log-interval when ksize dilation load load_weight asgd n_experts dropoutl""".split()
     assert {f"--{name}" for name in theirs} <= flags
     assert flag_of(Config, "log_interval") == "--log-interval"
 
@@ -92,7 +93,10 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
         (["--clip", "nan"], "--clip: expected a finite number, got nan"),
         (["--aux_freq", "inf", "--aux", "0"], "--aux_freq: expected a finite number, got inf"),
         (["--seed", str(2**70)], "--seed: expected less than 2**63"),
-        (["--n_experts", "3"], "unknown argument --n_experts; --help lists the flags"),
+        (["--n_expert", "3"], "unknown argument --n_expert; did you mean --n_experts?"),
+        (["--frobnicate", "3"], "unknown argument --frobnicate; --help lists the flags"),
+        (["--n_experts", "-1"], "--n_experts: expected at least 0, got -1"),
+        (["--accumulate", "17"], "--accumulate 17: more slices than the --batch_size 16 rows"),
         (["--nout", "300"], "--nout 300: tied weights need --nout equal to --emsize 400"),
         (["--aux_freq", "12.5"], "--aux_freq 12.5: expected a whole number of layers"),
         (["--aux_freq", "59"], "--aux_freq 59: larger than --nlevels 58"),
@@ -146,3 +150,18 @@ def test_integers_pass_for_floats_in_files(tmp_path):
 def test_a_gap_that_only_training_minds_is_allowed_for_scoring():
     assert config("--eval", "--seq_len", "0").seq_len == 0
     assert config("--aux", "0", "--aux_freq", "1e4").aux_freq == 1e4
+
+
+@pytest.mark.parametrize(
+    ("argv", "epsilon"),
+    [
+        ([], 0),
+        (["--eval"], 0),
+        (["--load_weight", "w.pkl"], 0),
+        (["--eval", "--load_weight", "w.pkl"], 1e-8),
+        (["--eval", "--load_weight", "w.pkl", "--mos_epsilon", "0"], 0),
+        (["--mos_epsilon", "1e-6"], 1e-6),
+    ],
+)
+def test_the_authors_epsilon_is_on_to_score_loaded_weights_only(argv, epsilon):
+    assert config("--n_experts", "2", *argv).log_epsilon() == epsilon

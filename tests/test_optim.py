@@ -6,7 +6,7 @@ from torch import nn
 
 from trellisnet.errors import UserError
 from trellisnet.training.config import RunConfig
-from trellisnet.training.optim import Schedule, make_optimizer
+from trellisnet.training.optim import Schedule, averaged, make_averaging, make_optimizer
 
 
 def test_schedule_divides_on_a_plateau_above_the_floor():
@@ -34,3 +34,32 @@ def test_weight_decay_and_rate_reach_the_optimiser():
 def test_optimisers_that_cannot_be_used_are_named(name):
     with pytest.raises(UserError, match=f"--optim {name}: .*use SGD or Adam"):
         make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim=name))
+
+
+def test_schedule_switches_to_averaging_at_the_first_plateau_and_never_anneals_after_it():
+    schedule = Schedule(20.0, anneal=1, factor=4.0, floor=0.02, when=[1, 5], asgd=True)
+    rates = []
+    for epoch, loss in enumerate([3.0, 2.0, 9.0, 9.0, 9.0], start=1):
+        rates.append((schedule.step(epoch, loss), schedule.averaging))
+    assert rates == [(2.0, False), (2.0, False), (20.0, True), (20.0, True), (20.0, True)]
+
+
+def test_averaged_swaps_and_puts_back_also_after_an_error():
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = make_averaging([p], RunConfig(lr=1.0))
+    seen = []
+    for _ in range(3):
+        p.grad = torch.ones(1)
+        optimizer.step()
+        seen.append(p.item())
+
+    def interrupted_while_averaged():
+        with averaged(optimizer):
+            assert p.item() == pytest.approx(sum(seen[1:]) / 2)  # torch averages from the second iterate on
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_while_averaged()
+    assert p.item() == seen[-1]
+    with averaged(torch.optim.SGD([p], lr=1.0)):
+        assert p.item() == seen[-1]

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from trellisnet.models import TrellisLanguageModel
+from trellisnet.regularization import Masks
 from trellisnet.training.tasks import LanguageModeling
 
 
@@ -193,3 +194,36 @@ def test_history_mode_needs_windows_longer_than_the_horizon(seq_len):
 def test_perplexity():
     assert task().score(math.log(50)) == pytest.approx(50)
     assert task().score(1e6) == math.inf
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"seq_len": 4}, {"seq_len": 0, "repackage": True}, {"seq_len": 50, "horizon": 45}]
+)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_token_is_scored_once_under_its_windows_history(options, batch_size):
+    t, stream = task(**options), rows(1, 61)[0]
+    result = t.evaluate_all(stream, batch_size=batch_size)
+    assert result["tokens"] == 60
+    t.model.eval()
+    parts, state, skip = [], None, 0
+    for start, inputs, targets in t.windows(stream[None], training=False):
+        out = t.model(inputs, state)
+        state = out.state if t.repackage else None
+        skip = t.horizon if start and t._has_history(False) else 0
+        parts.append(t.model.loss(out.output[:, skip:], targets[:, skip:], reduction="none").flatten())
+    assert torch.cat(parts).numel() == 60
+    assert result["loss"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-12)
+
+
+def test_masks_without_a_latent_one_drop_no_latent():
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(20, 4, 7, 3, output_size=5, n_experts=2, latent_dropout=0.5, dtype=torch.float64)
+    t, data = LanguageModeling(model, horizon=5, seq_len=12, aux_weight=0.5, aux_every=2), rows(length=13)
+    model.train()
+    losses = [t.loss(data[:, :-1], data[:, 1:], masks=Masks())[0]["loss"] for _ in range(2)]
+    drawn = [t.loss(data[:, :-1], data[:, 1:])[0]["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert drawn[0] != drawn[1]
+    mask = torch.zeros(2, 1, 8)
+    dropped = t.loss(data[:, :-1], data[:, 1:], masks=Masks(latent=mask, latent_aux=mask[:, None]))[0]["loss"]
+    assert dropped != losses[0]

@@ -1,12 +1,11 @@
 """word_ptb from the command line: training, scoring, resuming, and every kind of complaint."""
 
+import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch
 import cases
 from trellisnet import serialization
 from trellisnet.models import count_parameters
+from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
 from trellisnet.weights import load_weights, save_weights
 from word_ptb import data
@@ -24,6 +24,9 @@ SMALL = """--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --b
 --optim Adam --lr 0.03 --dropout 0.1 --dropouti 0 --dropouth 0.1 --wdrop 0.1 --emb_dropout 0
 --log-interval 10""".split()
 PENN = PROJECT / "data" / "penn"
+
+# The texts of these tests are not the Penn Treebank's, and the program says so.
+pytestmark = pytest.mark.filterwarnings("ignore:none of this is the Penn Treebank")
 
 
 @pytest.fixture
@@ -125,18 +128,18 @@ def test_resume_follows_the_data_wherever_they_moved(run, tmp_path, text):
 def test_resume_refuses_what_is_not_whole(run, tmp_path, capsys):
     run("--epochs", "1")
     folder = tmp_path / "run"
-    whole = torch.load(folder / "last.pt", weights_only=True)
+    whole = checkpoint.load(folder / "last.pt")
     argv = ["--out", str(folder), "--resume", "--epochs", "2"]
     for change in (
         {"settings": []}, {"model": {}}, {"rng": {}}, {"schedule": {}}, {"epoch": "x"}, {"data": None},
         {"optimizer": {}}, {"best": 7}, {"carry": 5}, {"running": None},
     ):  # fmt: skip
-        torch.save(whole | change, folder / "last.pt")
+        checkpoint.save(folder / "last.pt", whole | change)
         assert main(argv) == 2, change
         err = capsys.readouterr().err
         assert err.startswith("error: ")
         assert err.count("\n") == 1
-    torch.save(whole, folder / "last.pt")
+    checkpoint.save(folder / "last.pt", whole)
     (folder / "best.pt").unlink()
     assert main(argv) == 2
     assert "best.pt: no such file" in capsys.readouterr().err
@@ -235,6 +238,8 @@ def test_limits_mark_the_result_partial(run):
         "--no-temporalwdrop --wdrop 0.3",
         "--aux 0",
         "--alpha 0 --beta 0",
+        "--n_experts 2 --nout 6 --mos_epsilon 1e-8",
+        "--accumulate 3",
     ],
 )
 def test_flags_train(run, flags):
@@ -336,20 +341,6 @@ def test_both_ways_to_start_it_from_elsewhere(tmp_path, how):
     assert (tmp_path / "here" / "weights.pkl").is_file()
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_with_their_code_and_name_the_way_on(tmp_path, signum, code):
-    command = [sys.executable, str(PROJECT / "word_ptb" / "train.py"), *SMALL, "--data", "synthetic", "--epochs", "99"]
-    with subprocess.Popen([*command, "--out", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signum)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert err.startswith("interrupted; the last checkpoint is kept; go on from it with: python word_ptb/train.py")
-    assert err.count("\n") == 1
-
-
 def test_help_names_every_flag(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
@@ -357,10 +348,12 @@ def test_help_names_every_flag(capsys):
     assert "default: 58" in shown
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_the_papers_size(preset):
+@pytest.mark.parametrize(
+    ("preset", "size"), [("default", 24_175_600), ("paper", 24_175_600), ("paper-mos", 25_681_735)]
+)
+def test_the_papers_size(preset, size):
     config = Config(**Config.presets[preset])
-    assert count_parameters(build_model(config, 10_000)) == 24_175_600
+    assert count_parameters(build_model(config, 10_000)) == size
 
 
 def test_the_synthetic_corpus_loads():
@@ -394,3 +387,57 @@ def test_the_paper_configuration_trains(tmp_path):
     assert metrics["steps"] == 2
     model = build_model(Config(**Config.presets["paper"]), 10_000)
     load_weights(model, tmp_path / "run" / "weights.pkl")
+
+
+def test_every_token_can_be_scored(run, tmp_path, text):
+    _, out, _, metrics = run("--eval_all", "--epochs", "1")
+    corpus = data.load(text)
+    assert metrics["valid_all"]["tokens"] == corpus.valid.numel() - 1
+    assert metrics["test_all"]["tokens"] == corpus.test.numel() - 1
+    assert metrics["valid"]["tokens"] < metrics["valid_all"]["tokens"]
+    assert re.search(r"^test_all ppl [\d.]+ ", out, re.M)
+    scored = run("--eval", "--eval_all", "--load_weight", tmp_path / "run" / "weights.pkl")[3]
+    assert scored["test_all"] == metrics["test_all"]
+
+
+def test_tensorboard_gets_the_numbers_of_the_metrics(run, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("--tensorboard")[0] == 0
+    board = event_accumulator.EventAccumulator(str(tmp_path / "run"))
+    board.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = [(r["step"], pytest.approx(r["valid_loss"], rel=1e-6)) for r in lines if r["event"] == "epoch"]
+    assert [(e.step, e.value) for e in board.Scalars("epoch/valid_loss")] == expected
+    assert run("--tensorboard", "--overwrite")[0] == 0  # its files are the run's own
+
+
+def test_tensorboard_is_optional(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    code, _, err, _ = run("--tensorboard")
+    assert code == 2
+    assert err == "error: --tensorboard: needs the package tensorboard: pip install tensorboard\n"
+
+
+def test_published_mixtures_are_scored_with_their_epsilon(run, tmp_path):
+    assert run("--n_experts", "2", "--epochs", "1")[0] == 0
+    weights = ("--n_experts", "2", "--load_weight", tmp_path / "run" / "weights.pkl", "--eval")
+    choices = ((), ("--mos_epsilon", "1e-8"), ("--mos_epsilon", "0"), ("--mos_epsilon", "1"))
+    default, theirs, plain, huge = (run(*weights, *more)[3]["test"]["loss"] for more in choices)
+    assert default == theirs
+    assert theirs == pytest.approx(plain, abs=1e-5)
+    assert huge < plain - 0.1
+    code, _, err, _ = run("--load_weight", tmp_path / "run" / "weights.pkl", "--eval")
+    assert code == 2
+    assert "pass --n_experts 2" in err
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line_with_both_sums(run, text):
+    code, _, err, _ = run("--max_steps", "1", "--repack")
+    assert code == 0
+    one, two = err.splitlines()
+    ours = hashlib.md5((text / "train.txt").read_bytes()).hexdigest()
+    assert one.startswith(
+        f"warning: none of this is the Penn Treebank: {text / 'train.txt'} has md5 {ours} instead of "
+    )
+    assert two.startswith("warning: repackaging with seq_len = 13: training windows overlap by 3 positions")

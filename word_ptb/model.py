@@ -19,6 +19,11 @@ class Config(LanguageModelConfig):
         "paper": {
             "name": "paper", "nlevels": 55, "horizon": 55, "aux_freq": 16.0, "wdecay": 1e-6,
         },
+        # Table 5, "Word-PTB (w/ MoS)".
+        "paper-mos": {
+            "name": "paper-mos", "n_experts": 15, "emsize": 280, "nout": 480, "nlevels": 55, "horizon": 55,
+            "aux_freq": 16.0, "wdecay": 1e-6, "emb_dropout": 0.05, "dropout": 0.4, "wdrop": 0.45, "clip": 0.2,
+        },
         # About an hour on two CPU cores: shallow, narrow, carried state (nothing is computed and then not scored), many
         # small updates, and only the regularisation that ten epochs need.
         "small": {
@@ -44,10 +49,12 @@ class Config(LanguageModelConfig):
     batch_size: int = setting(16, "rows of a training batch")
     eval_batch_size: int = setting(12, "rows for validation and test")
     anneal: int = setting(10, "plateau patience in epochs: divide the learning rate by 4; 0: never")
+    asgd: bool = setting(False, "switch to averaged SGD on the first plateau instead of annealing")
 
     dropout: float = setting(0.45, "output dropout, one mask a sequence")
     dropouti: float = setting(0.45, "input dropout, one mask a sequence")
     dropouth: float = setting(0.28, "hidden dropout, one mask a sequence for all layers")
+    dropoutl: float = setting(0.29, "dropout of the mixture's latent vectors, one mask a sequence")
     emb_dropout: float = setting(0.1, "dropout of whole words of the vocabulary")
     wdrop: float = setting(0.5, "DropConnect on both kernels")
 
@@ -59,7 +66,7 @@ class Config(LanguageModelConfig):
 
 
 def build_model(config: Config, vocab_size: int) -> TrellisLanguageModel:
-    """The language model of a configuration (tied softmax head)."""
+    """The language model of a configuration: (tied) softmax, or mixture of softmaxes."""
     return TrellisLanguageModel(
         vocab_size,
         config.emsize,
@@ -67,6 +74,9 @@ def build_model(config: Config, vocab_size: int) -> TrellisLanguageModel:
         config.nlevels,
         output_size=config.nout,
         tied=config.tied,
+        n_experts=config.n_experts,
+        latent_dropout=config.dropoutl,
+        log_epsilon=config.log_epsilon(),
         embedding_dropout=config.emb_dropout,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,

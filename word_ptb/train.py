@@ -1,5 +1,6 @@
 """Train or score a TrellisNet on word-level Penn Treebank: `python word_ptb/train.py --help`."""
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ from word_ptb.model import Config, build_model
 
 def setup(config: Config, device: torch.device) -> tuple[LanguageModeling, Splits, Schedule, dict[str, int]]:
     """Data, model, task and schedule of a run."""
-    corpus = data.load(config.data_folder())
+    # Only the project's own folder is filled by itself; a folder that the user names is theirs.
+    corpus = data.load(config.data_folder(), download=config.download and not config.data)
     model = build_model(config, len(corpus.vocabulary)).to(device)
     task = LanguageModeling(
         model,
@@ -36,9 +38,13 @@ def setup(config: Config, device: torch.device) -> tuple[LanguageModeling, Split
     except ValueError as e:
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     # The authors' word-level rule: divide by 4 on a plateau while the rate is above 0.02. Their --when is never read.
-    schedule = Schedule(config.lr, config.anneal, factor=4.0, floor=0.02, when=config.when)
+    schedule = Schedule(config.lr, config.anneal, factor=4.0, floor=0.02, when=config.when, asgd=config.asgd)
     tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
-    splits = Splits(**rows, label=corpus.label, sha256=corpus.sha256, sizes=tokens)
+    score_all = functools.partial(task.evaluate_all, batch_size=config.eval_batch_size)
+    every = {f"{split}_all": (score_all, getattr(corpus, split).to(device)) for split in ("valid", "test")}
+    splits = Splits(
+        **rows, label=corpus.label, sha256=corpus.sha256, sizes=tokens, everything=every if config.eval_all else {}
+    )
     facts = {"training tokens": tokens[0], "words": len(corpus.vocabulary), "steps an epoch": steps}
     return task, splits, schedule, facts
 

@@ -3,10 +3,9 @@
 import contextlib
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from trellisnet import ops, weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
-from trellisnet.training.config import RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
-from trellisnet.training.engine import Result, Splits, Task, evaluate, fit
+from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
+from trellisnet.training.engine import Result, Splits, Task, evaluate, fit, score_line
+from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import (
     RunFolder,
@@ -50,8 +50,8 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
     argv = sys.argv[1:] if argv is None else list(argv)
     program = _Program(cls, setup)
     try:
-        with _signals():
-            program.run(argv)
+        with Interrupts() as interrupts, _plain_warnings():
+            program.run(argv, interrupts)
     except UserError as e:
         return _complain(f"error: {e}", EXIT_USER)
     except RunError as e:
@@ -62,11 +62,27 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
         return _complain(f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}", EXIT_FAILED)
-    except _Interrupted as e:
+    except Interrupted as e:
         return _complain(f"interrupted; {program.way_on()}", 128 + e.signum)
     except SystemExit as e:  # --help
         return e.code or EXIT_OK
     return EXIT_OK
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show our warnings as one line without a place in the code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def plain(message, category, filename, *rest, **options):
+            if category is UserWarning and Path(filename).is_relative_to(PROJECT):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                show(message, category, filename, *rest, **options)
+
+        warnings.showwarning = plain
+        yield
 
 
 def _complain(line: str, code: int) -> int:
@@ -81,28 +97,6 @@ def _say(line: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
-
-
-class _Interrupted(BaseException):
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into :class:`_Interrupted`. Only the main thread can; elsewhere nothing changes."""
-
-    def interrupt(signum, _frame):
-        raise _Interrupted(signum)
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    before = {signum: signal.signal(signum, interrupt) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 class _Program:
@@ -122,7 +116,7 @@ class _Program:
         command = shlex.join(["python", f"{self.cls.task}/train.py", "--resume", str(self.folder / "last.pt")])
         return f"the last checkpoint is kept; go on from it with: {command}"
 
-    def run(self, argv: list[str]) -> None:
+    def run(self, argv: list[str], interrupts: Interrupts) -> None:
         """Parse, set up, train or score, write the metrics."""
         started = time.monotonic()
         config, given = parse(self.cls, argv)
@@ -148,7 +142,10 @@ class _Program:
             outcome = _score(task, splits, config)
             outcome["seconds"] = time.monotonic() - started
         else:
-            outcome = vars(self._train(task, splits, schedule, config, resumed, command, env, facts))
+            outcome = vars(self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts))
+        for name, (method, data) in splits.everything.items():
+            result = outcome[name] = evaluate(task, data, name, config, method)
+            _say(score_line(task, name, result))
         if config.metrics:
             metrics = {
                 "task": config.task, "preset": config.preset, "command": resumed["command"] if resumed else command,
@@ -169,10 +166,13 @@ class _Program:
         command: str,
         env: dict[str, Any],
         facts: dict[str, Any],
+        interrupts: Interrupts,
     ) -> Result:
         # Everything that can be wrong with the settings is found before an earlier run is deleted.
         optimizer = make_optimizer(task.model.parameters(), config)
-        folder = RunFolder(config.folder(), fresh=resumed is None, overwrite=config.overwrite)
+        folder = RunFolder(
+            config.folder(), fresh=resumed is None, overwrite=config.overwrite, tensorboard=config.tensorboard
+        )
         self.folder = folder.path
         with contextlib.closing(folder):
             _say(f"run folder: {folder.path}")
@@ -189,6 +189,7 @@ class _Program:
                 schedule,
                 weights.save_weights,
                 command=resumed["command"] if resumed else command,
+                interrupts=interrupts,
                 resume_from=resumed,
                 say=_say,
             )
@@ -227,6 +228,5 @@ def _score(task: Task, splits: Splits, config: RunConfig) -> dict[str, Any]:
     results = {}
     for name in ("valid", "test"):
         result = results[name] = evaluate(task, getattr(splits, name), name, config)
-        score = task.score_name
-        _say(f"{name} {score} {result[score]:.2f}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens")
+        _say(score_line(task, name, result))
     return {**results, "epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}

@@ -40,10 +40,13 @@ class RunConfig:
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
     default_data: ClassVar[str] = ""  # folder in the project
     # What to do now, not what to compute: taken from the command line only, never kept with a run.
-    process: ClassVar[frozenset[str]] = frozenset({"config", "out", "resume", "overwrite", "load", "eval", "metrics"})
+    process: ClassVar[frozenset[str]] = frozenset(
+        {"config", "out", "resume", "overwrite", "load", "eval", "metrics", "download"}
+    )
     # May differ between a run and its continuation (the data are compared by content).
     resumable: ClassVar[frozenset[str]] = process | frozenset(
         {"name", "preset", "epochs", "max_steps", "device", "cuda", "threads", "log_interval", "data"}
+        | {"checkpoint_minutes", "checkpoint_steps", "tensorboard"}
     )
 
     name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
@@ -58,6 +61,7 @@ class RunConfig:
     metrics: str = setting("", "write one JSON object with the results to FILE")
 
     data: str = setting("", "folder of the data, or 'synthetic'; default: data/<corpus> in the project")
+    download: bool = setting(True, "fetch published data that are missing in their default folder")
     seed: int = setting(1111, "seed of all random numbers")
     cuda: bool = setting(True, "use a CUDA device if there is one")
     device: str = setting("auto", "any torch device, or auto: cuda if there is one and --cuda, else cpu")
@@ -75,6 +79,10 @@ class RunConfig:
     eval_batch_size: int = setting(10, "rows for validation and test")
     when: list[int] = setting([-1], "divide the learning rate by 10 after these epochs")
     anneal: int = setting(0, "plateau patience in epochs; 0: no annealing on plateaus")
+    accumulate: int = setting(1, "compute every batch in so many slices of its rows, one update for all")
+    checkpoint_minutes: float = setting(10.0, "write last.pt also within an epoch, every so many minutes; 0: never")
+    checkpoint_steps: int = setting(0, "and after every so many updates; 0: never")
+    tensorboard: bool = setting(False, "write the numbers of metrics.jsonl for TensorBoard too")
     log_interval: int = setting(100, "batches between log lines", flag="--log-interval")
 
     def validate(self) -> None:
@@ -87,7 +95,10 @@ class RunConfig:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag_of(self, name)}: expected a finite number, got {value}")
-        self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval")
+        self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval", "accumulate")
+        self.check_at_least(0, "checkpoint_minutes", "checkpoint_steps")
+        if self.accumulate > self.batch_size:
+            raise UserError(f"--accumulate {self.accumulate}: more slices than the --batch_size {self.batch_size} rows")
         self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
         if self.seed >= 2**63:
             raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
@@ -143,10 +154,13 @@ class LanguageModelConfig(RunConfig):
     dilation: list[int] = setting([1], "dilations, cycled over the layers")
     tied: bool = setting(True, "tie the output to the input embedding")
     wnorm: bool = setting(False, "weight normalisation")
+    n_experts: int = setting(0, "softmaxes in a mixture; 0: one plain softmax")
+    mos_epsilon: float = setting(-1.0, "added to the mixture's probabilities; -1: 1e-8 to score loaded weights, else 0")
 
     dropout: float = setting(0.0, "output dropout, one mask a sequence")
     dropouti: float = setting(0.0, "input dropout, one mask a sequence")
     dropouth: float = setting(0.0, "hidden dropout, one mask a sequence for all layers")
+    dropoutl: float = setting(0.0, "dropout of the mixture's latent vectors, one mask a sequence")
     emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
     wdrop: float = setting(0.0, "DropConnect on both kernels")
     temporalwdrop: bool = setting(True, "DropConnect on the older taps only")
@@ -158,16 +172,17 @@ class LanguageModelConfig(RunConfig):
     aux_freq: float = setting(20.0, "auxiliary loss after every so many layers")
     alpha: float = setting(0.0, "activation regularisation (AR)")
     beta: float = setting(0.0, "temporal activation regularisation (TAR)")
+    eval_all: bool = setting(False, "also score every token, those without a whole history too")
 
     def validate(self) -> None:
         super().validate()
         self.check_at_least(1, "emsize", "nhid", "nout", "nlevels", "horizon")
         self.check_at_least(2, "ksize")
-        self.check_at_least(0, "seq_len", "alpha", "beta")
-        self.check_rates("dropout", "dropouti", "dropouth", "emb_dropout", "wdrop")
+        self.check_at_least(0, "seq_len", "alpha", "beta", "n_experts")
+        self.check_rates("dropoutl", "dropout", "dropouti", "dropouth", "emb_dropout", "wdrop")
         if min(self.dilation, default=0) < 1:
             raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
-        if self.tied and self.nout != self.emsize:
+        if self.tied and not self.n_experts and self.nout != self.emsize:
             raise UserError(
                 f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; "
                 "change one or pass --no-tied"
@@ -187,6 +202,12 @@ class LanguageModelConfig(RunConfig):
             )
         if not self.eval and self.repack and 0 < self.seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
+
+    def log_epsilon(self) -> float:
+        """What is added to a mixture's probabilities: the authors' 1e-8 to score loaded weights, else nothing."""
+        if self.mos_epsilon >= 0:
+            return self.mos_epsilon
+        return 1e-8 if self.eval and self.load_weight else 0.0
 
 
 Config = TypeVar("Config", bound=RunConfig)

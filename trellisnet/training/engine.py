@@ -1,9 +1,10 @@
 """The training engine: the loop, logging, checkpoints, resume. It knows no task and no data."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
-from trellisnet.training.optim import Schedule
+from trellisnet.training.interrupts import Interrupted, Interrupts
+from trellisnet.training.optim import Schedule, averaged, make_averaging
 from trellisnet.training.runlog import RunFolder
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
@@ -36,7 +38,8 @@ class Task(Protocol):
 class Splits:
     """The data of a run in the form that the task takes.
 
-    `label`, `sha256` and `sizes` (of train, valid and test, in the task's units) say what they are.
+    `label`, `sha256` and `sizes` (of train, valid and test, in the task's units) say what they are. `everything` names
+    further scores to report at the end: how to evaluate, and what.
     """
 
     train: Any
@@ -45,6 +48,7 @@ class Splits:
     label: str
     sha256: str
     sizes: tuple[int, int, int]
+    everything: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> list[Any]:
@@ -70,14 +74,17 @@ def bar(iterable: Iterable | None = None, total: int | None = None, **options: A
     return tqdm(iterable, total=total, disable=None, dynamic_ncols=True, leave=False, **options)
 
 
-def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, Any]:
-    """Score one split: `Task.evaluate` with the score added, and `partial` if it was cut short.
+def evaluate(
+    task: Task, data: Any, name: str, config: RunConfig, method: Callable[..., dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Score one split by `method` (default: `Task.evaluate`); adds the score, and `partial` if it was cut short.
 
     Raises:
         RunError: the loss or the score is not finite.
     """
     limit = config.max_eval_tokens or None
-    result = task.evaluate(data, max_tokens=limit, progress=lambda it, total: bar(it, total, desc=name, unit="window"))
+    progress = lambda it, total: bar(it, total, desc=name, unit="window")  # noqa: E731
+    result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
     score = result[task.score_name] = task.score(result["loss"])
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
         raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; lower --lr or --clip")
@@ -86,22 +93,34 @@ def evaluate(task: Task, data: Any, name: str, config: RunConfig) -> dict[str, A
     return result
 
 
+def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
+    """A result of :func:`evaluate` in words."""
+    score = f"{task.score_name} {result[task.score_name]:.2f}"
+    partial = " (partial)" if "partial" in result else ""
+    return f"{name} {score}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens{partial}"
+
+
 class _Meter:
     """Loss, tokens and time since it was made. The loss stays on the device until it is asked for."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self) -> None:
         self.started = self.shown = time.monotonic()
         self.steps = self.tokens = 0
-        self._total = torch.zeros((), device=device)
+        self._total: float | Tensor = 0.0
 
     def add(self, loss: Tensor, tokens: int) -> None:
-        self._total += loss.detach() * tokens
+        self._total = self._total + loss.detach() * tokens
         self.tokens += tokens
         self.steps += 1
 
+    def total(self) -> float:
+        """Sum of the losses over all tokens; waits for the device."""
+        return float(self._total)
+
     def loss(self) -> float:
+        """Mean loss of a token; waits for the device."""
         self.shown = time.monotonic()
-        return self._total.item() / self.tokens
+        return self.total() / self.tokens
 
     @property
     def seconds(self) -> float:
@@ -120,6 +139,7 @@ class Trainer:
         schedule: the learning rate.
         save_weights: writes the model's weights in a task-independent layout to a path.
         command: the command line that started the run, kept with it.
+        interrupts: holds signals back where a step must be whole.
         say: prints a line for the user.
     """
 
@@ -133,15 +153,18 @@ class Trainer:
         schedule: Schedule,
         save_weights: Callable[[nn.Module, Any], None],
         command: str,
+        interrupts: Interrupts,
         say: Callable[[str], None],
     ):
         self.task, self.splits, self.config, self.folder = task, splits, config, folder
         self.optimizer, self.schedule = optimizer, schedule
-        self.save_weights, self.command, self.say = save_weights, command, say
+        self.save_weights, self.command = save_weights, command
+        self.interrupts, self.say = interrupts, say
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
         self.best: dict[str, Any] | None = None
-        self.running = {"loss": 0.0, "tokens": 0, "seconds": 0.0}
+        self.running = {"loss": 0.0, "tokens": 0, "seconds": 0.0}  # of this epoch, up to the last log line
+        self.meter = _Meter()  # since then
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -156,16 +179,25 @@ class Trainer:
             "settings": to_settings(self.config),
             "command": self.command,
             "data": self.splits.fingerprint,
-            "model": self.task.model.state_dict(),
+            "model": copy.deepcopy(self.task.model.state_dict()),
+            "average": None,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": {"lr": self.schedule.lr, "history": list(self.schedule.history)},
+            "schedule": {
+                "lr": self.schedule.lr,
+                "history": list(self.schedule.history),
+                "averaging": self.schedule.averaging,
+            },
             "epoch": self.epoch,
             "batch": self.batch,
             "carry": self.carry,
             "step": self.step,
             "best": self.best,
             "seconds": self.seconds,
-            "running": dict(self.running),
+            "running": {
+                "loss": self.running["loss"] + self.meter.total(),
+                "tokens": self.running["tokens"] + self.meter.tokens,
+                "seconds": self.running["seconds"] + self.meter.seconds,
+            },
             "rng": checkpoint.rng_state(),
         }
 
@@ -193,9 +225,12 @@ class Trainer:
         if self.best is not None:
             self._load_best()
         self.task.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.lr = content["schedule"]["lr"]
         self.schedule.history = list(content["schedule"]["history"])
+        self.schedule.averaging = bool(content["schedule"]["averaging"])
+        if self.schedule.averaging:
+            self.optimizer = make_averaging(self.task.model.parameters(), self.config)
+        self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.batch, self.step = (int(content[key]) for key in ("epoch", "batch", "step"))
         device = next(self.task.model.parameters()).device
         carry = content["carry"]
@@ -209,9 +244,14 @@ class Trainer:
     def run(self) -> Result:
         """Train to the last epoch (or `max_steps`), then score validation and test with the best weights."""
         batches = self.task.batches(self.splits.train)
-        while self.epoch < self.config.epochs and not self._stopped():
-            finished = self._train_epoch(batches)
-            self._end_epoch(finished)
+        try:
+            while self.epoch < self.config.epochs and not self._stopped():
+                finished = self._train_epoch(batches)
+                self._end_epoch(finished)
+        except Interrupted:
+            with self.interrupts.held():
+                self._save(best=False)
+            raise
         return self._finish()
 
     def _load_best(self) -> dict[str, Any]:
@@ -233,62 +273,84 @@ class Trainer:
         model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr
-        parameters = list(model.parameters())
-        meter = _Meter(parameters[0].device)
+        self.meter, saved = _Meter(), time.monotonic()
         told = self.epoch > 0
         progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="window")
         with progress:
             for batch in batches[self.batch :]:
                 if self._stopped():
                     break
-                self.optimizer.zero_grad(set_to_none=True)
-                losses, self.carry = task.loss(*batch, state=self.carry)
-                losses["loss"].backward()
-                if config.clip > 0:
-                    nn.utils.clip_grad_norm_(parameters, config.clip)
-                self.optimizer.step()
-                self.batch += 1
-                self.step += 1
-                meter.add(losses["raw"], task.size(batch))
-                if not told and (meter.steps == FIRST_STEPS or meter.seconds > FIRST_SECONDS):
+                with self.interrupts.held():
+                    self.meter.add(self._step(batch), task.size(batch))
+                if not told and (self.meter.steps == FIRST_STEPS or self.meter.seconds > FIRST_SECONDS):
                     told = True
-                    self._tell_duration(meter.seconds / meter.steps * len(batches))
+                    self._tell_duration(self.meter.seconds / self.meter.steps * len(batches))
                 progress.update()
                 if self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped():
-                    self._log_steps(meter, len(batches))
-                    meter = _Meter(parameters[0].device)
-                elif not progress.disable and meter.shown + 1 < time.monotonic():
-                    progress.set_postfix_str(self._figures(meter))
+                    with self.interrupts.held():
+                        self._log_steps(len(batches))
+                elif not progress.disable and self.meter.shown + 1 < time.monotonic():
+                    progress.set_postfix_str(self._figures())
+                due = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
+                late = config.checkpoint_minutes and time.monotonic() - saved > 60 * config.checkpoint_minutes
+                if due or late:
+                    self._save(best=False)
+                    saved = time.monotonic()
         return self.batch == len(batches)
+
+    def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """One update from one batch, in `accumulate` slices of its rows; returns the raw loss."""
+        config, model = self.config, self.task.model
+        self.optimizer.zero_grad(set_to_none=True)
+        slices = list(zip(*(part.tensor_split(config.accumulate) for part in batch), strict=True))
+        states = [None] * len(slices)
+        if self.carry is not None:
+            states = list(zip(*(part.tensor_split(config.accumulate) for part in self.carry), strict=True))
+        raw, carried = 0.0, []
+        for part, state in zip(slices, states, strict=True):
+            losses, state = self.task.loss(*part, state=state)
+            share = part[0].size(0) / batch[0].size(0)
+            (losses["loss"] * share).backward()
+            raw = raw + losses["raw"].detach() * share
+            carried.append(state)
+        if config.clip > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        self.optimizer.step()
+        self.carry = None if carried[0] is None else tuple(torch.cat(parts) for parts in zip(*carried, strict=True))
+        self.batch += 1
+        self.step += 1
+        return raw
 
     def _tell_duration(self, epoch: float) -> None:
         left = epoch * (self.config.epochs - self.epoch)
         self.say(f"about {_duration(epoch)} an epoch, {_duration(left)} for all, evaluation aside")
 
-    def _figures(self, meter: "_Meter") -> str:
+    def _figures(self) -> str:
         """Loss, score, rate and speed since the last log line.
 
         Raises:
             RunError: the loss is not finite.
         """
-        loss = meter.loss()
+        loss = self.meter.loss()
         if not math.isfinite(loss):
             raise RunError(
                 f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, window {self.batch}); "
                 "lower --lr or --clip"
             )
         score = f"{self.task.score_name} {self.task.score(loss):.2f}"
-        return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {meter.tokens / meter.seconds:,.0f} tok/s"
+        speed = self.meter.tokens / self.meter.seconds
+        return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} tok/s"
 
-    def _log_steps(self, meter: "_Meter", steps: int) -> None:
-        figures, loss = self._figures(meter), meter.loss()
+    def _log_steps(self, steps: int) -> None:
+        figures, loss = self._figures(), self.meter.loss()
         self.folder.log(f"epoch {self.epoch + 1} window {self.batch}/{steps} step {self.step} {figures}")
         self.folder.record(
             "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, loss=loss
         )
-        self.running["loss"] += loss * meter.tokens
-        self.running["tokens"] += meter.tokens
-        self.running["seconds"] += meter.seconds
+        self.running["loss"] += self.meter.total()
+        self.running["tokens"] += self.meter.tokens
+        self.running["seconds"] += self.meter.seconds
+        self.meter = _Meter()
 
     def _end_epoch(self, finished: bool) -> None:
         """Validate, remember the best, anneal, write the checkpoints, then report.
@@ -296,7 +358,12 @@ class Trainer:
         An epoch cut short by `max_steps` is validated for information only, so that a continued run is not changed by
         where it had been stopped.
         """
-        valid = evaluate(self.task, self.splits.valid, "valid", self.config)
+        with averaged(self.optimizer):
+            valid = evaluate(self.task, self.splits.valid, "valid", self.config)
+        with self.interrupts.held():
+            self._close_epoch(finished, valid)
+
+    def _close_epoch(self, finished: bool, valid: dict[str, Any]) -> None:
         epoch, lr, name = self.epoch + 1, self.schedule.lr, self.task.score_name
         train, seconds = self.running["loss"] / max(self.running["tokens"], 1), self.running["seconds"]
         rate = self.running["tokens"] / max(seconds, 1e-9)
@@ -304,7 +371,11 @@ class Trainer:
         if better:
             self.best = {"epoch": epoch, "valid": valid}
         if finished:
+            was_averaging = self.schedule.averaging
             self.schedule.step(epoch, valid["loss"])
+            if self.schedule.averaging and not was_averaging:
+                self.optimizer = make_averaging(self.task.model.parameters(), self.config)
+                self.say(f"epoch {epoch:3d}  no gain in {self.config.anneal} epochs: averaging from here on")
             self.epoch, self.batch, self.carry = epoch, 0, None
             self.running = dict.fromkeys(self.running, 0.0)
         self._save(better)
@@ -327,28 +398,33 @@ class Trainer:
         In this order best.pt is never behind what last.pt tells of; if a run is killed in between, best.pt is a whole
         checkpoint of the later state and the run is continued from it.
         """
+        if not all(torch.isfinite(p).all() for p in self.task.model.parameters()):
+            raise RunError(f"the weights are no longer finite numbers at step {self.step}; lower --lr or --clip")
         content = self.checkpoint()
         try:
-            if best:
-                checkpoint.save(self.folder.file("best.pt"), content)
-                self.save_weights(self.task.model, self.folder.file("weights.pkl"))
-            checkpoint.save(self.folder.file("last.pt"), content)
+            with averaged(self.optimizer):
+                if any("ax" in state for state in self.optimizer.state.values()):
+                    content["average"] = self.task.model.state_dict()
+                if best:
+                    checkpoint.save(self.folder.file("best.pt"), content)
+                    self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+                checkpoint.save(self.folder.file("last.pt"), content)
         except OSError as e:
             raise RunError(f"the checkpoint could not be written ({e.strerror}); make room and continue") from e
 
     def _finish(self) -> Result:
         """Score the test data with the best weights, or with the last ones if no epoch was finished."""
-        name, best_epoch = self.task.score_name, self.best["epoch"] if self.best else None
+        best_epoch = self.best["epoch"] if self.best else None
         if self.best:
-            self.task.model.load_state_dict(self._load_best()["model"])
+            best = self._load_best()
+            self.task.model.load_state_dict(best["average"] or best["model"])
             valid = self.best["valid"]
         else:
             valid = evaluate(self.task, self.splits.valid, "valid", self.config)
         self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = evaluate(self.task, self.splits.test, "test", self.config)
         for split, result in (("valid", valid), ("test", test)):
-            line = f"{split} {name} {result[name]:.2f}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens"
-            line += " (partial)" if "partial" in result else ""
+            line = score_line(self.task, split, result)
             self.say(line)
             self.folder.log(line)
         self.folder.record("result", valid=valid, test=test, best_epoch=best_epoch)
@@ -379,6 +455,7 @@ def fit(
     save_weights: Callable[[nn.Module, Any], None],
     *,
     command: str = "",
+    interrupts: Interrupts | None = None,
     resume_from: dict[str, Any] | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> Result:
@@ -388,6 +465,7 @@ def fit(
         task, splits, config, folder, optimizer, schedule: see :class:`Trainer`.
         save_weights: writes the best epoch's weights (weights.pkl).
         command: the command line that started the run.
+        interrupts: entered by the caller, it lets a signal end the run with a checkpoint.
         resume_from: a checkpoint to continue from.
         say: prints a line for the user; the default keeps clear of the progress bar.
 
@@ -397,8 +475,10 @@ def fit(
     Raises:
         UserError: settings or data that do not fit.
         RunError: a loss that is not finite, or a checkpoint that could not be written.
+        Interrupted: a signal came; the checkpoint is written.
     """
-    trainer = Trainer(task, splits, config, folder, optimizer, schedule, save_weights, command, say)
+    interrupts = interrupts or Interrupts()
+    trainer = Trainer(task, splits, config, folder, optimizer, schedule, save_weights, command, interrupts, say)
     if resume_from is not None:
         trainer.restore(resume_from)
     return trainer.run()

@@ -1,6 +1,7 @@
 """The optimiser and the learning-rate schedule."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,40 +11,6 @@ from trellisnet.errors import UserError
 from trellisnet.training.config import RunConfig
 
 _UNUSABLE = {"LBFGS": "needs to evaluate the loss several times a step", "SparseAdam": "needs sparse gradients"}
-
-
-@dataclass
-class Schedule:
-    """The learning rate: the authors' rules for all their tasks.
-
-    After an epoch the rate is divided by `factor` if the validation loss exceeds the best one older than `anneal`
-    epochs, as long as the rate is above `floor`; and by 10 if the epoch is one of `when`.
-
-    Args:
-        lr: current rate.
-        anneal: patience in epochs; 0: no annealing on plateaus.
-        factor: divisor on a plateau.
-        floor: no annealing on plateaus at or below this rate.
-        when: epochs, counted from 1, after which the rate is divided by 10.
-        history: validation losses of the epochs so far.
-    """
-
-    lr: float
-    anneal: int = 0
-    factor: float = 4.0
-    floor: float = 0.0
-    when: list[int] = field(default_factory=list)
-    history: list[float] = field(default_factory=list)
-
-    def step(self, epoch: int, loss: float) -> float:
-        """Take the validation loss of `epoch`; returns the rate for the next one."""
-        older = self.history[: -self.anneal] if self.anneal else []
-        if older and loss > min(older) and self.lr > self.floor:
-            self.lr /= self.factor
-        if epoch in self.when:
-            self.lr /= 10
-        self.history.append(loss)
-        return self.lr
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
@@ -62,3 +29,69 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
         return cls(parameters, lr=config.lr, weight_decay=config.wdecay)
     except (TypeError, ValueError) as e:
         raise UserError(f"--optim {name}: cannot be made with these settings ({e}); use SGD or Adam") from e
+
+
+def make_averaging(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.ASGD:
+    """Averaged SGD as in the authors' `--asgd`: the initial rate, kept constant, and the average of all iterates."""
+    return torch.optim.ASGD(parameters, lr=config.lr, t0=0, lambd=0.0, weight_decay=config.wdecay)
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put the averaged weights of ASGD in place of the parameters for a while; nothing happens without an average."""
+    pairs = [(p, state["ax"]) for p, state in optimizer.state.items() if "ax" in state]
+    raw = [p.detach().clone() for p, _ in pairs]
+    with torch.no_grad():
+        for p, average in pairs:
+            p.copy_(average)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (p, _), value in zip(pairs, raw, strict=True):
+                p.copy_(value)
+
+
+@dataclass
+class Schedule:
+    """The learning rate: the authors' rules for all their tasks.
+
+    After an epoch the rate is divided by `factor` if the validation loss exceeds the best one older than `anneal`
+    epochs, as long as the rate is above `floor`; and by 10 if the epoch is one of `when`.
+
+    Args:
+        lr: current rate.
+        anneal: patience in epochs; 0: no annealing on plateaus.
+        factor: divisor on a plateau.
+        floor: no annealing on plateaus at or below this rate.
+        when: epochs, counted from 1, after which the rate is divided by 10.
+        asgd: at the first plateau switch to averaged SGD instead, at the initial rate, and never anneal after it.
+        averaging: whether that has happened.
+        history: validation losses of the epochs so far.
+    """
+
+    lr: float
+    anneal: int = 0
+    factor: float = 4.0
+    floor: float = 0.0
+    when: list[int] = field(default_factory=list)
+    asgd: bool = False
+    averaging: bool = False
+    history: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.initial = self.lr
+
+    def step(self, epoch: int, loss: float) -> float:
+        """Take the validation loss of `epoch`; returns the rate for the next one."""
+        if not self.averaging:
+            older = self.history[: -self.anneal] if self.anneal else []
+            if older and loss > min(older) and self.lr > self.floor:
+                if self.asgd:
+                    self.averaging, self.lr = True, self.initial
+                else:
+                    self.lr /= self.factor
+            if epoch in self.when and not self.averaging:
+                self.lr /= 10
+        self.history.append(loss)
+        return self.lr

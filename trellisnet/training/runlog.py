@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class RunFolder:
         path: the folder; it is made if missing.
         fresh: a new run (True) or the continuation of one (False).
         overwrite: delete what an earlier run left in it.
+        tensorboard: write the numbers of metrics.jsonl for TensorBoard too.
 
     Raises:
         UserError: the folder holds something and neither was asked for, or it cannot be written.
@@ -101,8 +102,14 @@ class RunFolder:
 
     FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json", "last.pt", "best.pt", "weights.pkl")
 
-    def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False):
+    def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False, tensorboard: bool = False):
         self.path = path
+        self._board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as e:
+                raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard") from e
         try:
             path.mkdir(parents=True, exist_ok=True)
             if fresh and any(path.iterdir()):
@@ -116,11 +123,14 @@ class RunFolder:
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
             raise UserError(f"{path}: cannot be written ({e.strerror}); choose another folder with --out") from e
+        if tensorboard:
+            self._board = SummaryWriter(str(path))
 
     def _clear(self) -> None:
         """Remove the files of a run; a folder with anything else in it is not ours to delete."""
         ours = [self.path / name for name in self.FILES]
         ours += [left for name in self.FILES for left in self.path.glob(f".{name}.*.tmp")]
+        ours += self.path.glob("events.out.tfevents.*")
         foreign = sorted(path.name for path in set(self.path.iterdir()) - set(ours))
         if foreign:
             raise UserError(f"{self.path}: holds {foreign[0]}, which no run wrote; empty it or choose another --out")
@@ -138,6 +148,9 @@ class RunFolder:
         """Append a JSON object to metrics.jsonl; numbers that are not finite become null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._metrics.write(json.dumps({"event": event, **finite}) + "\n")
+        if self._board is not None:
+            for key, value in _flat(finite):
+                self._board.add_scalar(f"{event}/{key}", value, values.get("step"))
 
     def write_config(self, config: RunConfig, choices: dict[str, Any]) -> None:
         """Write config.json: all settings, and the choices made at the start of the run."""
@@ -154,3 +167,14 @@ class RunFolder:
     def close(self) -> None:
         self._log.close()
         self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers in a nested dict, their keys joined by "/"."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{inner}", number) for inner, number in _flat(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value

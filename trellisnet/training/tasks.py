@@ -5,6 +5,7 @@ A task binds a model to a loss. The engine sees of it: `model`, `batches`, `size
 Letters: N batch (rows), L length of a row, l length of a window.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -145,10 +146,15 @@ class LanguageModeling:
         out = self.model(inputs, state, aux_every=self.aux_every if with_aux else None, masks=masks)
         targets = targets[:, skip:]
 
-        raw = self.model.loss(out.output[:, skip:], targets)
+        def head(output: Tensor, latent_mask: Tensor | None) -> Tensor:
+            return self.model.loss(output[:, skip:], targets, latent_mask=latent_mask, draw=masks is None)
+
+        raw = head(out.output, masks.latent if masks else None)
         aux = alpha = beta = raw.new_zeros(())
         if with_aux and out.aux:
-            aux = self.aux_weight * sum(self.model.loss(a[:, skip:], targets) for a in out.aux)
+            latent_aux = masks.latent_aux if masks else None
+            each = [None] * len(out.aux) if latent_aux is None else latent_aux.unbind(1)
+            aux = self.aux_weight * sum(head(a, mask) for a, mask in zip(out.aux, each, strict=True))
         if self.alpha:
             alpha = activation_regularization(out.output[:, skip:], self.alpha)
         if self.beta:
@@ -179,10 +185,8 @@ class LanguageModeling:
         windows = self.windows(rows, training=False)
         if progress is not None:
             windows = progress(windows, len(self._starts(rows, False)))
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        total, tokens, state = 0.0, 0, None
-        try:
+        with self._evaluating():
+            total, tokens, state = 0.0, 0, None
             for _, inputs, targets in windows:
                 out = self.model(inputs, state)
                 state = self._carried(out.state)
@@ -191,12 +195,56 @@ class LanguageModeling:
                 tokens += targets.numel()
                 if max_tokens is not None and tokens >= max_tokens:
                     break
-        finally:
-            for module, training in modes.items():
-                module.training = training
         if not tokens:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
         return {"loss": total / tokens, "tokens": tokens}
+
+    @torch.no_grad()
+    def evaluate_all(
+        self, stream: Tensor, *, batch_size: int = 1, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> dict:
+        """Mean loss of every target of a stream, those that have less than the whole history before them included.
+
+        In history mode every window starts from nothing, so windows are scored side by side; otherwise the stream is
+        one row.
+
+        Args:
+            stream: 1-D int64; all but its first token are scored.
+            batch_size: windows scored at a time.
+            max_tokens, progress: as in :meth:`evaluate`, which also tells of the result and the errors.
+        """
+        rows = stream.unsqueeze(0)
+        if not self._has_history(False):
+            return self.evaluate(rows, max_tokens=max_tokens, progress=progress)
+        windows = [(inputs, targets) for _, inputs, targets in self.windows(rows, training=False)]
+        whole = [w for w in windows[1:] if w[0].size(1) == self.seq_len]
+        rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
+        groups = [windows[:1]] if windows else []
+        groups += [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)] + [[w] for w in rest]
+        with self._evaluating():
+            total, tokens = 0.0, 0
+            for group in progress(groups, len(groups)) if progress is not None else groups:
+                inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
+                skip = self.horizon if tokens else 0  # the first window has nothing before it: all of it is scored
+                loss = self.model.loss(self.model(inputs).output[:, skip:], targets[:, skip:], reduction="sum")
+                total += loss.item()
+                tokens += targets[:, skip:].numel()
+                if max_tokens is not None and tokens >= max_tokens:
+                    break
+        if not tokens:
+            raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
+        return {"loss": total / tokens, "tokens": tokens}
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, and back to what every module was in."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     @staticmethod
     def score(loss: float) -> float:

@@ -1,0 +1,150 @@
+"""Runs that are killed or interrupted, and continued: to the bit what they would have been."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trellisnet.data import synthetic
+from trellisnet.training import checkpoint
+from trellisnet.training.config import PROJECT
+from word_ptb.train import main
+
+MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 50
+--aux_freq 2 --log-interval 20 --threads 1 --max_eval_tokens 2000 --epochs 3""".split()
+MODES = {
+    "sgd": "--lr 5",
+    "adam": "--optim Adam --lr 0.01",
+    "asgd": "--asgd --anneal 1 --optim Adam --lr 0.03 --epochs 5 --data",  # on text that it gets worse at
+    "repack": "--repack --seq_len 0 --horizon 10 --lr 5",
+    "mixture": "--n_experts 2 --lr 5 --accumulate 2",
+}
+# Runs main with a signal to itself after a number of updates, in the middle of the loop.
+CHILD = """
+import os, sys
+from trellisnet.training.engine import Trainer
+from word_ptb.train import main
+at, signum, step = int(sys.argv[1]), int(sys.argv[2]), Trainer._step
+def signalled(self, batch):
+    out = step(self, batch)
+    if self.step == at:
+        os.kill(os.getpid(), signum)
+    return out
+Trainer._step = signalled
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def interrupted(at, signum, *argv):
+    command = [sys.executable, "-c", CHILD, str(at), str(int(signum)), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def outcome(folder):
+    weights = torch.load(folder / "weights.pkl", weights_only=True)
+    last = checkpoint.load(folder / "last.pt")
+    return weights, last
+
+
+def epochs_of(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in records if r["event"] == "epoch"]
+
+
+def assert_same(ours, theirs):
+    assert all(torch.equal(ours[0][name], theirs[0][name]) for name in theirs[0])
+    assert all(torch.equal(ours[1]["model"][name], theirs[1]["model"][name]) for name in theirs[1]["model"])
+    for key in ("step", "epoch", "best", "schedule"):
+        assert ours[1][key] == theirs[1][key]
+
+
+def text_to_get_worse_at(folder):
+    """Validation lines read backwards: the better the training text is known, the worse they are predicted."""
+    folder.mkdir()
+    lines = synthetic.texts()[0].splitlines()[:2000]
+    (folder / "train.txt").write_text("\n".join(lines) + "\n")
+    for split in ("valid", "test"):
+        (folder / f"{split}.txt").write_text("\n".join(" ".join(line.split()[::-1]) for line in lines[:600]) + "\n")
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:none of this is the Penn Treebank")
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
+    argv = [*MODEL, *MODES[mode].split()]
+    if mode == "asgd":
+        argv.append(text_to_get_worse_at(tmp_path / "text"))
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    whole = outcome(tmp_path / "whole")
+    assert whole[1]["schedule"]["averaging"] == (mode == "asgd")
+    first, second = sorted(random.Random(mode).sample(range(8, whole[1]["step"] - 1), 2))
+
+    out = ["--out", tmp_path / "parts"]
+    assert interrupted(first, signal.SIGKILL, *argv, *out, "--checkpoint_steps", 7).returncode == -signal.SIGKILL
+    assert checkpoint.load(tmp_path / "parts" / "last.pt")["step"] <= first
+    resumed = interrupted(second, signal.SIGKILL, *out, "--resume", "--checkpoint_steps", 7)
+    assert resumed.returncode == -signal.SIGKILL, resumed.stderr
+    assert main(["--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert_same(outcome(tmp_path / "parts"), whole)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, code):
+    argv = [*MODEL, "--lr", "5"]
+    stopped = interrupted(13, signum, *argv, "--out", tmp_path / "parts")
+    assert stopped.returncode == code
+    last = tmp_path / "parts" / "last.pt"
+    way_on = f"python word_ptb/train.py --resume {last}"
+    assert stopped.stderr == f"interrupted; the last checkpoint is kept; go on from it with: {way_on}\n"
+    assert checkpoint.load(last)["step"] == 13
+    assert main(["--resume", str(last)]) == 0
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    assert_same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    ours, theirs = ([r["train_loss"] for r in epochs_of(tmp_path / out)] for out in ("parts", "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_signal_from_outside_at_any_moment_is_taken(tmp_path):
+    command = [sys.executable, str(PROJECT / "word_ptb" / "train.py"), *MODEL, "--epochs", "99", "--out", "run"]
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **options) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.startswith("interrupted; the last checkpoint is kept")
+    assert err.count("\n") == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+@pytest.mark.parametrize("flags", [("--checkpoint_steps", "4"), ("--checkpoint_minutes", "1e-9")])
+def test_checkpoints_come_by_steps_and_by_minutes(tmp_path, flags):
+    died = interrupted(9, signal.SIGKILL, *MODEL, "--lr", "5", "--out", tmp_path / "run", *flags)
+    assert died.returncode == -signal.SIGKILL
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 8
+
+
+@pytest.mark.parametrize("windows", ["--max_steps 1", "--max_steps 3 --repack --seq_len 0 --horizon 7"])
+def test_slices_of_a_batch_give_its_gradient(tmp_path, windows):
+    """Updates in three slices are those of whole batches; dropout is off, for every slice draws masks of its own."""
+    argv = [*MODEL, *windows.split(), *"--lr 5 --clip 0".split()]
+    argv += "--dropout 0 --dropouti 0 --dropouth 0 --emb_dropout 0 --wdrop 0".split()
+    for slices in ("1", "3"):
+        assert main([*argv, "--out", str(tmp_path / slices), "--accumulate", slices]) == 0
+    a, b = (outcome(tmp_path / slices)[1]["model"] for slices in ("1", "3"))
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= 1e-6 * max(1.0, a[name].abs().max().item())

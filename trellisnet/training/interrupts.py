@@ -1,0 +1,52 @@
+"""SIGINT and SIGTERM as exceptions that never fall into the middle of a step."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Interrupted(BaseException):
+    """The process was asked to stop by the signal `signum`."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Interrupts:
+    """While entered, SIGINT and SIGTERM raise :class:`Interrupted`; inside :meth:`held` only at its end.
+
+    Only the main thread can take signals; elsewhere, and if it is never entered, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._pending: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _frame) -> None:
+        if not self._held:
+            raise Interrupted(signum)
+        self._pending = signum
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done inside is done wholly."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            raise Interrupted(pending)
