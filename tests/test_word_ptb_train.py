@@ -25,6 +25,7 @@ SMALL = """--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --b
 --optim Adam --lr 0.03 --dropout 0.1 --dropouti 0 --dropouth 0.1 --wdrop 0.1 --emb_dropout 0
 --log-interval 10""".split()
 PENN = PROJECT / "data" / "penn"
+HAS_PENN = (PENN / "test.txt").is_file()
 
 # The texts of these tests are not the Penn Treebank's, and the program says so.
 pytestmark = pytest.mark.filterwarnings("ignore:none of this is the Penn Treebank")
@@ -363,7 +364,7 @@ def test_the_synthetic_corpus_loads():
     assert corpus.train.numel() > 50_000
 
 
-@pytest.mark.skipif(not PENN.is_dir(), reason="needs Penn Treebank in data/penn")
+@pytest.mark.skipif(not HAS_PENN, reason="needs Penn Treebank in data/penn")
 def test_penn_treebank_is_what_everyone_counts():
     corpus = data.load(PENN)
     assert corpus.label == data.PTB_LABEL
@@ -379,7 +380,7 @@ def test_penn_treebank_is_what_everyone_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PENN.is_dir(), reason="needs Penn Treebank in data/penn")
+@pytest.mark.skipif(not HAS_PENN, reason="needs Penn Treebank in data/penn")
 def test_the_paper_configuration_trains(tmp_path):
     argv = f"--preset paper --out {tmp_path / 'run'} --max_steps 2 --max_eval_tokens 600 --metrics {tmp_path / 'm'}"
     assert main(argv.split()) == 0

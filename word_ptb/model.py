@@ -33,7 +33,7 @@ class Config(LanguageModelConfig):
         },
         # The demo: a few minutes on two CPU cores.
         "tiny": {
-            "name": "tiny", "emsize": 64, "nhid": 32, "nout": 64, "nlevels": 5, "repack": True, "seq_len": 0,
+            "name": "tiny", "emsize": 48, "nhid": 32, "nout": 48, "nlevels": 4, "repack": True, "seq_len": 0,
             "horizon": 25, "batch_size": 20, "dropout": 0.1, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0,
             "wdrop": 0.0, "aux": 0.0, "alpha": 0.0, "beta": 0.0, "epochs": 2, "when": [1],
         },
