@@ -99,3 +99,10 @@ def test_files_get_ordinary_permissions(tmp_path):
         file.write(b"x")
     (tmp_path / "plain").write_bytes(b"x")
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_full_disk_is_an_oserror(legacy):
+    with pytest.raises(OSError, match="No space left"):
+        serialization.save("/dev/full", {"w": torch.zeros(10_000)}, legacy=legacy)

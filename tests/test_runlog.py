@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trellisnet.errors import UserError
-from trellisnet.training.runlog import RunFolder, command_line, environment, write_metrics
+from trellisnet.training.runlog import RunFolder, check_metrics_path, command_line, environment, write_metrics
 from word_ptb.model import Config
 
 
@@ -76,3 +76,9 @@ def test_numbers_that_are_not_finite_are_null_in_the_metrics(tmp_path):
     folder.record("epoch", loss=float("inf"))
     folder.close()
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_metrics_in_the_runs_folder_have_one_name(tmp_path):
+    check_metrics_path(str(tmp_path / "run" / "metrics.json"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"the file is called metrics\.json"):
+        check_metrics_path(str(tmp_path / "run" / "m.json"), tmp_path / "run")

@@ -86,6 +86,9 @@ def test_resume_goes_on_to_the_same_weights(run, tmp_path):
     weights = [torch.load(tmp_path / out / "weights.pkl", weights_only=True) for out in ("run", "parts")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert parts["test"] == whole[3]["test"]
+    code, _, err, _ = run("--preset", "paper", "--resume", out="parts")
+    assert code == 2
+    assert "--preset paper: the run in" in err
     code, _, err, _ = run("--lr", "7", "--resume", out="parts")
     assert code == 2
     assert "--lr 7.0: the run in" in err
@@ -190,20 +193,26 @@ def test_a_disk_that_fills_up_outside_the_checkpoints_fails_the_run_in_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("every", ["0", "1"])
 @pytest.mark.parametrize("fails", ["best.pt", "weights.pkl", "last.pt"])
-def test_a_run_that_dies_between_two_files_ends_as_the_whole_one(run, tmp_path, monkeypatch, fails):
+def test_a_run_that_dies_between_two_files_ends_as_the_whole_one(run, tmp_path, monkeypatch, fails, every):
     whole = run()[3]
     run("--epochs", "1", out="parts")
+    last = checkpoint.load(tmp_path / "parts" / "last.pt")["step"]
     write = serialization.save
 
     def dies(path, content, **options):
-        if path.name == fails:
+        at_the_end = (tmp_path / "parts" / "last.pt").exists() and finished()
+        if path.name == fails and at_the_end:
             raise OSError(28, "No space left on device")
         write(path, content, **options)
 
+    def finished():  # with a checkpoint every step, last.pt is there before the epoch's end
+        return every == "0" or checkpoint.load(tmp_path / "parts" / "last.pt")["step"] == 2 * last
+
     with monkeypatch.context() as patch:
         patch.setattr(serialization, "save", dies)
-        code, _, err, _ = run("--epochs", "2", "--resume", out="parts")
+        code, _, err, _ = run("--epochs", "2", "--resume", "--checkpoint_steps", every, out="parts")
         assert code == 1
         assert "could not be written (No space left on device)" in err
         assert f"go on from it with: python word_ptb/train.py --resume {tmp_path / 'parts' / 'last.pt'}" in err
@@ -283,6 +292,8 @@ def test_authors_weights_are_scored_as_they_would_be(tmp_path, capsys):
         (["--load_weight", "x" * 300], "error: xxx"),
         (["--resume", "x" * 300], "error: --out "),
         (["--batch_size", "9999"], "error: the corpus is too short for these settings"),
+        (["--eval_batch_size", "60"], "error: the corpus is too short for these settings: valid: rows of 4 tokens"),
+        (["--eval_batch_size", "60", "--eval"], "error: the corpus is too short for these settings: valid"),
         (["--seq_len", "400", "--horizon", "399", "--batch_size", "8"], "error: the corpus is too short"),
         (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
         (["--load", "model.pt"], "error: --load model.pt: a pickled whole model"),
@@ -398,6 +409,7 @@ def test_every_token_can_be_scored(run, tmp_path, text):
     assert metrics["test_all"]["tokens"] == corpus.test.numel() - 1
     assert metrics["valid"]["tokens"] < metrics["valid_all"]["tokens"]
     assert re.search(r"^test_all ppl [\d.]+ ", out, re.M)
+    assert "test_all ppl " in (tmp_path / "run" / "log.txt").read_text()
     scored = run("--eval", "--eval_all", "--load_weight", tmp_path / "run" / "weights.pkl")[3]
     assert scored["test_all"] == metrics["test_all"]
 

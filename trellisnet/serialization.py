@@ -1,6 +1,7 @@
 """Files that survive: atomic writes, and reading tensors without ever running code from the file."""
 
 import contextlib
+import io
 import os
 import pickle
 import pickletools
@@ -56,9 +57,14 @@ def _umask() -> int:
 
 
 def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None:
-    """torch.save to `path`, atomically; `legacy` writes the container of torch < 1.6."""
+    """torch.save to `path`, atomically; `legacy` writes the container of torch < 1.6.
+
+    It is put together in memory, because torch reports a full disk in ways of its own; here it is an OSError.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
     with atomic_write(path) as file:
-        torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+        file.write(buffer.getbuffer())
 
 
 def load(path: str | os.PathLike, what: str) -> Any:

@@ -147,7 +147,8 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
     if "encoder.weight" in missing or _CORE + "bias2" in missing:
         advice = "it is of another model or task"
     elif any(name.startswith(_MIXTURE) for name in extra):
-        advice = f"the file is of a mixture of softmaxes; pass --n_experts {state[_MIXTURE + 'prior.bias'].numel()}"
+        experts = state[_MIXTURE + "prior.bias"].numel() if _MIXTURE + "prior.bias" in state else "K"
+        advice = f"the file is of a mixture of softmaxes; pass --n_experts {experts}"
     elif any(name.startswith(_MIXTURE) for name in missing):
         advice = "the file is of a plain softmax; pass --n_experts 0"
     elif any(name.endswith("_g") for name in extra):
@@ -170,7 +171,8 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
         return "it is of another model or task"
     words, embedding_size = encoder.shape
     if embedding_size != model.embedding.embedding_dim:
-        return f"pass --emsize {embedding_size}" + (f" --nout {embedding_size}" if model.tied else "")
+        both = model.tied and not model.n_experts
+        return f"pass --emsize {embedding_size}" + (f" --nout {embedding_size}" if both else "")
     if words != model.vocab_size:
         return f"the file knows {words} words, the data {model.vocab_size}: pass the --data it was trained on"
     if kernel.size(2) != model.core.kernel_size:
@@ -178,6 +180,8 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
     if model.n_experts and state[_MIXTURE + "prior.bias"].numel() != model.n_experts:
         return f"pass --n_experts {state[_MIXTURE + 'prior.bias'].numel()}"
     if model.n_experts:
+        if state[_MIXTURE + "prior.weight"].dim() != 2:
+            return "it is of another model or task"
         nout = state[_MIXTURE + "prior.weight"].size(-1)
     else:
         nout = embedding_size if model.tied else state["decoder.weight"].size(-1)

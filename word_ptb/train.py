@@ -35,6 +35,9 @@ def setup(config: Config, device: torch.device) -> tuple[LanguageModeling, Split
     try:
         rows = {split: batchify(getattr(corpus, split), sizes[split]).to(device) for split in SPLITS}
         steps = 0 if config.eval else len(task.batches(rows["train"]))
+        for split in ("valid", "test"):
+            if next(task.windows(rows[split], training=False), None) is None:
+                raise ValueError(f"{split}: rows of {rows[split].size(1)} tokens hold no window with anything to score")
     except ValueError as e:
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     # The authors' word-level rule: divide by 4 on a plateau while the rate is above 0.02. Their --when is never read.

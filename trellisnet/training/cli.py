@@ -1,6 +1,7 @@
 """What every train.py does: settings, device, run folder, train or score, metrics file, exit code."""
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import sys
@@ -127,6 +128,8 @@ class _Program:
             check_metrics_path(config.metrics, config.folder())
         if config.threads:
             torch.set_num_threads(config.threads)
+        # What "auto" stood for is part of the run: a continuation makes the same choices.
+        config = dataclasses.replace(config, threads=torch.get_num_threads(), backend=ops.resolve(config.backend))
         torch.manual_seed(config.seed)
         device = config.torch_device()
         task, splits, schedule, facts = self.setup(config, device)
@@ -142,10 +145,8 @@ class _Program:
             outcome = _score(task, splits, config)
             outcome["seconds"] = time.monotonic() - started
         else:
-            outcome = vars(self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts))
-        for name, (method, data) in splits.everything.items():
-            result = outcome[name] = evaluate(task, data, name, config, method)
-            _say(score_line(task, name, result))
+            result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
+            outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
         if config.metrics:
             metrics = {
                 "task": config.task, "preset": config.preset, "command": resumed["command"] if resumed else command,
@@ -206,8 +207,11 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
         raise UserError(f"--out {config.out}: --resume {path} continues in its own folder; leave one of the two out")
     content = checkpoint.load(path)
     best = path.with_name("best.pt")
-    if path.name == "last.pt" and best.is_file() and (later := checkpoint.load(best))["step"] > content["step"]:
-        content = later  # the run was killed after best.pt was written and before last.pt was
+    if path.name == "last.pt" and best.is_file():
+        later = checkpoint.load(best)
+        with contextlib.suppress(TypeError):  # damaged counts are found when the checkpoint is put back
+            if (later["step"], later["epoch"]) > (content["step"], content["epoch"]):
+                content = later  # the run was killed after best.pt was written and before last.pt was
     if not isinstance(content["settings"], dict):
         raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")
@@ -229,4 +233,7 @@ def _score(task: Task, splits: Splits, config: RunConfig) -> dict[str, Any]:
     for name in ("valid", "test"):
         result = results[name] = evaluate(task, getattr(splits, name), name, config)
         _say(score_line(task, name, result))
+    for name, (method, data) in splits.everything.items():
+        results[name] = evaluate(task, data, name, config, method)
+        _say(score_line(task, name, results[name]))
     return {**results, "epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}

@@ -58,7 +58,7 @@ class Splits:
 
 @dataclass
 class Result:
-    """What a run came to. `valid` and `test` are results of `Task.evaluate` with the task's score added."""
+    """What a run came to. `valid`, `test` and what is in `everything` are results of :func:`evaluate`."""
 
     valid: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
@@ -67,6 +67,7 @@ class Result:
     best_epoch: int | None = None
     complete: bool = False
     seconds: float = 0.0
+    everything: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def bar(iterable: Iterable | None = None, total: int | None = None, **options: Any) -> tqdm:
@@ -243,8 +244,8 @@ class Trainer:
 
     def run(self) -> Result:
         """Train to the last epoch (or `max_steps`), then score validation and test with the best weights."""
-        batches = self.task.batches(self.splits.train)
         try:
+            batches = self.task.batches(self.splits.train)
             while self.epoch < self.config.epochs and not self._stopped():
                 finished = self._train_epoch(batches)
                 self._end_epoch(finished)
@@ -294,7 +295,8 @@ class Trainer:
                 due = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
                 late = config.checkpoint_minutes and time.monotonic() - saved > 60 * config.checkpoint_minutes
                 if due or late:
-                    self._save(best=False)
+                    with self.interrupts.held():
+                        self._save(best=False)
                     saved = time.monotonic()
         return self.batch == len(batches)
 
@@ -358,7 +360,7 @@ class Trainer:
         An epoch cut short by `max_steps` is validated for information only, so that a continued run is not changed by
         where it had been stopped.
         """
-        with averaged(self.optimizer):
+        with averaged(self.optimizer, self.interrupts.held):
             valid = evaluate(self.task, self.splits.valid, "valid", self.config)
         with self.interrupts.held():
             self._close_epoch(finished, valid)
@@ -427,7 +429,13 @@ class Trainer:
             line = score_line(self.task, split, result)
             self.say(line)
             self.folder.log(line)
-        self.folder.record("result", valid=valid, test=test, best_epoch=best_epoch)
+        everything = {}
+        for split, (method, data) in self.splits.everything.items():
+            everything[split] = evaluate(self.task, data, split, self.config, method)
+            line = score_line(self.task, split, everything[split])
+            self.say(line)
+            self.folder.log(line)
+        self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **everything)
         return Result(
             valid=valid,
             test=test,
@@ -436,6 +444,7 @@ class Trainer:
             best_epoch=best_epoch,
             complete=self.epoch >= self.config.epochs and "partial" not in valid and "partial" not in test,
             seconds=self.seconds,
+            everything=everything,
         )
 
 

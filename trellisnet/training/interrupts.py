@@ -42,6 +42,9 @@ class Interrupts:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """What is done inside is done wholly."""
+        if self._held:  # already inside one
+            yield
+            return
         self._held = True
         try:
             yield

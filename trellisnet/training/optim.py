@@ -1,7 +1,7 @@
 """The optimiser and the learning-rate schedule."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -37,17 +37,25 @@ def make_averaging(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
 
 
 @contextlib.contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put the averaged weights of ASGD in place of the parameters for a while; nothing happens without an average."""
+def averaged(
+    optimizer: torch.optim.Optimizer,
+    held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[None]:
+    """Put the averaged weights of ASGD in place of the parameters for a while; nothing happens without an average.
+
+    Args:
+        optimizer: the optimiser that may hold an average.
+        held: keeps signals out while weights are exchanged.
+    """
     pairs = [(p, state["ax"]) for p, state in optimizer.state.items() if "ax" in state]
     raw = [p.detach().clone() for p, _ in pairs]
-    with torch.no_grad():
-        for p, average in pairs:
-            p.copy_(average)
     try:
+        with held(), torch.no_grad():
+            for p, average in pairs:
+                p.copy_(average)
         yield
     finally:
-        with torch.no_grad():
+        with held(), torch.no_grad():
             for (p, _), value in zip(pairs, raw, strict=True):
                 p.copy_(value)
 

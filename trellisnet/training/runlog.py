@@ -70,6 +70,8 @@ def check_metrics_path(path: str, run_folder: Path) -> None:
     """Raise UserError now rather than after hours of training if the metrics file could not be written."""
     folder = os.path.dirname(os.path.abspath(path))
     later = folder == os.path.abspath(run_folder)  # made with the run, if it does not exist yet
+    if later and os.path.basename(path) not in RunFolder.FILES:
+        raise UserError(f"--metrics {path}: in the run's own folder the file is called metrics.json")
     if os.path.isdir(path) or not (later or (os.path.isdir(folder) and os.access(folder, os.W_OK))):
         raise UserError(f"--metrics {path}: cannot be written; name a file in a folder that exists and is writable")
 
