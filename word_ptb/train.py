@@ -48,7 +48,9 @@ def setup(config: Config, device: torch.device) -> tuple[LanguageModeling, Split
     splits = Splits(
         **rows, label=corpus.label, sha256=corpus.sha256, sizes=tokens, everything=every if config.eval_all else {}
     )
-    facts = {"training tokens": tokens[0], "words": len(corpus.vocabulary), "steps an epoch": steps}
+    facts = {"training tokens": tokens[0], "words": len(corpus.vocabulary)}
+    if not config.eval:
+        facts["steps an epoch"] = steps
     return task, splits, schedule, facts
 
 
