@@ -16,7 +16,7 @@ use_venv() {
     fi
     # Install again only when what is to be installed has changed.
     stamp="$ROOT/.venv/.installed-${extras:-base}"
-    wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum) $ROOT"
+    wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum) $(echo "$ROOT"/*/__init__.py)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into $ROOT/.venv"
         "$PY" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"

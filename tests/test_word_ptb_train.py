@@ -13,6 +13,7 @@ import torch
 
 import cases
 from trellisnet import serialization
+from trellisnet.data import penn
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
@@ -378,7 +379,7 @@ def test_the_synthetic_corpus_loads():
 @pytest.mark.skipif(not HAS_PENN, reason="needs Penn Treebank in data/penn")
 def test_penn_treebank_is_what_everyone_counts():
     corpus = data.load(PENN)
-    assert corpus.label == data.PTB_LABEL
+    assert corpus.label == penn.LABEL
     assert [s.numel() for s in (corpus.train, corpus.valid, corpus.test)] == [929_589, 73_760, 82_430]
     words = corpus.vocabulary
     assert len(words) == 10_000

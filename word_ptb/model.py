@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.config import LanguageModelConfig, setting
+from trellisnet.training.config import setting
+from trellisnet.training.language_model import LanguageModelConfig, build_model
+
+__all__ = ["Config", "build_model"]
 
 
 @dataclass(kw_only=True)
@@ -13,6 +15,7 @@ class Config(LanguageModelConfig):
 
     task: ClassVar[str] = "word_ptb"
     default_data: ClassVar[str] = "data/penn"
+    plateau_floor: ClassVar[float] = 0.02
     presets: ClassVar = {
         "default": {},
         # Table 5, "Word-PTB (w/o MoS)"; what it leaves out (dropouti, AR, TAR, windows) is the released script's.
@@ -49,7 +52,6 @@ class Config(LanguageModelConfig):
     batch_size: int = setting(16, "rows of a training batch")
     eval_batch_size: int = setting(12, "rows for validation and test")
     anneal: int = setting(10, "plateau patience in epochs: divide the learning rate by 4; 0: never")
-    asgd: bool = setting(False, "switch to averaged SGD on the first plateau instead of annealing")
 
     dropout: float = setting(0.45, "output dropout, one mask a sequence")
     dropouti: float = setting(0.45, "input dropout, one mask a sequence")
@@ -64,27 +66,6 @@ class Config(LanguageModelConfig):
     alpha: float = setting(2.0, "activation regularisation (AR)")
     beta: float = setting(1.0, "temporal activation regularisation (TAR)")
 
-
-def build_model(config: Config, vocab_size: int) -> TrellisLanguageModel:
-    """The language model of a configuration: (tied) softmax, or mixture of softmaxes."""
-    return TrellisLanguageModel(
-        vocab_size,
-        config.emsize,
-        config.nhid + config.nout,
-        config.nlevels,
-        output_size=config.nout,
-        tied=config.tied,
-        n_experts=config.n_experts,
-        latent_dropout=config.dropoutl,
-        log_epsilon=config.log_epsilon(),
-        embedding_dropout=config.emb_dropout,
-        input_dropout=config.dropouti,
-        output_dropout=config.dropout,
-        kernel_size=config.ksize,
-        dilation=config.dilation,
-        weight_norm=config.wnorm,
-        hidden_dropout=config.dropouth,
-        weight_dropout=config.wdrop,
-        temporal_weight_dropout=config.temporalwdrop,
-        backend=config.backend,
-    )
+    def task_seq_len(self) -> int:
+        """As it is: this script of the authors overlaps its training windows even while the state is carried."""
+        return self.seq_len

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from trellisnet import serialization
 from trellisnet.errors import UserError
 
+CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"  # in the project
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
 
@@ -29,6 +30,7 @@ class Corpus:
         train, valid, test: streams of ids, 1-D int64.
         sha256: digest of the content that the streams were made from.
         label: what to call the corpus in logs and results.
+        spelled: for text that can be spelled in several ways: name of the spelling → split → symbols.
     """
 
     vocabulary: list[str]
@@ -37,6 +39,18 @@ class Corpus:
     test: Tensor
     sha256: str
     label: str
+    spelled: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Digest of the tokens in the order of their ids, joined by line feeds."""
+        return hashlib.sha256("\n".join(self.vocabulary).encode("utf-8")).hexdigest()
+
+    def check(self, tokens: tuple[int, int, int], types: int) -> None:
+        """Assert that a known corpus came to the known numbers of tokens (train, valid, test) and types."""
+        found = tuple(getattr(self, split).numel() for split in SPLITS)
+        assert found == tokens, f"the encoder is broken: {found} tokens instead of {tokens}"
+        assert len(self.vocabulary) == types, f"the encoder is broken: {len(self.vocabulary)} types instead of {types}"
 
 
 def words(text: str) -> Iterator[str]:

@@ -1,11 +1,13 @@
 """Files from the net: several mirrors, resume, a known size and checksum, and never half a file under its name."""
 
+import argparse
 import contextlib
 import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse, responses
@@ -332,3 +334,40 @@ def _reason(error: Exception) -> str:
 def _printable(text: str | None) -> str:
     """One short line, whatever a server put into it."""
     return " ".join("".join(c if c.isprintable() else " " for c in text or "nothing").split())[:120]
+
+
+def main(
+    module: str,
+    description: str,
+    default: str,
+    names: Sequence[str],
+    fetch: Callable[[Path], list[Path]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """`python -m <module> FOLDER`: fetch what is missing there.
+
+    Args:
+        module: the module that is run.
+        description: for --help.
+        default: folder if none is given.
+        names: the files that belong there.
+        fetch: fetches those that are missing in a folder and returns their paths.
+        argv: command-line arguments; None for those of the process.
+
+    Returns:
+        the exit code: 0 done; 2 the input is wrong; 1 it failed.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("folder", nargs="?", default=default, help="where the files belong (default: %(default)s)")
+    folder = Path(parser.parse_args(argv).folder)
+    try:
+        fetched = fetch(folder)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"failed: {e}", file=sys.stderr)
+        return 1
+    for name in names:
+        print(f"{folder / name}: {'fetched' if folder / name in fetched else 'already there'}")
+    return 0

@@ -138,7 +138,7 @@ class _Program:
 
         facts = {"parameters": count_parameters(task.model), **facts}
         env = environment(device) | {"backend": ops.resolve(config.backend), "precision": "fp32"}
-        shown = ", ".join(f"{value:,} {key}" for key, value in facts.items())
+        shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {env['threads']} threads")
         command = command_line(f"{config.task}/train.py", argv)
         if config.eval:

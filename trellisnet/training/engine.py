@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,13 +25,15 @@ class Task(Protocol):
     """What the engine asks of a task."""
 
     model: nn.Module
-    score_name: str
+    score_name: str  # the score that is logged while training
+    digits: int  # of it that are printed
 
-    def batches(self, data: Any) -> list[Any]: ...
+    def batches(self, data: Any) -> Sequence[Any]: ...
     def size(self, batch: Any) -> int: ...
     def loss(self, *batch: Any, state: Any = None) -> tuple[dict[str, Tensor], Any]: ...
     def evaluate(self, data: Any, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]: ...
     def score(self, loss: float) -> float: ...
+    def scores(self, loss: float, split: str) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Splits:
     """The data of a run in the form that the task takes.
 
     `label`, `sha256` and `sizes` (of train, valid and test, in the task's units) say what they are. `everything` names
-    further scores to report at the end: how to evaluate, and what.
+    further scores to report at the end: how to evaluate, and what. `vocabulary` is a digest of what the ids stand for,
+    which is kept with the weights.
     """
 
     train: Any
@@ -49,6 +52,7 @@ class Splits:
     sha256: str
     sizes: tuple[int, int, int]
     everything: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
+    vocabulary: str | None = None
 
     @property
     def fingerprint(self) -> list[Any]:
@@ -78,7 +82,9 @@ def bar(iterable: Iterable | None = None, total: int | None = None, **options: A
 def evaluate(
     task: Task, data: Any, name: str, config: RunConfig, method: Callable[..., dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Score one split by `method` (default: `Task.evaluate`); adds the score, and `partial` if it was cut short.
+    """Score one split by `method` (default: `Task.evaluate`); adds the scores, and `partial` if it was cut short.
+
+    `name` is "valid" or "test", or one of these with "_all".
 
     Raises:
         RunError: the loss or the score is not finite.
@@ -86,7 +92,8 @@ def evaluate(
     limit = config.max_eval_tokens or None
     progress = lambda it, total: bar(it, total, desc=name, unit="window")  # noqa: E731
     result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
-    score = result[task.score_name] = task.score(result["loss"])
+    result |= task.scores(result["loss"], name.removesuffix("_all"))
+    score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
         raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; lower --lr or --clip")
     if limit:
@@ -96,9 +103,11 @@ def evaluate(
 
 def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     """A result of :func:`evaluate` in words."""
-    score = f"{task.score_name} {result[task.score_name]:.2f}"
+    main = result[task.score_name]
+    others = [key for key in task.scores(result["loss"], name.removesuffix("_all")) if result[key] != main]
+    scores = "  ".join(f"{key} {result[key]:.{task.digits}f}" for key in [task.score_name, *others])
     partial = " (partial)" if "partial" in result else ""
-    return f"{name} {score}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens{partial}"
+    return f"{name} {scores}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens{partial}"
 
 
 class _Meter:
@@ -268,7 +277,7 @@ class Trainer:
     def _stopped(self) -> bool:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
 
-    def _train_epoch(self, batches: list[Any]) -> bool:
+    def _train_epoch(self, batches: Sequence[Any]) -> bool:
         """Train on what is left of the epoch; False if it was cut short by `max_steps`."""
         task, model, config = self.task, self.task.model, self.config
         model.train()
@@ -278,7 +287,7 @@ class Trainer:
         told = self.epoch > 0
         progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="window")
         with progress:
-            for batch in batches[self.batch :]:
+            for batch in map(batches.__getitem__, range(self.batch, len(batches))):
                 if self._stopped():
                     break
                 with self.interrupts.held():
@@ -339,9 +348,12 @@ class Trainer:
                 f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, window {self.batch}); "
                 "lower --lr or --clip"
             )
-        score = f"{self.task.score_name} {self.task.score(loss):.2f}"
+        score = self._score(loss)
         speed = self.meter.tokens / self.meter.seconds
         return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} tok/s"
+
+    def _score(self, loss: float) -> str:
+        return f"{self.task.score_name} {self.task.score(loss):.{self.task.digits}f}"
 
     def _log_steps(self, steps: int) -> None:
         figures, loss = self._figures(), self.meter.loss()
@@ -383,7 +395,7 @@ class Trainer:
         self._save(better)
 
         line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
-            f"train {name} {self.task.score(train):.2f}  valid {name} {valid[name]:.2f}{' *' if better else ''}  "
+            f"train {self._score(train)}  valid {self._score(valid['loss'])}{' *' if better else ''}  "
             f"{_duration(seconds)}  {rate:,.0f} tok/s"
         )
         self.say(line)

@@ -1,6 +1,6 @@
 """What is learned: the only place with losses, perplexity, and the ways of giving a window its history.
 
-A task binds a model to a loss. The engine sees of it: `model`, `batches`, `size`, `loss`, `evaluate`, `score`.
+A task binds a model to a loss. The engine sees of it: `model`, `batches`, `size`, `loss`, `evaluate`, `scores`.
 
 Letters: N batch (rows), L length of a row, l length of a window.
 """
@@ -8,7 +8,7 @@ Letters: N batch (rows), L length of a row, l length of a window.
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known len
 
 
 class LanguageModeling:
-    """Next-token prediction over rows of text (section 5.2, Appendices B.1 and B.2).
+    """Next-token prediction over rows of text, scored by perplexity (section 5.2, Appendices B.1 and B.2).
 
     There are two ways of giving a window its history. *History mode*: windows of `seq_len` overlap by `horizon`
     positions, whose outputs are context only and are not scored; every window starts from a zero state. *Repackaging*:
@@ -43,6 +43,7 @@ class LanguageModeling:
     """
 
     score_name = "ppl"
+    digits = 2  # of a printed score
 
     def __init__(
         self,
@@ -91,10 +92,13 @@ class LanguageModeling:
         Raises:
             ValueError: history mode with seq_len ≤ horizon.
         """
-        window = self.seq_len if self._has_history(training) else self.horizon
         for start in self._starts(rows, training):
-            end = min(start + window, rows.size(1) - 1)
-            yield start, rows[:, start:end], rows[:, start + 1 : end + 1]
+            yield start, *self._cut(rows, start, training)
+
+    def _cut(self, rows: Tensor, start: int, training: bool) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the window at `start`, int64; rows may be int32 to save memory."""
+        end = min(start + (self.seq_len if self._has_history(training) else self.horizon), rows.size(1) - 1)
+        return rows[:, start:end].long(), rows[:, start + 1 : end + 1].long()
 
     def _starts(self, rows: Tensor, training: bool) -> range:
         unscored = self.horizon if self._has_history(training) else 0
@@ -106,16 +110,16 @@ class LanguageModeling:
             )
         return range(0, max(rows.size(1) - 1 - unscored, 0), stride)
 
-    def batches(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The training windows of an epoch: (inputs, targets), views into `rows`.
+    def batches(self, rows: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """The training windows of an epoch: (inputs, targets), cut out of `rows` when they are asked for.
 
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        windows = [(inputs, targets) for _, inputs, targets in self.windows(rows)]
-        if not windows:
+        starts = self._starts(rows, True)
+        if not starts:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
-        return windows
+        return _Windows(starts, lambda start: self._cut(rows, start, True))
 
     def size(self, batch: tuple[Tensor, Tensor]) -> int:
         """Scored tokens of a training window."""
@@ -250,3 +254,51 @@ class LanguageModeling:
     def score(loss: float) -> float:
         """Perplexity of a mean loss in nats."""
         return math.exp(loss) if loss < 700 else math.inf
+
+    def scores(self, loss: float, split: str) -> dict[str, float]:
+        """What is reported of a mean loss of a split ("train", "valid", "test"): :meth:`score` first."""
+        return {self.score_name: self.score(loss)}
+
+
+class _Windows(Sequence):
+    """Windows that are cut when they are looked at."""
+
+    def __init__(self, starts: range, cut: Callable[[int], tuple[Tensor, Tensor]]):
+        self._starts, self._cut = starts, cut
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._cut(self._starts[index])
+
+
+class CharacterModeling(LanguageModeling):
+    """Next-character prediction, scored in bits per character (Table 3).
+
+    The same text can be spelled in more or fewer symbols, and bits per character are bits per *symbol*: two results
+    compare only on the same denominator. So every stream's is reported: `bpc` for the stream that is modelled, and
+    `bpc_<name>`, the same bits divided by the number of symbols that stream <name> spells the text in.
+
+    Args:
+        model: the language model.
+        symbols: name of a stream → split → its symbols per symbol of the stream that is modelled.
+        options: those of :class:`LanguageModeling`.
+    """
+
+    score_name = "bpc"
+    digits = 4
+
+    def __init__(self, model: TrellisLanguageModel, *, symbols: dict[str, dict[str, float]], **options):
+        super().__init__(model, **options)
+        self.symbols = symbols
+
+    @staticmethod
+    def score(loss: float) -> float:
+        """Bits of a mean loss in nats."""
+        return loss / math.log(2)
+
+    def scores(self, loss: float, split: str) -> dict[str, float]:
+        """Bits per character on every denominator."""
+        bpc = self.score(loss)
+        return {"bpc": bpc} | {f"bpc_{name}": bpc / ratios[split] for name, ratios in self.symbols.items()}

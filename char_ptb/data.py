@@ -1,0 +1,64 @@
+"""Character-level Penn Treebank, spelled from the three files of words in one of two ways.
+
+`authors`: every character is a symbol, the two spaces around a line too, and the line feed is `<eos>`. `standard`: the
+stream of Mikolov's character files, which AWD-LSTM and most of the literature use: lines are stripped, a space is `_`,
+and every line ends with `<eos>`. The two differ by two spaces a line, which carry no information.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trellisnet.data import corpus, download, penn
+from trellisnet.data.corpus import EOS, SPLITS, Corpus
+
+SPACE = "_"
+# What the Penn Treebank must come to.
+ALPHABET = 50
+SYMBOLS = {"authors": (5_101_618, 399_782, 449_945), "standard": (5_017_482, 393_042, 442_423)}
+
+
+def authors(text: str) -> Iterator[str]:
+    """Every character of `text` as it is, `<eos>` for a line feed."""
+    return (EOS if character == "\n" else character for character in text)
+
+
+def standard(text: str) -> Iterator[str]:
+    """The characters of every stripped line, `_` for a space, then `<eos>`."""
+    for line in text.removesuffix("\n").split("\n"):
+        yield from line.strip().replace(" ", SPACE)
+        yield EOS
+
+
+STREAMS: dict[str, Callable[[str], Iterator[str]]] = {"authors": authors, "standard": standard}
+
+
+def symbols(texts: list[str]) -> dict[str, dict[str, int]]:
+    """In how many symbols each stream spells each split."""
+    return {
+        name: {split: sum(1 for _ in spell(text)) for split, text in zip(SPLITS, texts, strict=True)}
+        for name, spell in STREAMS.items()
+    }
+
+
+def load(folder: str | Path, download: bool = False, stream: str = "authors") -> Corpus:
+    """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.texts`.
+
+    Args:
+        stream: a name in `STREAMS`.
+    """
+    texts, label = penn.texts(folder, download)
+    loaded = corpus.cached(corpus.CACHE, texts, STREAMS[stream], label=label)
+    if label == penn.LABEL:
+        loaded.check(SYMBOLS[stream], ALPHABET)
+    return dataclasses.replace(loaded, spelled=symbols(texts))
+
+
+main = functools.partial(
+    download.main, "char_ptb.data", "Fetch the Penn Treebank.", "data/penn", penn.NAMES, penn.fetch
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Settings and model of character-level PTB. Defaults are those of the authors' released script."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from char_ptb.data import STREAMS
+from trellisnet.data.corpus import Corpus
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.training.config import setting
+from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.tasks import CharacterModeling
+
+__all__ = ["Config", "build_model"]
+
+
+@dataclass(kw_only=True)
+class Config(LanguageModelConfig):
+    """Train a TrellisNet on character-level Penn Treebank."""
+
+    task: ClassVar[str] = "char_ptb"
+    default_data: ClassVar[str] = "data/penn"
+    token: ClassVar[str] = "symbols"
+    plateau_factor: ClassVar[float] = 1.0  # the authors' script has --anneal and never reads it
+    presets: ClassVar = {
+        "default": {},
+        # Table 5, "Char-PTB"; what it leaves out (dropouti, output size, epochs of decay) is the released script's.
+        "paper": {
+            "name": "paper", "nhid": 1000, "nlevels": 125, "horizon": 125, "aux_freq": 70.0, "emb_dropout": 0.0,
+            "dropouth": 0.3, "wdrop": 0.25, "wdecay": 1e-6,
+        },
+        # About an hour on two CPU cores.
+        "small": {
+            "name": "small", "emsize": 48, "nhid": 160, "nout": 48, "nlevels": 10, "horizon": 60, "batch_size": 24,
+            "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.02, "emb_dropout": 0.0, "wdrop": 0.0, "aux_freq": 5.0,
+            "aux": 0.1, "epochs": 5, "when": [3, 4],
+        },
+        # A few minutes on two CPU cores.
+        "tiny": {
+            "name": "tiny", "emsize": 24, "nhid": 40, "nout": 24, "nlevels": 5, "horizon": 50, "batch_size": 40,
+            "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0,
+            "epochs": 1, "lr": 4e-3,
+        },
+    }  # fmt: skip
+
+    name: str = setting("Trellis_charPTB", "name of the run; its folder is runs/char_ptb/<name> unless --out is given")
+    data: str = setting("", "folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here")
+    dataset: str = setting("ptb", "the corpus; it is what --data holds", choices=("ptb",))
+    stream: str = setting("authors", "how the text is spelled: see bits per character", choices=tuple(STREAMS))
+    emsize: int = setting(200, "embedding width")
+    nhid: int = setting(1050, "hidden channels without the output channels")
+    nout: int = setting(200, "output channels; equal to --emsize when tied")
+    nlevels: int = setting(140, "layers")
+    wnorm: bool = setting(True, "weight normalisation")
+    optim: str = setting("Adam", "optimiser: a class of torch.optim")
+    lr: float = setting(2e-3, "initial learning rate")
+    clip: float = setting(0.2, "gradient-norm clip; 0: none")
+    wdecay: float = setting(8e-7, "weight decay, inside the optimiser")
+    epochs: int = setting(400, "epochs to train in all")
+    when: list[int] = setting([220, 350], "divide the learning rate by 10 after these epochs")
+    batch_size: int = setting(24, "rows of a training batch")
+    eval_batch_size: int = setting(10, "rows for validation and test")
+    anneal: int = setting(5, "no effect without --asgd, as in the authors' script; see --when")
+
+    dropout: float = setting(0.1, "output dropout, one mask a sequence")
+    dropouti: float = setting(0.1, "input dropout, one mask a sequence")
+    dropouth: float = setting(0.29, "hidden dropout, one mask a sequence for all layers")
+    emb_dropout: float = setting(0.02, "dropout of whole symbols of the alphabet")
+    wdrop: float = setting(0.26, "DropConnect on both kernels")
+
+    horizon: int = setting(140, "length of a window; without --repack its unscored positions")
+    repack: bool = setting(True, "carry the state from window to window")
+    aux: float = setting(0.3, "weight of the auxiliary losses; 0: none")
+    aux_freq: float = setting(80.0, "auxiliary loss after every so many layers")
+
+    def data_options(self) -> dict[str, Any]:
+        return {"stream": self.stream}
+
+    def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> CharacterModeling:
+        """Bits per character on the denominator of either stream."""
+        own = corpus.spelled[self.stream]
+        symbols = {name: {split: n / own[split] for split, n in each.items()} for name, each in corpus.spelled.items()}
+        return CharacterModeling(model, symbols=symbols, **options)

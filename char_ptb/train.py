@@ -1,0 +1,14 @@
+"""Train or score a TrellisNet on character-level Penn Treebank: `python char_ptb/train.py --help`."""
+
+import functools
+import sys
+
+from char_ptb import data
+from char_ptb.model import Config
+from trellisnet.training import cli, language_model
+
+setup = functools.partial(language_model.setup, data.load)
+main = functools.partial(cli.main, Config, setup)
+
+if __name__ == "__main__":
+    sys.exit(main())
