@@ -20,7 +20,6 @@ class Config(LanguageModelConfig):
     task: ClassVar[str] = "char_ptb"
     default_data: ClassVar[str] = "data/penn"
     token: ClassVar[str] = "symbols"
-    plateau_factor: ClassVar[float] = 1.0  # the authors' script has --anneal and never reads it
     presets: ClassVar = {
         "default": {},
         # Table 5, "Char-PTB"; what it leaves out (dropouti, output size, epochs of decay) is the released script's.
@@ -71,6 +70,10 @@ class Config(LanguageModelConfig):
     repack: bool = setting(True, "carry the state from window to window")
     aux: float = setting(0.3, "weight of the auxiliary losses; 0: none")
     aux_freq: float = setting(80.0, "auxiliary loss after every so many layers")
+
+    def patience(self) -> int:
+        """None without averaging: the authors' script has --anneal and never reads it."""
+        return self.anneal if self.asgd else 0
 
     def data_options(self) -> dict[str, Any]:
         return {"stream": self.stream}

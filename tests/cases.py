@@ -53,6 +53,7 @@ class Case:
             weight_dropout=c["wdrop"],
             temporal_weight_dropout=c["temporalwdrop"],
             n_experts=c["n_experts"],
+            cutoffs=self.meta["config"].get("splits"),
             latent_dropout=c["dropoutl"],
             log_epsilon=1e-8,  # as in the authors' code; no effect on a plain softmax
             freeze_last_embedding=c.get("freeze_last_embedding", False),

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import cases
 from trellisnet.data.corpus import batchify
+from trellisnet.heads import SplitSoftmax
 from trellisnet.training.config import RunConfig
 from trellisnet.training.optim import averaged, make_averaging, make_optimizer
 from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
@@ -21,6 +22,8 @@ def test_the_cases_are_all_there():
     assert len(FORWARD) == 7
     assert len(GRADIENTS) == 6
     assert len(TRAJECTORIES) == 4
+    assert len(cases.names("split_cross_entropy")) == 2
+    assert len(cases.names("wt103_step")) == 1
 
 
 @pytest.fixture(params=["direct", "zip", "legacy"])
@@ -85,6 +88,58 @@ def check_gradients(case, model, replaced=None):
     if replaced is None:
         total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         assert_close(total, torch.tensor(case.scalar("total_grad_norm")), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", cases.names("split_cross_entropy"))
+def test_split_softmax(name):
+    case = cases.load(name)
+    parameters = {key: torch.nn.Parameter(case.arrays[key]) for key in ("weight", "bias")}
+    c = case.meta["config"]
+    head = SplitSoftmax(c["hidden_size"], c["ntoken"], c["splits"], **parameters)
+    with torch.no_grad():
+        head.tail_vectors.copy_(case.arrays["tail_vectors"])
+        head.tail_bias.copy_(case.arrays["tail_bias"])
+    assert_close(head.log_prob(case.arrays["hiddens"]), case.arrays["logprob"], **CLOSE)
+    kinds = [key.removeprefix("targets_") for key in case.arrays if key.startswith("targets_")]
+    assert len(kinds) == 6
+    for kind in kinds:
+        head.zero_grad()
+        x = case.arrays["hiddens"].clone().requires_grad_()
+        loss = head.loss(x, case.arrays[f"targets_{kind}"])
+        loss.backward()
+        assert_close(loss, torch.tensor(case.scalar(f"loss_{kind}")), **CLOSE)
+        gradients = {"w": head.weight, "b": head.bias, "h": x, "tv": head.tail_vectors, "tb": head.tail_bias}
+        for short, tensor in gradients.items():
+            if (key := f"grad{short}_{kind}") in case.arrays:
+                expected = case.arrays[key]
+                assert (tensor.grad - expected).abs().max() <= 1e-6 + 1e-4 * expected.abs().max(), key
+
+
+@pytest.mark.parametrize("name", cases.names("wt103_step"))
+def test_step_with_a_split_softmax(name, tmp_path):
+    case = cases.load(name)
+    model = case.model()
+    with pytest.raises(ValueError, match=r"criterion.tail_vectors: .*--init_tail"):
+        load_weights(model, case.file())
+    assert load_weights(model, case.file(), init_tail=True) == ["criterion.tail_vectors", "criterion.tail_bias"]
+    with torch.no_grad():
+        model.head.tail_vectors.copy_(case.arrays["tail_vectors"])
+        model.head.tail_bias.copy_(case.arrays["tail_bias"])
+    assert list(parameter_map(model))[:-2] == case.meta["parameters"]
+    written = {name: list(tensor.shape) for name, tensor in authors_state_dict(model).items()}
+    assert list(written.items())[:-2] == list(case.meta["state_dict"].items())
+    assert list(written)[-2:] == ["criterion.tail_vectors", "criterion.tail_bias"]
+
+    for legacy in (False, True):  # the tail vectors travel with the rest
+        save_weights(model, tmp_path / "w.pkl", legacy=legacy)
+        again = case.model().train()
+        assert load_weights(again, tmp_path / "w.pkl") == []
+        losses, _ = run_case(case, again)
+        for term in ("loss", "raw", "aux"):
+            assert_close(losses[term], torch.tensor(case.scalar(term)), **CLOSE)
+        check_gradients(case, again)
+        norms = torch.stack([p.grad.norm() for p in parameter_map(again).values()])
+        assert_close(norms, case.arrays["grad_norms"], atol=1e-5, rtol=1e-4)
 
 
 def run_case(case, model):

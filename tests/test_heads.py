@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from trellisnet import heads
-from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes
+from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
 
 
 def head():
@@ -181,3 +181,86 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     print(f"peak {float(done.stdout):.0f} MB")
     assert 30 < float(done.stdout) < 300
+
+
+def split(cutoffs=(3, 7, 15), n_classes=23):
+    torch.manual_seed(0)
+    module = SplitSoftmax(6, n_classes, cutoffs, dtype=torch.float64)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.7)
+    return module, torch.randn(4, 9, 6, dtype=torch.float64), torch.randint(n_classes, (4, 9))
+
+
+def test_a_split_softmax_is_a_distribution_over_the_whole_vocabulary():
+    module, x, target = split()
+    log_p = module.log_prob(x)
+    assert log_p.shape == (4, 9, 23)
+    assert_close(log_p.exp().sum(-1), torch.ones(4, 9, dtype=torch.float64))
+    expected = -log_p.gather(-1, target[..., None])[..., 0]
+    assert_close(module.loss(x, target, reduction="none"), expected)
+    assert_close(module.loss(x, target, reduction="sum"), expected.sum())
+    assert_close(module.loss(x, target), expected.mean())
+
+
+def test_band_entries_are_in_reversed_order():
+    """Band i of the head softmax is the vector −i, as in the authors' code."""
+    module, x, _ = split()
+    head = torch.cat([module.weight[:3], module.tail_vectors]), torch.cat([module.bias[:3], module.tail_bias])
+    log_head = torch.log_softmax(x @ head[0].T + head[1], dim=-1)
+    log_p = module.log_prob(x)
+    for i, (low, high) in enumerate([(3, 7), (7, 15), (15, 23)], 1):
+        assert_close(log_p[..., low:high].logsumexp(-1), log_head[..., -i])
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 2**22])
+@pytest.mark.parametrize("words", [(0, 23), (0, 3), (3, 7), (15, 23), (22, 23)])
+def test_the_loss_of_a_split_softmax_has_the_gradients_of_its_table(monkeypatch, chunk, words):
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+    module, x, _ = split()
+    target = torch.randint(*words, (4, 9))
+    inputs = [x.requires_grad_(), *module.parameters()]
+    table = -module.log_prob(x).gather(-1, target[..., None]).mean()
+    expected = torch.autograd.grad(table, inputs)
+    for ours, theirs in zip(torch.autograd.grad(module.loss(x, target), inputs), expected, strict=True):
+        assert_close(ours, theirs)
+    with torch.no_grad():
+        assert_close(module.loss(x, target), table)
+
+
+def test_the_loss_of_a_split_softmax_never_makes_a_table(monkeypatch):
+    """No tensor as large as positions × vocabulary appears, though every target is in the largest band."""
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", 2000)
+    module, (cutoff, V), N = SplitSoftmax(4, 1000, [200]), (200, 1000), 60
+    x, target = torch.randn(N, 4, requires_grad=True), torch.randint(cutoff, V, (N,))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    with Watch():
+        module.loss(x, target).backward()
+    assert largest <= 4 * V  # the gradient of the matrix, not 60 × 1000
+
+
+@pytest.mark.parametrize("cutoffs", [[], [0, 5], [5, 5], [7, 3], [5, 23], [30]])
+def test_cutoffs_that_do_not_increase_below_the_vocabulary_are_refused(cutoffs):
+    with pytest.raises(ValueError, match="cutoffs: expected increasing numbers between 0 and 23, got"):
+        SplitSoftmax(6, 23, cutoffs)
+
+
+def test_a_split_softmax_shares_what_it_is_given_and_starts_with_equal_bands():
+    embedding = nn.Embedding(11, 6)
+    module = SplitSoftmax(6, 11, [4, 8], weight=embedding.weight)
+    assert module.weight is embedding.weight
+    assert module.tail_vectors.shape == (2, 6)
+    assert module.tail_bias.tolist() == [0, 0]
+    assert not module.tail_vectors.any()
+    with pytest.raises(ValueError, match=r"target: expected shape \(2,\), got \(3,\)"):
+        module.loss(torch.randn(2, 6), torch.tensor([1, 2, 3]))

@@ -22,6 +22,13 @@ def test_schedule_divides_by_ten_after_given_epochs():
     schedule = Schedule(1.0, when=[2, 3])
     assert [schedule.step(i, 1.0) for i in (1, 2, 3, 4)] == pytest.approx([1.0, 0.1, 0.01, 0.01])
     assert Schedule(1.0, when=[-1]).step(1, 1.0) == 1.0
+    floored = Schedule(1e-5, when=[1], when_floor=1e-5)
+    assert floored.step(1, 1.0) == 1e-5
+
+
+def test_a_plateau_at_a_given_epoch_divides_once():
+    schedule = Schedule(1.0, anneal=1, factor=10.0, when=[3], history=[1.0, 1.0])
+    assert schedule.step(3, 2.0) == pytest.approx(0.1)
 
 
 def test_weight_decay_and_rate_reach_the_optimiser():

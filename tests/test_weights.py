@@ -87,8 +87,55 @@ def test_more_that_does_not_fit(tmp_path):
         load_weights(cases.load("lm_plain_k2_tied").model(), cases.FIXTURES / "lm_mos_tied_plain.pkl")
     with pytest.raises(UserError, match="of another model or task"):
         load_weights(model(), cases.FIXTURES / "pixel_1ch.pkl")
-    with pytest.raises(ValueError, match="init_tail: only a split softmax"):
+    with pytest.raises(ValueError, match="--init_tail: only a split softmax"):
         load_weights(model(), tmp_path / "wn.pkl", init_tail=True)
+
+
+def split(cutoffs=(5, 9), **options):
+    return model(cutoffs=cutoffs, **options)
+
+
+def test_tail_vectors_are_saved_asked_for_and_explained(tmp_path):
+    module = split()
+    torch.nn.init.normal_(module.head.tail_vectors)
+    save_weights(module, tmp_path / "split.pkl")
+    again = split()
+    assert load_weights(again, tmp_path / "split.pkl", init_tail=True) == []  # what is there is taken
+    assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)
+    with pytest.raises(UserError, match="split softmax with 2 bands; pass its --cutoffs"):
+        load_weights(model(), tmp_path / "split.pkl")
+    with pytest.raises(UserError, match=r"tail_vectors has shape \(2, 4\), .* \(1, 4\); the file has 2 bands"):
+        load_weights(split([5]), tmp_path / "split.pkl")
+    save_weights(model(), tmp_path / "plain.pkl")
+    before = [p.detach().clone() for p in again.parameters()]
+    with pytest.raises(UserError, match="has no criterion.tail_vectors: .* --init_tail goes on with untrained ones"):
+        load_weights(again, tmp_path / "plain.pkl")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before, strict=True))
+    assert load_weights(again, tmp_path / "plain.pkl", init_tail=True) == list(parameter_map(again))[-2:]
+    assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)  # left as they were
+    save_weights(model(weight_norm=True), tmp_path / "wn.pkl")
+    with pytest.raises(UserError, match="pass --wnorm"):
+        load_weights(split(), tmp_path / "wn.pkl", init_tail=True)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_of_another_vocabulary_are_refused(tmp_path, legacy):
+    save_weights(model(), tmp_path / "w.pkl", legacy=legacy, vocabulary="a" * 64)
+    load_weights(model(), tmp_path / "w.pkl", vocabulary="a" * 64)
+    load_weights(model(), tmp_path / "w.pkl")  # the caller does not know
+    module = model()
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(UserError, match=r"another vocabulary \(sha256 aaaaaaaaaaaa… instead of bbbbbbbbbbbb…\)"):
+        load_weights(module, tmp_path / "w.pkl", vocabulary="b" * 64)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
+    state = torch.load(tmp_path / "w.pkl", weights_only=True)
+    assert list(state) == list(authors_state_dict(model()))  # the names are the authors', and no others
+    save_weights(model(), tmp_path / "silent.pkl", legacy=legacy)
+    load_weights(model(), tmp_path / "silent.pkl", vocabulary="b" * 64)  # the file does not know
+    theirs = authors_state_dict(model())
+    theirs._metadata = OrderedDict({"": {"version": 1}, "trellisnet": 7})
+    torch.save(theirs, tmp_path / "theirs.pkl", _use_new_zipfile_serialization=not legacy)
+    load_weights(model(), tmp_path / "theirs.pkl", vocabulary="b" * 64)
 
 
 class Bomb:

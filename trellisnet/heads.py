@@ -4,6 +4,8 @@ Letters: V classes, K experts, E embedding width, P positions; `...` any leading
 """
 
 import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from trellisnet.regularization import check_rate, scaled
 
 INIT_RANGE = 0.1
 REDUCTIONS = ("mean", "sum", "none")
-# A mixture computes so many logits at a time (16 MB in fp32; the backward pass holds a few such tensors).
+# So many logits exist at a time (16 MB in fp32; the backward pass holds a few such tensors).
 CHUNK_LOGITS = 2**22
 
 
@@ -47,6 +49,29 @@ def _check_loss(x: Tensor, target: Tensor, reduction: str) -> None:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if x.shape[:-1] != target.shape:
         raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
+
+
+def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -> Tensor:
+    """function(*tensors) over chunks of positions, each of which takes so many logits.
+
+    With gradients, the logits of more than one chunk are computed again in the backward pass, so that only one chunk's
+    are alive at a time.
+    """
+    size = max(1, CHUNK_LOGITS // logits)
+    if tensors[0].size(0) <= size:
+        return function(*tensors)
+    chunks = zip(*(t.split(size) for t in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in there
+    return torch.cat([checkpoint(function, *chunk, **options) for chunk in chunks])
+
+
+def _reduced(loss: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """The losses of all positions (P,) as the caller wants them."""
+    if reduction == "none":
+        return loss.view(target.shape)
+    return loss.mean() if reduction == "mean" else loss.sum()
 
 
 class LinearSoftmax(nn.Module):
@@ -174,15 +199,6 @@ class MixtureOfSoftmaxes(nn.Module):
         log_prior = F.log_softmax(self.prior(x), dim=-1)  # (..., K)
         return log_prior.reshape(-1, self.n_experts), z.reshape(-1, self.n_experts, self.embedding_size)
 
-    def _in_chunks(self, function, *tensors: Tensor) -> Tensor:
-        """function(*tensors) over chunks of positions; with gradients, only one chunk's logits are alive at a time."""
-        size = max(1, CHUNK_LOGITS // (self.n_experts * self.n_classes))
-        chunks = zip(*(t.split(size) for t in tensors), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([function(*chunk) for chunk in chunks])
-        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in there
-        return torch.cat([checkpoint(function, *chunk, **options) for chunk in chunks])
-
     def _add_epsilon(self, log_p: Tensor) -> Tensor:
         if not self.log_epsilon:
             return log_p
@@ -201,7 +217,7 @@ class MixtureOfSoftmaxes(nn.Module):
             log_p = F.log_softmax(F.linear(z, self.weight, self.bias), dim=-1)  # (P, K, V)
             return self._add_epsilon(torch.logsumexp(log_prior.unsqueeze(2) + log_p, dim=1))  # (P, V)
 
-        log_p = self._in_chunks(mixture, *self._mix(x, latent_mask, draw))
+        log_p = _in_chunks(mixture, self.n_experts * self.n_classes, *self._mix(x, latent_mask, draw))
         return log_p.view(*x.shape[:-1], self.n_classes)
 
     def loss(
@@ -226,7 +242,95 @@ class MixtureOfSoftmaxes(nn.Module):
             log_p = torch.logsumexp(log_prior - each.view_as(log_prior), dim=1)  # (P,)
             return -self._add_epsilon(log_p)
 
-        loss = self._in_chunks(nll, *self._mix(x, latent_mask, draw), target.reshape(-1))
-        if reduction == "none":
-            return loss.view(target.shape)
-        return loss.mean() if reduction == "mean" else loss.sum()
+        mixed = self._mix(x, latent_mask, draw)
+        loss = _in_chunks(nll, self.n_experts * self.n_classes, *mixed, target.reshape(-1))
+        return _reduced(loss, target, reduction)
+
+
+class SplitSoftmax(nn.Module):
+    """Tied adaptive softmax: frequent words in a short list, the others in bands behind it (Grave et al., 2017).
+
+    The head softmax runs over the words below the first cut-off and one entry for each band; a word of a band has the
+    probability of the band's entry times that of a softmax within the band. All words use one matrix, so that it can be
+    shared with the embedding; only the bands' entries need vectors of their own. The numbers, and the order of those
+    vectors, are those of the authors' code of 2019: band i, counted from 1, is row −i.
+
+    Args:
+        in_features: width of x.
+        n_classes: V.
+        cutoffs: 0 < c₁ < c₂ < … < V; the short list is [0, c₁), band i is [cᵢ, cᵢ₊₁).
+        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model. Default: a new one, U(±0.1).
+        bias: parameter (V,) to share. Default: a new one, zero.
+
+    Raises:
+        ValueError: cut-offs that do not increase or reach V, or a shared parameter of another shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        cutoffs: Sequence[int],
+        *,
+        weight: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        borders = [0, *cutoffs, n_classes]
+        if len(borders) < 3 or any(low >= high for low, high in pairwise(borders)):
+            raise ValueError(f"cutoffs: expected increasing numbers between 0 and {n_classes}, got {list(cutoffs)}")
+        self.in_features = in_features
+        self.n_classes = n_classes
+        self.cutoffs = list(cutoffs)
+        self.sizes = [high - low for low, high in pairwise(borders)]  # of the short list and the bands
+        self.weight, self.bias = _decoder(n_classes, in_features, weight, bias, device, dtype)
+        self.tail_vectors = nn.Parameter(torch.zeros(len(cutoffs), in_features, device=device, dtype=dtype))
+        self.tail_bias = nn.Parameter(torch.zeros(len(cutoffs), device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.n_classes}, cutoffs={self.cutoffs}"
+
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the head softmax, then of every band."""
+        # Split once: the backward pass then makes one gradient of the whole matrix, not one for every slice.
+        (short, *weights), (short_bias, *biases) = self.weight.split(self.sizes), self.bias.split(self.sizes)
+        head = torch.cat([short, self.tail_vectors]), torch.cat([short_bias, self.tail_bias])
+        return [head, *zip(weights, biases, strict=True)]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probabilities in nats, (..., in_features) → (..., V): the full table."""
+        head, *bands = (F.log_softmax(F.linear(x, weight, bias), dim=-1) for weight, bias in self._parts())
+        of_band = head[..., self.sizes[0] :].unbind(-1)
+        bands = [of_band[-i].unsqueeze(-1) + band for i, band in enumerate(bands, 1)]
+        return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
+
+    def loss(self, x: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        """Negative log-likelihood in nats; a band is computed only at the positions whose target lies in it.
+
+        Args:
+            x: (..., in_features).
+            target: class ids, int64, (...).
+            reduction: "mean", "sum" (0-dim results) or "none" (shape of target).
+
+        Raises:
+            ValueError: unknown reduction, or x and target do not fit.
+        """
+        _check_loss(x, target, reduction)
+
+        def nll(weight: Tensor, bias: Tensor, x: Tensor, target: Tensor) -> Tensor:
+            def of_chunk(x: Tensor, target: Tensor) -> Tensor:
+                return F.cross_entropy(F.linear(x, weight, bias), target, reduction="none")
+
+            return _in_chunks(of_chunk, bias.numel(), x, target)
+
+        x, flat = x.reshape(-1, x.size(-1)), target.reshape(-1)  # (P, in_features), (P,)
+        band = sum((flat >= cutoff).long() for cutoff in self.cutoffs)  # 0: the short list
+        head, *bands = self._parts()
+        loss = nll(*head, x, torch.where(band > 0, head[1].numel() - band, flat))
+        for i, part in enumerate(bands, 1):
+            at = (band == i).nonzero().squeeze(1)
+            if at.numel():
+                loss = loss.index_add(0, at, nll(*part, x[at], flat[at] - self.cutoffs[i - 1]))
+        return _reduced(loss, target, reduction)

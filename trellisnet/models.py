@@ -3,13 +3,14 @@
 Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellisnet.core import State, TrellisNet
-from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes
+from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
 from trellisnet.regularization import Masks, check_rate, dropout_scale, scaled
 
 
@@ -30,7 +31,7 @@ class LanguageModelOutput(NamedTuple):
 
 
 class TrellisLanguageModel(nn.Module):
-    """Embedding, TrellisNet and (tied) softmax or mixture of softmaxes: the language models of Tables 1 and 3.
+    """Embedding, TrellisNet and (tied) softmax, mixture of softmaxes or split softmax: the models of Tables 1 to 3.
 
     Args:
         vocab_size: V.
@@ -39,7 +40,8 @@ class TrellisLanguageModel(nn.Module):
         num_layers: layers of the trellis.
         output_size: channels that the head reads; must equal embedding_size when tied, unless n_experts > 0.
         tied: the head uses the embedding matrix.
-        n_experts: softmaxes in a mixture; 0: one plain softmax.
+        n_experts: softmaxes in a mixture; 0: one softmax.
+        cutoffs: borders of the bands of a split (adaptive) softmax; None: no bands.
         embedding_dropout: probability of dropping a whole word of the vocabulary.
         input_dropout: probability of dropping an embedding channel, one mask a sequence.
         output_dropout: probability of dropping an output channel, one mask a sequence.
@@ -48,8 +50,6 @@ class TrellisLanguageModel(nn.Module):
         freeze_last_embedding: give the last vocabulary entry no gradient through the input, as the authors' code
             does by accident (its padding_idx of −1 means the last row).
         core: every further keyword goes to :class:`trellisnet.TrellisNet`.
-
-    `cutoffs` takes only its default in this version.
 
     Raises:
         ValueError: a setting out of range.
@@ -65,7 +65,7 @@ class TrellisLanguageModel(nn.Module):
         output_size: int,
         tied: bool = True,
         n_experts: int = 0,
-        cutoffs: tuple[int, ...] | None = None,
+        cutoffs: Sequence[int] | None = None,
         embedding_dropout: float = 0.0,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
@@ -75,8 +75,8 @@ class TrellisLanguageModel(nn.Module):
         **core,
     ):
         super().__init__()
-        if cutoffs is not None:
-            raise ValueError(f"cutoffs: this version supports only None, got {cutoffs!r}")
+        if cutoffs is not None and n_experts:
+            raise ValueError(f"cutoffs: expected None with a mixture of softmaxes (n_experts = {n_experts})")
         if n_experts < 0:
             raise ValueError(f"n_experts: expected 0 or more, got {n_experts}")
         for name, value in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
@@ -107,8 +107,11 @@ class TrellisLanguageModel(nn.Module):
                 log_epsilon=log_epsilon,
                 **factory,
             )
+            return
+        check_rate("latent_dropout", latent_dropout)
+        if cutoffs is not None:
+            self.head = SplitSoftmax(output_size, vocab_size, cutoffs, **factory)
         else:
-            check_rate("latent_dropout", latent_dropout)
             self.head = LinearSoftmax(output_size, vocab_size, **factory)
 
     def embed(self, tokens: Tensor, masks: Masks | None = None) -> Tensor:

@@ -1,23 +1,29 @@
 """The authors' weight files: their names for our parameters, loading, saving, and saying what does not fit.
 
 Their state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), a tied `decoder.weight`
-repeats `encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`.
+repeats `encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`. The vectors of
+the bands of a split softmax, which their scripts never save, are `criterion.*` here.
 """
 
 import os
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trellisnet import serialization
 from trellisnet.errors import UserError
+from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisLanguageModel
 
 _CORE = "tnet.module.full_conv."
 _MIXTURE = "mixsoft."
+_CRITERION = "criterion."
+_TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
 # The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
 _AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
+_METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch looks for names of modules there
 WHAT = "weights in the authors' layout (a state dict)"
 
 
@@ -39,6 +45,8 @@ def parameter_map(model: TrellisLanguageModel) -> dict[str, nn.Parameter]:
         names[_CORE + "weight2_raw"] = core.weight_h
     if model.n_experts:
         names |= {_MIXTURE + name: p for part in ("prior", "latent") for name, p in _named(model.head, part)}
+    if isinstance(model.head, SplitSoftmax):
+        names |= dict(zip(_TAIL, (model.head.tail_vectors, model.head.tail_bias), strict=True))
     return names
 
 
@@ -60,40 +68,69 @@ def authors_state_dict(model: TrellisLanguageModel) -> "OrderedDict[str, Tensor]
     for prefix, again in _AGAIN.items():
         for name in [name for name in state if name.startswith(prefix)]:
             state[again + name.removeprefix(prefix)] = state[name]
+    for name in _TAIL:
+        if name in tensors:
+            state.move_to_end(name)
     return state
 
 
-def save_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, legacy: bool = False) -> None:
+def save_weights(
+    model: TrellisLanguageModel, path: str | os.PathLike, *, legacy: bool = False, vocabulary: str | None = None
+) -> None:
     """Write the weights in the authors' layout, atomically.
 
     Args:
         model: the model.
         path: file to write.
         legacy: the container of torch < 1.6, which the authors' 2019 environment reads; else today's zip.
+        vocabulary: digest of what the ids stand for. It travels in the metadata that a state dict has beside its
+            tensors, so that :func:`load_weights` can refuse the weights of another vocabulary.
     """
-    serialization.save(path, authors_state_dict(model), legacy=legacy)
+    state = authors_state_dict(model)
+    if vocabulary is not None:
+        state._metadata = OrderedDict({_METADATA: {"vocabulary": vocabulary}})
+    serialization.save(path, state, legacy=legacy)
 
 
-def load_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, init_tail: bool = False) -> None:
+def load_weights(
+    model: TrellisLanguageModel,
+    path: str | os.PathLike,
+    *,
+    init_tail: bool = False,
+    vocabulary: str | None = None,
+) -> list[str]:
     """Copy weights in the authors' layout into `model`; either all of them or, on any error, none.
 
     Args:
         model: the model, built with the settings that the weights were trained with.
         path: their `.pkl`, zip or legacy container, tensors from any device.
-        init_tail: only for models with a split softmax, so it must be False here.
+        init_tail: for a split softmax: leave the vectors of the bands as they are if the file has none. The authors'
+            scripts do not save them, and scores with untrained ones say little.
+        vocabulary: digest of what the ids stand for here; a file that names another one is refused.
+
+    Returns:
+        names of the parameters that the file does not have: tail vectors with `init_tail`, otherwise none.
 
     Raises:
         ValueError: the file is no such thing or does not fit; one line names the tensor, both shapes and the flag
             to change.
     """
-    if init_tail:
-        raise ValueError("init_tail: only a split softmax (cutoffs) has tail vectors")
-    state = serialization.load(path, WHAT)
-    state = _unique(state, path)
+    if init_tail and not isinstance(model.head, SplitSoftmax):
+        raise UserError("--init_tail: only a split softmax (--cutoffs) has tail vectors; leave it out")
+    loaded = serialization.load(path, WHAT)
+    state = _unique(loaded, path)
+    _check_vocabulary(loaded, vocabulary, path)
     if model.tied:
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
+    left = [name for name in _TAIL if name in expected and name not in state]
+    if left and len(state) + len(left) == len(expected) and not init_tail:
+        raise UserError(
+            f"{path}: has no {left[0]}: the authors' script trains the vectors of the bands but does not save them, so "
+            "its scores cannot be had from this file; --init_tail goes on with untrained ones"
+        )
+    expected = {name: parameter for name, parameter in expected.items() if name not in left}
     _check_names(state, expected, path)
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
@@ -104,6 +141,19 @@ def load_weights(model: TrellisLanguageModel, path: str | os.PathLike, *, init_t
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
+    return left
+
+
+def _check_vocabulary(loaded: dict[str, Tensor], vocabulary: str | None, path: str | os.PathLike) -> None:
+    """Refuse weights whose ids stand for other tokens; files that do not say what they stand for pass."""
+    metadata: Any = getattr(loaded, "_metadata", None)
+    for key in (_METADATA, "vocabulary"):
+        metadata = metadata.get(key) if isinstance(metadata, dict) else None
+    if vocabulary is not None and isinstance(metadata, str) and metadata != vocabulary:
+        raise UserError(
+            f"{path}: was trained on another vocabulary (sha256 {metadata[:12]}… instead of {vocabulary[:12]}…): pass "
+            "the --data, and the --vocab_order or --stream, that it was trained on"
+        )
 
 
 def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
@@ -151,6 +201,11 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
         advice = f"the file is of a mixture of softmaxes; pass --n_experts {experts}"
     elif any(name.startswith(_MIXTURE) for name in missing):
         advice = "the file is of a plain softmax; pass --n_experts 0"
+    elif any(name in _TAIL for name in extra):
+        bands = state[_TAIL[1]].numel() if _TAIL[1] in state else "some"
+        advice = f"the file is of a split softmax with {bands} bands; pass its --cutoffs"
+    elif any(name in _TAIL for name in missing):
+        advice = "the file is damaged"
     elif any(name.endswith("_g") for name in extra):
         advice = "the file was trained with weight normalisation; pass --wnorm"
     elif any(name.endswith("_g") for name in missing) and _CORE + "weight1_raw" in state:
@@ -165,6 +220,8 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
 
 def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> str:
     """The first setting in which file and model differ, as the flag to change."""
+    if name in _TAIL:
+        return f"the file has {state[_TAIL[1]].numel()} bands; pass its --cutoffs"
     kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
     encoder, bias = state["encoder.weight"], state[_CORE + "bias2"]
     if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % 4:

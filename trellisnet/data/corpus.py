@@ -4,6 +4,7 @@ Letters: N batch (rows), L length.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,10 @@ class Corpus:
     def vocabulary_sha256(self) -> str:
         """Digest of the tokens in the order of their ids, joined by line feeds."""
         return hashlib.sha256("\n".join(self.vocabulary).encode("utf-8")).hexdigest()
+
+    def renamed(self, label: str) -> "Corpus":
+        """The same under another label."""
+        return dataclasses.replace(self, label=label)
 
     def check(self, tokens: tuple[int, int, int], types: int) -> None:
         """Assert that a known corpus came to the known numbers of tokens (train, valid, test) and types."""

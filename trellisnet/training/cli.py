@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -27,6 +28,7 @@ from trellisnet.training.runlog import (
     check_metrics_path,
     command_line,
     environment,
+    peak_memory,
     write_metrics,
 )
 
@@ -133,8 +135,10 @@ class _Program:
         torch.manual_seed(config.seed)
         device = config.torch_device()
         task, splits, schedule, facts = self.setup(config, device)
+        untrained = []
         if config.load_weight and resumed is None:
-            weights.load_weights(task.model, config.load_weight)
+            options = {"vocabulary": splits.vocabulary, **config.load_options()}
+            untrained = weights.load_weights(task.model, config.load_weight, **options)
 
         facts = {"parameters": count_parameters(task.model), **facts}
         env = environment(device) | {"backend": ops.resolve(config.backend), "precision": "fp32"}
@@ -142,7 +146,7 @@ class _Program:
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {env['threads']} threads")
         command = command_line(f"{config.task}/train.py", argv)
         if config.eval:
-            outcome = _score(task, splits, config)
+            outcome = _score(task, splits, config, {"init_tail": True} if untrained else {})
             outcome["seconds"] = time.monotonic() - started
         else:
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
@@ -151,7 +155,8 @@ class _Program:
             metrics = {
                 "task": config.task, "preset": config.preset, "command": resumed["command"] if resumed else command,
                 "resumed_with": command if resumed else None, "version": env["version"], "commit": env["commit"],
-                "params": facts["parameters"], "data": splits.sha256, "corpus": splits.label, **outcome,
+                "params": facts["parameters"], "data": splits.sha256, "corpus": splits.label,
+                "vocabulary": splits.vocabulary, **outcome, "peak_memory": peak_memory(device),
                 **{key: env[key] for key in ("device", "machine", "threads", "precision", "backend", "torch")},
                 "seed": config.seed,
             }  # fmt: skip
@@ -178,8 +183,9 @@ class _Program:
         with contextlib.closing(folder):
             _say(f"run folder: {folder.path}")
             if resumed is None:
+                data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "backend", "precision")}
-                folder.write_config(config, {"command": command, "data": splits.sha256, **facts, **chosen})
+                folder.write_config(config, {"command": command, **data, **facts, **chosen})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
             return fit(
                 task,
@@ -188,7 +194,7 @@ class _Program:
                 folder,
                 optimizer,
                 schedule,
-                weights.save_weights,
+                functools.partial(weights.save_weights, vocabulary=splits.vocabulary),
                 command=resumed["command"] if resumed else command,
                 interrupts=interrupts,
                 resume_from=resumed,
@@ -225,15 +231,15 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
     return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content
 
 
-def _score(task: Task, splits: Splits, config: RunConfig) -> dict[str, Any]:
-    """Score validation and test data with the weights as they are."""
+def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]) -> dict[str, Any]:
+    """Score validation and test data with the weights as they are; `marks` go into every result."""
     if not config.load_weight:
         _say("NOTICE: no --load_weight: scoring untrained weights")
     results = {}
     for name in ("valid", "test"):
-        result = results[name] = evaluate(task, getattr(splits, name), name, config)
-        _say(score_line(task, name, result))
+        results[name] = evaluate(task, getattr(splits, name), name, config) | marks
+        _say(score_line(task, name, results[name]))
     for name, (method, data) in splits.everything.items():
-        results[name] = evaluate(task, data, name, config, method)
+        results[name] = evaluate(task, data, name, config, method) | marks
         _say(score_line(task, name, results[name]))
     return {**results, "epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}

@@ -133,6 +133,10 @@ class RunConfig:
             raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
         return device
 
+    def load_options(self) -> dict[str, Any]:
+        """Further arguments for `weights.load_weights`."""
+        return {}
+
     def folder(self) -> Path:
         """The run folder: what the user typed, or runs/<task>/<name> in the project."""
         return Path(self.out) if self.out else PROJECT / "runs" / self.task / self.name

@@ -106,8 +106,10 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     main = result[task.score_name]
     others = [key for key in task.scores(result["loss"], name.removesuffix("_all")) if result[key] != main]
     scores = "  ".join(f"{key} {result[key]:.{task.digits}f}" for key in [task.score_name, *others])
-    partial = " (partial)" if "partial" in result else ""
-    return f"{name} {scores}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens{partial}"
+    marks = {"partial": "partial", "init_tail": "tail vectors not trained"}
+    marked = ", ".join(text for mark, text in marks.items() if mark in result)
+    line = f"{name} {scores}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens"
+    return f"{line} ({marked})" if marked else line
 
 
 class _Meter:

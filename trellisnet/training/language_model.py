@@ -24,9 +24,10 @@ class LanguageModelConfig(RunConfig):
     """Settings that the language models share, under the authors' names."""
 
     token: ClassVar[str] = "words"  # what the vocabulary holds
-    # On a plateau the rate is divided by the factor while it is above the floor.
+    # The authors' rules for the learning rate differ in these, see trellisnet.training.optim.Schedule.
     plateau_factor: ClassVar[float] = 4.0
     plateau_floor: ClassVar[float] = 0.0
+    when_floor: ClassVar[float] = 0.0
 
     emsize: int = setting(400, "embedding width")
     nhid: int = setting(1000, "hidden channels without the output channels")
@@ -97,6 +98,10 @@ class LanguageModelConfig(RunConfig):
     def task_seq_len(self) -> int:
         """`seq_len` for the task: none while the state is carried, as in two of the authors' three scripts."""
         return 0 if self.repack else self.seq_len
+
+    def patience(self) -> int:
+        """Epochs without gain that make a plateau; 0: there are none."""
+        return self.anneal
 
     def data_options(self) -> dict[str, Any]:
         """What the task's `data.load` is told beyond the folder."""
@@ -175,10 +180,11 @@ def setup(
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     schedule = Schedule(
         config.lr,
-        config.anneal,
+        config.patience(),
         factor=config.plateau_factor,
         floor=config.plateau_floor,
         when=config.when,
+        when_floor=config.when_floor,
         asgd=config.asgd,
     )
     tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
@@ -195,4 +201,7 @@ def setup(
     facts = {"training tokens": tokens[0], config.token: len(corpus.vocabulary)}
     if not config.eval:
         facts["steps an epoch"] = steps
+    facts["softmax"] = f"mixture of {config.n_experts}" if config.n_experts else "plain"
+    if bands := config.bands(len(corpus.vocabulary)):
+        facts["softmax"] = f"split at {', '.join(map(str, bands))}"
     return task, splits, schedule, facts

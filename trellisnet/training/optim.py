@@ -65,7 +65,8 @@ class Schedule:
     """The learning rate: the authors' rules for all their tasks.
 
     After an epoch the rate is divided by `factor` if the validation loss exceeds the best one older than `anneal`
-    epochs, as long as the rate is above `floor`; and by 10 if the epoch is one of `when`.
+    epochs, as long as the rate is above `floor`; otherwise by 10 if the epoch is one of `when`, as long as the rate is
+    above `when_floor`.
 
     Args:
         lr: current rate.
@@ -73,6 +74,7 @@ class Schedule:
         factor: divisor on a plateau.
         floor: no annealing on plateaus at or below this rate.
         when: epochs, counted from 1, after which the rate is divided by 10.
+        when_floor: no division at them at or below this rate.
         asgd: at the first plateau switch to averaged SGD instead, at the initial rate, and never anneal after it.
         averaging: whether that has happened.
         history: validation losses of the epochs so far.
@@ -83,6 +85,7 @@ class Schedule:
     factor: float = 4.0
     floor: float = 0.0
     when: list[int] = field(default_factory=list)
+    when_floor: float = 0.0
     asgd: bool = False
     averaging: bool = False
     history: list[float] = field(default_factory=list)
@@ -99,7 +102,7 @@ class Schedule:
                     self.averaging, self.lr = True, self.initial
                 else:
                     self.lr /= self.factor
-            if epoch in self.when and not self.averaging:
+            elif epoch in self.when and self.lr > self.when_floor:
                 self.lr /= 10
         self.history.append(loss)
         return self.lr

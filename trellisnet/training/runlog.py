@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ import trellisnet
 from trellisnet.errors import UserError
 from trellisnet.serialization import atomic_write
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def command_line(program: str, argv: Sequence[str]) -> str:
@@ -64,6 +70,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "machine": machine(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory this process has held so far, in bytes: of the device, or resident memory; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes elsewhere
 
 
 def check_metrics_path(path: str, run_folder: Path) -> None:
