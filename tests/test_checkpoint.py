@@ -1,9 +1,12 @@
 """Files that are whole or not there, and reading them back."""
 
+import contextlib
 import hashlib
 import io
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,3 +109,55 @@ def test_files_get_ordinary_permissions(tmp_path):
 def test_a_full_disk_is_an_oserror(legacy):
     with pytest.raises(OSError, match="No space left"):
         serialization.save("/dev/full", {"w": torch.zeros(10_000)}, legacy=legacy)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_full_disk_leaves_nothing_else_on_standard_error(legacy):
+    code = f"""
+import torch
+from trellisnet import serialization
+try:
+    serialization.save("/dev/full", {{"w": torch.zeros(13_000_000)}}, legacy={legacy})
+except OSError as e:
+    print(e.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "No space left on device\n", "")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), ValueError("why")])
+def test_what_is_raised_in_writing_gets_through_and_leaves_the_old_file(tmp_path, monkeypatch, legacy, error):
+    """At every one of the writes that torch makes."""
+    atomic_write = serialization.atomic_write
+    writes, fails_at = 0, None
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            nonlocal writes
+            writes += 1
+            if writes == fails_at:
+                raise error
+            self.file.write(data)
+
+    @contextlib.contextmanager
+    def failing(path):
+        with atomic_write(path) as file:
+            yield File(file)
+
+    monkeypatch.setattr(serialization, "atomic_write", failing)
+    path = tmp_path / "file"
+    serialization.save(path, {"w": torch.zeros(5)}, legacy=legacy)
+    before = path.read_bytes()
+    assert writes > 5
+    for fails_at in range(1, writes + 1):
+        writes = 0
+        with pytest.raises(type(error)) as raised:
+            serialization.save(path, {"w": torch.ones(5)}, legacy=legacy)
+        assert raised.value is error
+        assert os.listdir(tmp_path) == ["file"]
+        assert path.read_bytes() == before

@@ -1,7 +1,6 @@
 """Files that survive: atomic writes, and reading tensors without ever running code from the file."""
 
 import contextlib
-import io
 import os
 import pickle
 import pickletools
@@ -56,15 +55,39 @@ def _umask() -> int:
     return mask
 
 
-def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None:
-    """torch.save to `path`, atomically; `legacy` writes the container of torch < 1.6.
+class _Writer:
+    """What torch.save writes to. What goes wrong in writing is kept and not raised: torch would lose it.
 
-    It is put together in memory, because torch reports a full disk in ways of its own; here it is an OSError.
+    Its writers are in C++; they turn an exception into a RuntimeError of their own, or carry on as if nothing were.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except BaseException as e:
+                self.error = e
+        return len(data)
+
+    def flush(self) -> None:
+        """Left to :func:`atomic_write`."""
+
+
+def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None:
+    """torch.save to `path`, atomically and without a copy in memory; `legacy` writes the container of torch < 1.6.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        writer = _Writer(file)
+        torch.save(content, writer, _use_new_zipfile_serialization=not legacy)
+        if writer.error is not None:
+            raise writer.error
 
 
 def load(path: str | os.PathLike, what: str) -> Any:
