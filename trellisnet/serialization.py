@@ -21,6 +21,7 @@ from trellisnet.errors import UserError
 # What torch and zipfile raise on damaged input is not documented; these are the kinds seen on altered files.
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
+_PART = 2**20  # elements
 
 
 @contextlib.contextmanager
@@ -90,12 +91,14 @@ def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None
             raise writer.error
 
 
-def load(path: str | os.PathLike, what: str) -> Any:
+def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
     """Read a file of tensors and plain values onto the CPU; nothing in it can run code.
 
     Args:
         path: zip or legacy container, tensors from any device.
         what: what the file should be, for the message.
+        mmap: map the tensors of a zip container into memory instead of reading them; the file must not be written to
+            while they are in use (to be replaced, as by :func:`save`, is fine).
 
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a pickle of something else than tensors.
@@ -107,17 +110,18 @@ def load(path: str | os.PathLike, what: str) -> Any:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     with file:
-        return read(file, path, what)
+        return read(file, path, what, mmap=mmap)
 
 
-def read(file: BinaryIO, name: str | os.PathLike, what: str) -> Any:
-    """:func:`load` of an open file; `name` is for the message."""
+def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
+    """:func:`load` of an open file; `name` is for the message, and with `mmap` its path."""
     try:
         _check_members(file)
         _check_claims(file)
+        mmap = mmap and zipfile.is_zipfile(file)
         file.seek(0)
         with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(name if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:
         if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
             raise UserError(
@@ -159,3 +163,8 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     said = re.search("WeightsUnpickler error: (.+)", text)
     return (said.group(1) if said else text).splitlines()[0][:120]
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN, found out a part at a time: torch.isfinite makes copies of its input."""
+    return all(part.isfinite().all() for part in tensor.detach().flatten().split(_PART))
