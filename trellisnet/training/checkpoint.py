@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on, in one file that is either whole or not there.
 
-The file holds `format` (the version of this layout), `content` and `sha256` (the digest of the content); the content is a
-dict of tensors and plain values:
+The file holds `format` (the version of this layout), `content` and `sha256` (the digest of the content). The content is
+a dict of tensors and plain values:
 
     settings    all settings of the run
     command     the command line that started the run
