@@ -160,6 +160,17 @@ def test_mapped_files_may_be_replaced_and_any_container_is_read(tmp_path):
         assert torch.equal(mapped["w"], torch.ones(5000))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_found_anywhere(value):
+    assert serialization.all_finite(torch.empty(0, 3))
+    tensor = torch.zeros(3, serialization._PART // 2)
+    assert serialization.all_finite(tensor)
+    for i in (0, -1):
+        spoilt = tensor.clone()
+        spoilt[i, i] = value
+        assert not serialization.all_finite(spoilt)
+
+
 MEMORY = """
 import sys
 import torch
