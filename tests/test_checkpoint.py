@@ -1,9 +1,14 @@
 """Files that are whole or not there, and reading them back."""
 
+import contextlib
 import hashlib
 import io
+import math
 import os
 import random
+import subprocess
+import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -40,33 +45,160 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert draw() == expected
 
 
+VALUES = {
+    "float32": torch.arange(6.0).view(2, 3),
+    "bfloat16": torch.randn(3, 5).bfloat16(),
+    "bool": torch.tensor([True, False]),
+    "complex": torch.randn(2, dtype=torch.complex64),
+    "number": torch.tensor(7),
+    "empty": torch.empty(0, 3),
+    "transposed": torch.randn(4, 3).t(),
+    "strided": torch.arange(12)[1::3],
+    "nested": [1, (2.5, None, [True, "a\nb'ü\ud800"]), {"x": {3: -0.0, 4: math.inf}}, [], (), {}],
+}
+
+
+def test_any_content_comes_back_and_has_the_same_sum(tmp_path):
+    whole = content(model=OrderedDict(VALUES), settings=VALUES)
+    checkpoint.save(tmp_path / "last.pt", whole)
+    for mmap in (False, True):
+        loaded = checkpoint.load(tmp_path / "last.pt", mmap=mmap)
+        assert checkpoint.sha256_of(loaded) == checkpoint.sha256_of(whole)
+        for name, value in VALUES.items():
+            assert type(loaded["model"][name]) is type(value)
+            if isinstance(value, torch.Tensor):
+                assert loaded["model"][name].dtype == value.dtype
+                assert torch.equal(loaded["model"][name], value)
+            else:
+                assert loaded["model"][name] == value
+
+
+def test_every_change_changes_the_sum():
+    digest = checkpoint.sha256_of
+    kinds = [
+        None, "None", 0, False, 0.0, -0.0, 5e-324, "", "0", [], (), {}, [[]], [0], (0,), [0, 0], [[0], 0], [0, [0]],
+        {0: 0}, {0.0: 0}, {"0": 0}, {0: {}}, [{}, 0], {"a": 1, "b": 2}, {"b": 2, "a": 1}, ["a", "b"], ["ab"],
+        torch.zeros(0), torch.zeros(0, 1), torch.zeros(1, 0), torch.zeros(()), torch.zeros(1), torch.zeros(2),
+        torch.zeros(1, 1), torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.bfloat16),
+        [torch.zeros(1), torch.zeros(1)],
+    ]  # fmt: skip
+    assert len({digest(kind) for kind in kinds}) == len(kinds)
+    assert digest({"a": 1}) == digest(OrderedDict(a=1))
+    assert digest(torch.ones(2, 3).t()) == digest(torch.ones(3, 2))
+    for name, value in VALUES.items():
+        if isinstance(value, torch.Tensor) and value.is_contiguous():
+            before, numbers = digest(value), value.clone().view(-1).view(torch.uint8)
+            for i in range(numbers.numel()):
+                numbers[i] ^= 1
+                assert digest(numbers.view(value.dtype).view(value.shape)) != before, (name, i)
+                numbers[i] ^= 1
+            assert digest(numbers.view(value.dtype).view(value.shape)) == before
+    with pytest.raises(TypeError, match="tensors and plain values, not <class 'set'>"):
+        digest([{1}])
+
+
 def test_content_that_differs_from_its_sum_is_refused(tmp_path):
     checkpoint.save(tmp_path / "last.pt", content())
     file = torch.load(tmp_path / "last.pt", weights_only=True)
-    for change in ({"sha256": "0" * 64}, {"sha256": None}, {"content": file["content"].flip(0)}, {"content": 7}):
+    loop = []
+    loop.append(loop)
+    for change in (
+        {"sha256": "0" * 64}, {"sha256": None}, {"content": 7}, {"content": content(step=8)}, {"content": {}},
+        {"content": {"step": {1}}}, {"content": {"step": torch.eye(2).to_sparse()}}, {"content": {"step": loop}},
+    ):  # fmt: skip
         torch.save(file | change, tmp_path / "other.pt")
+        for mmap in (False, True):
+            with pytest.raises(UserError, match="damaged"):
+                checkpoint.load(tmp_path / "other.pt", mmap=mmap)
+
+
+def save_format_1(path, inner, **changes):
+    buffer = io.BytesIO()
+    torch.save(inner, buffer)
+    data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+    torch.save({"format": 1, "sha256": sha256, "content": data} | changes, path)
+
+
+def test_the_first_format_is_read(tmp_path):
+    whole = content(settings=VALUES, step=7)
+    save_format_1(tmp_path / "last.pt", whole)
+    for mmap in (False, True):
+        loaded = checkpoint.load(tmp_path / "last.pt", mmap=mmap)
+        assert checkpoint.sha256_of(loaded) == checkpoint.sha256_of(whole)
+    for change in ({"sha256": "0" * 64}, {"sha256": None}, {"content": torch.zeros(9).byte()}, {"content": whole}):
+        save_format_1(tmp_path / "last.pt", whole, **change)
         with pytest.raises(UserError, match="damaged"):
-            checkpoint.load(tmp_path / "other.pt")
+            checkpoint.load(tmp_path / "last.pt")
 
 
 def test_other_formats_are_refused(tmp_path):
     torch.save({"format": 99}, tmp_path / "later.pt")
-    with pytest.raises(UserError, match="checkpoint format 99, this version reads format 1"):
+    with pytest.raises(UserError, match="checkpoint format 99, this version reads format 2"):
         checkpoint.load(tmp_path / "later.pt")
     torch.save({"format": checkpoint.FORMAT, "model": {}}, tmp_path / "part.pt")
     with pytest.raises(UserError, match="or a damaged one"):
         checkpoint.load(tmp_path / "part.pt")
     for inner in ({"model": {}}, [1, 2]):
-        buffer = io.BytesIO()
-        torch.save(inner, buffer)
-        data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        sums = hashlib.sha256(buffer.getvalue()).hexdigest()
-        torch.save({"format": checkpoint.FORMAT, "sha256": sums, "content": data}, tmp_path / "inner.pt")
+        sha256 = checkpoint.sha256_of(inner)
+        torch.save({"format": 2, "sha256": sha256, "content": inner}, tmp_path / "inner.pt")
+        with pytest.raises(UserError, match="or a damaged one"):
+            checkpoint.load(tmp_path / "inner.pt")
+        save_format_1(tmp_path / "inner.pt", inner)
         with pytest.raises(UserError, match="or a damaged one"):
             checkpoint.load(tmp_path / "inner.pt")
     torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "weights.pkl")
     with pytest.raises(UserError, match="loaded with --load_weight"):
         checkpoint.load(tmp_path / "weights.pkl")
+
+
+def test_mapped_files_may_be_replaced_and_any_container_is_read(tmp_path):
+    for legacy in (False, True):
+        serialization.save(tmp_path / "file", {"w": torch.ones(5000)}, legacy=legacy)
+        mapped = serialization.load(tmp_path / "file", "weights", mmap=True)
+        serialization.save(tmp_path / "file", {"w": torch.zeros(5000)})
+        assert torch.equal(mapped["w"], torch.ones(5000))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_found_anywhere(value):
+    assert serialization.all_finite(torch.empty(0, 3))
+    tensor = torch.zeros(3, serialization._PART // 2)
+    assert serialization.all_finite(tensor)
+    for i in (0, -1):
+        spoilt = tensor.clone()
+        spoilt[i, i] = value
+        assert not serialization.all_finite(spoilt)
+
+
+MEMORY = """
+import sys
+import torch
+from trellisnet.training import checkpoint
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+content = dict.fromkeys(checkpoint._KEYS)
+checkpoint.save(sys.argv[1], content)
+checkpoint.load(sys.argv[1])
+before = peak()
+content["model"] = [torch.ones(10_000_000) for _ in range(4)]
+print(peak() - before)
+checkpoint.save(sys.argv[1], content)
+print(peak() - before)
+content = None
+content = checkpoint.load(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the kernel's count of memory")
+def test_writing_and_reading_need_no_second_copy(tmp_path):
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tensors, saved, loaded = map(int, done.stdout.split())
+    assert 150_000 < tensors <= saved <= loaded < tensors + 40_000
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
@@ -106,3 +238,55 @@ def test_files_get_ordinary_permissions(tmp_path):
 def test_a_full_disk_is_an_oserror(legacy):
     with pytest.raises(OSError, match="No space left"):
         serialization.save("/dev/full", {"w": torch.zeros(10_000)}, legacy=legacy)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_full_disk_leaves_nothing_else_on_standard_error(legacy):
+    code = f"""
+import torch
+from trellisnet import serialization
+try:
+    serialization.save("/dev/full", {{"w": torch.zeros(13_000_000)}}, legacy={legacy})
+except OSError as e:
+    print(e.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "No space left on device\n", "")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), ValueError("why")])
+def test_what_is_raised_in_writing_gets_through_and_leaves_the_old_file(tmp_path, monkeypatch, legacy, error):
+    """At every one of the writes that torch makes."""
+    atomic_write = serialization.atomic_write
+
+    class File:
+        writes, fails_at = 0, None
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            File.writes += 1
+            if File.writes == File.fails_at:
+                raise error
+            self.file.write(data)
+
+    @contextlib.contextmanager
+    def failing(path):
+        with atomic_write(path) as file:
+            yield File(file)
+
+    monkeypatch.setattr(serialization, "atomic_write", failing)
+    path = tmp_path / "file"
+    serialization.save(path, {"w": torch.zeros(5)}, legacy=legacy)
+    before, writes = path.read_bytes(), File.writes
+    assert writes > 5
+    for at in range(1, writes + 1):
+        File.writes, File.fails_at = 0, at
+        with pytest.raises(type(error)) as raised:
+            serialization.save(path, {"w": torch.ones(5)}, legacy=legacy)
+        assert raised.value is error
+        assert os.listdir(tmp_path) == ["file"]
+        assert path.read_bytes() == before

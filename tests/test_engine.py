@@ -109,6 +109,29 @@ def test_resumed_within_an_epoch_it_ends_bit_equal(tmp_path):
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
+def test_a_resumed_run_lets_go_of_the_checkpoint_and_copies_nothing(tmp_path, monkeypatch):
+    run(tmp_path / "run", epochs=1, optim="Adam")
+    written, read = [], []
+    save, load = checkpoint.save, checkpoint.load
+    monkeypatch.setattr(checkpoint, "save", lambda path, content: written.append(content) or save(path, content))
+    monkeypatch.setattr(checkpoint, "load", lambda path, **options: read.append(load(path, **options)) or read[-1])
+    task, _, _ = run(tmp_path / "run", epochs=2, optim="Adam", resume="last.pt")
+    assert read[0] == {}
+    own = {p.data_ptr() for p in task.model.parameters()}
+    assert written
+    assert all({p.data_ptr() for p in content["model"].values()} == own for content in written)
+
+
+def test_a_checkpoint_has_the_weights_and_their_average(tmp_path):
+    schedule = Schedule(0.05, anneal=1, asgd=True, history=[0.0, 0.0])  # averages after the first epoch
+    run(tmp_path / "run", epochs=2, schedule=schedule)
+    last = checkpoint.load(tmp_path / "run" / "last.pt")
+    states = last["optimizer"]["state"].values()
+    for weights, average, state in zip(last["model"].values(), last["average"].values(), states, strict=True):
+        assert torch.equal(average, state["ax"])
+        assert not torch.equal(average, weights)
+
+
 def test_what_a_run_leaves_and_says(tmp_path):
     _, result, said = run(tmp_path / "run")
     files = {p.name for p in (tmp_path / "run").iterdir()}

@@ -42,7 +42,9 @@ def test_repeated_tensors_are_written_once(tmp_path):
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     assert (tmp_path / "w.pkl").stat().st_size < 1.1 * size
     state = authors_state_dict(module)
-    assert state["decoder.weight"].data_ptr() == state["encoder.weight"].data_ptr()
+    assert (
+        state["decoder.weight"].data_ptr() == state["encoder.weight"].data_ptr() == module.embedding.weight.data_ptr()
+    )
 
 
 def test_files_without_the_repeated_names_load(tmp_path):

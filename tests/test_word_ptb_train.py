@@ -146,6 +146,15 @@ def test_resume_refuses_what_is_not_whole(run, tmp_path, capsys):
         assert err.startswith("error: ")
         assert err.count("\n") == 1
     checkpoint.save(folder / "last.pt", whole)
+    best = (folder / "best.pt").read_bytes()
+    (folder / "best.pt").write_bytes(best[: len(best) // 2])
+    assert main(argv) == 2
+    assert "best.pt: not a checkpoint of a run" in capsys.readouterr().err
+    checkpoint.save(folder / "best.pt", whole | {"best": whole["best"] | {"epoch": 7}})
+    assert main(argv) == 2
+    assert "best.pt: is of epoch 7, last.pt tells of epoch 1; put the files of one run together" in (
+        capsys.readouterr().err
+    )
     (folder / "best.pt").unlink()
     assert main(argv) == 2
     assert "best.pt: no such file" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Files that survive: atomic writes, and reading tensors without ever running code from the file."""
 
 import contextlib
-import io
 import os
 import pickle
 import pickletools
@@ -22,6 +21,7 @@ from trellisnet.errors import UserError
 # What torch and zipfile raise on damaged input is not documented; these are the kinds seen on altered files.
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
+_PART = 2**20  # elements
 
 
 @contextlib.contextmanager
@@ -56,23 +56,49 @@ def _umask() -> int:
     return mask
 
 
-def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None:
-    """torch.save to `path`, atomically; `legacy` writes the container of torch < 1.6.
+class _Writer:
+    """What torch.save writes to. What goes wrong in writing is kept and not raised: torch would lose it.
 
-    It is put together in memory, because torch reports a full disk in ways of its own; here it is an OSError.
+    Its writers are in C++; they turn an exception into a RuntimeError of their own, or carry on as if nothing were.
     """
-    buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except BaseException as e:
+                self.error = e
+        return len(data)
+
+    def flush(self) -> None:
+        """Left to :func:`atomic_write`."""
+
+
+def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None:
+    """torch.save to `path`, atomically and without a copy in memory; `legacy` writes the container of torch < 1.6.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        writer = _Writer(file)
+        torch.save(content, writer, _use_new_zipfile_serialization=not legacy)
+        if writer.error is not None:
+            raise writer.error
 
 
-def load(path: str | os.PathLike, what: str) -> Any:
+def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
     """Read a file of tensors and plain values onto the CPU; nothing in it can run code.
 
     Args:
         path: zip or legacy container, tensors from any device.
         what: what the file should be, for the message.
+        mmap: map the tensors of a zip container into memory instead of reading them; the file must not be written to
+            while they are in use (to be replaced, as by :func:`save`, is fine).
 
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a pickle of something else than tensors.
@@ -84,17 +110,18 @@ def load(path: str | os.PathLike, what: str) -> Any:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     with file:
-        return read(file, path, what)
+        return read(file, path, what, mmap=mmap)
 
 
-def read(file: BinaryIO, name: str | os.PathLike, what: str) -> Any:
-    """:func:`load` of an open file; `name` is for the message."""
+def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
+    """:func:`load` of an open file; `name` is for the message, and with `mmap` its path."""
     try:
         _check_members(file)
         _check_claims(file)
+        mmap = mmap and zipfile.is_zipfile(file)
         file.seek(0)
         with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(name if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:
         if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
             raise UserError(
@@ -136,3 +163,8 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     said = re.search("WeightsUnpickler error: (.+)", text)
     return (said.group(1) if said else text).splitlines()[0][:120]
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN, found out a part at a time: torch.isfinite makes copies of its input."""
+    return all(part.isfinite().all() for part in tensor.detach().flatten().split(_PART))

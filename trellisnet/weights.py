@@ -166,7 +166,7 @@ def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
-        if not torch.isfinite(tensor).all():
+        if not serialization.all_finite(tensor):
             raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
         first = _first_name(name)
         if first != name and first in state and not torch.equal(state[first], tensor):

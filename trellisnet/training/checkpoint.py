@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on, in one file that is either whole or not there.
 
-The file holds `format` (the version of this layout), `sha256` and `content`; the content is a dict of tensors and plain
-values:
+The file holds `format` (the version of this layout), `content` and `sha256` (the digest of the content). The content is
+a dict of tensors and plain values:
 
     settings    all settings of the run
     command     the command line that started the run
@@ -18,6 +18,8 @@ values:
     seconds     wall time of training so far
     running     sums of the unfinished epoch's losses
     rng         states of the random number generators of torch (CPU and CUDA), numpy and python
+
+Format 1 differs from it in this: its content is what torch.save makes of this dict, as a tensor of bytes.
 """
 
 import hashlib
@@ -32,7 +34,7 @@ import torch
 from trellisnet import serialization
 from trellisnet.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 WHAT = "a checkpoint of a run (last.pt or best.pt)"
 _KEYS = frozenset(
     "settings command data model average optimizer schedule epoch batch carry step best seconds running rng".split()
@@ -61,39 +63,89 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+def sha256_of(content: Any) -> str:
+    """Digest of nested dicts, lists and tuples of tensors and plain values, taken without copying what is on the CPU.
+
+    Types count (1, 1.0 and True differ) and so does the order of a dict, but not what kind of dict it is. Tensors count
+    by dtype, shape and bytes, wherever they are.
+
+    Raises:
+        TypeError: something else is in it.
+    """
+    digest = hashlib.sha256()
+    _add(digest, content)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Every value begins with a line that says what follows, so that no two contents come to the same bytes."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}\n".encode())
+        for key, item in value.items():
+            _add(digest, key)
+            _add(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}\n".encode())
+        for item in value:
+            _add(digest, item)
+    elif value is None or type(value) in (bool, int, float, str):
+        digest.update(f"{value!a}\n".encode())  # exact for a float, and one line for a str
+    else:
+        raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value)}")
+
+
 def save(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically; `content` has all keys of the layout."""
     assert content.keys() == _KEYS, f"checkpoint keys differ from the layout: {content.keys() ^ _KEYS}"
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-    sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    serialization.save(path, {"format": FORMAT, "sha256": sha256, "content": data})
+    serialization.save(path, {"format": FORMAT, "sha256": sha256_of(content), "content": content})
 
 
-def load(path: str | os.PathLike) -> dict[str, Any]:
+def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors in the file, for content that is only looked at or copied.
 
     Raises:
         UserError: missing, damaged, no checkpoint, or of a later version.
     """
-    file = serialization.load(path, WHAT)
+    file = serialization.load(path, WHAT, mmap=mmap)
     if not isinstance(file, dict) or "format" not in file:
         raise UserError(f"{path}: not {WHAT}; weights in the authors' layout are loaded with --load_weight")
-    if file["format"] != FORMAT:
+    if file["format"] not in (1, FORMAT):
         raise UserError(
             f"{path}: checkpoint format {file['format']}, this version reads format {FORMAT}; "
             "continue the run with the version that started it (see its log.txt)"
         )
-    data = file.get("content")
-    if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
-        raise UserError(f"{path}: not {WHAT}, or a damaged one")
-    stored = io.BytesIO(data.numpy().tobytes())
-    if hashlib.sha256(stored.getbuffer()).hexdigest() != file.get("sha256"):
-        raise UserError(f"{path}: damaged: its content does not match its sha256")
-    content = serialization.read(stored, path, WHAT)
+    content = file.get("content")
+    if file["format"] == 1:
+        content = _unpacked(content, file.get("sha256"), path)
+    elif isinstance(content, dict):
+        try:
+            ours = sha256_of(content)
+        except (TypeError, RuntimeError) as e:  # what no checkpoint holds: other objects, sparse tensors, a loop
+            raise UserError(f"{path}: not {WHAT}, or a damaged one") from e
+        _check_sum(ours, file.get("sha256"), path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not {WHAT}, or a damaged one")
     if content.keys() != _KEYS:
         raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {sorted(content.keys() ^ _KEYS)})")
     return content
+
+
+def _unpacked(data: Any, sha256: Any, path: str | os.PathLike) -> Any:
+    """The content of a file of format 1."""
+    if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
+        raise UserError(f"{path}: not {WHAT}, or a damaged one")
+    stored = io.BytesIO(data.numpy().tobytes())
+    _check_sum(hashlib.sha256(stored.getbuffer()).hexdigest(), sha256, path)
+    return serialization.read(stored, path, WHAT)
+
+
+def _check_sum(ours: str, theirs: Any, path: str | os.PathLike) -> None:
+    if ours != theirs:
+        raise UserError(f"{path}: damaged: its content does not match its sha256")

@@ -145,6 +145,7 @@ class _Program:
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {env['threads']} threads")
         command = command_line(f"{config.task}/train.py", argv)
+        first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
             outcome = _score(task, splits, config, {"init_tail": True} if untrained else {})
             outcome["seconds"] = time.monotonic() - started
@@ -153,10 +154,11 @@ class _Program:
             outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
         if config.metrics:
             metrics = {
-                "task": config.task, "preset": config.preset, "command": resumed["command"] if resumed else command,
-                "resumed_with": command if resumed else None, "version": env["version"], "commit": env["commit"],
-                "params": facts["parameters"], "data": splits.sha256, "corpus": splits.label,
-                "vocabulary": splits.vocabulary, **outcome, "peak_memory": peak_memory(device),
+                "task": config.task, "preset": config.preset, "command": first_command,
+                "resumed_with": None if resumed is None else command, "version": env["version"],
+                "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256,
+                "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
+                "peak_memory": peak_memory(device),
                 **{key: env[key] for key in ("device", "machine", "threads", "precision", "backend", "torch")},
                 "seed": config.seed,
             }  # fmt: skip
@@ -213,11 +215,9 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
         raise UserError(f"--out {config.out}: --resume {path} continues in its own folder; leave one of the two out")
     content = checkpoint.load(path)
     best = path.with_name("best.pt")
-    if path.name == "last.pt" and best.is_file():
-        later = checkpoint.load(best)
-        with contextlib.suppress(TypeError):  # damaged counts are found when the checkpoint is put back
-            if (later["step"], later["epoch"]) > (content["step"], content["epoch"]):
-                content = later  # the run was killed after best.pt was written and before last.pt was
+    if path.name == "last.pt" and best.is_file() and _is_ahead(best, content):
+        content.clear()  # both would not fit where one just does
+        content = checkpoint.load(best)
     if not isinstance(content["settings"], dict):
         raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")
@@ -229,6 +229,19 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
     return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content
+
+
+def _is_ahead(best: Path, content: dict[str, Any]) -> bool:
+    """Whether the run was killed after best.pt was written and before last.pt was.
+
+    Raises:
+        UserError: best.pt is damaged.
+    """
+    later = checkpoint.load(best, mmap=True)
+    try:
+        return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
+    except TypeError:  # damaged counts are found when the checkpoint is put back
+        return False
 
 
 def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from trellisnet import serialization
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
@@ -187,11 +188,12 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def checkpoint(self) -> dict[str, Any]:
+        """Everything needed to go on. Its tensors are those of the model and the optimizer, not copies."""
         return {
             "settings": to_settings(self.config),
             "command": self.command,
             "data": self.splits.fingerprint,
-            "model": copy.deepcopy(self.task.model.state_dict()),
+            "model": self.task.model.state_dict(),
             "average": None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": {
@@ -214,7 +216,7 @@ class Trainer:
         }
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Put back what :meth:`checkpoint` returned.
+        """Put back what :meth:`checkpoint` returned; `content` is emptied, lest callers keep a second set of weights.
 
         Raises:
             UserError: the data are not those of the run, the content is damaged, or best.pt is missing.
@@ -226,6 +228,7 @@ class Trainer:
                 raise
             reason = str(e).strip().splitlines()[-1][:120] if str(e).strip() else type(e).__name__
             raise UserError(f"the checkpoint does not fit this run, or is damaged ({reason})") from e
+        content.clear()
 
     def _restore(self, content: dict[str, Any]) -> None:
         if content["data"] != self.splits.fingerprint:
@@ -267,8 +270,8 @@ class Trainer:
         return self._finish()
 
     def _load_best(self) -> dict[str, Any]:
-        """best.pt, which must be the one that last.pt tells of."""
-        best = checkpoint.load(self.folder.file("best.pt"))
+        """best.pt, which must be the one that last.pt tells of; its tensors stay in the file."""
+        best = checkpoint.load(self.folder.file("best.pt"), mmap=True)
         if best["best"] != self.best:
             raise UserError(
                 f"{self.folder.file('best.pt')}: is of epoch {best['best']['epoch']}, last.pt tells of epoch "
@@ -414,12 +417,14 @@ class Trainer:
         In this order best.pt is never behind what last.pt tells of; if a run is killed in between, best.pt is a whole
         checkpoint of the later state and the run is continued from it.
         """
-        if not all(torch.isfinite(p).all() for p in self.task.model.parameters()):
+        if not all(serialization.all_finite(p) for p in self.task.model.parameters()):
             raise RunError(f"the weights are no longer finite numbers at step {self.step}; lower --lr or --clip")
         content = self.checkpoint()
+        if averages := any("ax" in state for state in self.optimizer.state.values()):
+            content["model"] = copy.deepcopy(content["model"])  # the model is about to hold the averages
         try:
             with averaged(self.optimizer):
-                if any("ax" in state for state in self.optimizer.state.values()):
+                if averages:
                     content["average"] = self.task.model.state_dict()
                 if best:
                     checkpoint.save(self.folder.file("best.pt"), content)
@@ -434,6 +439,7 @@ class Trainer:
         if self.best:
             best = self._load_best()
             self.task.model.load_state_dict(best["average"] or best["model"])
+            del best
             valid = self.best["valid"]
         else:
             valid = evaluate(self.task, self.splits.valid, "valid", self.config)
@@ -489,7 +495,7 @@ def fit(
         save_weights: writes the best epoch's weights (weights.pkl).
         command: the command line that started the run.
         interrupts: entered by the caller, it lets a signal end the run with a checkpoint.
-        resume_from: a checkpoint to continue from.
+        resume_from: a checkpoint to continue from; it is emptied.
         say: prints a line for the user; the default keeps clear of the progress bar.
 
     Returns:
