@@ -1,0 +1,99 @@
+"""WikiText-103: three files of words, `<eos>` at the end of every line, blank ones too."""
+
+import functools
+import sys
+from pathlib import Path
+
+from trellisnet.data import archive, corpus, download, encoder, synthetic
+from trellisnet.data.corpus import CACHE, SPLITS, Corpus
+from trellisnet.data.download import Source
+from trellisnet.errors import UserError
+
+# What the corpus must come to, which is also how it is known: the whole text has no published checksum.
+TOKENS = (103_227_021, 217_646, 245_569)
+VOCABULARY = 267_735
+LABEL = "WikiText-103"
+# WikiText's validation text as training text, and the halves of its test text.
+SAMPLE_SHA256 = "ee8e179331812a9025fac9f2602faeb12e773d051d55ee6e50ce15da3bc784c1"
+SAMPLE_LABEL = "WikiText sample"
+
+ARCHIVE = Source(
+    "wikitext-103-v1.zip",
+    (
+        "https://wikitext.smerity.com/wikitext-103-v1.zip",
+        "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip",
+    ),
+    "9ddaacaf6af0710eda8c456decff7832",
+    190_229_076,
+)
+NAMES = [f"wiki.{split}.tokens" for split in SPLITS]
+LAYOUTS = (NAMES, [f"{split}.txt" for split in SPLITS])
+MAX_SIZE = 10**9  # bytes of an extracted file; the training text has 540 million
+
+
+def fetch(folder: str | Path) -> list[Path]:
+    """Fetch the archive if it is missing in `folder`, and extract from it the texts that are missing.
+
+    Returns:
+        paths of those that were missing.
+
+    Raises:
+        UserError, RunError: as in `trellisnet.data.download.fetch_all` and `trellisnet.data.archive.extract`.
+    """
+    folder = Path(folder)
+    missing = [name for name in NAMES if not (folder / name).exists()]
+    if not missing:
+        return []
+    path = download.fetch(ARCHIVE, folder)
+    return archive.extract(path, {f"wikitext-103/{name}": name for name in missing}, folder, max_size=MAX_SIZE)
+
+
+def files(folder: Path) -> list[Path]:
+    """The three texts in `folder`, under their published names or as train.txt, valid.txt, test.txt.
+
+    Raises:
+        UserError: no such folder, or neither set of names is complete.
+    """
+    for names in LAYOUTS:
+        if all((folder / name).is_file() for name in names):
+            return [folder / name for name in names]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of the text with --data, or try --data synthetic")
+    raise UserError(
+        f"{folder}: expected {', '.join(LAYOUTS[0])} or {', '.join(LAYOUTS[1])} there; put them there or name their "
+        "folder with --data"
+    )
+
+
+def load(folder: str | Path, download: bool = False, order: str = "appearance") -> Corpus:
+    """Read and encode the corpus; its streams are int32 and mapped from a file.
+
+    Args:
+        folder: holds the three texts, see :func:`files`; or "synthetic" for a small generated corpus.
+        download: fetch WikiText-103 if `folder` holds no text.
+        order: of the vocabulary, see :func:`trellisnet.data.encoder.encode_files`.
+
+    Raises:
+        UserError: missing, empty or unreadable files; none that could be fetched.
+        RunError: the disk is full.
+    """
+    if str(folder) == "synthetic":
+        texts = synthetic.texts()
+        made = corpus.encode(map(corpus.words, texts), sha256=corpus.digest(texts), label="synthetic")
+        return corpus.by_frequency(made) if order == "frequency" else made
+    folder = Path(folder)
+    if download and not any((folder / name).exists() for names in LAYOUTS for name in names):
+        fetch(folder)
+    loaded = encoder.encode_files(files(folder), CACHE, order=order, label="own corpus")
+    counts = tuple(getattr(loaded, split).numel() for split in SPLITS)
+    if loaded.sha256 == SAMPLE_SHA256:
+        return loaded.renamed(SAMPLE_LABEL)
+    if (*counts, len(loaded.vocabulary)) == (*TOKENS, VOCABULARY):
+        return loaded.renamed(LABEL)
+    return loaded
+
+
+main = functools.partial(download.main, "wt103.data", "Fetch WikiText-103 (190 MB).", "data/wikitext-103", NAMES, fetch)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Settings and model of WikiText-103. Defaults are those of the authors' released script."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from trellisnet.data.corpus import ORDERS
+from trellisnet.errors import UserError
+from trellisnet.training.config import setting
+from trellisnet.training.language_model import LanguageModelConfig, build_model
+
+__all__ = ["Config", "build_model"]
+
+# The authors' bands, for vocabularies that are larger than this.
+LARGE_VOCABULARY = 75_000
+CUTOFFS = (2_800, 20_000, 76_000)
+
+
+@dataclass(kw_only=True)
+class Config(LanguageModelConfig):
+    """Train a TrellisNet on WikiText-103."""
+
+    task: ClassVar[str] = "wt103"
+    default_data: ClassVar[str] = "data/wikitext-103"
+    plateau_factor: ClassVar[float] = 10.0
+    plateau_floor: ClassVar[float] = 1e-5
+    when_floor: ClassVar[float] = 1e-5
+    presets: ClassVar = {
+        "default": {},
+        # Table 5, "Word-WT103", whose hidden size of 2000 is that of all channels: 1500 + 512 make the paper's 180M.
+        "paper": {
+            "name": "paper", "nhid": 1500, "nlevels": 70, "horizon": 70, "wdrop": 0.1, "aux": 0.08, "clip": 0.1,
+            "vocab_order": "frequency",
+        },
+        # For a sample of some hundred thousand tokens on two CPU cores.
+        "small": {
+            "name": "small", "emsize": 128, "nhid": 96, "nout": 128, "nlevels": 6, "horizon": 30, "batch_size": 10,
+            "dropout": 0.4, "dropouti": 0.3, "dropouth": 0.2, "emb_dropout": 0.1, "aux": 0.0, "clip": 0.25, "lr": 2e-3,
+            "epochs": 12, "when": [8, 10], "anneal": 0, "eval_batch_size": 10, "vocab_order": "frequency",
+        },
+    }  # fmt: skip
+
+    name: str = setting("Trellis_wordWT103", "name of the run; its folder is runs/wt103/<name> unless --out is given")
+    data: str = setting("", "folder with the three texts, or 'synthetic'; default: data/wikitext-103 here")
+    vocab_order: str = setting("appearance", "order of the words, which decides their bands", choices=ORDERS)
+    cutoffs: list[int] = setting([], "borders of the softmax's bands; default: the authors' if V > 75,000; 0: none")
+    init_tail: bool = setting(False, "go on with weights that lack the vectors of the bands (marks the score)")
+    emsize: int = setting(512, "embedding width")
+    nhid: int = setting(1600, "hidden channels without the output channels")
+    nout: int = setting(512, "output channels; equal to --emsize when tied")
+    nlevels: int = setting(75, "layers")
+    wnorm: bool = setting(True, "weight normalisation")
+    optim: str = setting("Adam", "optimiser: a class of torch.optim")
+    lr: float = setting(1e-3, "initial learning rate")
+    clip: float = setting(0.07, "gradient-norm clip; 0: none")
+    wdecay: float = setting(0.0, "weight decay, inside the optimiser")
+    epochs: int = setting(25, "epochs to train in all")
+    when: list[int] = setting([15, 20], "divide the learning rate by 10 after these epochs")
+    anneal: int = setting(5, "plateau patience in epochs: divide the learning rate by 10; 0: never")
+    batch_size: int = setting(40, "rows of a training batch")
+    eval_batch_size: int = setting(1, "rows for validation and test")
+
+    dropout: float = setting(0.1, "output dropout, one mask a sequence")
+    dropouti: float = setting(0.1, "input dropout, one mask a sequence")
+    dropouth: float = setting(0.1, "hidden dropout, one mask a sequence for all layers")
+
+    horizon: int = setting(75, "length of a window; without --repack its unscored positions")
+    repack: bool = setting(True, "carry the state from window to window")
+    aux: float = setting(0.1, "weight of the auxiliary losses; 0: none")
+    aux_freq: float = setting(25.0, "auxiliary loss after every so many layers")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.cutoffs not in ([], [0]) and any(low >= high for low, high in pairwise([0, *self.cutoffs])):
+            raise UserError(f"--cutoffs {' '.join(map(str, self.cutoffs))}: expected increasing numbers above 0")
+
+    def data_options(self) -> dict[str, Any]:
+        return {"order": self.vocab_order}
+
+    def load_options(self) -> dict[str, Any]:
+        return {"init_tail": self.init_tail}
+
+    def bands(self, vocab_size: int) -> list[int] | None:
+        """Explicit cut-offs; else the authors' for a large vocabulary.
+
+        Raises:
+            UserError: cut-offs beyond the vocabulary, or bands in a mixture of softmaxes.
+        """
+        if self.cutoffs == [0]:
+            return None
+        if self.cutoffs and self.cutoffs[-1] >= vocab_size:
+            raise UserError(f"--cutoffs {self.cutoffs[-1]}: must be less than the {vocab_size:,} words of the corpus")
+        bands = self.cutoffs or [c for c in CUTOFFS if vocab_size > LARGE_VOCABULARY and c < vocab_size]
+        if bands and self.n_experts:
+            raise UserError(
+                f"--n_experts {self.n_experts}: a mixture of softmaxes has no bands, which a vocabulary of "
+                f"{vocab_size:,} words needs; leave it out, or pass --cutoffs 0 to go without bands"
+            )
+        return bands or None

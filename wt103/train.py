@@ -1,0 +1,14 @@
+"""Train or score a TrellisNet on WikiText-103: `python wt103/train.py --help`."""
+
+import functools
+import sys
+
+from trellisnet.training import cli, language_model
+from wt103 import data
+from wt103.model import Config
+
+setup = functools.partial(language_model.setup, data.load)
+main = functools.partial(cli.main, Config, setup)
+
+if __name__ == "__main__":
+    sys.exit(main())
