@@ -1,10 +1,12 @@
 """Encoding, rows, and the files that are refused."""
 
+import hashlib
+
 import pytest
 import torch
 
 from trellisnet.data import synthetic
-from trellisnet.data.corpus import EOS, batchify, cached, digest, encode, read_splits, words
+from trellisnet.data.corpus import EOS, batchify, by_frequency, cached, digest, encode, read_splits, words
 from trellisnet.errors import UserError
 
 
@@ -27,13 +29,43 @@ def test_batchify_cuts_contiguous_rows_and_trims_the_tail():
     assert rows.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_batchify_keeps_the_dtype_and_copies_only_what_is_scattered(dtype):
+    stream = torch.arange(11, dtype=dtype)
+    rows = batchify(stream, 3)
+    assert rows.dtype == dtype
+    assert rows.data_ptr() == stream.data_ptr()
+    scattered = batchify(torch.arange(22, dtype=dtype)[::2], 3)
+    assert scattered.is_contiguous()
+    assert torch.equal(scattered, 2 * rows)
+
+
+def test_by_frequency_numbers_the_most_frequent_first():
+    corpus = encode([["a", "b", "c", "c", "b", "d"], ["e", "a"], ["f", "e", "d"]], sha256="s", label="x")
+    ordered = by_frequency(corpus)
+    assert ordered.vocabulary == ["b", "c", "a", "d", "e", "f"]
+    assert ordered.train.tolist() == [2, 0, 1, 1, 0, 3]
+    assert ordered.valid.tolist() == [4, 2]
+    assert ordered.test.tolist() == [5, 4, 3]
+    assert ordered.train.dtype == torch.int64
+    assert (ordered.sha256, ordered.label) == ("s", "x")
+    assert corpus.train.tolist() == [0, 1, 2, 2, 1, 3]  # as it was
+
+
+def test_the_vocabulary_has_a_sum_that_sees_its_order():
+    sums = [encode([tokens, [], []], sha256="", label="x").vocabulary_sha256 for tokens in (["a", "é"], ["é", "a"])]
+    assert sums[0] == hashlib.sha256("a\né".encode()).hexdigest()
+    assert sums[0] != sums[1]
+
+
 @pytest.mark.parametrize(
     ("ids", "batch_size", "message"),
     [
         (torch.arange(4), 5, "batch_size: expected 1 to 4"),
         (torch.arange(4), 0, "batch_size: expected 1 to 4"),
-        (torch.zeros(2, 2, dtype=torch.int64), 1, "ids: expected 1-D int64, got 2-D"),
-        (torch.zeros(4), 1, "ids: expected 1-D int64, got 1-D torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.int64), 1, "ids: expected 1-D int64 or int32, got 2-D"),
+        (torch.zeros(4, dtype=torch.int16), 1, "ids: expected 1-D int64 or int32, got 1-D torch.int16"),
+        (torch.zeros(4), 1, "ids: expected 1-D int64 or int32, got 1-D torch.float32"),
     ],
 )
 def test_batchify_refuses(ids, batch_size, message):

@@ -214,29 +214,53 @@ def test_a_partial_file_of_something_else_is_found_out_by_the_sum(mirror, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("part", "ranges"),
-    [(BODY, []), (b"x" * len(BODY), [None]), (BODY + b"x", [None]), (b"", [None])],
+    ("part", "ranges", "aside"),
+    [
+        (BODY, [], []),
+        (b"x" * len(BODY), [None], ["train.txt.wrong"]),
+        (BODY + b"x", [None], []),
+        (b"", [None], []),
+    ],
     ids=["whole", "wrong", "too long", "empty"],
 )
-def test_a_partial_file_that_needs_no_continuing(mirror, tmp_path, part, ranges):
+def test_a_partial_file_that_needs_no_continuing(mirror, tmp_path, part, ranges, aside):
     part_of(tmp_path).write_bytes(part)
     fetch(mirror.source("/ranged"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
-    assert left(tmp_path) == ["train.txt"]
+    assert left(tmp_path) == ["train.txt", *aside]
     assert mirror.ranges() == ranges
 
 
-def test_a_wrong_sum_everywhere_is_told_and_kept_nowhere(mirror, tmp_path):
+def test_a_wrong_sum_everywhere_is_told_and_kept_aside(mirror, tmp_path):
     mirror.answers["/resumed"] = lambda handler: ranged(handler, BODY[::-1])
     part_of(tmp_path).write_bytes(BODY[:HALF])
     message = refusal(mirror.source("/resumed", "/wrong"), tmp_path)
     assert message.startswith("train.txt could not be fetched: ")
     for path in ("/resumed", "/wrong"):
-        assert f"{mirror.url(path)}: md5 {md5(BODY[::-1])} instead of {md5(BODY)}" in message
+        assert f"{mirror.url(path)}: md5 {md5(BODY[::-1])} instead of {md5(BODY)} (kept as train.txt.wrong)" in message
     assert message.endswith(f"; try again, or put train.txt into {tmp_path} by hand")
-    assert left(tmp_path) == []
+    assert left(tmp_path) == ["train.txt.wrong"]
+    assert (tmp_path / "train.txt.wrong").read_bytes() == BODY[::-1]
     assert mirror.paths() == ["/resumed", "/resumed", "/wrong"]
     assert mirror.ranges() == [f"bytes={HALF}-", None, None]
+
+
+def test_wrong_content_is_kept_only_if_it_can_be(mirror, tmp_path, monkeypatch):
+    (tmp_path / "train.txt.wrong").write_bytes(b"an older one")
+
+    @contextlib.contextmanager
+    def full(_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.serialization, "atomic_write", full)
+        message = refusal(mirror.source("/wrong"), tmp_path)
+    assert f"md5 {md5(BODY[::-1])} instead of {md5(BODY)}; try again" in message
+    assert (tmp_path / "train.txt.wrong").read_bytes() == b"an older one"
+    assert "(kept as train.txt.wrong)" in refusal(mirror.source("/wrong"), tmp_path)
+    assert (tmp_path / "train.txt.wrong").read_bytes() == BODY[::-1]
+    assert left(tmp_path) == ["train.txt.wrong"]
 
 
 def test_the_first_failure_names_every_missing_file(mirror, tmp_path):
@@ -245,7 +269,7 @@ def test_the_first_failure_names_every_missing_file(mirror, tmp_path):
         fetch_all(sources, tmp_path)
     assert str(caught.value).startswith(f"b could not be fetched: {mirror.url('/wrong')}: md5 ")
     assert f"put b, c (from {mirror.url('/whole')}) into {tmp_path} by hand" in str(caught.value)
-    assert left(tmp_path) == ["a"]
+    assert left(tmp_path) == ["a", "b.wrong"]
     assert mirror.paths() == ["/whole", "/wrong"]
 
 

@@ -20,6 +20,13 @@ from trellisnet.errors import UserError
 CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"  # in the project
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
+ORDERS = ("appearance", "frequency")
+
+# Why a file is refused, for str.format: its path, and what the system or the codec says.
+UNREADABLE = "{}: cannot be read ({}); put it there or name its folder with --data"
+NOT_UTF8 = "{}: not UTF-8 text (byte {}); convert it to UTF-8"
+ZERO_BYTES = "{}: holds zero bytes, so it is no text; name the folder of the text with --data"
+EMPTY = "{}: is empty; put the text there or name its folder with --data"
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Corpus:
 
     Args:
         vocabulary: token of every id.
-        train, valid, test: streams of ids, 1-D int64.
+        train, valid, test: streams of ids, 1-D int64, or int32 where they are mapped from a file.
         sha256: digest of the content that the streams were made from.
         label: what to call the corpus in logs and results.
         spelled: for text that can be spelled in several ways: name of the spelling → split → symbols.
@@ -74,6 +81,24 @@ def encode(splits: Iterable[Iterable[str]], *, sha256: str, label: str) -> Corpu
     return Corpus(list(ids), *streams, sha256=sha256, label=label)
 
 
+def by_frequency(corpus: Corpus) -> Corpus:
+    """The corpus with its tokens numbered anew: the most frequent ones of the training split first.
+
+    Ties, and the tokens that only valid and test have, keep the order that they were in.
+
+    Args:
+        corpus: streams 1-D int64.
+
+    Returns:
+        streams 1-D int64.
+    """
+    counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
+    order = torch.argsort(counts, descending=True, stable=True)
+    ranks = torch.argsort(order)
+    streams = {split: ranks[getattr(corpus, split)] for split in SPLITS}
+    return dataclasses.replace(corpus, vocabulary=[corpus.vocabulary[i] for i in order.tolist()], **streams)
+
+
 def cached(folder: Path, texts: list[str], tokenize: Callable[[str], Iterable[str]], *, label: str) -> Corpus:
     """:func:`encode` of the tokenised texts, kept in `folder` under a name made from their content.
 
@@ -106,15 +131,15 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); put it there or name its folder with --data") from e
+        raise UserError(UNREADABLE.format(path, e.strerror)) from e
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); convert it to UTF-8") from e
+        raise UserError(NOT_UTF8.format(path, e.start)) from e
     if "\0" in text:
-        raise UserError(f"{path}: holds zero bytes, so it is no text; name the folder of the text with --data")
+        raise UserError(ZERO_BYTES.format(path))
     if not text.strip():
-        raise UserError(f"{path}: is empty; put the text there or name its folder with --data")
+        raise UserError(EMPTY.format(path))
     return text
 
 
@@ -144,17 +169,18 @@ def batchify(ids: Tensor, batch_size: int) -> Tensor:
     """Cut a stream into rows that lie side by side in a batch.
 
     Args:
-        ids: 1-D int64.
+        ids: 1-D int64 or int32.
         batch_size: N.
 
     Returns:
-        int64 (N, length): contiguous rows of the stream, the tail that does not fill them trimmed.
+        (N, length), dtype of `ids`: contiguous rows of the stream, the tail that does not fill them trimmed. They share
+        the memory of a contiguous stream.
 
     Raises:
         ValueError: wrong shape or dtype, or fewer ids than rows.
     """
-    if ids.dim() != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"ids: expected 1-D int64, got {ids.dim()}-D {ids.dtype}")
+    if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids: expected 1-D int64 or int32, got {ids.dim()}-D {ids.dtype}")
     length = ids.numel() // batch_size if batch_size > 0 else 0
     if length < 1:
         raise ValueError(f"batch_size: expected 1 to {ids.numel()} (the number of ids), got {batch_size}")

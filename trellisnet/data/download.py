@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from trellisnet.errors import RunError, UserError
+from trellisnet import serialization
+from trellisnet.errors import RunError, UserError, unwritable
 
 try:
     import fcntl
@@ -31,7 +32,6 @@ USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/1
 _BLOCK = 1 << 16  # bytes
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 5
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the fault of what the user asked for
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
     """Fetch the files that are missing in `folder`, which is made if need be.
 
     What has arrived of a file is kept as `<name>.part` when something goes wrong, and the next mirror or the next call
-    continues it. Only a whole file with the right checksum gets its name. Processes that fetch the same file at the
-    same time take turns, and the later ones find it there.
+    continues it. Only a whole file with the right checksum gets its name; one with another is kept as `<name>.wrong`,
+    which replaces an older one. Processes that fetch the same file at the same time take turns, and the later ones find
+    it there.
 
     Args:
         sources: the files. Nothing is asked of the net for those that are there.
@@ -107,10 +108,7 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             failures = _fetch(source, folder / source.name)
         except OSError as e:  # those of the net are _MirrorErrors
-            kind = RunError if e.errno in _DISK_FULL else UserError
-            raise kind(
-                f"{folder}: {source.name} cannot be written there ({e.strerror}); make room or name another folder"
-            ) from e
+            raise unwritable(f"{folder}: {source.name} cannot be written there", e) from e
         if failures:  # the others would most likely fail as slowly
             others = [f"{other.name} (from {other.urls[0]})" for other in missing[number + 1 :]]
             raise UserError(
@@ -227,8 +225,20 @@ def _check(source: Source, file: BinaryIO, error: type[_MirrorError]) -> None:
         raise _MirrorError(f"ended after {size:,} of {source.size:,} bytes")
     file.seek(0)
     if (found := _md5(file)) != source.md5:
+        kept = _keep_aside(file, Path(file.name).with_name(f"{source.name}.wrong"))
         file.truncate(0)
-        raise error(f"md5 {found} instead of {source.md5}")
+        raise error(f"md5 {found} instead of {source.md5}{kept}")
+
+
+def _keep_aside(file: BinaryIO, path: Path) -> str:
+    """Copy the wrong content to `path`, for whoever wants to know what it is; what to tell of it."""
+    file.seek(0)
+    try:
+        with serialization.atomic_write(path) as copy:
+            shutil.copyfileobj(file, copy)
+    except OSError:
+        return ""
+    return f" (kept as {path.name})"
 
 
 def _receive(source: Source, url: str, file: BinaryIO, offset: int) -> None:
