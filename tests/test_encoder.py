@@ -57,9 +57,27 @@ def left(cache):
 def test_any_text_is_encoded_like_in_memory(tmp_path, monkeypatch, block):
     monkeypatch.setattr(encoder, "_BLOCK", block)
     monkeypatch.setattr(encoder, "_IDS", 5)
+    monkeypatch.setattr(encoder, "_BITS", 3)  # many words for a slot
     draw = random.Random(block)
     spaces = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()]
-    odd = ["\n", "\n\n", "\r\n", "\u200b", "\u2030", "é", "à", "中", "😀", "\ufeff", "<eos>", "\x7f", "\u0080"]
+    odd = [
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\u200b",
+        "\u2030",
+        "é",
+        "à",
+        "中",
+        "😀",
+        "\ufeff",
+        "<eos>",
+        "\x7f",
+        "\u0080",
+        "\x01",
+        "\x0e",
+    ]
+    odd += ["abcdefg", "abcdefgh", "abcdefghi", "中" * 5, "x" * 300]
     for number in range(25):
         common = [*"ab     ", *odd, draw.choice(spaces)]
         texts = [
@@ -189,7 +207,7 @@ def test_a_cache_that_cannot_be_written_is_named(paths, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(encoder.np, "fromiter", full)
+    monkeypatch.setattr(encoder._Encoder, "__call__", full)
     with pytest.raises(RunError, match=r"cache: the encoded text cannot be written there \(No space left on device\)"):
         encode_files(paths, tmp_path / "cache", label="x")
     assert left(tmp_path / "cache") == []

@@ -25,17 +25,20 @@ except ImportError:  # Windows
     fcntl = None
 
 _FORMAT = 1  # part of the key: another one is needed whenever other ids or other files would be written
-_BLOCK = 1 << 16  # bytes; the words of one block should fit into the cache of the processor
+_BLOCK = 1 << 16  # bytes; what is made of a block should fit into the cache of the processor
 _IDS = 1 << 20  # ids that are renumbered at once
 _VOCABULARY = "vocabulary.txt"
 _STREAMS = {split: f"{split}.i32" for split in SPLITS}
 _STORED = np.dtype("<i4")
 
-# White space for str.split() that bytes.split() does not know, and the bytes that it cannot be made of.
-_SPACE = re.compile(
-    rb"[\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80"
-)
-_PLAIN = bytes(range(0x1C)) + bytes(range(0x20, 0x80))
+# White space for str.split() that is not ASCII.
+_SPACE = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(?:\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
+_ASCII = bytes(range(0x80))
+
+_BITS = 20  # of the number of slots
+_PACKED = np.dtype("<u8")
+_MASKS = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(10)], _PACKED)  # the first bytes of eight
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2^64 over the golden ratio
 
 
 def encode_files(paths: Sequence[Path], cache: Path, *, order: str = "appearance", label: str) -> Corpus:
@@ -177,12 +180,47 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
             os.close(descriptor)
 
 
-class _Ids(dict):
-    """Id of every token (as UTF-8); a new token gets the next one."""
+class _Numbering(dict):
+    """Id of every word (as UTF-8); a new word gets the next one."""
 
-    def __missing__(self, token: bytes) -> int:
-        number = self[token] = len(self)
+    def __missing__(self, word: bytes) -> int:
+        number = self[word] = len(self)
         return number
+
+
+class _Encoder:
+    """Numbers words by first appearance.
+
+    Looking up one word after the other would take most of the time, so this is done for all words of a piece of text at
+    once, in a table with the first word that fell into each slot. It has words of up to eight bytes, each packed into a
+    number. Longer ones, new ones, and those whose slot was taken are looked up singly in `known`, which has all.
+    """
+
+    def __init__(self):
+        self.known = _Numbering()
+        self.words = np.zeros(1 << _BITS, _PACKED)  # 0: free; no word is, because the text has no zero bytes
+        self.numbers = np.zeros(1 << _BITS, _STORED)
+
+    def __call__(self, text: bytes) -> np.ndarray:
+        """The ids of the words of a text in UTF-8 without zero bytes, separated by white space in ASCII: 1-D int32."""
+        text = b" " + text + b" " * _PACKED.itemsize  # so that every word has an end, and can be read as a whole number
+        letters = np.frombuffer(text, np.uint8)
+        space = (letters - 0x09 < 5) | (letters - 0x1C < 5)  # what is less than the first wraps around
+        edges = np.flatnonzero(space[1:] != space[:-1]) + 1
+        starts, ends = edges[::2], edges[1::2]
+        lengths = np.minimum(ends - starts, _PACKED.itemsize + 1)
+        everywhere = np.ndarray(len(text) - _PACKED.itemsize + 1, _PACKED, text, strides=1)
+        words = everywhere[starts] & _MASKS[lengths]
+        slots = (words * _FACTOR >> np.uint64(64 - _BITS)).astype(np.intp)
+        numbers = self.numbers[slots]
+        short = lengths <= _PACKED.itemsize
+        rest = np.flatnonzero((self.words[slots] != words) | ~short)
+        singly = map(text.__getitem__, map(slice, starts[rest].tolist(), ends[rest].tolist()))
+        numbers[rest] = np.fromiter(map(self.known.__getitem__, singly), _STORED, len(rest))
+        fresh = rest[short[rest] & (self.words[slots[rest]] == 0)][::-1]  # where two want a slot, the first gets it
+        self.words[slots[fresh]] = words[fresh]
+        self.numbers[slots[fresh]] = numbers[fresh]
+        return numbers
 
 
 def _encode(paths: Sequence[Path], sizes: list[int], sha256: str, folder: Path) -> list[str]:
@@ -191,28 +229,28 @@ def _encode(paths: Sequence[Path], sizes: list[int], sha256: str, folder: Path) 
     Returns:
         the vocabulary.
     """
-    ids, total = _Ids(), hashlib.sha256()
+    encoder, total = _Encoder(), hashlib.sha256()
     with tqdm(
         total=sum(sizes), desc="encoding", unit="B", unit_scale=True, disable=None, dynamic_ncols=True, leave=False
     ) as bar:
         for path, name in zip(paths, _STREAMS.values(), strict=True):
             with (folder / name).open("wb") as out:
-                for tokens in _tokens(path, total, bar):
-                    out.write(np.fromiter(map(ids.__getitem__, tokens), _STORED, len(tokens)).data)
+                for text in _texts(path, total, bar):
+                    out.write(encoder(text).data)
     if total.hexdigest() != sha256:
         raise UserError(f"{paths[0].parent}: the text changed while it was read; try again when nothing writes to it")
-    return [token.decode("utf-8") for token in ids]
+    return [token.decode("utf-8") for token in encoder.known]
 
 
-def _tokens(path: Path, total, bar: tqdm) -> Iterator[list[bytes]]:
-    """The words of a file and the ends of its lines, some at a time."""
+def _texts(path: Path, total, bar: tqdm) -> Iterator[bytes]:
+    """A file in pieces that :class:`_Encoder` takes, with the ends of the lines as words."""
     offset, blank = 0, True
     for piece in _pieces(_read(path, total)):
         text = _with_plain_spaces(piece, path, offset)
         blank = blank and text.isspace()
         offset += len(piece)
         bar.update(len(piece))
-        yield text.replace(b"\n", f" {EOS} ".encode()).split()
+        yield text.replace(b"\n", f" {EOS} ".encode())
     if blank:
         raise UserError(EMPTY.format(path))
 
@@ -231,7 +269,7 @@ def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _with_plain_spaces(piece: bytes, path: Path, offset: int) -> bytes:
-    """A piece of text that bytes.split() splits like str.split() does.
+    """A piece of text with spaces in the place of white space that is not ASCII.
 
     Raises:
         UserError: not UTF-8, or zero bytes; `offset` is that of the piece in the file.
@@ -242,7 +280,7 @@ def _with_plain_spaces(piece: bytes, path: Path, offset: int) -> bytes:
         raise UserError(NOT_UTF8.format(path, offset + e.start)) from e
     if b"\0" in piece:
         raise UserError(ZERO_BYTES.format(path))
-    suspicious = piece.translate(None, _PLAIN)  # few bytes, so the search is short
+    suspicious = piece.translate(None, _ASCII)  # few bytes, so the search is short
     return _SPACE.sub(b" ", piece) if _SPACE.search(suspicious) else piece
 
 
