@@ -15,12 +15,22 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-# Test scores of the paper (Table 1), by task.
-PAPER = {"word_ptb": (56.97, "24M parameters, preset `paper`")}
-SCORES = {"ppl": "perplexity"}
+# Test scores of the paper (Tables 1 to 3), by task.
+PAPER = {
+    "word_ptb": (56.97, "24M parameters, preset `paper`"),
+    "char_ptb": (1.158, "13.4M parameters, preset `paper`, on the authors' stream"),
+    "wt103": (29.19, "180M parameters, preset `paper`, on the whole of WikiText-103"),
+}
+# What a score is called, and its digits.
+SCORES = {"ppl": ("perplexity", 2), "bpc": ("bits per character", 4)}
+# Tasks in the order of the paper.
+ORDER = list(PAPER)
 # In README, what stands between <!-- output of NAME: begin --> and <!-- output of NAME: end --> comes from the log of
 # results/NAME.
 QUOTED = re.compile(r"<!-- output of (\w+): begin -->\n.*?<!-- output of \1: end -->", re.DOTALL)
+
+
+MEMORY = re.compile(r"<!-- memory: begin -->\n.*?<!-- memory: end -->", re.DOTALL)
 
 
 class BadResultError(Exception):
@@ -62,15 +72,25 @@ def score_of(split: dict) -> tuple[str, float]:
     return name, split[name]
 
 
+def shown(split: dict) -> str:
+    """A score with its other denominators."""
+    score, value = score_of(split)
+    name, digits = SCORES[score]
+    others = [key for key in split if key.startswith(f"{score}_") and split[key] != value]
+    more = "".join(f", {split[key]:.{digits}f} on the {key.removeprefix(f'{score}_')} stream" for key in others)
+    return f"{name} **{value:.{digits}f}**{more}"
+
+
 def section(name: str, metrics: dict, epochs: list[dict]) -> str:
     """A heading, the facts and the learning curve of one run."""
-    score, test = score_of(metrics["test"])
+    score, _ = score_of(metrics["test"])
+    digits = SCORES[score][1]
     paper, setting = PAPER[metrics["task"]]
     facts = {
         "Command": f"`{metrics['command']}`",
-        "Test": f"{SCORES[score]} **{test:.2f}** ({metrics['test']['tokens']:,} tokens scored); "
+        "Test": f"{shown(metrics['test'])} ({metrics['test']['tokens']:,} tokens scored); "
         f"the paper reports {paper} with another configuration ({setting})",
-        "Validation": f"{metrics['valid'][score]:.2f} at epoch {metrics['best_epoch']}",
+        "Validation": f"{metrics['valid'][score]:.{digits}f} at epoch {metrics['best_epoch']}",
         "Parameters": f"{metrics['params']:,}",
         "Wall time": f"{metrics['seconds'] / 60:.0f} minutes, evaluation included",
         "Machine": f"{metrics['machine']}, {metrics['threads']} threads, {metrics['device']}, {metrics['precision']}, "
@@ -84,7 +104,8 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", f"| epoch | lr | train {score} | valid {score} | minutes |", "|--:|--:|--:|--:|--:|"]
     lines += [
-        f"| {e['epoch']} | {e['lr']:g} | {e['train_score']:.2f} | {e['valid_score']:.2f} | {e['seconds'] / 60:.1f} |"
+        f"| {e['epoch']} | {e['lr']:g} | {e['train_score']:.{digits}f} | {e['valid_score']:.{digits}f} "
+        f"| {e['seconds'] / 60:.1f} |"
         for e in epochs
     ]
     return "\n".join(lines) + "\n"
@@ -108,18 +129,48 @@ def quoted(folder: Path) -> str:
     return "\n".join([f"<!-- output of {name}: begin -->", "```", *lines, "```", f"<!-- output of {name}: end -->"])
 
 
+def place(name: str) -> int:
+    """Where a result belongs: by the order of its task in the paper."""
+    return next((i for i, task in enumerate(ORDER) if name.startswith(task)), len(ORDER))
+
+
+def memory(folder: Path) -> str:
+    """README's table of what fits in how much memory, from the metrics of runs of a few steps in results/memory/.
+
+    Raises:
+        BadResultError: a run on synthetic data or of uncommitted code, or a field is missing.
+    """
+    lines = ["<!-- memory: begin -->", "| command | parameters | peak |", "|---|--:|--:|"]
+    for path in sorted(folder.glob("*.json"), key=lambda path: place(path.stem)):
+        try:
+            metrics = json.loads(path.read_text())
+            if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
+                raise BadResultError(f"{path}: of synthetic data or uncommitted code")
+            command = re.sub(
+                r" --(max_steps|max_eval_tokens|metrics|out|epochs|data) \S+| --overwrite", "", metrics["command"]
+            )
+            lines.append(f"| `{command}` | {metrics['params']:,} | {metrics['peak_memory'] / 1e9:.1f} GB |")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadResultError(f"{path}: {e}") from e
+    return "\n".join([*lines, "<!-- memory: end -->"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
     parser.add_argument("--root", type=Path, default=PROJECT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    folders = sorted(path for path in (args.root / "results").glob("*") if path.is_dir())
+    folders = [path for path in (args.root / "results").glob("*") if path.is_dir() and path.name != "memory"]
+    folders.sort(key=lambda path: (place(path.name), path.name))
     readme = (args.root / "README.md").read_text(encoding="utf-8")
     try:
         contents = {
             "RESULTS.md": results(folders),
-            "README.md": QUOTED.sub(lambda found: quoted(args.root / "results" / found[1]), readme),
+            "README.md": MEMORY.sub(
+                lambda _: memory(args.root / "results" / "memory"),
+                QUOTED.sub(lambda found: quoted(args.root / "results" / found[1]), readme),
+            ),
         }
     except (BadResultError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -11,7 +11,7 @@ from trellisnet.training.config import PROJECT
 # Each floor may import from those after it.
 FLOORS = ["tasks", "training", "weights", "models", "heads", "core", "regularization", "data", "ops", "foundation"]
 FOUNDATION = {"errors", "serialization"}
-TASKS = {"word_ptb"}
+TASKS = {"word_ptb", "char_ptb", "wt103"}
 FILES = sorted(path for top in ("trellisnet", *TASKS) for path in (PROJECT / top).rglob("*.py"))
 
 
@@ -60,3 +60,17 @@ def test_importing_prints_and_draws_nothing():
     code += "; assert torch.equal(s, torch.get_rng_state()); import sys; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_function_is_written_twice_in_the_task_folders():
+    seen = {}
+    for path in FILES:
+        if path.parent.name not in TASKS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                told = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+                body = "".join(ast.dump(statement) for statement in node.body[told:])
+                other = seen.setdefault(body, path.parent.name)
+                assert other == path.parent.name, f"{path.parent.name} and {other} both have {node.name}"
+    assert len(seen) > 5

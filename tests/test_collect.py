@@ -86,3 +86,28 @@ def test_the_demos_output_is_quoted_in_readme(root):
 
 def test_what_is_committed_is_what_the_logs_give():
     assert collect.main(["--check"]) == 0
+
+
+def test_bits_per_character_have_their_digits_and_both_denominators(root):
+    split = {"loss": 0.9, "bpc": 1.29843, "bpc_authors": 1.29843, "bpc_standard": 1.32051, "tokens": 449930}
+    folder = root(task="char_ptb", valid=split, test=split)
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "bits per character **1.2984**, 1.3205 on the standard stream (449,930 tokens scored)" in text
+    assert "the paper reports 1.158" in text
+    assert "| train bpc | valid bpc |" in text
+
+
+def test_memory_is_written_into_readme(root):
+    folder = root()
+    (folder / "results" / "memory").mkdir()
+    command = "python word_ptb/train.py --preset paper --accumulate 4 --max_steps 1 --max_eval_tokens 100 --metrics m"
+    measured = METRICS | {"command": command, "peak_memory": 5_678_000_000}
+    (folder / "results" / "memory" / "word_ptb.json").write_text(json.dumps(measured))
+    (folder / "README.md").write_text("a\n<!-- memory: begin -->\n<!-- memory: end -->\nb\n")
+    assert collect.main(["--root", str(folder)]) == 0
+    row = "| `python word_ptb/train.py --preset paper --accumulate 4` | 123,456 | 5.7 GB |"
+    assert f"|--:|\n{row}\n<!-- memory: end -->\nb\n" in (folder / "README.md").read_text()
+    for change in ({"corpus": "synthetic"}, {"commit": "0123-dirty"}, {"peak_memory": None}):
+        (folder / "results" / "memory" / "word_ptb.json").write_text(json.dumps(measured | change))
+        assert collect.main(["--root", str(folder)]) == 2

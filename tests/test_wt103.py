@@ -169,9 +169,7 @@ def test_bands(argv, size, bands):
     assert config(*argv).bands(size) == bands
 
 
-@pytest.mark.parametrize(
-    ("preset", "size"), [("default", 181_710_042), ("paper", 178_000_042)]
-)
+@pytest.mark.parametrize(("preset", "size"), [("default", 181_710_042), ("paper", 178_000_042)])
 def test_sizes_on_the_whole_corpus(preset, size):
     with torch.device("meta"):
         model = build_model(config("--preset", preset), 267_735)
@@ -242,7 +240,9 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
     assert (code, err) == (0, "")
     assert metrics["test"]["init_tail"]
     assert "(partial, tail vectors not trained)" in out
-    assert run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--epochs", "1")[0] == 0  # training them is fine
+    assert (
+        run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--epochs", "1")[0] == 0
+    )  # training them is fine
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--cutoffs", "0")
     assert code == 2
     assert "--init_tail: only a split softmax" in err
