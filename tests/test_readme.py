@@ -4,8 +4,12 @@ import re
 
 import pytest
 
+import char_ptb.model
+import word_ptb.model
+import wt103.model
 from trellisnet.training.config import PROJECT, build_parser
-from word_ptb.model import Config
+
+CONFIGS = [module.Config for module in (word_ptb.model, char_ptb.model, wt103.model)]
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
@@ -20,7 +24,8 @@ def test_the_python_snippet_runs_and_prints_what_its_comments_say(capsys):
 
 
 def test_every_flag_it_names_exists_and_every_flag_is_named():
-    flags = {flag for action in build_parser(Config)._actions for flag in action.option_strings}
+    actions = [action for config in CONFIGS for action in build_parser(config)._actions]
+    flags = {flag for action in actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--flag", "--no-flag"}
     assert named <= flags | {"--check"}
     spelled = {flag for flag in flags if not flag.startswith(("--no-", "-h", "--help", "--log_interval"))}
@@ -34,6 +39,7 @@ def test_every_file_it_links_to_exists():
         assert (PROJECT / link).exists(), link
 
 
-@pytest.mark.parametrize("preset", list(Config.presets))
-def test_every_preset_is_described(preset):
-    assert f"| `{preset}` |" in README
+@pytest.mark.parametrize(("config", "preset"), [(config, preset) for config in CONFIGS for preset in config.presets])
+def test_every_preset_is_described(config, preset):
+    about = README.split(f"python {config.task}/train.py --preset", 1)[1].split("\n## ", 1)[0]  # its section
+    assert f"| `{preset}` |" in about
