@@ -117,7 +117,7 @@ def load_weights(
     """
     if init_tail and not isinstance(model.head, SplitSoftmax):
         raise UserError("--init_tail: only a split softmax (--cutoffs) has tail vectors; leave it out")
-    loaded = serialization.load(path, WHAT, mmap=True)  # copied below, so it need not be in memory twice
+    loaded = serialization.load(path, WHAT)
     state = _unique(loaded, path)
     _check_vocabulary(loaded, vocabulary, path)
     if model.tied:
