@@ -7,11 +7,13 @@ from torch.testing import assert_close
 import cases
 from trellisnet.data.corpus import batchify
 from trellisnet.heads import SplitSoftmax
+from trellisnet.models import TrellisClassifier
 from trellisnet.training.config import RunConfig
 from trellisnet.training.optim import averaged, make_averaging, make_optimizer
 from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
 
 FORWARD = cases.names("lm_forward")
+PIXELS = cases.names("pixel") + cases.names("pixel_masks")
 QUIRK = "grad_padding_idx_quirk"
 GRADIENTS = cases.names("gradients", without=(QUIRK,)) + cases.names("dropout_masks")
 TRAJECTORIES = cases.names("trajectory", without=("traj_sgd_asgd",))
@@ -24,6 +26,7 @@ def test_the_cases_are_all_there():
     assert len(TRAJECTORIES) == 4
     assert len(cases.names("split_cross_entropy")) == 2
     assert len(cases.names("wt103_step")) == 1
+    assert len(PIXELS) == 3
 
 
 @pytest.fixture(params=["direct", "zip", "legacy"])
@@ -140,6 +143,47 @@ def test_step_with_a_split_softmax(name, tmp_path):
         check_gradients(case, again)
         norms = torch.stack([p.grad.norm() for p in parameter_map(again).values()])
         assert_close(norms, case.arrays["grad_norms"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("container", [".pkl", ".legacy.pkl"])
+@pytest.mark.parametrize("name", PIXELS)
+def test_classifier(name, container, tmp_path):
+    """Log-probabilities, state and gradients, by the full computation and by the last step's alone."""
+    case = cases.load(name)
+    c = {"dropout": 0, "dropouti": 0, "dropouth": 0, "wdrop": 0} | case.config
+    model = TrellisClassifier(
+        c["ninp"],
+        10,
+        c["nhid"] + c["nout"],
+        c["nlevels"],
+        output_size=c["nout"],
+        input_dropout=c["dropouti"],
+        output_dropout=c["dropout"],
+        kernel_size=c["kernel_size"],
+        dilation=c["dilation"],
+        weight_norm=c["wnorm"],
+        hidden_dropout=c["dropouth"],
+        weight_dropout=c["wdrop"],
+    )
+    load_weights(model, case.file(container))
+    save_weights(model, tmp_path / "again.pkl", legacy="legacy" in container)
+    load_weights(model, tmp_path / "again.pkl")
+    assert list(parameter_map(model)) == case.meta["parameters"]
+    written = {name: list(tensor.shape) for name, tensor in authors_state_dict(model).items()}
+    assert list(written.items()) == list(case.meta["state_dict"].items())
+
+    inputs, targets = case.arrays["inputs"].transpose(1, 2), case.arrays["targets"]
+    given = case.masks()
+    masks = given._replace(input=given.input.transpose(1, 2)) if given.input is not None else None
+    for lengths in (None, torch.full((inputs.size(0),), inputs.size(1))):
+        model.zero_grad()
+        out = model(inputs, case.state(), lengths=lengths, masks=masks)
+        log_prob = out.logits.log_softmax(-1)
+        torch.nn.functional.nll_loss(log_prob, targets).backward()
+        assert_close(log_prob, case.arrays["logprob"], **CLOSE)
+        assert_close(out.state[0], case.arrays["h"].squeeze(2), **CLOSE)
+        assert_close(out.state[1], case.arrays["c"].squeeze(2), **CLOSE)
+        check_gradients(case, model, {})
 
 
 def run_case(case, model):

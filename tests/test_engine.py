@@ -22,13 +22,15 @@ class Regression:
 
     score_name = "rmse"
     digits = 2
+    batch_name, unit, count = "batch", "pt", "points"
+    measured = ("loss",)
 
     def __init__(self, spoil_at=None):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1)).double()
         self.spoil_at, self.calls = spoil_at, 0
 
-    def batches(self, data):
+    def batches(self, data, epoch):
         return [(data[i : i + 10],) for i in range(0, len(data), 10)]
 
     def size(self, batch):
@@ -47,14 +49,16 @@ class Regression:
     @torch.no_grad()
     def evaluate(self, data, *, max_tokens=None, progress=None):
         self.model.eval()
-        return {"loss": self._error(data).item(), "tokens": len(data)}
+        return {"loss": self._error(data).item(), "points": len(data)}
 
-    @staticmethod
-    def score(loss):
-        return math.sqrt(loss)
+    def training_score(self, means):
+        return math.sqrt(means["loss"])
 
-    def scores(self, loss, split):
-        return {"rmse": self.score(loss)}
+    def scores(self, result, split):
+        return {"rmse": math.sqrt(result["loss"])}
+
+    def is_better(self, result, best):
+        return result["loss"] < best["loss"]
 
 
 @dataclass(kw_only=True)
@@ -142,7 +146,7 @@ def test_what_a_run_leaves_and_says(tmp_path):
     assert [line.split()[:2] for line in said[:4]] == [["epoch", str(i)] for i in range(1, 5)]
     assert said[-1].startswith("test rmse ")
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert re.search(r"^epoch 1 window 2/6 step 2 loss [\d.]+ rmse [\d.]+ lr 0.05 [\d,]+ tok/s$", log, re.MULTILINE)
+    assert re.search(r"^epoch 1 batch 2/6 step 2 loss [\d.]+ rmse [\d.]+ lr 0.05 [\d,]+ pt/s$", log, re.MULTILINE)
 
 
 def test_the_model_ends_with_the_best_weights(tmp_path):
@@ -169,7 +173,7 @@ def test_resume_on_other_data_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(RunError, match=r"training loss became nan by step 8 \(epoch 2, window 2\)"):
+    with pytest.raises(RunError, match=r"training loss became nan by step 8 \(epoch 2, batch 2\)"):
         run(tmp_path / "run", task=Regression(spoil_at=8))
     kept = checkpoint.load(tmp_path / "run" / "last.pt")
     assert kept["epoch"] == 1

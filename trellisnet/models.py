@@ -192,6 +192,84 @@ class TrellisLanguageModel(nn.Module):
         return {}
 
 
+class ClassifierOutput(NamedTuple):
+    """What :class:`TrellisClassifier` returns.
+
+    Args:
+        logits: (N, num_classes).
+        state: (h, c) at the last valid step, (N, H) each, not detached.
+    """
+
+    logits: Tensor
+    state: State
+
+
+class TrellisClassifier(nn.Module):
+    """TrellisNet over a whole sequence and a linear map of its last step: the models of Table 4.
+
+    Args:
+        input_size: channels of the sequence.
+        num_classes: classes.
+        hidden_size: all channels of h (the authors' nhid + nout).
+        num_layers: layers of the trellis.
+        output_size: channels that the linear map reads; default: all.
+        input_dropout: probability of dropping a number of the input, elementwise.
+        output_dropout: probability of dropping a logit, elementwise. Both act in training only; in the authors' code
+            also when it is tested.
+        core: every further keyword goes to :class:`trellisnet.TrellisNet`.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_classes: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        output_size: int | None = None,
+        input_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        **core,
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        self.num_classes = num_classes
+        self.input_dropout = check_rate("input_dropout", input_dropout)
+        self.output_dropout = check_rate("output_dropout", output_dropout)
+        self.core = TrellisNet(input_size, hidden_size, num_layers, output_size=output_size, **core)
+        factory = {"device": core.get("device"), "dtype": core.get("dtype")}
+        self.head = nn.Linear(self.core.output_size, num_classes, **factory)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None, masks: Masks | None = None
+    ) -> ClassifierOutput:
+        """Classify sequences by their last step.
+
+        Args:
+            x: (N, L, input_size), L ≥ 1.
+            state: (h, c) carried from a segment before, (N, H) each; None for zeros.
+            lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L; None: all of them. What
+                stands behind them has no influence.
+            masks: explicit dropout masks (`input`, `weight_x`, `weight_h`, `hidden` and `output` are read).
+
+        Raises:
+            ValueError: a shape or length that does not fit.
+        """
+        x = scaled(x, dropout_scale(x, x.shape, self.input_dropout, self.training, masks, "input"))
+        if lengths is None:
+            output, state, _ = self.core(x, state, last_only=True, masks=masks)  # (N, 1, output_size)
+        else:
+            output, state, _ = self.core(x, state, lengths=lengths, masks=masks)
+            output = output.gather(1, (lengths.to(x.device) - 1).view(-1, 1, 1).expand(-1, 1, output.size(2)))
+        logits = self.head(output.squeeze(1))
+        shape, p = logits.shape, self.output_dropout
+        return ClassifierOutput(scaled(logits, dropout_scale(x, shape, p, self.training, masks, "output")), state)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Trainable numbers in the model, shared parameters counted once."""
     return sum(p.numel() for p in model.parameters())

@@ -7,6 +7,7 @@ the bands of a split softmax, which their scripts never save, are `criterion.*` 
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from trellisnet import serialization
 from trellisnet.errors import UserError
 from trellisnet.heads import SplitSoftmax
-from trellisnet.models import TrellisLanguageModel
+from trellisnet.models import TrellisClassifier, TrellisLanguageModel
+
+Model = TrellisLanguageModel | TrellisClassifier
 
 _CORE = "tnet.module.full_conv."
+_PIXEL_CORE = "network.0.module.full_conv."  # of a classifier, which has no second name for it
 _MIXTURE = "mixsoft."
 _CRITERION = "criterion."
 _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
@@ -27,22 +31,15 @@ _METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch loo
 WHAT = "weights in the authors' layout (a state dict)"
 
 
-def parameter_map(model: TrellisLanguageModel) -> dict[str, nn.Parameter]:
+def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     """The authors' name of every parameter of `model`, each exactly once, in the order of their model."""
-    core = model.core
+    if isinstance(model, TrellisClassifier):
+        return _core_names(model) | {f"linear.{name}": p for name, p in model.head.named_parameters()}
     names = {"encoder.weight": model.embedding.weight}
     if not model.tied:
         names["decoder.weight"] = model.head.weight
     names["decoder.bias"] = model.head.bias
-    names[_CORE + "bias2"] = core.bias
-    if core.weight_norm:
-        names[_CORE + "weight1_g"] = core.weight_x_g
-        names[_CORE + "weight2_g"] = core.weight_h_g
-        names[_CORE + "weight1_v_raw"] = core.weight_x_v
-        names[_CORE + "weight2_v_raw"] = core.weight_h_v
-    else:
-        names[_CORE + "weight1_raw"] = core.weight_x
-        names[_CORE + "weight2_raw"] = core.weight_h
+    names |= _core_names(model)
     if model.n_experts:
         names |= {_MIXTURE + name: p for part in ("prior", "latent") for name, p in _named(model.head, part)}
     if isinstance(model.head, SplitSoftmax):
@@ -50,13 +47,29 @@ def parameter_map(model: TrellisLanguageModel) -> dict[str, nn.Parameter]:
     return names
 
 
+def _prefix(model: Model) -> str:
+    return _PIXEL_CORE if isinstance(model, TrellisClassifier) else _CORE
+
+
+def _core_names(model: Model) -> dict[str, nn.Parameter]:
+    prefix, core = _prefix(model), model.core
+    if not core.weight_norm:
+        names = {"bias2": core.bias, "weight1_raw": core.weight_x, "weight2_raw": core.weight_h}
+    else:
+        names = {"bias2": core.bias, "weight1_g": core.weight_x_g, "weight2_g": core.weight_h_g}
+        names |= {"weight1_v_raw": core.weight_x_v, "weight2_v_raw": core.weight_h_v}
+    return {prefix + name: p for name, p in names.items()}
+
+
 def _named(head: nn.Module, part: str) -> list[tuple[str, nn.Parameter]]:
     return [(f"{part}.{name}", p) for name, p in getattr(head, part).named_parameters()]
 
 
-def authors_state_dict(model: TrellisLanguageModel) -> "OrderedDict[str, Tensor]":
+def authors_state_dict(model: Model) -> "OrderedDict[str, Tensor]":
     """The model as the authors' code would save it: their names and order, repeated tensors sharing storage."""
     tensors = {name: p.detach().cpu() for name, p in parameter_map(model).items()}
+    if isinstance(model, TrellisClassifier):
+        return OrderedDict(tensors)
     state = OrderedDict()
     for name, tensor in tensors.items():
         if name == "decoder.bias" and model.tied:
@@ -74,17 +87,15 @@ def authors_state_dict(model: TrellisLanguageModel) -> "OrderedDict[str, Tensor]
     return state
 
 
-def save_weights(
-    model: TrellisLanguageModel, path: str | os.PathLike, *, legacy: bool = False, vocabulary: str | None = None
-) -> None:
+def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False, vocabulary: str | None = None) -> None:
     """Write the weights in the authors' layout, atomically.
 
     Args:
         model: the model.
         path: file to write.
         legacy: the container of torch < 1.6, which the authors' 2019 environment reads; else today's zip.
-        vocabulary: digest of what the ids stand for. It travels in the metadata that a state dict has beside its
-            tensors, so that :func:`load_weights` can refuse the weights of another vocabulary.
+        vocabulary: digest of what the ids, or the places in a sequence, stand for. It travels in the metadata that a
+            state dict has beside its tensors, so that :func:`load_weights` can refuse the weights of another one.
     """
     state = authors_state_dict(model)
     if vocabulary is not None:
@@ -93,7 +104,7 @@ def save_weights(
 
 
 def load_weights(
-    model: TrellisLanguageModel,
+    model: Model,
     path: str | os.PathLike,
     *,
     init_tail: bool = False,
@@ -106,7 +117,8 @@ def load_weights(
         path: their `.pkl`, zip or legacy container, tensors from any device.
         init_tail: for a split softmax: leave the vectors of the bands as they are if the file has none. The authors'
             scripts do not save them, and scores with untrained ones say little.
-        vocabulary: digest of what the ids stand for here; a file that names another one is refused.
+        vocabulary: digest as in :func:`save_weights` of what the model is to work on; a file that names another one is
+            refused.
 
     Returns:
         names of the parameters that the file does not have: tail vectors with `init_tail`, otherwise none.
@@ -115,12 +127,13 @@ def load_weights(
         ValueError: the file is no such thing or does not fit; one line names the tensor, both shapes and the flag
             to change.
     """
+    language = isinstance(model, TrellisLanguageModel)
     if init_tail and not isinstance(model.head, SplitSoftmax):
         raise UserError("--init_tail: only a split softmax (--cutoffs) has tail vectors; leave it out")
     loaded = serialization.load(path, WHAT)
-    state = _unique(loaded, path)
-    _check_vocabulary(loaded, vocabulary, path)
-    if model.tied:
+    state = _unique(loaded, path, _first_name if language else str)
+    _check_vocabulary(loaded, vocabulary, path, language)
+    if language and model.tied:
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
@@ -131,12 +144,12 @@ def load_weights(
             "its scores cannot be had from this file; --init_tail goes on with untrained ones"
         )
     expected = {name: parameter for name, parameter in expected.items() if name not in left}
-    _check_names(state, expected, path)
+    _check_names(state, expected, path, _prefix(model))
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
             raise UserError(
                 f"{path}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}; "
-                + _advice(name, state, model)
+                + (_advice if language else _classifiers_advice)(name, state, model)
             )
     with torch.no_grad():
         for name, parameter in expected.items():
@@ -144,19 +157,26 @@ def load_weights(
     return left
 
 
-def _check_vocabulary(loaded: dict[str, Tensor], vocabulary: str | None, path: str | os.PathLike) -> None:
-    """Refuse weights whose ids stand for other tokens; files that do not say what they stand for pass."""
+def _check_vocabulary(
+    loaded: dict[str, Tensor], vocabulary: str | None, path: str | os.PathLike, language: bool
+) -> None:
+    """Refuse weights whose ids, or places, stand for something else; files that do not say for what pass."""
     metadata: Any = getattr(loaded, "_metadata", None)
     for key in (_METADATA, "vocabulary"):
         metadata = metadata.get(key) if isinstance(metadata, dict) else None
     if vocabulary is not None and isinstance(metadata, str) and metadata != vocabulary:
+        what, flags = (
+            ("vocabulary", "--data, and the --vocab_order or --stream,")
+            if language
+            else ("order of the pixels", "--permute or --no-permute, and the --permutation_seed,")
+        )
         raise UserError(
-            f"{path}: was trained on another vocabulary (sha256 {metadata[:12]}… instead of {vocabulary[:12]}…): pass "
-            "the --data, and the --vocab_order or --stream, that it was trained on"
+            f"{path}: was trained on another {what} (sha256 {metadata[:12]}… instead of {vocabulary[:12]}…): pass the "
+            f"{flags} that it was trained on"
         )
 
 
-def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
+def _unique(state: object, path: str | os.PathLike, first_name: Callable[[str], str]) -> dict[str, Tensor]:
     """The file's tensors under their first names; all must be finite, and repeated ones must agree."""
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
@@ -168,7 +188,7 @@ def _unique(state: object, path: str | os.PathLike) -> dict[str, Tensor]:
             raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
         if not serialization.all_finite(tensor):
             raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
-        first = _first_name(name)
+        first = first_name(name)
         if first != name and first in state and not torch.equal(state[first], tensor):
             raise UserError(f"{path}: {name} and {first} should be one tensor but differ; the file is damaged")
         unique.setdefault(first, tensor)
@@ -189,12 +209,14 @@ def _check_tied(state: dict[str, Tensor], path: str | os.PathLike) -> None:
         raise UserError(f"{path}: decoder.weight differs from encoder.weight, the model ties them; pass --no-tied")
 
 
-def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], path: str | os.PathLike) -> None:
+def _check_names(
+    state: dict[str, Tensor], expected: dict[str, nn.Parameter], path: str | os.PathLike, prefix: str
+) -> None:
     missing = [name for name in expected if name not in state]
     extra = [name for name in state if name not in expected]
     if not missing and not extra:
         return
-    if "encoder.weight" in missing or _CORE + "bias2" in missing:
+    if "encoder.weight" in missing or "linear.weight" in missing or prefix + "bias2" in missing:
         advice = "it is of another model or task"
     elif any(name.startswith(_MIXTURE) for name in extra):
         experts = state[_MIXTURE + "prior.bias"].numel() if _MIXTURE + "prior.bias" in state else "K"
@@ -208,7 +230,7 @@ def _check_names(state: dict[str, Tensor], expected: dict[str, nn.Parameter], pa
         advice = "the file is damaged"
     elif any(name.endswith("_g") for name in extra):
         advice = "the file was trained with weight normalisation; pass --wnorm"
-    elif any(name.endswith("_g") for name in missing) and _CORE + "weight1_raw" in state:
+    elif any(name.endswith("_g") for name in missing) and prefix + "weight1_raw" in state:
         advice = "the file was trained without weight normalisation; pass --no-wnorm"
     elif missing == ["decoder.weight"]:
         advice = "the file is of a model with tied weights; pass --tied"
@@ -247,3 +269,18 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
     if nhid != model.core.hidden_size - model.core.output_size:
         flags.append(f"--nhid {nhid}")
     return f"pass {' '.join(flags)}" if flags and nhid >= 0 else f"{name} is of another model"
+
+
+def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> str:
+    kernel = state.get(_PIXEL_CORE + "weight1_v_raw", state.get(_PIXEL_CORE + "weight1_raw"))
+    bias, linear = state[_PIXEL_CORE + "bias2"], state["linear.weight"]
+    if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % 4:
+        return "it is of another model or task"
+    if linear.size(0) != model.num_classes or kernel.size(1) != model.core.input_size:
+        return f"it is of images with {kernel.size(1)} channels and {linear.size(0)} classes"
+    if kernel.size(2) != model.core.kernel_size:
+        return f"pass --ksize {kernel.size(2)}"
+    nhid = bias.numel() // 4 - linear.size(1)
+    if linear.size(1) != model.core.output_size or nhid < 0:
+        return f"{name} is of another model"
+    return f"pass --nhid {nhid}"

@@ -187,7 +187,7 @@ class _Program:
             if resumed is None:
                 data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "backend", "precision")}
-                folder.write_config(config, {"command": command, **data, **facts, **chosen})
+                folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
             return fit(
                 task,
@@ -250,6 +250,9 @@ def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]
         _say("NOTICE: no --load_weight: scoring untrained weights")
     results = {}
     for name in ("valid", "test"):
+        if getattr(splits, name) is None:
+            results[name] = None
+            continue
         results[name] = evaluate(task, getattr(splits, name), name, config) | marks
         _say(score_line(task, name, results[name]))
     for name, (method, data) in splits.everything.items():

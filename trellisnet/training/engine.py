@@ -26,24 +26,30 @@ class Task(Protocol):
     """What the engine asks of a task."""
 
     model: nn.Module
-    score_name: str  # the score that is logged while training
+    score_name: str  # the score that is logged
     digits: int  # of it that are printed
+    batch_name: str  # of what an epoch has many
+    unit: str  # of what a batch and a result count, in short
+    count: str  # the same as a key of results
+    measured: Sequence[str]  # what is averaged while training: "loss", and further keys of what `loss` returns
 
-    def batches(self, data: Any) -> Sequence[Any]: ...
+    def batches(self, data: Any, epoch: int) -> Sequence[Any]: ...
     def size(self, batch: Any) -> int: ...
     def loss(self, *batch: Any, state: Any = None) -> tuple[dict[str, Tensor], Any]: ...
     def evaluate(self, data: Any, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]: ...
-    def score(self, loss: float) -> float: ...
-    def scores(self, loss: float, split: str) -> dict[str, float]: ...
+    def training_score(self, means: dict[str, float]) -> float: ...
+    def scores(self, result: dict[str, Any], split: str) -> dict[str, float]: ...
+    def is_better(self, result: dict[str, Any], best: dict[str, Any]) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Splits:
     """The data of a run in the form that the task takes.
 
-    `label`, `sha256` and `sizes` (of train, valid and test, in the task's units) say what they are. `everything` names
-    further scores to report at the end: how to evaluate, and what. `vocabulary` is a digest of what the ids stand for,
-    which is kept with the weights.
+    Without validation data `valid` is None. `label`, `sha256` and `sizes` (of train, valid and test, in the task's
+    units) say what they are. `everything` names further scores to report at the end: how to evaluate, and what.
+    `vocabulary` is a digest of what ids or places stand for, which is kept with the weights; `choices` are kept with
+    the run.
     """
 
     train: Any
@@ -54,6 +60,7 @@ class Splits:
     sizes: tuple[int, int, int]
     everything: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
     vocabulary: str | None = None
+    choices: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> list[Any]:
@@ -93,7 +100,7 @@ def evaluate(
     limit = config.max_eval_tokens or None
     progress = lambda it, total: bar(it, total, desc=name, unit="window")  # noqa: E731
     result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
-    result |= task.scores(result["loss"], name.removesuffix("_all"))
+    result |= task.scores(result, name.removesuffix("_all"))
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
         raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; lower --lr or --clip")
@@ -105,35 +112,36 @@ def evaluate(
 def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     """A result of :func:`evaluate` in words."""
     main = result[task.score_name]
-    others = [key for key in task.scores(result["loss"], name.removesuffix("_all")) if result[key] != main]
+    others = [key for key in task.scores(result, name.removesuffix("_all")) if result[key] != main]
     scores = "  ".join(f"{key} {result[key]:.{task.digits}f}" for key in [task.score_name, *others])
     marks = {"partial": "partial", "init_tail": "tail vectors not trained"}
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
-    line = f"{name} {scores}  loss {result['loss']:.4f} nats  {result['tokens']:,} tokens"
+    line = f"{name} {scores}  loss {result['loss']:.4f} nats  {result[task.count]:,} {task.count}"
     return f"{line} ({marked})" if marked else line
 
 
 class _Meter:
-    """Loss, tokens and time since it was made. The loss stays on the device until it is asked for."""
+    """What is measured, of how much and how long, since it was made. It stays on the device until it is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, measured: Sequence[str]) -> None:
         self.started = self.shown = time.monotonic()
-        self.steps = self.tokens = 0
-        self._total: float | Tensor = 0.0
+        self.steps = self.count = 0
+        self._totals: dict[str, float | Tensor] = dict.fromkeys(measured, 0.0)
 
-    def add(self, loss: Tensor, tokens: int) -> None:
-        self._total = self._total + loss.detach() * tokens
-        self.tokens += tokens
+    def add(self, means: dict[str, Tensor], count: int) -> None:
+        for name, mean in means.items():
+            self._totals[name] = self._totals[name] + mean.detach() * count
+        self.count += count
         self.steps += 1
 
-    def total(self) -> float:
-        """Sum of the losses over all tokens; waits for the device."""
-        return float(self._total)
+    def totals(self) -> dict[str, float]:
+        """Sums over all tokens or examples; waits for the device."""
+        return {name: float(total) for name, total in self._totals.items()}
 
-    def loss(self) -> float:
-        """Mean loss of a token; waits for the device."""
+    def means(self) -> dict[str, float]:
+        """Means of a token or an example; waits for the device."""
         self.shown = time.monotonic()
-        return self.total() / self.tokens
+        return {name: total / self.count for name, total in self.totals().items()}
 
     @property
     def seconds(self) -> float:
@@ -176,8 +184,9 @@ class Trainer:
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
         self.best: dict[str, Any] | None = None
-        self.running = {"loss": 0.0, "tokens": 0, "seconds": 0.0}  # of this epoch, up to the last log line
-        self.meter = _Meter()  # since then
+        # Of this epoch, up to the last log line; and since then.
+        self.running = {**dict.fromkeys(task.measured, 0.0), "count": 0, "seconds": 0.0}
+        self.meter = _Meter(task.measured)
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -207,13 +216,14 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "seconds": self.seconds,
-            "running": {
-                "loss": self.running["loss"] + self.meter.total(),
-                "tokens": self.running["tokens"] + self.meter.tokens,
-                "seconds": self.running["seconds"] + self.meter.seconds,
-            },
+            "running": self._running(),
             "rng": checkpoint.rng_state(),
         }
+
+    def _running(self) -> dict[str, float]:
+        """The sums of the epoch so far."""
+        since = {**self.meter.totals(), "count": self.meter.count, "seconds": self.meter.seconds}
+        return {name: value + since[name] for name, value in self.running.items()}
 
     def restore(self, content: dict[str, Any]) -> None:
         """Put back what :meth:`checkpoint` returned; `content` is emptied, lest callers keep a second set of weights.
@@ -259,9 +269,8 @@ class Trainer:
     def run(self) -> Result:
         """Train to the last epoch (or `max_steps`), then score validation and test with the best weights."""
         try:
-            batches = self.task.batches(self.splits.train)
             while self.epoch < self.config.epochs and not self._stopped():
-                finished = self._train_epoch(batches)
+                finished = self._train_epoch(self.task.batches(self.splits.train, self.epoch))
                 self._end_epoch(finished)
         except Interrupted:
             with self.interrupts.held():
@@ -288,9 +297,9 @@ class Trainer:
         model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr
-        self.meter, saved = _Meter(), time.monotonic()
+        self.meter, saved = _Meter(task.measured), time.monotonic()
         told = self.epoch > 0
-        progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit="window")
+        progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
         with progress:
             for batch in map(batches.__getitem__, range(self.batch, len(batches))):
                 if self._stopped():
@@ -314,20 +323,21 @@ class Trainer:
                     saved = time.monotonic()
         return self.batch == len(batches)
 
-    def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """One update from one batch, in `accumulate` slices of its rows; returns the raw loss."""
+    def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """One update from one batch, in `accumulate` slices of its rows; returns the means of what is measured."""
         config, model = self.config, self.task.model
         self.optimizer.zero_grad(set_to_none=True)
         slices = list(zip(*(part.tensor_split(config.accumulate) for part in batch), strict=True))
         states = [None] * len(slices)
         if self.carry is not None:
             states = list(zip(*(part.tensor_split(config.accumulate) for part in self.carry), strict=True))
-        raw, carried = 0.0, []
+        means, carried = dict.fromkeys(self.task.measured, 0.0), []
         for part, state in zip(slices, states, strict=True):
             losses, state = self.task.loss(*part, state=state)
             share = part[0].size(0) / batch[0].size(0)
             (losses["loss"] * share).backward()
-            raw = raw + losses["raw"].detach() * share
+            for name in means:
+                means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
             carried.append(state)
         if config.clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -335,7 +345,7 @@ class Trainer:
         self.carry = None if carried[0] is None else tuple(torch.cat(parts) for parts in zip(*carried, strict=True))
         self.batch += 1
         self.step += 1
-        return raw
+        return means
 
     def _tell_duration(self, epoch: float) -> None:
         left = epoch * (self.config.epochs - self.epoch)
@@ -347,29 +357,28 @@ class Trainer:
         Raises:
             RunError: the loss is not finite.
         """
-        loss = self.meter.loss()
+        means, task = self.meter.means(), self.task
+        loss = means["loss"]
         if not math.isfinite(loss):
             raise RunError(
-                f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, window {self.batch}); "
-                "lower --lr or --clip"
+                f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, {task.batch_name} "
+                f"{self.batch}); lower --lr or --clip"
             )
-        score = self._score(loss)
-        speed = self.meter.tokens / self.meter.seconds
-        return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} tok/s"
+        score = self._score(task.training_score(means))
+        speed = self.meter.count / self.meter.seconds
+        return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} {task.unit}/s"
 
-    def _score(self, loss: float) -> str:
-        return f"{self.task.score_name} {self.task.score(loss):.{self.task.digits}f}"
+    def _score(self, score: float) -> str:
+        return f"{self.task.score_name} {score:.{self.task.digits}f}"
 
     def _log_steps(self, steps: int) -> None:
-        figures, loss = self._figures(), self.meter.loss()
-        self.folder.log(f"epoch {self.epoch + 1} window {self.batch}/{steps} step {self.step} {figures}")
+        figures, name = self._figures(), self.task.batch_name
+        self.folder.log(f"epoch {self.epoch + 1} {name} {self.batch}/{steps} step {self.step} {figures}")
         self.folder.record(
-            "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, loss=loss
+            "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, **self.meter.means()
         )
-        self.running["loss"] += self.meter.total()
-        self.running["tokens"] += self.meter.tokens
-        self.running["seconds"] += self.meter.seconds
-        self.meter = _Meter()
+        self.running = self._running()
+        self.meter = _Meter(self.task.measured)
 
     def _end_epoch(self, finished: bool) -> None:
         """Validate, remember the best, anneal, write the checkpoints, then report.
@@ -378,20 +387,27 @@ class Trainer:
         where it had been stopped.
         """
         with averaged(self.optimizer, self.interrupts.held):
-            valid = evaluate(self.task, self.splits.valid, "valid", self.config)
+            valid = self._validate()
         with self.interrupts.held():
             self._close_epoch(finished, valid)
 
-    def _close_epoch(self, finished: bool, valid: dict[str, Any]) -> None:
-        epoch, lr, name = self.epoch + 1, self.schedule.lr, self.task.score_name
-        train, seconds = self.running["loss"] / max(self.running["tokens"], 1), self.running["seconds"]
-        rate = self.running["tokens"] / max(seconds, 1e-9)
-        better = finished and (self.best is None or valid["loss"] < self.best["valid"]["loss"])
+    def _validate(self) -> dict[str, Any] | None:
+        if self.splits.valid is None:
+            return None
+        return evaluate(self.task, self.splits.valid, "valid", self.config)
+
+    def _close_epoch(self, finished: bool, valid: dict[str, Any] | None) -> None:
+        epoch, lr, name, seconds = self.epoch + 1, self.schedule.lr, self.task.score_name, self.running["seconds"]
+        train = {key: self.running[key] / max(self.running["count"], 1) for key in self.task.measured}
+        train_score = self.task.training_score(train)
+        rate = self.running["count"] / max(seconds, 1e-9)
+        # Without validation data the last epoch counts.
+        better = finished and (None in (self.best, valid) or self.task.is_better(valid, self.best["valid"]))
         if better:
             self.best = {"epoch": epoch, "valid": valid}
         if finished:
             was_averaging = self.schedule.averaging
-            self.schedule.step(epoch, valid["loss"])
+            self.schedule.step(epoch, (valid or train)["loss"])
             if self.schedule.averaging and not was_averaging:
                 self.optimizer = make_averaging(self.task.model.parameters(), self.config)
                 self.say(f"epoch {epoch:3d}  no gain in {self.config.anneal} epochs: averaging from here on")
@@ -400,14 +416,15 @@ class Trainer:
         self._save(better)
 
         line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
-            f"train {self._score(train)}  valid {self._score(valid['loss'])}{' *' if better else ''}  "
-            f"{_duration(seconds)}  {rate:,.0f} tok/s"
+            f"train {self._score(train_score)}  "
+            + (f"valid {self._score(valid[name])}{' *' if better else ''}  " if valid else "")
+            + f"{_duration(seconds)}  {rate:,.0f} {self.task.unit}/s"
         )
         self.say(line)
         self.folder.log(line)
         self.folder.record(
-            "epoch", epoch=epoch, step=self.step, lr=lr, train_loss=train, valid_loss=valid["loss"],
-            train_score=self.task.score(train), valid_score=valid[name], finished=finished,
+            "epoch", epoch=epoch, step=self.step, lr=lr, train_loss=train["loss"], train_score=train_score,
+            valid_loss=valid and valid["loss"], valid_score=valid and valid[name], finished=finished,
             train_seconds=seconds, seconds=self.seconds,
         )  # fmt: skip
 
@@ -442,13 +459,14 @@ class Trainer:
             del best
             valid = self.best["valid"]
         else:
-            valid = evaluate(self.task, self.splits.valid, "valid", self.config)
+            valid = self._validate()
         self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = evaluate(self.task, self.splits.test, "test", self.config)
         for split, result in (("valid", valid), ("test", test)):
-            line = score_line(self.task, split, result)
-            self.say(line)
-            self.folder.log(line)
+            if result is not None:
+                line = score_line(self.task, split, result)
+                self.say(line)
+                self.folder.log(line)
         everything = {}
         for split, (method, data) in self.splits.everything.items():
             everything[split] = evaluate(self.task, data, split, self.config, method)
@@ -462,7 +480,7 @@ class Trainer:
             epochs=self.epoch,
             steps=self.step,
             best_epoch=best_epoch,
-            complete=self.epoch >= self.config.epochs and "partial" not in valid and "partial" not in test,
+            complete=self.epoch >= self.config.epochs and "partial" not in test,
             seconds=self.seconds,
             everything=everything,
         )

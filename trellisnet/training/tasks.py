@@ -10,15 +10,29 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from trellisnet.core import State
-from trellisnet.models import TrellisLanguageModel
+from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
 
 Losses = dict[str, Tensor]
 Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known length, e.g. in a progress bar
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back to what every module was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class LanguageModeling:
@@ -44,6 +58,8 @@ class LanguageModeling:
 
     score_name = "ppl"
     digits = 2  # of a printed score
+    batch_name, unit, count = "window", "tok", "tokens"
+    measured = ("loss",)
 
     def __init__(
         self,
@@ -110,8 +126,8 @@ class LanguageModeling:
             )
         return range(0, max(rows.size(1) - 1 - unscored, 0), stride)
 
-    def batches(self, rows: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """The training windows of an epoch: (inputs, targets), cut out of `rows` when they are asked for.
+    def batches(self, rows: Tensor, epoch: int = 0) -> Sequence[tuple[Tensor, Tensor]]:
+        """The training windows of any epoch: (inputs, targets), cut out of `rows` when they are asked for.
 
         Raises:
             ValueError: the rows are shorter than one window.
@@ -119,7 +135,7 @@ class LanguageModeling:
         starts = self._starts(rows, True)
         if not starts:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
-        return _Windows(starts, lambda start: self._cut(rows, start, True))
+        return _Lazy(starts, lambda start: self._cut(rows, start, True))
 
     def size(self, batch: tuple[Tensor, Tensor]) -> int:
         """Scored tokens of a training window."""
@@ -189,7 +205,7 @@ class LanguageModeling:
         windows = self.windows(rows, training=False)
         if progress is not None:
             windows = progress(windows, len(self._starts(rows, False)))
-        with self._evaluating():
+        with _evaluating(self.model):
             total, tokens, state = 0.0, 0, None
             for _, inputs, targets in windows:
                 out = self.model(inputs, state)
@@ -225,7 +241,7 @@ class LanguageModeling:
         rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
         groups = [windows[:1]] if windows else []
         groups += [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)] + [[w] for w in rest]
-        with self._evaluating():
+        with _evaluating(self.model):
             total, tokens = 0.0, 0
             for group in progress(groups, len(groups)) if progress is not None else groups:
                 inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
@@ -239,38 +255,36 @@ class LanguageModeling:
             raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
         return {"loss": total / tokens, "tokens": tokens}
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode, and back to what every module was in."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-
     @staticmethod
     def score(loss: float) -> float:
         """Perplexity of a mean loss in nats."""
         return math.exp(loss) if loss < 700 else math.inf
 
-    def scores(self, loss: float, split: str) -> dict[str, float]:
-        """What is reported of a mean loss of a split ("train", "valid", "test"): :meth:`score` first."""
-        return {self.score_name: self.score(loss)}
+    def training_score(self, means: dict[str, float]) -> float:
+        """The score of what was measured while training."""
+        return self.score(means["loss"])
+
+    def scores(self, result: dict, split: str) -> dict[str, float]:
+        """What is reported of a result of a split ("valid" or "test"): :meth:`score` first."""
+        return {self.score_name: self.score(result["loss"])}
+
+    @staticmethod
+    def is_better(result: dict, best: dict) -> bool:
+        """Whether a validation result is to be preferred to the best one so far."""
+        return result["loss"] < best["loss"]
 
 
-class _Windows(Sequence):
-    """Windows that are cut when they are looked at."""
+class _Lazy(Sequence):
+    """Batches that are made when they are looked at: `make` of every start."""
 
-    def __init__(self, starts: range, cut: Callable[[int], tuple[Tensor, Tensor]]):
-        self._starts, self._cut = starts, cut
+    def __init__(self, starts: range, make: Callable[[int], tuple[Tensor, Tensor]]):
+        self._starts, self._make = starts, make
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._cut(self._starts[index])
+        return self._make(self._starts[index])
 
 
 class CharacterModeling(LanguageModeling):
@@ -298,7 +312,121 @@ class CharacterModeling(LanguageModeling):
         """Bits of a mean loss in nats."""
         return loss / math.log(2)
 
-    def scores(self, loss: float, split: str) -> dict[str, float]:
+    def scores(self, result: dict, split: str) -> dict[str, float]:
         """Bits per character on every denominator."""
-        bpc = self.score(loss)
+        bpc = self.score(result["loss"])
         return {"bpc": bpc} | {f"bpc_{name}": bpc / ratios[split] for name, ratios in self.symbols.items()}
+
+
+class Classification:
+    """One class for a whole sequence (section 5.2, Table 4), scored by accuracy.
+
+    Args:
+        model: the classifier.
+        batch_size: sequences of a training batch; the last one of an epoch may be smaller.
+        eval_batch_size: sequences that are evaluated at a time; it does not change results.
+        prepare: what is done to a batch of stored sequences (n, L, C), of any dtype, before the model gets it.
+        seed: of the order of the training data, which is another one in every epoch.
+    """
+
+    score_name = "accuracy"
+    digits = 4
+    batch_name, unit, count = "batch", "seq", "examples"
+    measured = ("loss", "accuracy")
+
+    def __init__(
+        self,
+        model: TrellisClassifier,
+        *,
+        batch_size: int,
+        eval_batch_size: int = 64,
+        prepare: Callable[[Tensor], Tensor] = lambda sequences: sequences,
+        seed: int = 0,
+    ):
+        self.model = model
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.prepare = prepare
+        self.seed = seed
+
+    def batches(self, data: tuple[Tensor, Tensor], epoch: int = 0) -> Sequence[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, shuffled by seed and epoch: (inputs, targets), made when they are asked for.
+
+        Args:
+            data: sequences (n, L, C) and their classes, int64 (n,).
+            epoch: counted from 0.
+        """
+        sequences, classes = data
+        # A stream of numbers for every pair of seed and epoch; the global ones are left alone.
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(classes))
+        order = torch.from_numpy(order).to(classes.device)
+
+        def make(start: int) -> tuple[Tensor, Tensor]:
+            chosen = order[start : start + self.batch_size]
+            return self.prepare(sequences[chosen]), classes[chosen]
+
+        return _Lazy(range(0, len(classes), self.batch_size), make)
+
+    def size(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Sequences of a batch."""
+        return batch[1].numel()
+
+    def loss(
+        self, inputs: Tensor, targets: Tensor, state: None = None, masks: Masks | None = None
+    ) -> tuple[Losses, None]:
+        """Loss of a batch.
+
+        Args:
+            inputs: (N, L, C).
+            targets: classes, int64 (N,).
+            state: nothing is carried.
+            masks: explicit dropout masks.
+
+        Returns:
+            0-dim terms `loss` and `raw` (the same, nats a sequence) and `accuracy` (0 to 1); and no state.
+        """
+        logits = self.model(inputs, masks=masks).logits
+        loss = F.cross_entropy(logits, targets)
+        accuracy = (logits.argmax(1) == targets).float().mean()
+        return {"loss": loss, "raw": loss, "accuracy": accuracy}, None
+
+    @torch.no_grad()
+    def evaluate(
+        self, data: tuple[Tensor, Tensor], *, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> dict:
+        """Mean loss and accuracy in evaluation mode; the model's mode is put back afterwards.
+
+        Args:
+            data: sequences (n, L, C) and their classes, int64 (n,).
+            max_tokens: stop after the batch in which so many sequences have been scored.
+            progress: wraps the batches, e.g. in a progress bar.
+
+        Returns:
+            `loss` in nats, `accuracy` from 0 to 1, and the number of `examples`.
+        """
+        sequences, classes = data
+        starts = range(0, len(classes), self.eval_batch_size)
+        total, right, examples = 0.0, 0, 0
+        with _evaluating(self.model):
+            for start in progress(starts, len(starts)) if progress is not None else starts:
+                part = slice(start, start + self.eval_batch_size)
+                logits, targets = self.model(self.prepare(sequences[part])).logits, classes[part]
+                total += F.cross_entropy(logits, targets, reduction="sum").item()
+                right += (logits.argmax(1) == targets).sum().item()
+                examples += targets.numel()
+                if max_tokens is not None and examples >= max_tokens:
+                    break
+        return {"loss": total / examples, "accuracy": right / examples, "examples": examples}
+
+    def training_score(self, means: dict[str, float]) -> float:
+        """Accuracy while training, dropout on."""
+        return means["accuracy"]
+
+    def scores(self, result: dict, split: str) -> dict[str, float]:
+        """The accuracy of a result."""
+        return {"accuracy": result["accuracy"]}
+
+    @staticmethod
+    def is_better(result: dict, best: dict) -> bool:
+        """Whether a validation result is to be preferred to the best one so far."""
+        return (result["accuracy"], -result["loss"]) > (best["accuracy"], -best["loss"])

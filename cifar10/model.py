@@ -1,0 +1,31 @@
+"""Settings and model of sequential CIFAR-10. Defaults are those of the authors' released script, but not permuted."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
+from trellisnet.training.config import setting
+
+__all__ = ["Config", "build_model"]
+
+
+@dataclass(kw_only=True)
+class Config(ClassificationConfig):
+    """Train a TrellisNet on CIFAR-10, pixel by pixel."""
+
+    task: ClassVar[str] = "cifar10"
+    default_data: ClassVar[str] = "data/cifar10"
+    mean: ClassVar = (0.5, 0.5, 0.5)
+    std: ClassVar = (0.5, 0.5, 0.5)
+    presets: ClassVar = {
+        **PRESETS,
+        # Some two hours on two CPU cores.
+        "small": {
+            "name": "small", "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.1, "wdrop": 0.0, "epochs": 8,
+            "when": [5, 7],
+        },
+    }  # fmt: skip
+
+    name: str = setting("Trellis_seqCIFAR", "name of the run; its folder is runs/cifar10/<name> unless --out is given")
+    data: str = setting("", "folder with the six batches (binary version), or 'synthetic'; default: data/cifar10 here")
+    permute: bool = setting(False, "permute the pixels, all images alike")

@@ -1,0 +1,14 @@
+"""Train or score a TrellisNet on sequential or permuted MNIST: `python pmnist/train.py --help`."""
+
+import functools
+import sys
+
+from pmnist import data
+from pmnist.model import Config
+from trellisnet.training import classification, cli
+
+setup = functools.partial(classification.setup, data.load)
+main = functools.partial(cli.main, Config, setup)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+# Sourced by table1.sh … table6.sh, which name their rows. Every row is trained once a seed into
+# runs/tables/<table>/<row>/seed-<seed>; finished ones are skipped and interrupted ones continued, so that a script can
+# simply be started again. `python scripts/collect.py --table N` prints what there is.
+#
+#   SEEDS="1 2 3"   seeds (default: 1111, the authors')
+#   ROWS="a b"      only these rows
+#   SMOKE=1         every row for a few steps, tiny, on synthetic data, into runs/smoke instead
+#   ARGS="..."      further flags for every run, e.g. "--device cuda:1 --accumulate 2"
+#   PY=python       this Python instead of one in .venv
+
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ -z "${PY:-}" ]; then
+    . "$ROOT/scripts/venv.sh"
+    use_venv ""
+fi
+TABLE="$(basename "$0" .sh)"
+
+# What makes a run of a few seconds of any row.
+SMOKE_ALL="--data synthetic --overwrite --epochs 1 --max_steps 2 --max_eval_tokens 100 --nhid 8"
+SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
+
+# train TASK FLAGS...: the row that calls it, once a seed.
+train() {
+    local task="$1" row="${FUNCNAME[1]}" seed out flags
+    shift
+    for seed in ${SEEDS:-1111}; do
+        flags=("$@" --seed "$seed")
+        if [ -n "${SMOKE:-}" ]; then
+            out="$ROOT/runs/smoke/$TABLE/$row/seed-$seed"
+            read -ra more <<<"$SMOKE_ALL"
+            flags+=("${more[@]}")
+            case "$task" in
+            *ptb | wt103)
+                read -ra more <<<"$SMOKE_LANGUAGE"
+                flags+=("${more[@]}")
+                ;;
+            esac
+        else
+            out="$ROOT/runs/tables/$TABLE/$row/seed-$seed"
+            if [ -f "$out/metrics.json" ]; then
+                echo "$TABLE $row, seed $seed: finished"
+                continue
+            fi
+            if [ -f "$out/last.pt" ]; then
+                flags=(--resume)
+            fi
+        fi
+        read -ra more <<<"${ARGS:-}"
+        echo "$TABLE $row, seed $seed: python $task/train.py ${flags[*]} ${more[*]:-}"
+        "$PY" "$ROOT/$task/train.py" "${flags[@]}" ${more[@]+"${more[@]}"} --out "$out" --metrics "$out/metrics.json"
+    done
+}
+
+# rows NAME...: run them, or those of them that ROWS names.
+rows() {
+    local name
+    for name in ${ROWS:-"$@"}; do
+        case " $* " in
+        *" $name "*) "$name" ;;
+        *)
+            echo "error: $TABLE has no row $name; it has: $*" >&2
+            exit 2
+            ;;
+        esac
+    done
+}
