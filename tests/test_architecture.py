@@ -11,7 +11,7 @@ from trellisnet.training.config import PROJECT
 # Each floor may import from those after it.
 FLOORS = ["tasks", "training", "weights", "models", "heads", "core", "regularization", "data", "ops", "foundation"]
 FOUNDATION = {"errors", "serialization"}
-TASKS = {"word_ptb"}
+TASKS = {"word_ptb", "pmnist", "cifar10"}
 FILES = sorted(path for top in ("trellisnet", *TASKS) for path in (PROJECT / top).rglob("*.py"))
 
 
