@@ -1,14 +1,28 @@
 #!/usr/bin/env bash
-# Fetch the data that are missing: Penn Treebank into data/penn. Files that are there are left alone.
-# usage: bash scripts/get_data.sh [ptb]
+# Fetch the data that are missing: Penn Treebank (ptb) into data/penn, the others into data/<their name>. Files that are
+# there are left alone.
+# usage: bash scripts/get_data.sh [ptb|wikitext-103|mnist|cifar10|all]
 set -euo pipefail
 
-if [ $# -gt 1 ] || [ "${1:-ptb}" != ptb ]; then
-    printf 'error: %s: no such data; usage: bash scripts/get_data.sh [ptb]\n' "$*" >&2
+sets=()
+[ $# -gt 1 ] || case "${1-ptb}" in
+    ptb) sets=(word_ptb.data:penn) ;;
+    wikitext-103) sets=(wt103.data:wikitext-103) ;;
+    mnist) sets=(pmnist.data:mnist) ;;
+    cifar10) sets=(cifar10.data:cifar10) ;;
+    all) sets=(word_ptb.data:penn wt103.data:wikitext-103 pmnist.data:mnist cifar10.data:cifar10) ;;
+esac
+if [ ${#sets[@]} -eq 0 ]; then
+    usage='usage: bash scripts/get_data.sh [ptb|wikitext-103|mnist|cifar10|all]'
+    printf 'error: %s: no such data; %s\n' "$*" "$usage" >&2
     exit 2
 fi
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv ""
 
 cd "$ROOT"
-"$PY" -m word_ptb.data data/penn
+status=0
+for set in "${sets[@]}"; do
+    "$PY" -m "${set%%:*}" "data/${set#*:}" || status=$? # the others may do better
+done
+exit "$status"

@@ -552,9 +552,10 @@ def test_the_command_says_what_it_did(ptb, tmp_path, capsys):
 
 def test_the_script_knows_its_names():
     script = PROJECT / "scripts" / "get_data.sh"
-    for arguments in (["no such"], ["ptb", "more"]):
+    names = "[ptb|wikitext-103|mnist|cifar10|all]"
+    for arguments in (["no such"], ["ptb", "more"], [""]):
         done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.splitlines() == [
-            f"error: {' '.join(arguments)}: no such data; usage: bash scripts/get_data.sh [ptb]"
+            f"error: {' '.join(arguments)}: no such data; usage: bash scripts/get_data.sh {names}"
         ]

@@ -1,0 +1,141 @@
+"""MNIST: four IDX files, plain or compressed, as sequences of 784 grey pixels."""
+
+import functools
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from trellisnet.data import download, pixels
+from trellisnet.data.download import Source
+from trellisnet.data.pixels import OWN, SYNTHETIC, Images, Split
+from trellisnet.errors import UserError
+
+LABEL = "MNIST"
+MEAN, STD = (0.1307,), (0.3081,)  # of the training images, for pixels.normalise
+
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "http://yann.lecun.com/exdb/mnist/",
+)
+# Name, number of dimensions, md5 of the content unpacked, md5 and size of the file as it is published.
+_FILES = [
+    ("train-images-idx3-ubyte", 3, "6bbc9ace898e44ae57da46a324031adb", "f68b3c2dcbeaaa9fbdd348bbdeb94873", 9_912_422),
+    ("train-labels-idx1-ubyte", 1, "a25bea736e30d166cdddb491f175f624", "d53e105ee54ea40749a09fcbcd1e9432", 28_881),
+    ("t10k-images-idx3-ubyte", 3, "2646ac647ad5339dbf082846283269ea", "9fb629c4189551a2d022fa330f9573f3", 1_648_877),
+    ("t10k-labels-idx1-ubyte", 1, "27ae3e4e09519cfbb04c329615203637", "ec29112dd5afa0611ce80d1b7f02629c", 4_542),
+]
+DIMENSIONS = {name: dimensions for name, dimensions, *_ in _FILES}
+MD5 = {name: md5 for name, _, md5, *_ in _FILES}
+SOURCES = {
+    name: Source(f"{name}.gz", tuple(f"{mirror}{name}.gz" for mirror in MIRRORS), md5, size)
+    for name, _, _, md5, size in _FILES
+}
+
+
+def find(name: str, folder: Path) -> Path | None:
+    """The file of this name, or of this name and `.gz`; None if neither is in `folder`."""
+    paths = (folder / name, folder / f"{name}.gz")
+    return next((path for path in paths if path.exists()), None)
+
+
+def fetch(folder: str | Path) -> list[Path]:
+    """Fetch the files of MNIST that are missing in `folder`, compressed as they are published.
+
+    Returns:
+        paths of those that were missing.
+
+    Raises:
+        UserError: another file is there under one of the names, and nothing is fetched; or as in
+            :func:`trellisnet.data.download.fetch_all`.
+        RunError: the disk is full.
+    """
+    folder = Path(folder)
+    there = {name: path for name in MD5 if (path := find(name, folder))}
+    if len(there) < len(MD5):
+        for name, path in there.items():
+            if pixels.idx_md5(pixels.read_idx(path, DIMENSIONS[name])) != MD5[name]:
+                raise UserError(
+                    f"{path}: is not that of MNIST, so the files that are missing beside it are not fetched; put those "
+                    "that belong with it there, or move it away"
+                )
+    return download.fetch_all([source for name, source in SOURCES.items() if name not in there], folder)
+
+
+def load(folder: str | Path, download: bool = False, validation: bool = True) -> Images:
+    """Read the images. It warns of files that are not those of MNIST.
+
+    Args:
+        folder: holds the four files, each with or without `.gz`; or "synthetic" for small drawings of our own.
+        download: fetch the files of MNIST that are missing, see :func:`fetch`.
+        validation: hold out the last training images, see :func:`trellisnet.data.pixels.assemble`.
+
+    Returns:
+        sequences of one colour: (n, 784, 1), of another length for images of your own of another size.
+
+    Raises:
+        UserError: missing, damaged or unfitting files; none that could be fetched.
+        RunError: the disk is full.
+    """
+    if str(folder) == SYNTHETIC:
+        return pixels.assemble(*pixels.synthetic_strokes(colour=False), validation=validation, label=SYNTHETIC)
+    folder = Path(folder)
+    if download:
+        fetch(folder)
+    paths = _paths(folder)
+    arrays = {name: pixels.read_idx(path, DIMENSIONS[name]) for name, path in paths.items()}
+    (train, train_size), (test, test_size) = (
+        _split(paths[images], arrays[images], paths[labels], arrays[labels])
+        for images, labels in zip(list(MD5)[::2], list(MD5)[1::2], strict=True)
+    )
+    if train_size != test_size:
+        raise UserError(
+            f"{folder}: the training images are {train_size}, the test images {test_size}; put images of one size there"
+        )
+    others = [
+        f"{paths[name]} has md5 {md5} instead of {MD5[name]} (unpacked)"
+        for name, array in arrays.items()
+        if (md5 := pixels.idx_md5(array)) != MD5[name]
+    ]
+    if others:
+        which = "only a part of this" if len(others) < len(MD5) else "none of this"
+        warnings.warn(f"{which} is {LABEL}: {', '.join(others)}; going on with it as images of your own", stacklevel=2)
+    return pixels.assemble(train, test, validation=validation, label=OWN if others else LABEL)
+
+
+def _paths(folder: Path) -> dict[str, Path]:
+    """Every file, by name."""
+    pixels.check_folder(folder)
+    found = {name: find(name, folder) for name in MD5}
+    if missing := [name for name, path in found.items() if path is None]:
+        raise UserError(
+            f"{folder}: {', '.join(missing)} (or with .gz) not found there; put what is missing there or name another "
+            "folder with --data"
+        )
+    return found
+
+
+def _split(images_at: Path, images: np.ndarray, labels_at: Path, labels: np.ndarray) -> tuple[Split, str]:
+    """A split, and the size of its images in words."""
+    if len(images) != len(labels):
+        raise UserError(
+            f"{labels_at}: holds {len(labels):,} labels for the {len(images):,} images of {images_at}; put those that "
+            "belong together there"
+        )
+    count, height, width = images.shape
+    return pixels.as_split(images.reshape(count, height * width, 1), labels, labels_at), f"{height} × {width}"
+
+
+main = functools.partial(
+    download.main,
+    "pmnist.data",
+    "Fetch MNIST (12 MB).",
+    "data/mnist",
+    [source.name for source in SOURCES.values()],
+    fetch,
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

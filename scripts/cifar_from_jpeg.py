@@ -1,0 +1,161 @@
+"""Turn an .npz of JPEG pictures into batches as those of CIFAR-10's binary version, marked as what they are.
+
+The .npz holds, for train and test, NAME_jpeg (uint8: all files one after the other), NAME_offsets (n + 1 integers:
+where each begins, and the end of the last) and NAME_labels (n integers from 0 to 9). Needs Pillow.
+
+    python scripts/cifar_from_jpeg.py pictures.npz data/cifar10-jpeg
+    python cifar10/train.py --data data/cifar10-jpeg
+"""
+
+import argparse
+import io
+import itertools
+import struct
+import sys
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+try:
+    from PIL import Image
+except ImportError:  # told when it is needed
+    Image = None
+
+from cifar10.data import COLOURS, NAMES, RECORD, SIDE, SOURCE_NAME, TRAIN_NAMES
+from trellisnet import serialization
+from trellisnet.data.pixels import CLASSES
+from trellisnet.errors import RunError, UserError, unwritable
+
+LABEL = "CIFAR-10 (JPEG)"
+KEYS = [f"{split}_{key}" for split in ("train", "test") for key in ("jpeg", "offsets", "labels")]
+
+# What numpy raises on a damaged file; MemoryError for one that claims too much.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, MemoryError)
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the file.
+
+    Raises:
+        UserError: missing or damaged, or without one of the keys.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name the .npz with the pictures")
+    try:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise UserError(f"{path}: is a single array; expected an .npz with {', '.join(KEYS)}")
+            if missing := [key for key in KEYS if key not in content]:
+                raise UserError(f"{path}: does not hold {', '.join(missing)}; name another file")
+            return {key: np.asarray(content[key]) for key in KEYS}  # a member that is no array comes as bytes
+    except UserError:
+        raise
+    except _DAMAGE as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+        raise UserError(f"{path}: not an .npz file of plain arrays, or a damaged one ({reason}); get it again") from e
+
+
+def records(path: Path, arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
+    """(n, 3073) uint8: label and planes of every picture of a split.
+
+    Raises:
+        UserError: arrays that do not fit together, or a picture that cannot be decoded or has another size.
+    """
+    jpeg, offsets, labels = (arrays[f"{split}_{key}"] for key in ("jpeg", "offsets", "labels"))
+    integers = offsets.dtype.kind in "iu" and labels.dtype.kind in "iu"
+    if (jpeg.dtype, jpeg.ndim, offsets.ndim, labels.ndim) != (np.uint8, 1, 1, 1) or not integers:
+        raise UserError(
+            f"{path}: {split}_jpeg must be 1-D uint8, {split}_offsets and {split}_labels 1-D integers, not "
+            f"{jpeg.ndim}-D {jpeg.dtype}, {offsets.ndim}-D {offsets.dtype} and {labels.ndim}-D {labels.dtype}"
+        )
+    if not len(labels) or len(offsets) != len(labels) + 1:
+        raise UserError(f"{path}: {len(offsets)} {split}_offsets for {len(labels)} {split}_labels; expected one more")
+    if offsets[0] != 0 or offsets[-1] != len(jpeg) or (offsets[1:] <= offsets[:-1]).any():
+        raise UserError(f"{path}: {split}_offsets must rise from 0 to {len(jpeg)}, the length of {split}_jpeg")
+    if labels.min() < 0 or labels.max() >= CLASSES:
+        raise UserError(f"{path}: {split}_labels are {labels.min()} to {labels.max()}, expected 0 to {CLASSES - 1}")
+    found = np.empty((len(labels), RECORD), np.uint8)
+    found[:, 0] = labels
+    for number, (start, end) in enumerate(itertools.pairwise(offsets)):
+        try:
+            found[number, 1:] = decode(jpeg[start:end].tobytes())
+        except UserError as e:
+            raise UserError(f"{path}: picture {number} of {split} {e}") from e
+    return found
+
+
+def decode(jpeg: bytes) -> np.ndarray:
+    """The planes of a picture one after the other, (3072,) uint8.
+
+    Raises:
+        UserError: not a JPEG file, a damaged one, or one of another size.
+    """
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),  # of pictures that are too large anyway
+            Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as picture,
+        ):
+            if picture.size != (SIDE, SIDE):
+                raise UserError(f"has {picture.width} × {picture.height} pixels, expected {SIDE} × {SIDE}")
+            pixels = np.asarray(picture.convert("RGB"))
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as e:
+        raise UserError("cannot be decoded; expected a JPEG file") from e
+    return pixels.reshape(SIDE * SIDE, COLOURS).T.ravel()
+
+
+def convert(source: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Write the batches and SOURCE.txt; returns the batches by name.
+
+    Raises:
+        UserError: no Pillow, a file that :func:`read` or :func:`records` refuses, a folder with other batches, or one
+            that cannot be written.
+        RunError: the disk is full.
+    """
+    if Image is None:
+        raise UserError("Pillow, which decodes the pictures, is not installed; pip install pillow")
+    others = [name for name in NAMES if (folder / name).exists()]
+    if others and not (folder / SOURCE_NAME).exists():
+        raise UserError(f"{folder}: holds other batches ({others[0]}); name another folder")
+    arrays = read(source)
+    train, test = (records(source, arrays, split) for split in ("train", "test"))
+    if len(train) < len(TRAIN_NAMES):
+        raise UserError(f"{source}: {len(train)} training pictures are too few for {len(TRAIN_NAMES)} batches")
+    batches = dict(zip(NAMES, [*np.array_split(train, len(TRAIN_NAMES)), test], strict=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The mark goes first, so that the batches are never without it.
+        for name, content in {SOURCE_NAME: f"{LABEL}\n".encode(), **batches}.items():
+            with serialization.atomic_write(folder / name) as file:
+                file.write(content)
+    except OSError as e:
+        raise unwritable(f"{folder}: the batches cannot be written there", e) from e
+    return batches
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help=".npz file with the pictures")
+    parser.add_argument("folder", type=Path, help="where the batches go, made if need be")
+    args = parser.parse_args(argv)
+    try:
+        batches = convert(args.source, args.folder)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"failed: {e}", file=sys.stderr)
+        return 1
+    for name, batch in batches.items():
+        print(f"{args.folder / name}: {len(batch):,} pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""Images as sequences of pixels: IDX files, splits, normalisation, a fixed permutation, and drawings of our own.
+
+Letters: n images, L pixels (row by row), C colours.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trellisnet.errors import UserError
+
+VALIDATION = 5000  # images held out, as in the paper; of small sets a tenth
+CLASSES = 10
+SYNTHETIC = "synthetic"
+OWN = "own images"
+
+_BLOCK = 1 << 16  # bytes
+_MAX_SIZE = 1 << 30  # bytes of an unpacked IDX file
+_GZIP = b"\x1f\x8b"
+_IDX_BYTES = b"\0\0\x08"  # then the number of dimensions
+
+
+class Split(NamedTuple):
+    """Images and their classes: pixels (n, L, C) uint8, labels (n,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of images.
+
+    Args:
+        train, valid, test: the splits; valid is None when nothing is held out.
+        n_classes: labels are below this.
+        sha256: digest of the content, whatever is held out of it.
+        label: what to call the images in logs and results.
+    """
+
+    train: Split
+    valid: Split | None
+    test: Split
+    n_classes: int
+    sha256: str
+    label: str
+
+
+def assemble(train: Split, test: Split, *, validation: bool, label: str) -> Images:
+    """Images of 10 classes; with `validation` 5,000 of the training images are held out, but at most a tenth.
+
+    Raises:
+        UserError: fewer than ten training images to hold some out of.
+    """
+    total = hashlib.sha256()
+    for tensor in (*train, *test):
+        total.update(f"{tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().numpy())
+    held_out = min(VALIDATION, len(train.labels) // 10) if validation else 0
+    if validation and not held_out:
+        raise UserError(
+            f"{len(train.labels)} training images are too few to hold out a tenth for validation; add some, or hold "
+            "none out"
+        )
+    train, valid = split_validation(train, held_out)
+    return Images(train, valid, test, CLASSES, total.hexdigest(), label)
+
+
+def split_validation(train: Split, n: int) -> tuple[Split, Split | None]:
+    """Hold out the last `n` images, sharing their memory; None for n = 0.
+
+    Raises:
+        ValueError: n is negative, or no image would be left.
+    """
+    rest = len(train.labels) - n
+    if not 0 < rest <= len(train.labels):
+        raise ValueError(f"n: expected 0 to {len(train.labels) - 1} of {len(train.labels)} images, got {n}")
+    return Split(*(t[:rest] for t in train)), Split(*(t[rest:] for t in train)) if n else None
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(pixels / 255 - mean) / std, colour by colour.
+
+    Args:
+        pixels: (n, L, C) uint8.
+        mean, std: of length C, on the scale from 0 to 1.
+
+    Returns:
+        (n, L, C) float32, on the device of `pixels`.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def permutation(length: int, seed: int) -> Tensor:
+    """A permutation of 0 … length - 1, (length,) int64, fixed by the seed; no other random numbers are drawn."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """An IDX file of unsigned bytes, plain or compressed by gzip (its content tells, not its name).
+
+    Args:
+        path: the file.
+        dimensions: how many it must have: 1 for labels, 3 for grey images.
+
+    Returns:
+        uint8, of the sizes in its header.
+
+    Raises:
+        UserError: missing or unreadable, not such a file, damaged, empty, or longer or shorter than its header says.
+    """
+    with _unpacked(path) as file:
+        magic = file.read(4)
+        if magic != _IDX_BYTES + bytes([dimensions]):
+            raise UserError(
+                f"{path}: is not an IDX file of unsigned bytes in {dimensions} dimension(s): it begins with "
+                f"{magic.hex() or 'nothing'} instead of {_IDX_BYTES.hex()}{dimensions:02x}; put the right file there"
+            )
+        header = file.read(4 * dimensions)
+        if len(header) < 4 * dimensions:
+            raise UserError(f"{path}: ends within its header; get it again")
+        sizes = np.frombuffer(header, ">u4").tolist()
+        size = math.prod(sizes)
+        if not 0 < size <= _MAX_SIZE:
+            claim = " × ".join(map(str, sizes))
+            raise UserError(f"{path}: claims {claim} bytes, expected 1 to {_MAX_SIZE:,}; put the right file there")
+        content = bytearray()
+        while len(content) <= size and (block := file.read(min(_BLOCK, size + 1 - len(content)))):
+            content += block
+    if len(content) != size:
+        relation = "more" if len(content) > size else "fewer"
+        raise UserError(f"{path}: holds {relation} bytes than the {size:,} that its header claims; get it again")
+    return np.frombuffer(content, np.uint8).reshape(sizes)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == _GZIP
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) if packed else contextlib.nullcontext(file) as unpacked:
+                yield unpacked
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: damaged gzip file ({e}); get it again") from e
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); put it there or name another folder") from e
+
+
+def idx_header(array: np.ndarray) -> bytes:
+    """What an IDX file of these unsigned bytes begins with."""
+    return _IDX_BYTES + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+
+
+def idx_md5(array: np.ndarray) -> str:
+    """md5 of the unpacked IDX file that the array was read from: its content leaves only one."""
+    total = hashlib.md5(idx_header(array), usedforsecurity=False)
+    total.update(array)
+    return total.hexdigest()
+
+
+def as_split(pixels: np.ndarray, labels: np.ndarray, labels_at: Path) -> Split:
+    """Tensors of the pixels (n, L, C) and their labels (n,), both uint8, after a look at the labels.
+
+    Raises:
+        UserError: a label above 9 in the file `labels_at`.
+    """
+    if labels.max() >= CLASSES:
+        raise UserError(f"{labels_at}: holds the label {labels.max()}, expected 0 to {CLASSES - 1}; get it again")
+    return Split(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse with a UserError what is no folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of the images with --data, or try --data synthetic")
+
+
+# -- drawings ----------------------------------------------------------------------------------------------------------
+
+TRAIN_IMAGES, TEST_IMAGES = 3000, 500
+SEED = 2019
+
+_D = 0.7071
+_RING = [(1, 0), (_D, _D), (0, 1), (-_D, _D), (-1, 0), (-_D, -_D), (0, -1), (_D, -_D), (1, 0)]
+# Lines through points (x to the right, y down, both from -1 to 1), by class.
+_SHAPES = [
+    [_RING],
+    [[(0, -1), (0, 1)]],
+    [[(-1, 0), (1, 0)]],
+    [[(-1, -1), (1, 1)]],
+    [[(-1, 1), (1, -1)]],
+    [[(0, -1), (0, 1)], [(-1, 0), (1, 0)]],
+    [[(-1, -1), (1, 1)], [(-1, 1), (1, -1)]],
+    [[(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)]],
+    [_RING[:5]],
+    [_RING[4:]],
+]
+
+
+def synthetic_strokes(*, colour: bool, seed: int = SEED) -> tuple[Split, Split]:
+    """Small drawings of strokes, crosses, arcs and boxes: 28 × 28 in grey, or 32 × 32 in colour.
+
+    Size, position, slant, thickness and brightness vary, and there is noise. Nothing in them is taken from anywhere,
+    and results on them are results on nothing.
+
+    Returns:
+        train and test split; the same ones for the same seed on every machine.
+    """
+    side, colours = (32, 3) if colour else (28, 1)
+    n = TRAIN_IMAGES + TEST_IMAGES
+    # The raw numbers of a generator are the only ones that numpy promises to keep. What follows is arithmetic and
+    # square roots, which every machine rounds alike.
+    draw = np.random.PCG64(seed).random_raw
+    labels = (draw(n) % np.uint64(CLASSES)).astype(np.int64)
+    x, y, size, slant, thickness, *tones = (draw(n * (5 + 2 * colours)) >> np.uint64(11)).reshape(-1, n) / 2.0**53
+    ink = 0.7 + 0.3 * np.stack(tones[:colours], -1)[:, None]
+    paper = (0.4 if colour else 0.0) * np.stack(tones[colours:], -1)[:, None]
+    noise = draw(n * side * side * colours // 8).astype("<u8").view(np.uint8).reshape(n, side * side, colours)
+    pixels = np.empty_like(noise)
+    for label, lines in enumerate(_SHAPES):
+        chosen = labels == label
+        x_, y_, size_, slant_, thickness_ = (v[chosen, None] for v in (x, y, size, slant, thickness))
+        radius = side * (0.2 + 0.12 * size_)
+        away = _distance(side, lines, side * (0.4 + 0.2 * x_), side * (0.4 + 0.2 * y_), radius, 0.4 * slant_ - 0.2)
+        covered = np.clip(1.5 + thickness_ - away, 0, 1)[..., None]
+        tone = paper[chosen] + (ink[chosen] - paper[chosen]) * covered
+        pixels[chosen] = (224 * tone).astype(np.uint8) + (noise[chosen] >> 3)
+    return split_validation(Split(torch.from_numpy(pixels), torch.from_numpy(labels)), TEST_IMAGES)
+
+
+def _distance(side, lines, x, y, radius, slant):
+    """Distance of every pixel (row by row) to the nearest line, in pixels. Parameters (n, 1); returns (n, side²)."""
+    rows, columns = (axis.reshape(1, -1) for axis in np.indices((side, side)) + 0.5)
+    nearest = np.inf
+    for line in lines:
+        corners = [(x + radius * (u + slant * v), y + radius * v) for u, v in line]
+        for (x1, y1), (x2, y2) in itertools.pairwise(corners):
+            dx, dy = x2 - x1, y2 - y1
+            along = np.clip(((columns - x1) * dx + (rows - y1) * dy) / (dx * dx + dy * dy), 0, 1)
+            across, down = columns - x1 - along * dx, rows - y1 - along * dy
+            nearest = np.minimum(nearest, across * across + down * down)
+    return np.sqrt(nearest)
