@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from test_ops import random_inputs
-from trellisnet import ops
+from trellisnet import TrellisNet, ops
+from trellisnet.regularization import Masks
 
 IMAGE = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 COUNTS = [(11, 784, 1571), (11, 1024, 2047), (16, 784, 4831), (16, 1024, 6222)]
@@ -67,6 +68,9 @@ def test_dependencies_by_hand():
 def test_dependencies_of_an_image(num_layers, length, count):
     positions = ops.dependencies(length, num_layers, IMAGE, 2)
     assert sum(map(len, positions)) == count
+    module = TrellisNet(1, 3, num_layers, dilation=IMAGE)
+    assert module.layer_steps(length, last_only=True) == count
+    assert module.layer_steps(length) == num_layers * length
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -125,3 +129,64 @@ def test_nothing_is_made_for_positions_that_do_not_count(num_layers, dilation, l
         output, _, _ = ops.last_step(**inputs, state=state, num_layers=num_layers, dilation=dilation, output_size=6)
         output.sum().backward()
     assert 0 < watch.largest <= largest
+
+
+def image_net(**options):
+    torch.manual_seed(3)
+    module = TrellisNet(3, 5, 4, output_size=2, dilation=(1, 1, 2, 4), dtype=torch.float64, **options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.5)
+    return module, torch.randn(2, 13, 3, dtype=torch.float64), tuple(torch.randn(2, 2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_through_the_module(weight_norm, with_state):
+    module, x, state = image_net(weight_norm=weight_norm, hidden_dropout=0.4, weight_dropout=0.3)
+    masks = Masks(
+        weight_x=torch.rand(20, 3, 1) > 0.3, weight_h=torch.rand(20, 5, 1) > 0.3, hidden=torch.rand(2, 5, 1) > 0.4
+    )
+    module.train()
+    for given in (masks, Masks()):
+        full, last = (module(x, state if with_state else None, last_only=v, masks=given) for v in (False, True))
+        assert last.output.shape == (2, 1, 2)
+        assert last.aux == []
+        assert_close(last.output, full.output[:, -1:], atol=1e-12, rtol=0)
+        for a, b in zip(last.state, full.state, strict=True):
+            assert_close(a, b, atol=1e-12, rtol=0)
+        parameters = list(module.parameters())
+        ours = torch.autograd.grad(last.output.sum(), parameters)
+        theirs = torch.autograd.grad(full.output[:, -1].sum(), parameters)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_the_same_masks_are_drawn():
+    module, x, state = image_net(hidden_dropout=0.4, weight_dropout=0.3)
+    outputs = []
+    for last_only in (False, True):
+        torch.manual_seed(1)
+        outputs.append(module(x, state, last_only=last_only).output[:, -1:])
+    assert_close(*outputs, atol=1e-12, rtol=0)
+
+
+def test_a_pass_in_inference_mode_leaves_training_possible():
+    """Indices of one geometry are shared between calls; inference tensors among them would break the next backward."""
+    module, x, _ = image_net()
+    with torch.inference_mode():
+        module(x, last_only=True)
+    module(x, last_only=True).output.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_what_does_not_fit_is_named():
+    module, x, _ = image_net()
+    with pytest.raises(ValueError, match="aux_every: expected None with last_only, got 2"):
+        module(x, aux_every=2, last_only=True)
+    with pytest.raises(ValueError, match="length: expected at least 1, got 0"):
+        module.layer_steps(0)
+    inputs = random_inputs(2, 3)
+    state = (inputs.pop("h0"), inputs.pop("c0"))
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        ops.last_step(**inputs, state=state, num_layers=1, dilation=(1,), output_size=4, backend="fast")
