@@ -221,7 +221,7 @@ def test_bad_settings_are_named(options, message):
         ({"state": (torch.zeros(2, 5), torch.zeros(2, 4))}, r"state c: expected \(2, 5\), got \(2, 4\)"),
         ({"state": (torch.zeros(2, 5),)}, r"state: expected \(h, c\), got 1 parts"),
         ({"aux_every": 0}, "aux_every: expected None or at least 1, got 0"),
-        ({"last_only": True}, "last_only: this version supports only False"),
+        ({"aux_every": 2, "last_only": True}, "aux_every: expected None with last_only, got 2"),
         ({"masks": Masks(hidden=torch.ones(2, 4, 1))}, r"masks.hidden: expected shape \(2, 5, 1\), got \(2, 4, 1\)"),
         ({"masks": Masks(weight_h=torch.ones(20, 5, 2))}, r"masks.weight_h: expected shape \(20, 5, 1\)"),
     ],

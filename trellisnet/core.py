@@ -24,7 +24,8 @@ class TrellisOutput(NamedTuple):
     """What a forward pass returns.
 
     Args:
-        output: last `output_size` channels of the last layer, (N, L, output_size).
+        output: last `output_size` channels of the last layer, (N, L, output_size); (N, 1, output_size), the last time
+            step, if that is all that was asked for.
         state: (h, c) of the last layer at the last time step, (N, H) each, not detached.
         aux: outputs of the layers that were asked for, (N, L, output_size) each.
     """
@@ -155,6 +156,22 @@ class TrellisNet(nn.Module):
         cycle = [self.dilation[i % len(self.dilation)] for i in range(self.num_layers)]
         return 1 + (self.kernel_size - 1) * sum(cycle)
 
+    def layer_steps(self, length: int, *, last_only: bool = False) -> int:
+        """How many pairs of a layer and a time step a forward pass over `length` time steps computes.
+
+        Args:
+            length: L.
+            last_only: as in the forward pass.
+
+        Raises:
+            ValueError: length below 1.
+        """
+        if length < 1:
+            raise ValueError(f"length: expected at least 1, got {length}")
+        if not last_only:
+            return self.num_layers * length
+        return sum(map(len, ops.dependencies(length, self.num_layers, self.dilation, self.kernel_size)))
+
     def effective_weight(self, name: str, masks: Masks | None = None) -> Tensor:
         """The kernel of this forward pass: DropConnect first, weight normalisation of what is left after it.
 
@@ -181,7 +198,8 @@ class TrellisNet(nn.Module):
             x: (N, L, input_size), L ≥ 1.
             state: (h, c) carried from the segment before, (N, H) each; None for zeros.
             aux_every: also return the outputs of the layers i = 1..num_layers with i % aux_every == 0.
-            last_only: takes only False in this version.
+            last_only: compute the last time step alone, from the layer-steps that it depends on. The output is then
+                (N, 1, output_size); output, state and gradients are those of the full computation.
             masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
 
         Raises:
@@ -191,8 +209,8 @@ class TrellisNet(nn.Module):
             raise ValueError(f"x: expected (N, L ≥ 1, {self.input_size}), got {tuple(x.shape)}")
         if aux_every is not None and aux_every < 1:
             raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
-        if last_only:
-            raise ValueError("last_only: this version supports only False, got True")
+        if aux_every is not None and last_only:
+            raise ValueError(f"aux_every: expected None with last_only, got {aux_every}")
         expected = (x.size(0), self.hidden_size)
         if state is None:
             state = (x.new_zeros(expected), x.new_zeros(expected))
@@ -202,19 +220,24 @@ class TrellisNet(nn.Module):
             if tuple(part.shape) != expected:
                 raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")
 
-        output, state, aux = ops.trellis(
+        arguments = (
             x,
             self.effective_weight("weight_x", masks),
             self.effective_weight("weight_h", masks),
             self.bias,
             state,
-            num_layers=self.num_layers,
-            dilation=self.dilation,
-            output_size=self.output_size,
-            aux_every=aux_every,
-            hidden_scale=dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
-            backend=self.backend,
         )
+        options = {
+            "num_layers": self.num_layers,
+            "dilation": self.dilation,
+            "output_size": self.output_size,
+            "hidden_scale": dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
+            "backend": self.backend,
+        }
+        if last_only:
+            output, state, _ = ops.last_step(*arguments, **options)
+            return TrellisOutput(output, state, [])
+        output, state, aux = ops.trellis(*arguments, **options, aux_every=aux_every)
         return TrellisOutput(output, state, aux)
 
     def init_stream(self, batch_size: int):

@@ -1,4 +1,4 @@
-"""The trellis operator and its backends behind one call.
+"""The trellis operators and their backends, each operator behind one call.
 
 `reference` is the paper's equation and the truth that every other backend is tested against.
 """
@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from trellisnet.ops import reference
+from trellisnet.ops.last_step import dependencies
+from trellisnet.ops.last_step import last_step as _last_step
 
 _BACKENDS = {"reference": reference.trellis}
 BACKENDS = ("auto", *_BACKENDS)
 
-__all__ = ["BACKENDS", "resolve", "trellis"]
+__all__ = ["BACKENDS", "dependencies", "last_step", "resolve", "trellis"]
 
 
 def resolve(backend: str) -> str:
@@ -73,5 +75,55 @@ def trellis(
         dilation=dilation,
         output_size=output_size,
         aux_every=aux_every,
+        hidden_scale=hidden_scale,
+    )
+
+
+def last_step(
+    x: Tensor,
+    weight_x: Tensor,
+    weight_h: Tensor,
+    bias: Tensor,
+    state: tuple[Tensor, Tensor],
+    *,
+    num_layers: int,
+    dilation: Sequence[int],
+    output_size: int,
+    hidden_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
+    """What :func:`trellis` returns for the last time step, from the layer-steps that it depends on and no others.
+
+    Which these are says :func:`dependencies`. There is one implementation, for every backend.
+
+    Args:
+        x: input sequence (N, L, C), L ≥ 1.
+        weight_x: kernel on x, (4H, C, k), newest tap last, row groups i, o, g, f.
+        weight_h: kernel on the hidden sequence, (4H, H, k).
+        bias: (4H,).
+        state: (h, c) left of the first time step, (N, H) each.
+        num_layers: how often the one layer is applied.
+        dilation: dilations, cycled over the layers.
+        output_size: how many of the last channels of h are the output.
+        hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1).
+        backend: one of `BACKENDS`.
+
+    Returns:
+        output (N, 1, output_size); (h, c) of the last layer at the last step, (N, H) each; the number of layer-steps
+        (pairs of a layer and a time step) whose gates were computed.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    resolve(backend)
+    return _last_step(
+        x,
+        weight_x,
+        weight_h,
+        bias,
+        state,
+        num_layers=num_layers,
+        dilation=dilation,
+        output_size=output_size,
         hidden_scale=hidden_scale,
     )
