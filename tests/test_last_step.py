@@ -162,6 +162,11 @@ def test_through_the_module(weight_norm, with_state):
             assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+def test_an_empty_batch():
+    module, x, _ = image_net()
+    assert module(x[:0], last_only=True).output.shape == (0, 1, 2)
+
+
 def test_the_same_masks_are_drawn():
     module, x, state = image_net(hidden_dropout=0.4, weight_dropout=0.3)
     outputs = []

@@ -6,9 +6,9 @@ the positions that count are, from the top down,
 .. math::
     S_n = \{L - 1\}, \qquad S_{i-1} = \{t - j d_i : t \in S_i,\ j = 0, \dots, k-1\} \cap \{t \ge 0\}
 
-(with k = 1 the cell path adds t − d_i). For dilations 1, 1, 2, 4, …, 512, k = 2 and L = 784 these are 1,571 of the 8,624
-layer-steps. The sets are strided, so every layer keeps a row for each of its positions, (N, |S_i|, H), and the layer
-above picks rows from it. The equation is that of :mod:`trellisnet.ops.reference`.
+(with k = 1 the cell path adds t − d_i). For dilations 1, 1, 2, 4, …, 512, k = 2 and L = 784 these are 1,571 of the
+8,624 layer-steps. The sets are strided, so every layer keeps a row for each of its positions, (N, |S_i|, H), and the
+layer above picks rows from it. The equation is that of :mod:`trellisnet.ops.reference`.
 
 Letters: N batch, L length, C input channels, H hidden channels, k kernel size, n layers, d_i dilation of layer i.
 """
@@ -145,8 +145,9 @@ def last_step(
 
     def linear(z, rows, weight):
         """z + rows · weight, (N, S, 4H): z of that shape or (4H,), k rows of the layer below or of x a position."""
-        taps = rows.reshape(-1, weight.size(0))  # (N·S, k·H) or (N·S, k·C)
-        return torch.addmm(z if z.dim() == 1 else z.reshape(-1, 4 * H), taps, weight).view(N, -1, 4 * H)
+        S = rows.size(1) * rows.size(2) // weight.size(0)
+        taps = rows.reshape(N * S, weight.size(0))  # (N·S, k·H) or (N·S, k·C)
+        return torch.addmm(z if z.dim() == 1 else z.reshape(N * S, 4 * H), taps, weight).view(N, S, 4 * H)
 
     def gates(z, c_shifted=None):
         """(h, c), (N, S, H) each; c_shifted None: the cell d steps before is zero."""
