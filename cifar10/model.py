@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cifar10.data import MEAN, STD
 from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
 from trellisnet.training.config import setting
 
@@ -15,8 +16,8 @@ class Config(ClassificationConfig):
 
     task: ClassVar[str] = "cifar10"
     default_data: ClassVar[str] = "data/cifar10"
-    mean: ClassVar = (0.5, 0.5, 0.5)
-    std: ClassVar = (0.5, 0.5, 0.5)
+    mean: ClassVar = MEAN
+    std: ClassVar = STD
     presets: ClassVar = {
         **PRESETS,
         # Some two hours on two CPU cores.

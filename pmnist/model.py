@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pmnist.data import MEAN, STD
 from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
 from trellisnet.training.config import setting
 
@@ -15,8 +16,8 @@ class Config(ClassificationConfig):
 
     task: ClassVar[str] = "pmnist"
     default_data: ClassVar[str] = "data/mnist"
-    mean: ClassVar = (0.1307,)
-    std: ClassVar = (0.3081,)
+    mean: ClassVar = MEAN
+    std: ClassVar = STD
     presets: ClassVar = {
         **PRESETS,
         # Some two hours on two CPU cores: the authors' model and a few of their 200 epochs, little regularised.

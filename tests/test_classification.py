@@ -39,6 +39,7 @@ def test_lengths_are_as_if_every_row_were_alone():
         assert_close(out.logits[i : i + 1], alone.logits)
         for ours, theirs in zip(out.state, alone.state, strict=True):
             assert_close(ours[i : i + 1], theirs)
+    assert_close(model(x, state, lengths=lengths.int()).logits, out.logits)
     spoiled = x.clone()
     spoiled[1, 1:] = 1e6
     assert_close(model(spoiled, state, lengths=lengths).logits, out.logits)

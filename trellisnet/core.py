@@ -190,6 +190,7 @@ class TrellisNet(nn.Module):
         *,
         aux_every: int | None = None,
         last_only: bool = False,
+        lengths: Tensor | None = None,
         masks: Masks | None = None,
     ) -> TrellisOutput:
         """Run the trellis over a segment.
@@ -200,6 +201,8 @@ class TrellisNet(nn.Module):
             aux_every: also return the outputs of the layers i = 1..num_layers with i % aux_every == 0.
             last_only: compute the last time step alone, from the layer-steps that it depends on. The output is then
                 (N, 1, output_size); output, state and gradients are those of the full computation.
+            lengths: valid steps of every row of a right-padded batch, int64 (N,) in 1..L. The state is then that of the
+                last valid step; outputs behind it mean nothing. Not with last_only.
             masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
 
         Raises:
@@ -211,6 +214,8 @@ class TrellisNet(nn.Module):
             raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
         if aux_every is not None and last_only:
             raise ValueError(f"aux_every: expected None with last_only, got {aux_every}")
+        if lengths is not None:
+            lengths = self._check_lengths(lengths, x, last_only)
         expected = (x.size(0), self.hidden_size)
         if state is None:
             state = (x.new_zeros(expected), x.new_zeros(expected))
@@ -237,8 +242,20 @@ class TrellisNet(nn.Module):
         if last_only:
             output, state, _ = ops.last_step(*arguments, **options)
             return TrellisOutput(output, state, [])
-        output, state, aux = ops.trellis(*arguments, **options, aux_every=aux_every)
+        output, state, aux = ops.trellis(*arguments, **options, aux_every=aux_every, lengths=lengths)
         return TrellisOutput(output, state, aux)
+
+    @staticmethod
+    def _check_lengths(lengths: Tensor, x: Tensor, last_only: bool) -> Tensor:
+        """The lengths as int64 on the device of x."""
+        N, L, _ = x.shape
+        if last_only:
+            raise ValueError("lengths: expected None with last_only, which is the last step of all rows")
+        if lengths.shape != (N,):
+            raise ValueError(f"lengths: expected shape ({N},), got {tuple(lengths.shape)}")
+        if lengths.is_floating_point() or lengths.dtype == torch.bool or not ((lengths >= 1) & (lengths <= L)).all():
+            raise ValueError(f"lengths: expected integers from 1 to {L}, got {lengths.tolist()}")
+        return lengths.to(x.device, torch.int64)
 
     def init_stream(self, batch_size: int):
         """Not in this version; raises ValueError."""

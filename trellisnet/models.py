@@ -6,6 +6,7 @@ Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -264,7 +265,9 @@ class TrellisClassifier(nn.Module):
             output, state, _ = self.core(x, state, last_only=True, masks=masks)  # (N, 1, output_size)
         else:
             output, state, _ = self.core(x, state, lengths=lengths, masks=masks)
-            output = output.gather(1, (lengths.to(x.device) - 1).view(-1, 1, 1).expand(-1, 1, output.size(2)))
+            output = output.gather(
+                1, (lengths.to(x.device, torch.int64) - 1).view(-1, 1, 1).expand(-1, 1, output.size(2))
+            )
         logits = self.head(output.squeeze(1))
         shape, p = logits.shape, self.output_dropout
         return ClassifierOutput(scaled(logits, dropout_scale(x, shape, p, self.training, masks, "output")), state)

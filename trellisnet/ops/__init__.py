@@ -40,6 +40,7 @@ def trellis(
     output_size: int,
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
+    lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
     """Run all layers of the trellis.
@@ -56,6 +57,8 @@ def trellis(
         aux_every: also return the output of every layer i = 1..num_layers with i % aux_every == 0.
         hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1);
             0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched.
+        lengths: valid steps of every row of a right-padded batch, int64 (N,) in 1..L; the state is then that of the
+            last valid step. None: all are valid.
         backend: one of `BACKENDS`; `auto` takes the fastest that can run here.
 
     Returns:
@@ -76,6 +79,7 @@ def trellis(
         output_size=output_size,
         aux_every=aux_every,
         hidden_scale=hidden_scale,
+        lengths=lengths,
     )
 
 

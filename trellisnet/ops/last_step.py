@@ -20,8 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trellisnet.regularization import scaled
-
 Index = range | tuple[int, ...]  # row numbers; a range is sliced, which copies nothing
 
 
@@ -143,6 +141,9 @@ def last_step(
     weight_x, weight_h = (w.transpose(1, 2).flatten(1).t() for w in (weight_x, weight_h))  # (k·C, 4H), (k·H, 4H)
     layer_steps = 0
 
+    def masked(h):
+        return h if scale is None else h * scale
+
     def linear(z, rows, weight):
         """z + rows · weight, (N, S, 4H): z of that shape or (4H,), k rows of the layer below or of x a position."""
         S = rows.size(1) * rows.size(2) // weight.size(0)
@@ -162,7 +163,7 @@ def last_step(
     def x_tilde(index):
         return linear(bias, _take(x, index, x.new_zeros(N, 1, x.size(2))), weight_x)
 
-    h_carried = scaled(h0, scale)
+    h_carried = masked(h0)
     h, c = (torch.cat([carried, torch.zeros_like(carried)], dim=1) for carried in (h_carried, c0))
     x_edge, h_edge, c_edge = plan.edge
     parts = [gates(linear(x_tilde(x_edge), _take(h, h_edge), weight_h), _take(c, c_edge))]
@@ -172,7 +173,7 @@ def last_step(
 
     shared = {d: x_tilde(index) for d, index in plan.x.items()}
     for layer in plan.above:
-        z = linear(_take(shared[layer.dilation], layer.x), _take(scaled(h, scale), layer.h, h_carried), weight_h)
+        z = linear(_take(shared[layer.dilation], layer.x), _take(masked(h), layer.h, h_carried), weight_h)
         h, c = gates(z, _take(c, layer.c, c0))
 
     return h[:, :, H - output_size :], (h[:, 0], c[:, 0]), layer_steps

@@ -39,6 +39,7 @@ def trellis(
     output_size: int,
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
     """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.trellis`."""
     h0, c0 = (s.unsqueeze(2) for s in state)  # (N, H, 1)
@@ -67,4 +68,7 @@ def trellis(
             aux.append(h[:, H - output_size :].transpose(1, 2))  # (N, L, output_size)
 
     output = h[:, H - output_size :].transpose(1, 2)  # (N, L, output_size)
-    return output, (h[:, :, -1], c[:, :, -1]), aux
+    if lengths is None:
+        return output, (h[:, :, -1], c[:, :, -1]), aux
+    last = (lengths - 1).view(N, 1, 1).expand(-1, H, 1)
+    return output, (h.gather(2, last).squeeze(2), c.gather(2, last).squeeze(2)), aux

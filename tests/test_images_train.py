@@ -1,0 +1,192 @@
+"""pmnist and cifar10 from the command line, on drawings."""
+
+import hashlib
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import cifar10.model
+import cifar10.train
+import pmnist.model
+import pmnist.train
+from trellisnet.data import pixels
+from trellisnet.models import TrellisClassifier, count_parameters
+from trellisnet.training.classification import DILATION
+from trellisnet.training.config import PROJECT, build_parser, parse
+from trellisnet.weights import save_weights
+
+SMALL = """--data synthetic --nhid 4 --nlevels 11 --batch_size 50 --epochs 2 --max_steps 60 --lr 0.01 --dropouti 0
+--dropout 0 --wdrop 0 --dropouth 0 --log-interval 20 --max_eval_tokens 200 --threads 1""".split()
+TASKS = {"pmnist": (pmnist.model, pmnist.train.main), "cifar10": (cifar10.model, cifar10.train.main)}
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def call(*argv, task="pmnist", out="run"):
+        metrics = tmp_path / "metrics.json"
+        metrics.unlink(missing_ok=True)
+        code = TASKS[task][1]([str(a) for a in (*SMALL, "--out", tmp_path / out, "--metrics", metrics, *argv)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err, json.loads(metrics.read_text()) if metrics.exists() else None
+
+    return call
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_train_resume_and_score(run, tmp_path, task):
+    steps, cut = {"pmnist": (40, 23), "cifar10": (6, 3)}[task]
+    code, out, err, whole = run("--max_steps", steps, task=task)
+    assert (code, err) == (0, "")
+    if task == "pmnist":
+        assert whole["test"]["accuracy"] > 0.15  # of ten classes
+    assert whole["test"]["examples"] == 256
+    assert set(whole["valid"]) == {"loss", "accuracy", "examples", "partial"}
+    assert re.search(r"^epoch +1.*  lr 0.01  train accuracy 0\.\d{4}  valid accuracy 0\.\d{4}.* seq/s$", out, re.M)
+    assert re.search(r"^test accuracy 0\.\d{4}  loss [\d.]+ nats  256 examples \(partial\)$", out, re.M)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    length = {"pmnist": 784, "cifar10": 1024}[task]
+    if task == "pmnist":
+        order = torch.tensor(stored["permutation"])
+        assert sorted(order.tolist()) == list(range(length)) != order.tolist()
+        assert whole["vocabulary"] == hashlib.sha256(order.numpy()).hexdigest()
+    else:
+        assert "permutation" not in stored
+
+    run("--max_steps", cut, task=task, out="parts")
+    code, _, err, parts = run("--resume", "--max_steps", steps, task=task, out="parts")
+    assert (code, err) == (0, "")
+    weights = [torch.load(tmp_path / out / "weights.pkl", weights_only=True) for out in ("run", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert list(weights[0])[-2:] == ["linear.weight", "linear.bias"]
+    assert parts["test"] == whole["test"]
+
+    scored = run("--eval", "--load_weight", tmp_path / "run" / "weights.pkl", task=task, out="unused")[3]
+    assert scored["test"] == whole["test"]
+    again = run("--eval", "--load_weight", tmp_path / "run" / "weights.pkl", "--eval_batch_size", "7", task=task)[3]
+    assert again["test"]["accuracy"] == pytest.approx(whole["test"]["accuracy"], abs=0.1)  # of 203 examples, not 256
+
+
+def test_weights_of_another_order_of_the_pixels_are_refused(run, tmp_path):
+    run("--max_steps", "2")
+    weights = tmp_path / "run" / "weights.pkl"
+    for other in (["--no-permute"], ["--permutation_seed", "7"]):
+        code, _, err, _ = run("--eval", "--load_weight", weights, *other)
+        assert code == 2
+        assert "another order of the pixels" in err
+    code, _, err, _ = run("--resume", "--permutation_seed", "7")
+    assert code == 2
+    assert "--permutation_seed 7: the run in" in err
+    assert run("--eval", "--load_weight", weights, "--seed", "5")[0] == 0  # the order is that of its own seed
+
+
+@pytest.mark.filterwarnings("ignore:.*MNIST")
+def test_without_validation_the_last_epoch_is_scored(run, tmp_path):
+    folder, draw = tmp_path / "tiny", np.random.default_rng(0)
+    folder.mkdir()
+    for split, n in (("train", 60), ("t10k", 20)):
+        for kind, array in (
+            ("images-idx3", draw.integers(256, size=(n, 5, 5), dtype=np.uint8)),
+            ("labels-idx1", draw.integers(10, size=n, dtype=np.uint8)),
+        ):
+            (folder / f"{split}-{kind}-ubyte").write_bytes(pixels.idx_header(array) + array.tobytes())
+    argv = ("--data", folder, "--no-validation", "--max_eval_tokens", "0")
+    code, out, _, metrics = run(*argv, "--max_steps", "0")
+    assert code == 0
+    assert metrics["valid"] is None
+    assert (metrics["best_epoch"], metrics["epochs"], metrics["complete"]) == (2, 2, True)
+    assert "60 training images, 25 pixels" in out
+    assert not re.search("^valid|valid accuracy", out, re.M)
+    code, _, _, scored = run(*argv, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")
+    assert code == 0
+    assert scored["valid"] is None
+    assert scored["test"] == metrics["test"]
+    assert scored["test"]["examples"] == 20
+
+
+def test_a_model_that_does_not_see_the_whole_image_is_told_of(run):
+    with warnings.catch_warnings(action="default"):
+        code, _, err, _ = run("--nlevels", "2", "--dilation", "1", "--max_steps", "1")
+    assert code == 0
+    assert err == "warning: the last 3 of 784 pixels are all that the model sees: more --nlevels\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "preset", "size", "steps"),
+    [
+        ("pmnist", "default", 137_910, (1_571, 8_624)),
+        ("pmnist", "paper", 99_110, (4_831, 12_544)),
+        ("pmnist", "8m", 8_020_110, (4_831, 12_544)),
+        ("pmnist", "small", 137_910, (1_571, 8_624)),
+        ("cifar10", "default", 139_990, (2_047, 11_264)),
+        ("cifar10", "paper", 100_870, (6_222, 16_384)),
+        ("cifar10", "8m", 8_036_110, (6_222, 16_384)),
+        ("cifar10", "small", 139_990, (2_047, 11_264)),
+    ],
+)
+def test_sizes_and_layer_steps(task, preset, size, steps):
+    module, _ = TASKS[task]
+    model = module.build_model(parse(module.Config, ["--preset", preset])[0], {"pmnist": 1, "cifar10": 3}[task], 10)
+    assert count_parameters(model) == size
+    length = {"pmnist": 784, "cifar10": 1024}[task]
+    assert (model.core.layer_steps(length, last_only=True), model.core.layer_steps(length)) == steps
+    assert model.core.receptive_field >= length
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_defaults_are_the_authors_released_ones(task):
+    config = TASKS[task][0].Config
+    c = parse(config, [])[0]
+    released = {
+        "nhid": 120, "lr": 4e-3, "clip": 0.5, "epochs": 200, "batch_size": 64, "nlevels": 11, "dropout": 0.1,
+        "dropouti": 0.2, "wdrop": 0.1, "dropouth": 0.2, "wdecay": 0, "seed": 1111, "anneal": 10, "cuda": True,
+        "wnorm": True, "temporalwdrop": True, "optim": "Adam", "aux": 0, "aux_freq": 1e4, "log_interval": 100,
+        "when": [50, 75, 90], "ksize": 2, "dilation": [1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512], "load": "",
+        "eval_batch_size": 64, "permute": task == "pmnist",
+    }  # fmt: skip
+    assert {name: getattr(c, name) for name in released} == released
+    assert c.dilation == DILATION
+    flags = {flag for action in build_parser(config)._actions for flag in action.option_strings}
+    assert {f"--{name.replace('log_', 'log-')}" for name in released} <= flags
+    assert c.data_folder() == str(PROJECT / "data" / {"pmnist": "mnist", "cifar10": "cifar10"}[task])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "nowhere"], "error: nowhere: no such folder"),
+        (["--dilation", "0"], "error: --dilation: expected integers ≥ 1"),
+        (["--dropouti", "1"], "error: --dropouti: expected a probability"),
+        (["--permutation_seed", "-1"], "error: --permutation_seed: expected at least 0"),
+        (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
+    code, _, err, _ = run(*argv)
+    assert code == 2
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
+    def of(channels=1, classes=10, hidden=14, **options):
+        model = TrellisClassifier(channels, classes, hidden, 2, output_size=10, **options)
+        save_weights(model, tmp_path / "w.pkl")
+        code, _, err, _ = run("--eval", "--load_weight", tmp_path / "w.pkl")
+        assert code == 2
+        return err
+
+    assert "pass --nhid 6" in of(hidden=16)
+    assert "it is of images with 3 channels and 10 classes" in of(channels=3)
+    assert "pass --ksize 3" in of(kernel_size=3)
+    assert "pass --no-wnorm" in of(weight_norm=False)
