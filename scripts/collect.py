@@ -1,15 +1,17 @@
-"""Write RESULTS.md, and the quoted output in README.md, from the logs in results/.
+"""Write RESULTS.md, and the quoted output in README.md, from the logs in results/; or print a table of the paper.
 
 A result is a folder `results/<name>/` with the files of one complete run on real data: `metrics.json` (written by
 `--metrics`), `metrics.jsonl` and `log.txt` (from the run folder). Nothing in RESULTS.md is written by hand.
 
     python scripts/collect.py           write both files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
+    python scripts/collect.py --table 1 print Table 1 beside what scripts/table1.sh has trained so far
 """
 
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,11 +22,67 @@ PAPER = {
     "word_ptb": (56.97, "24M parameters, preset `paper`"),
     "char_ptb": (1.158, "13.4M parameters, preset `paper`, on the authors' stream"),
     "wt103": (29.19, "180M parameters, preset `paper`, on the whole of WikiText-103"),
+    "pmnist": ("98.13 %, 99.20 % without permutation,", "8M parameters, preset `8m`"),
+    "cifar10": ("73.42 %", "8M parameters, preset `8m`, on the original images"),
 }
 # What a score is called, and its digits.
-SCORES = {"ppl": ("perplexity", 2), "bpc": ("bits per character", 4)}
+SCORES = {"ppl": ("perplexity", 2), "bpc": ("bits per character", 4), "accuracy": ("accuracy", 4)}
 # Tasks in the order of the paper.
 ORDER = list(PAPER)
+# The tables of the paper: model, size and test score as printed there; and its row in scripts/table<number>.sh, if it
+# has one. Table 5 lists settings, which are the presets `paper`.
+TABLES = {
+    1: (
+        "Word-level Penn Treebank, test perplexity",
+        [
+            ("Generic TCN", "13M", 88.68, None),
+            ("AWD-LSTM", "24M", 58.8, None),
+            ("AWD-LSTM-MoS", "24M", 55.97, None),
+            ("TrellisNet", "24M", 56.97, "trellisnet"),
+            ("TrellisNet (1.4x larger)", "33M", 56.80, "trellisnet_larger"),
+            ("TrellisNet-MoS", "25M", 54.67, "trellisnet_mos"),
+            ("TrellisNet-MoS (1.4x larger)", "34M", 54.19, "trellisnet_mos_larger"),
+        ],
+    ),
+    2: ("WikiText-103, test perplexity", [("TrellisNet", "180M", 29.19, "trellisnet")]),
+    3: (
+        "Character-level Penn Treebank, test bits per character",
+        [
+            ("Generic TCN", "3.0M", 1.31, None),
+            ("AWD-LSTM", "13.8M", 1.175, None),
+            ("TrellisNet", "13.4M", 1.158, "trellisnet"),
+            ("TrellisNet, standard stream", "13.4M", None, "trellisnet_standard"),
+        ],
+    ),
+    4: (
+        "Test accuracy in percent",
+        [
+            ("Sequential MNIST: Generic TCN", "", 99.0, None),
+            ("Sequential MNIST: TrellisNet", "8M", 99.20, "sequential_mnist"),
+            ("Sequential MNIST: TrellisNet, released settings", "", None, "sequential_mnist_released"),
+            ("Permuted MNIST: Generic TCN", "", 97.2, None),
+            ("Permuted MNIST: TrellisNet", "8M", 98.13, "permuted_mnist"),
+            ("Permuted MNIST: TrellisNet, released settings", "", None, "permuted_mnist_released"),
+            ("Sequential CIFAR-10: TrellisNet", "8M", 73.42, "sequential_cifar10"),
+            ("Sequential CIFAR-10: TrellisNet, released settings", "", None, "sequential_cifar10_released"),
+        ],
+    ),
+    6: (
+        "Ablations on word-level Penn Treebank, test perplexity",
+        [
+            ("TrellisNet", "24.1M", 56.97, "trellisnet"),
+            ("- Hidden (VD-based) Dropout", "24.1M", 64.69, "no_hidden_dropout"),
+            ("- Weight Dropout", "24.1M", 63.82, "no_weight_dropout"),
+            ("- Auxiliary Losses", "24.1M", 57.99, "no_auxiliary_losses"),
+            ("- Long Seq. Parallelism", "24.1M", 57.35, "no_long_sequence_parallelism"),
+            ("- Dense Kernel (i.e. mixed group conv)", "24.1M", 59.18, None),
+            ("- Injected Input (every 2 layers instead)", "24.1M", 57.44, None),
+            ("- Injected Input (every 5 layers instead)", "24.1M", 59.75, None),
+            ("- Injected Input (every 10 layers instead)", "24.1M", 60.70, None),
+            ("- Injected Input (every 20 layers instead)", "24.1M", 74.91, None),
+        ],
+    ),
+}
 # In README, what stands between <!-- output of NAME: begin --> and <!-- output of NAME: end --> comes from the log of
 # results/NAME.
 QUOTED = re.compile(r"<!-- output of (\w+): begin -->\n.*?<!-- output of \1: end -->", re.DOTALL)
@@ -84,11 +142,12 @@ def shown(split: dict) -> str:
 def section(name: str, metrics: dict, epochs: list[dict]) -> str:
     """A heading, the facts and the learning curve of one run."""
     score, _ = score_of(metrics["test"])
+    count = "examples" if score == "accuracy" else "tokens"
     digits = SCORES[score][1]
     paper, setting = PAPER[metrics["task"]]
     facts = {
         "Command": f"`{metrics['command']}`",
-        "Test": f"{shown(metrics['test'])} ({metrics['test']['tokens']:,} tokens scored); "
+        "Test": f"{shown(metrics['test'])} ({metrics['test'][count]:,} {count} scored); "
         f"the paper reports {paper} with another configuration ({setting})",
         "Validation": f"{metrics['valid'][score]:.{digits}f} at epoch {metrics['best_epoch']}",
         "Parameters": f"{metrics['params']:,}",
@@ -100,7 +159,8 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
         "Data": f"{metrics['corpus']}, sha256 `{metrics['data'][:16]}…`",
         "Log": f"[results/{name}/](results/{name})",
     }
-    lines = [f"## {metrics['task']}, preset `{metrics['preset']}`", ""]
+    order = ", not permuted" if "--no-permute" in metrics["command"] else ""
+    lines = [f"## {metrics['task']}, preset `{metrics['preset']}`{order}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", f"| epoch | lr | train {score} | valid {score} | minutes |", "|--:|--:|--:|--:|--:|"]
     lines += [
@@ -127,6 +187,35 @@ def quoted(folder: Path) -> str:
     ]
     name = folder.name
     return "\n".join([f"<!-- output of {name}: begin -->", "```", *lines, "```", f"<!-- output of {name}: end -->"])
+
+
+def row(folder: Path) -> tuple[str, str]:
+    """Size and score of the finished runs in runs/tables/table<number>/<row>: parameters; mean ± spread (n)."""
+    finished, sizes = [], set()
+    for path in sorted(folder.glob("seed-*/metrics.json")):
+        try:
+            metrics = json.loads(path.read_text())
+            if metrics["complete"] and metrics["corpus"] != "synthetic":
+                score, value = score_of(metrics["test"])
+                finished.append(100 * value if score == "accuracy" else value)
+                sizes.add(f"{metrics['params']:,}")
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
+            raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
+    if not finished:
+        return "", "not run"
+    digits = 4 if score == "bpc" else 2
+    spread = f" ± {statistics.stdev(finished):.{digits}f}" if len(finished) > 1 else ""
+    return " / ".join(sorted(sizes)), f"{statistics.mean(finished):.{digits}f}{spread} (n = {len(finished)})"
+
+
+def table(number: int, root: Path) -> str:
+    """A table of the paper beside our runs, as markdown: the mean, the standard deviation, the number of seeds."""
+    title, rows = TABLES[number]
+    lines = [f"Table {number}. {title}", "", "| model | size | paper | ours | parameters |", "|---|--:|--:|--:|--:|"]
+    for model, size, paper, name in rows:
+        parameters, ours = row(root / "runs" / "tables" / f"table{number}" / name) if name else ("", "not run")
+        lines.append(f"| {model} | {size} | {'' if paper is None else paper} | {ours} | {parameters} |")
+    return "\n".join(lines)
 
 
 def place(name: str) -> int:
@@ -159,8 +248,16 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
+    parser.add_argument("--table", type=int, choices=TABLES, help="print this table of the paper, and write nothing")
     parser.add_argument("--root", type=Path, default=PROJECT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.table:
+        try:
+            print(table(args.table, args.root))
+        except BadResultError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+        return 0
     folders = [path for path in (args.root / "results").glob("*") if path.is_dir() and path.name != "memory"]
     folders.sort(key=lambda path: (place(path.name), path.name))
     readme = (args.root / "README.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 
@@ -111,3 +112,42 @@ def test_memory_is_written_into_readme(root):
     for change in ({"corpus": "synthetic"}, {"commit": "0123-dirty"}, {"peak_memory": None}):
         (folder / "results" / "memory" / "word_ptb.json").write_text(json.dumps(measured | change))
         assert collect.main(["--root", str(folder)]) == 2
+
+
+def test_accuracies(root):
+    split = {"loss": 0.1, "accuracy": 0.98765, "examples": 10_000}
+    folder = root(task="pmnist", valid=split, test=split, command="python pmnist/train.py --no-permute")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "## pmnist, preset `small`, not permuted" in text
+    assert "accuracy **0.9877** (10,000 examples scored); the paper reports 98.13 %, 99.20 % without" in text
+
+
+def test_a_table_of_the_paper_beside_our_runs(root, capsys):
+    folder = root()
+
+    def finish(row, seed, **changes):
+        path = folder / "runs" / "tables" / "table1" / row / f"seed-{seed}"
+        path.mkdir(parents=True)
+        (path / "metrics.json").write_text(json.dumps(METRICS | changes))
+
+    finish("trellisnet", 1, test={"loss": 4.0, "ppl": 57.0, "tokens": 1})
+    finish("trellisnet", 2, test={"loss": 4.0, "ppl": 58.0, "tokens": 1})
+    finish("trellisnet", 3, complete=False)
+    finish("trellisnet_mos", 1, corpus="synthetic")
+    assert collect.main(["--root", str(folder), "--table", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "| TrellisNet | 24M | 56.97 | 57.50 ± 0.71 (n = 2) | 123,456 |" in out
+    assert "| TrellisNet-MoS | 25M | 54.67 | not run |  |" in out
+    assert not (folder / "RESULTS.md").exists()
+    (folder / "runs" / "tables" / "table1" / "trellisnet" / "seed-1" / "metrics.json").write_text("{")
+    assert collect.main(["--root", str(folder), "--table", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", collect.TABLES)
+def test_every_row_of_a_table_is_in_its_script(number):
+    script = (PROJECT / "scripts" / f"table{number}.sh").read_text()
+    functions = set(re.findall(r"^(\w+)\(\) \{ train ", script, re.M))
+    listed = set(re.sub(r"\\\n", " ", script).rsplit("\nrows ", 1)[1].split())
+    assert functions == listed == {name for *_, name in collect.TABLES[number][1] if name}

@@ -1,0 +1,76 @@
+"""The scripts that reproduce the paper's tables: every row runs, finished ones are skipped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from trellisnet.training.config import PROJECT
+
+TABLES = [1, 2, 3, 4, 6]
+
+
+def table(number, root=PROJECT, **environment):
+    command = ["bash", str(root / "scripts" / f"table{number}.sh")]
+    environment = {**os.environ, "PY": sys.executable, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_smoke(number):
+    """Every row of the table, for a few steps on synthetic data."""
+    script = (PROJECT / "scripts" / f"table{number}.sh").read_text()
+    rows = script.replace("\\\n", " ").rsplit("\nrows ", 1)[1].split()
+    done = table(number, SMOKE="1")
+    assert done.returncode == 0, done.stderr
+    for row in rows:
+        assert f"table{number} {row}, seed 1111: python " in done.stdout
+        metrics = json.loads((PROJECT / f"runs/smoke/table{number}/{row}/seed-1111/metrics.json").read_text())
+        assert (metrics["corpus"], metrics["steps"], metrics["complete"]) == ("synthetic", 2, False)
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """The scripts beside a train.py that leaves its arguments; `fail` makes it break off with a checkpoint."""
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    (tmp_path / "char_ptb").mkdir()
+    (tmp_path / "char_ptb" / "train.py").write_text(
+        "import json, os, pathlib, sys\n"
+        "argv = sys.argv[1:]\n"
+        "out = pathlib.Path(argv[argv.index('--out') + 1])\n"
+        "out.mkdir(parents=True, exist_ok=True)\n"
+        "with (out / 'calls').open('a') as file: file.write(' '.join(argv[:argv.index('--out')]) + '\\n')\n"
+        "if os.environ.get('FAIL'): (out / 'last.pt').touch(); sys.exit(1)\n"
+        "pathlib.Path(argv[argv.index('--metrics') + 1]).write_text('{}')\n"
+    )
+    return tmp_path
+
+
+def test_seeds_rows_and_further_flags(stub):
+    done = table(3, stub, SEEDS="1 2", ROWS="trellisnet", ARGS="--accumulate 4")
+    assert done.returncode == 0, done.stderr
+    runs = stub / "runs" / "tables" / "table3"
+    assert [p.name for p in runs.iterdir()] == ["trellisnet"]
+    for seed in ("1", "2"):
+        call = (runs / "trellisnet" / f"seed-{seed}" / "calls").read_text()
+        assert call == f"--preset paper --seed {seed} --accumulate 4\n"
+    done = table(3, stub, ROWS="nothing")
+    assert done.returncode == 2
+    assert done.stderr == "error: table3 has no row nothing; it has: trellisnet trellisnet_standard\n"
+
+
+def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
+    assert table(3, stub, ROWS="trellisnet", FAIL="1").returncode == 1
+    done = table(3, stub)
+    assert done.returncode == 0, done.stderr
+    runs = stub / "runs" / "tables" / "table3"
+    calls = (runs / "trellisnet" / "seed-1111" / "calls").read_text().splitlines()
+    assert calls == ["--preset paper --seed 1111", "--resume"]
+    again = table(3, stub)
+    assert again.stdout.splitlines() == [
+        "table3 trellisnet, seed 1111: finished", "table3 trellisnet_standard, seed 1111: finished",
+    ]  # fmt: skip
+    assert len((runs / "trellisnet_standard" / "seed-1111" / "calls").read_text().splitlines()) == 1
