@@ -5,11 +5,13 @@ import re
 import pytest
 
 import char_ptb.model
+import cifar10.model
+import pmnist.model
 import word_ptb.model
 import wt103.model
 from trellisnet.training.config import PROJECT, build_parser
 
-CONFIGS = [module.Config for module in (word_ptb.model, char_ptb.model, wt103.model)]
+CONFIGS = [module.Config for module in (word_ptb.model, char_ptb.model, wt103.model, pmnist.model, cifar10.model)]
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
@@ -27,7 +29,7 @@ def test_every_flag_it_names_exists_and_every_flag_is_named():
     actions = [action for config in CONFIGS for action in build_parser(config)._actions]
     flags = {flag for action in actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--flag", "--no-flag"}
-    assert named <= flags | {"--check"}
+    assert named <= flags | {"--check", "--table", "--cifar"}  # the last is the authors'
     spelled = {flag for flag in flags if not flag.startswith(("--no-", "-h", "--help", "--log_interval"))}
     assert spelled - named == set()
 
@@ -43,3 +45,14 @@ def test_every_file_it_links_to_exists():
 def test_every_preset_is_described(config, preset):
     about = README.split(f"python {config.task}/train.py --preset", 1)[1].split("\n## ", 1)[0]  # its section
     assert f"| `{preset}` |" in about
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_task_folder_says_what_it_is(config):
+    text = (PROJECT / config.task / "README.md").read_text(encoding="utf-8")
+    for part in ("## Command", "## Data", "## What the paper reports", "## What is comparable", "## Time"):
+        assert f"\n{part}\n" in text
+    flags = {flag for action in build_parser(config)._actions for flag in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert "://" in link or (PROJECT / config.task / link).exists(), link
