@@ -50,7 +50,7 @@ def load(folder: str | Path, download: bool = False, stream: str = "authors") ->
         stream: a name in `STREAMS`.
     """
     texts, label = penn.texts(folder, download)
-    loaded = corpus.cached(corpus.CACHE, texts, STREAMS[stream], label=label)
+    loaded = corpus.cached(corpus.cache_folder(), texts, STREAMS[stream], label=label)
     if label == penn.LABEL:
         loaded.check(SYMBOLS[stream], ALPHABET)
     return dataclasses.replace(loaded, spelled=symbols(texts))

@@ -67,7 +67,7 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
     Args:
         folder: holds the six batches, and SOURCE.txt if they are not the published ones; or "synthetic" for small
             drawings of our own.
-        download: fetch CIFAR-10 if `folder` holds no batch.
+        download: fetch CIFAR-10 if `folder` holds no batch, or only some beside the archive.
         validation: hold out the last training images, see :func:`trellisnet.data.pixels.assemble`.
 
     Returns:
@@ -80,7 +80,8 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
     if str(folder) == SYNTHETIC:
         return pixels.assemble(*pixels.synthetic_strokes(colour=True), validation=validation, label=SYNTHETIC)
     folder = Path(folder)
-    if download and not any((folder / name).exists() for name in NAMES):
+    there = any((folder / name).exists() for name in NAMES)
+    if download and (not there or (folder / ARCHIVE.name).exists()):  # the archive: to go on where a kill broke it off
         fetch(folder)
     pixels.check_folder(folder)
     batches = [read_batch(folder / name) for name in NAMES]

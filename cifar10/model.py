@@ -27,6 +27,8 @@ class Config(ClassificationConfig):
         },
     }  # fmt: skip
 
-    name: str = setting("Trellis_seqCIFAR", "name of the run; its folder is runs/cifar10/<name> unless --out is given")
+    name: str = setting(
+        "Trellis_seqMNIST_CIFAR", "name of the run; its folder is runs/cifar10/<name> unless --out is given"
+    )
     data: str = setting("", "folder with the six batches (binary version), or 'synthetic'; default: data/cifar10 here")
     permute: bool = setting(False, "permute the pixels, all images alike")

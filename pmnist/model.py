@@ -27,5 +27,7 @@ class Config(ClassificationConfig):
         },
     }  # fmt: skip
 
-    name: str = setting("Trellis_seqMNIST", "name of the run; its folder is runs/pmnist/<name> unless --out is given")
+    name: str = setting(
+        "Trellis_seqMNIST_CIFAR", "name of the run; its folder is runs/pmnist/<name> unless --out is given"
+    )
     data: str = setting("", "folder with the four IDX files, or 'synthetic'; default: data/mnist here")

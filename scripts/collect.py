@@ -149,7 +149,9 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
         "Command": f"`{metrics['command']}`",
         "Test": f"{shown(metrics['test'])} ({metrics['test'][count]:,} {count} scored); "
         f"the paper reports {paper} with another configuration ({setting})",
-        "Validation": f"{metrics['valid'][score]:.{digits}f} at epoch {metrics['best_epoch']}",
+        "Validation": f"{metrics['valid'][score]:.{digits}f} at epoch {metrics['best_epoch']}"
+        if metrics["valid"]
+        else "none held out; the last epoch is scored",
         "Parameters": f"{metrics['params']:,}",
         "Wall time": f"{metrics['seconds'] / 60:.0f} minutes, evaluation included",
         "Machine": f"{metrics['machine']}, {metrics['threads']} threads, {metrics['device']}, {metrics['precision']}, "
@@ -164,8 +166,8 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", f"| epoch | lr | train {score} | valid {score} | minutes |", "|--:|--:|--:|--:|--:|"]
     lines += [
-        f"| {e['epoch']} | {e['lr']:g} | {e['train_score']:.{digits}f} | {e['valid_score']:.{digits}f} "
-        f"| {e['seconds'] / 60:.1f} |"
+        f"| {e['epoch']} | {e['lr']:g} | {e['train_score']:.{digits}f} "
+        f"| {'' if e['valid_score'] is None else format(e['valid_score'], f'.{digits}f')} | {e['seconds'] / 60:.1f} |"
         for e in epochs
     ]
     return "\n".join(lines) + "\n"
@@ -190,22 +192,32 @@ def quoted(folder: Path) -> str:
 
 
 def row(folder: Path) -> tuple[str, str]:
-    """Size and score of the finished runs in runs/tables/table<number>/<row>: parameters; mean ± spread (n)."""
-    finished, sizes = [], set()
+    """Size and score of the finished runs in runs/tables/table<number>/<row>: parameters; mean ± spread (n).
+
+    Raises:
+        BadResultError: a damaged file, or runs of one row that differ in size or length or come from uncommitted code.
+    """
+    finished, kinds = [], set()
     for path in sorted(folder.glob("seed-*/metrics.json")):
         try:
             metrics = json.loads(path.read_text())
             if metrics["complete"] and metrics["corpus"] != "synthetic":
                 score, value = score_of(metrics["test"])
                 finished.append(100 * value if score == "accuracy" else value)
-                sizes.add(f"{metrics['params']:,}")
+                kinds.add((metrics["params"], metrics["epochs"]))
+                if not metrics["commit"] or metrics["commit"].endswith("-dirty"):
+                    raise BadResultError(f"{path}: the code of the run was not committed")
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
             raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
     if not finished:
         return "", "not run"
+    if len(kinds) > 1:
+        raise BadResultError(f"{folder}: holds runs that differ in size or number of epochs; keep those of one kind")
+    ((parameters, epochs),) = kinds
     digits = 4 if score == "bpc" else 2
     spread = f" ± {statistics.stdev(finished):.{digits}f}" if len(finished) > 1 else ""
-    return " / ".join(sorted(sizes)), f"{statistics.mean(finished):.{digits}f}{spread} (n = {len(finished)})"
+    result = f"{statistics.mean(finished):.{digits}f}{spread} (n = {len(finished)}, {epochs} epochs)"
+    return f"{parameters:,}", result
 
 
 def table(number: int, root: Path) -> str:

@@ -38,12 +38,14 @@ train() {
             esac
         else
             out="$ROOT/runs/tables/$TABLE/$row/seed-$seed"
-            if [ -f "$out/metrics.json" ]; then
+            if grep -qs '"complete": true' "$out/metrics.json"; then
                 echo "$TABLE $row, seed $seed: finished"
                 continue
             fi
             if [ -f "$out/last.pt" ]; then
-                flags=(--resume)
+                flags=(--resume --max_steps 0)
+            else
+                flags+=(--overwrite) # of what died before its first checkpoint
             fi
         fi
         read -ra more <<<"${ARGS:-}"

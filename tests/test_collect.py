@@ -137,12 +137,25 @@ def test_a_table_of_the_paper_beside_our_runs(root, capsys):
     finish("trellisnet_mos", 1, corpus="synthetic")
     assert collect.main(["--root", str(folder), "--table", "1"]) == 0
     out = capsys.readouterr().out
-    assert "| TrellisNet | 24M | 56.97 | 57.50 ± 0.71 (n = 2) | 123,456 |" in out
+    assert "| TrellisNet | 24M | 56.97 | 57.50 ± 0.71 (n = 2, 2 epochs) | 123,456 |" in out
     assert "| TrellisNet-MoS | 25M | 54.67 | not run |  |" in out
     assert not (folder / "RESULTS.md").exists()
-    (folder / "runs" / "tables" / "table1" / "trellisnet" / "seed-1" / "metrics.json").write_text("{")
-    assert collect.main(["--root", str(folder), "--table", "1"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    last = folder / "runs" / "tables" / "table1" / "trellisnet" / "seed-1" / "metrics.json"
+    for bad in ("{", METRICS | {"params": 7}, METRICS | {"epochs": 1}, METRICS | {"commit": "0123-dirty"}):
+        last.write_text(bad if bad == "{" else json.dumps(bad))
+        assert collect.main(["--root", str(folder), "--table", "1"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_without_validation_is_collected(root):
+    folder = root(valid=None)
+    records = (folder / "results" / "one" / "metrics.jsonl").read_text()
+    records = re.sub(r'"valid_score": [\d.]+', '"valid_score": null', records)
+    (folder / "results" / "one" / "metrics.jsonl").write_text(records)
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "- Validation: none held out; the last epoch is scored" in text
+    assert "| 2 | 20 | 150.00 |  | 2.0 |" in text
 
 
 @pytest.mark.parametrize("number", collect.TABLES)

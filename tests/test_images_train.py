@@ -13,6 +13,7 @@ import cifar10.model
 import cifar10.train
 import pmnist.model
 import pmnist.train
+import word_ptb.train
 from trellisnet.data import pixels
 from trellisnet.models import TrellisClassifier, count_parameters
 from trellisnet.training.classification import DILATION
@@ -88,6 +89,32 @@ def test_weights_of_another_order_of_the_pixels_are_refused(run, tmp_path):
     assert code == 2
     assert "--permutation_seed 7: the run in" in err
     assert run("--eval", "--load_weight", weights, "--seed", "5")[0] == 0  # the order is that of its own seed
+
+
+def test_more_slices_than_the_last_batch_has_rows(run):
+    """2,700 images leave a last batch of one."""
+    flags = ("--batch_size", "2699", "--accumulate", "8", "--max_steps", "2", "--nlevels", "2", "--dilation", "400")
+    code, _, err, metrics = run(*flags)
+    assert (code, err) == (0, "")
+    assert metrics["steps"] == 2
+
+
+def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
+    run("--max_steps", "1")
+    folder = tmp_path / "run"
+    weights, last = str(folder / "weights.pkl"), folder / "last.pt"
+    code, _, err, _ = run("--eval", "--load_weight", weights, task="cifar10")
+    assert code == 2
+    assert "it is of images with 1 channels and 10 classes" in err
+    before = last.read_bytes()
+    assert cifar10.train.main(["--resume", str(last)]) == 2
+    way = f"is of a run of pmnist; continue it with python pmnist/train.py --resume {last}"
+    assert capsys.readouterr().err == f"error: {last}: {way}\n"
+    assert last.read_bytes() == before
+    assert cifar10.train.main(["--config", str(folder / "config.json"), "--out", str(tmp_path / "new")]) == 2
+    assert "config.json: is of pmnist, not of cifar10" in capsys.readouterr().err
+    assert word_ptb.train.main(["--data", "synthetic", "--preset", "tiny", "--eval", "--load_weight", weights]) == 2
+    assert "it is of another model or task" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*MNIST")
@@ -168,6 +195,10 @@ def test_defaults_are_the_authors_released_ones(task):
         (["--dilation", "0"], "error: --dilation: expected integers ≥ 1"),
         (["--dropouti", "1"], "error: --dropouti: expected a probability"),
         (["--permutation_seed", "-1"], "error: --permutation_seed: expected at least 0"),
+        (["--nhid", "9" * 22], "error: --nhid: expected less than 2**31"),
+        (["--dilation", "1", "9" * 22], "error: --dilation: expected less than 2**31"),
+        (["--threads", "9" * 14], "error: --threads: expected less than 2**31"),
+        (["--eval", "--metrics", "/nowhere/new/metrics.json"], "error: --metrics /nowhere/new/metrics.json: cannot be"),
         (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
     ],
 )

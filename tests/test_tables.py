@@ -43,8 +43,11 @@ def stub(tmp_path):
         "out = pathlib.Path(argv[argv.index('--out') + 1])\n"
         "out.mkdir(parents=True, exist_ok=True)\n"
         "with (out / 'calls').open('a') as file: file.write(' '.join(argv[:argv.index('--out')]) + '\\n')\n"
-        "if os.environ.get('FAIL'): (out / 'last.pt').touch(); sys.exit(1)\n"
-        "pathlib.Path(argv[argv.index('--metrics') + 1]).write_text('{}')\n"
+        "if os.environ.get('FAIL') == 'late': (out / 'last.pt').touch()\n"
+        "if os.environ.get('FAIL'): sys.exit(1)\n"
+        "complete = not os.environ.get('PARTLY')\n"
+        "if not complete: (out / 'last.pt').touch()\n"
+        "pathlib.Path(argv[argv.index('--metrics') + 1]).write_text(json.dumps({'complete': complete}, indent=1))\n"
     )
     return tmp_path
 
@@ -56,19 +59,22 @@ def test_seeds_rows_and_further_flags(stub):
     assert [p.name for p in runs.iterdir()] == ["trellisnet"]
     for seed in ("1", "2"):
         call = (runs / "trellisnet" / f"seed-{seed}" / "calls").read_text()
-        assert call == f"--preset paper --seed {seed} --accumulate 4\n"
+        assert call == f"--preset paper --seed {seed} --overwrite --accumulate 4\n"
     done = table(3, stub, ROWS="nothing")
     assert done.returncode == 2
     assert done.stderr == "error: table3 has no row nothing; it has: trellisnet trellisnet_standard\n"
 
 
 def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
-    assert table(3, stub, ROWS="trellisnet", FAIL="1").returncode == 1
+    assert table(3, stub, ROWS="trellisnet", FAIL="early").returncode == 1
+    assert table(3, stub, ROWS="trellisnet", FAIL="late").returncode == 1
+    assert table(3, stub, ROWS="trellisnet", PARTLY="1").returncode == 0
     done = table(3, stub)
     assert done.returncode == 0, done.stderr
     runs = stub / "runs" / "tables" / "table3"
     calls = (runs / "trellisnet" / "seed-1111" / "calls").read_text().splitlines()
-    assert calls == ["--preset paper --seed 1111", "--resume"]
+    start, on = "--preset paper --seed 1111 --overwrite", "--resume --max_steps 0"
+    assert calls == [start, start, on, on]
     again = table(3, stub)
     assert again.stdout.splitlines() == [
         "table3 trellisnet, seed 1111: finished", "table3 trellisnet_standard, seed 1111: finished",

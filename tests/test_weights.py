@@ -104,18 +104,25 @@ def test_tail_vectors_are_saved_asked_for_and_explained(tmp_path):
     again = split()
     assert load_weights(again, tmp_path / "split.pkl", init_tail=True) == []  # what is there is taken
     assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)
+    for other in (model(), split([5]), split([5, 8])):
+        with pytest.raises(UserError, match="another split of the softmax; pass --cutoffs 5 9"):
+            load_weights(other, tmp_path / "split.pkl")
+    torch.save(OrderedDict(authors_state_dict(module)), tmp_path / "silent.pkl")  # which does not tell its cut-offs
     with pytest.raises(UserError, match="split softmax with 2 bands; pass its --cutoffs"):
-        load_weights(model(), tmp_path / "split.pkl")
+        load_weights(model(), tmp_path / "silent.pkl")
     with pytest.raises(UserError, match=r"tail_vectors has shape \(2, 4\), .* \(1, 4\); the file has 2 bands"):
-        load_weights(split([5]), tmp_path / "split.pkl")
-    save_weights(model(), tmp_path / "plain.pkl")
+        load_weights(split([5]), tmp_path / "silent.pkl")
+    save_weights(model(), tmp_path / "ours.pkl")
+    with pytest.raises(UserError, match="another split of the softmax; pass --cutoffs 0"):
+        load_weights(again, tmp_path / "ours.pkl", init_tail=True)
+    torch.save(authors_state_dict(model()), tmp_path / "plain.pkl")
     before = [p.detach().clone() for p in again.parameters()]
     with pytest.raises(UserError, match="has no criterion.tail_vectors: .* --init_tail goes on with untrained ones"):
         load_weights(again, tmp_path / "plain.pkl")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before, strict=True))
     assert load_weights(again, tmp_path / "plain.pkl", init_tail=True) == list(parameter_map(again))[-2:]
     assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)  # left as they were
-    save_weights(model(weight_norm=True), tmp_path / "wn.pkl")
+    torch.save(authors_state_dict(model(weight_norm=True)), tmp_path / "wn.pkl")
     with pytest.raises(UserError, match="pass --wnorm"):
         load_weights(split(), tmp_path / "wn.pkl", init_tail=True)
 

@@ -25,7 +25,7 @@ LINES = {"train": 80, "valid": 20, "test": 20}
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(corpus, "CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -125,8 +125,11 @@ def test_the_archive_is_fetched_and_extracted_when_there_is_no_text(archive, tex
         data.load(folder)
     assert data.load(folder, download=True).sha256 == data.load(text).sha256
     (folder / "wiki.valid.tokens").unlink()
+    assert data.load(folder, download=True).sha256 == data.load(text).sha256  # as if a kill had broken it off
+    (folder / "wiki.valid.tokens").unlink()
+    (folder / "wikitext-103-v1.zip").unlink()
     with pytest.raises(UserError, match="expected wiki.train.tokens"):
-        data.load(folder, download=True)  # with a part of a text there, nothing is added behind one's back
+        data.load(folder, download=True)  # to a part of a text of one's own nothing is added behind one's back
     assert data.main([str(folder)]) == 0  # unless one asks for it
     out = capsys.readouterr().out.splitlines()
     assert [line.rsplit(": ")[1] for line in out] == ["already there", "fetched", "already there"]
@@ -240,9 +243,10 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
     assert (code, err) == (0, "")
     assert metrics["test"]["init_tail"]
     assert "(partial, tail vectors not trained)" in out
-    assert (
-        run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--epochs", "1")[0] == 0
-    )  # training them is fine
+    hardly = run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--max_steps", "1", out="hardly")[3]
+    assert hardly["test"]["init_tail"]
+    trained = run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--epochs", "1")[3]
+    assert "init_tail" not in trained["test"]
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--cutoffs", "0")
     assert code == 2
     assert "--init_tail: only a split softmax" in err
@@ -258,6 +262,27 @@ def test_weights_of_another_order_of_the_words_are_refused(run, tmp_path):
     code, _, err, _ = run("--resume", "--vocab_order", "frequency", "--epochs", "3")
     assert code == 2
     assert "--vocab_order frequency: the run in" in err
+
+
+def test_an_unwritable_cache_is_replaced_by_the_users_own(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(corpus, "CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert run("--max_steps", "1")[0] == 0
+    assert len(list((tmp_path / "own" / "trellisnet").glob("words-*"))) == 1
+
+
+def test_weights_of_other_bands_are_refused(run, tmp_path):
+    """As many bands, so that the shapes agree."""
+    run("--epochs", "1")
+    weights = tmp_path / "run" / "weights.pkl"
+    code, _, err, _ = run("--eval", "--load_weight", weights, "--cutoffs", "30", "60")
+    assert code == 2
+    assert "was trained with another split of the softmax; pass --cutoffs 20 50" in err
+    run("--max_steps", "1", "--cutoffs", "0", out="plain")
+    code, _, err, _ = run("--eval", "--load_weight", tmp_path / "plain" / "weights.pkl", "--init_tail")
+    assert code == 2
+    assert "pass --cutoffs 0" in err
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,7 @@ def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False,
             state dict has beside its tensors, so that :func:`load_weights` can refuse the weights of another one.
     """
     state = authors_state_dict(model)
-    if vocabulary is not None:
-        state._metadata = OrderedDict({_METADATA: {"vocabulary": vocabulary}})
+    state._metadata = OrderedDict({_METADATA: {"vocabulary": vocabulary, "cutoffs": _cutoffs(model)}})
     serialization.save(path, state, legacy=legacy)
 
 
@@ -132,11 +131,15 @@ def load_weights(
         raise UserError("--init_tail: only a split softmax (--cutoffs) has tail vectors; leave it out")
     loaded = serialization.load(path, WHAT)
     state = _unique(loaded, path, _first_name if language else str)
-    _check_vocabulary(loaded, vocabulary, path, language)
+    told = _metadata(loaded)
     if language and model.tied:
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
+    cutoffs = told.get("cutoffs")
+    if isinstance(cutoffs, list) and cutoffs != _cutoffs(model):
+        bands = " ".join(map(str, cutoffs or [0]))
+        raise UserError(f"{path}: was trained with another split of the softmax; pass --cutoffs {bands}")
     left = [name for name in _TAIL if name in expected and name not in state]
     if left and len(state) + len(left) == len(expected) and not init_tail:
         raise UserError(
@@ -151,27 +154,34 @@ def load_weights(
                 f"{path}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}; "
                 + (_advice if language else _classifiers_advice)(name, state, model)
             )
+    _check_vocabulary(told.get("vocabulary"), vocabulary, path, language)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
     return left
 
 
-def _check_vocabulary(
-    loaded: dict[str, Tensor], vocabulary: str | None, path: str | os.PathLike, language: bool
-) -> None:
-    """Refuse weights whose ids, or places, stand for something else; files that do not say for what pass."""
+def _cutoffs(model: Model) -> list[int]:
+    return model.head.cutoffs if isinstance(model.head, SplitSoftmax) else []
+
+
+def _metadata(loaded: dict[str, Tensor]) -> dict[str, Any]:
+    """What :func:`save_weights` has written beside the tensors; other files have nothing there."""
     metadata: Any = getattr(loaded, "_metadata", None)
-    for key in (_METADATA, "vocabulary"):
-        metadata = metadata.get(key) if isinstance(metadata, dict) else None
-    if vocabulary is not None and isinstance(metadata, str) and metadata != vocabulary:
+    told = metadata.get(_METADATA) if isinstance(metadata, dict) else None
+    return told if isinstance(told, dict) else {}
+
+
+def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike, language: bool) -> None:
+    """Refuse weights whose ids, or places, stand for something else; files that do not say for what pass."""
+    if vocabulary is not None and isinstance(told, str) and told != vocabulary:
         what, flags = (
-            ("vocabulary", "--data, and the --vocab_order or --stream,")
+            ("vocabulary", "--data (and in wt103 the --vocab_order, in char_ptb the --stream)")
             if language
             else ("order of the pixels", "--permute or --no-permute, and the --permutation_seed,")
         )
         raise UserError(
-            f"{path}: was trained on another {what} (sha256 {metadata[:12]}… instead of {vocabulary[:12]}…): pass the "
+            f"{path}: was trained on another {what} (sha256 {told[:12]}… instead of {vocabulary[:12]}…): pass the "
             f"{flags} that it was trained on"
         )
 

@@ -15,7 +15,7 @@ VOCABULARY = 10_000
 def load(folder: str | Path, download: bool = False) -> Corpus:
     """Read and encode the corpus; arguments and errors as in :func:`trellisnet.data.penn.texts`."""
     texts, label = penn.texts(folder, download)
-    loaded = corpus.cached(corpus.CACHE, texts, corpus.words, label=label)
+    loaded = corpus.cached(corpus.cache_folder(), texts, corpus.words, label=label)
     if label == penn.LABEL:
         loaded.check(TOKENS, VOCABULARY)
     return loaded

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from trellisnet.data import archive, corpus, download, encoder, synthetic
-from trellisnet.data.corpus import CACHE, SPLITS, Corpus
+from trellisnet.data.corpus import SPLITS, Corpus, cache_folder
 from trellisnet.data.download import Source
 from trellisnet.errors import UserError
 
@@ -70,7 +70,7 @@ def load(folder: str | Path, download: bool = False, order: str = "appearance") 
 
     Args:
         folder: holds the three texts, see :func:`files`; or "synthetic" for a small generated corpus.
-        download: fetch WikiText-103 if `folder` holds no text.
+        download: fetch WikiText-103 if `folder` holds no text, or only a part of it beside the archive.
         order: of the vocabulary, see :func:`trellisnet.data.encoder.encode_files`.
 
     Raises:
@@ -82,9 +82,10 @@ def load(folder: str | Path, download: bool = False, order: str = "appearance") 
         made = corpus.encode(map(corpus.words, texts), sha256=corpus.digest(texts), label="synthetic")
         return corpus.by_frequency(made) if order == "frequency" else made
     folder = Path(folder)
-    if download and not any((folder / name).exists() for names in LAYOUTS for name in names):
+    there = any((folder / name).exists() for names in LAYOUTS for name in names)
+    if download and (not there or (folder / ARCHIVE.name).exists()):  # the archive: to go on where a kill broke it off
         fetch(folder)
-    loaded = encoder.encode_files(files(folder), CACHE, order=order, label="own corpus")
+    loaded = encoder.encode_files(files(folder), cache_folder(), order=order, label="own corpus")
     counts = tuple(getattr(loaded, split).numel() for split in SPLITS)
     if loaded.sha256 == SAMPLE_SHA256:
         return loaded.renamed(SAMPLE_LABEL)

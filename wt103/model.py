@@ -77,6 +77,9 @@ class Config(LanguageModelConfig):
     def data_options(self) -> dict[str, Any]:
         return {"order": self.vocab_order}
 
+    def marks(self) -> dict[str, bool]:
+        return {"init_tail": True} if self.init_tail else {}
+
     def load_options(self) -> dict[str, Any]:
         return {"init_tail": self.init_tail}
 

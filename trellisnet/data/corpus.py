@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from trellisnet import serialization
+from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
-CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"  # in the project
+CACHE = PROJECT / "data" / "cache"
+_FORMAT = 1  # of what is cached; another one is needed whenever other ids would be made of the same text
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
 ORDERS = ("appearance", "frequency")
@@ -99,6 +102,19 @@ def by_frequency(corpus: Corpus) -> Corpus:
     return dataclasses.replace(corpus, vocabulary=[corpus.vocabulary[i] for i in order.tolist()], **streams)
 
 
+def cache_folder() -> Path:
+    """Where encoded text is kept: `data/cache` in the project, or the user's cache if nothing can be written there."""
+    folders = [CACHE]
+    with contextlib.suppress(RuntimeError):  # no home
+        folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trellisnet")
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return CACHE
+
+
 def cached(folder: Path, texts: list[str], tokenize: Callable[[str], Iterable[str]], *, label: str) -> Corpus:
     """:func:`encode` of the tokenised texts, kept in `folder` under a name made from their content.
 
@@ -106,7 +122,9 @@ def cached(folder: Path, texts: list[str], tokenize: Callable[[str], Iterable[st
     """
     sha256 = digest(texts)
     borders = "-".join(str(len(text)) for text in texts)
-    path = folder / f"{tokenize.__name__}-{hashlib.sha256(f'{sha256}-{borders}'.encode()).hexdigest()[:32]}.pt"
+    path = (
+        folder / f"{tokenize.__name__}-{hashlib.sha256(f'{_FORMAT}-{sha256}-{borders}'.encode()).hexdigest()[:32]}.pt"
+    )
     if path.is_file():
         try:
             content = serialization.load(path, "an encoded corpus")

@@ -20,6 +20,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from tqdm import tqdm
 
 from trellisnet import serialization
+from trellisnet.data import PROJECT
 from trellisnet.errors import RunError, UserError, unwritable
 
 try:
@@ -359,7 +360,7 @@ def main(
     Args:
         module: the module that is run.
         description: for --help.
-        default: folder if none is given.
+        default: folder in the project if none is given.
         names: the files that belong there.
         fetch: fetches those that are missing in a folder and returns their paths.
         argv: command-line arguments; None for those of the process.
@@ -368,7 +369,9 @@ def main(
         the exit code: 0 done; 2 the input is wrong; 1 it failed.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("folder", nargs="?", default=default, help="where the files belong (default: %(default)s)")
+    parser.add_argument(
+        "folder", nargs="?", default=PROJECT / default, help=f"where they belong (default: {default} here)"
+    )
     folder = Path(parser.parse_args(argv).folder)
     try:
         fetched = fetch(folder)

@@ -3,6 +3,7 @@
 The file holds `format` (the version of this layout), `content` and `sha256` (the digest of the content). The content is
 a dict of tensors and plain values:
 
+    task        the run's task; older checkpoints do not have it, and load as None
     settings    all settings of the run
     command     the command line that started the run
     data        what the data are (`Splits.fingerprint`)
@@ -37,7 +38,8 @@ from trellisnet.errors import UserError
 FORMAT = 2
 WHAT = "a checkpoint of a run (last.pt or best.pt)"
 _KEYS = frozenset(
-    "settings command data model average optimizer schedule epoch batch carry step best seconds running rng".split()
+    """task settings command data model average optimizer schedule epoch batch carry step best seconds running
+    rng""".split()
 )
 
 
@@ -132,6 +134,7 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
         _check_sum(ours, file.get("sha256"), path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not {WHAT}, or a damaged one")
+    content.setdefault("task", None)
     if content.keys() != _KEYS:
         raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {sorted(content.keys() ^ _KEYS)})")
     return content

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from trellisnet.data.pixels import Images, normalise, permutation
-from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.config import RunConfig, setting
 from trellisnet.training.engine import Splits
@@ -70,10 +69,7 @@ class ClassificationConfig(RunConfig):
         self.check_at_least(2, "ksize")
         self.check_at_least(0, "permutation_seed")
         self.check_rates("dropout", "dropouti", "dropouth", "wdrop")
-        if min(self.dilation, default=0) < 1:
-            raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
-        if self.permutation_seed >= 2**32:
-            raise UserError(f"--permutation_seed: expected less than 2**32, got {self.permutation_seed}")
+        self.check_dilation(self.dilation)
 
 
 def build_model(config: ClassificationConfig, channels: int, num_classes: int) -> TrellisClassifier:

@@ -127,7 +127,7 @@ class _Program:
         if config.resume:
             config, resumed = _resume(self.cls, config, given)
         if config.metrics:
-            check_metrics_path(config.metrics, config.folder())
+            check_metrics_path(config.metrics, None if config.eval else config.folder())
         if config.threads:
             torch.set_num_threads(config.threads)
         # What "auto" stood for is part of the run: a continuation makes the same choices.
@@ -147,7 +147,7 @@ class _Program:
         command = command_line(f"{config.task}/train.py", argv)
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
-            outcome = _score(task, splits, config, {"init_tail": True} if untrained else {})
+            outcome = _score(task, splits, config, config.marks() if untrained else {})
             outcome["seconds"] = time.monotonic() - started
         else:
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
@@ -218,6 +218,9 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
     if path.name == "last.pt" and best.is_file() and _is_ahead(best, content):
         content.clear()  # both would not fit where one just does
         content = checkpoint.load(best)
+    if content["task"] not in (None, cls.task):
+        owner = content["task"]
+        raise UserError(f"{path}: is of a run of {owner}; continue it with python {owner}/train.py --resume {path}")
     if not isinstance(content["settings"], dict):
         raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")

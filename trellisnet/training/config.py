@@ -18,9 +18,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from trellisnet import ops
+from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
-PROJECT = Path(__file__).resolve().parents[2]  # relative defaults (data, runs) lie here
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
@@ -95,6 +95,9 @@ class RunConfig:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag_of(self, name)}: expected a finite number, got {value}")
+            numbers = value if isinstance(value, list) else [value]
+            if name != "seed" and any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers):
+                raise UserError(f"{flag_of(self, name)}: expected less than 2**31, got {max(numbers, key=abs)}")
         self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval", "accumulate")
         self.check_at_least(0, "checkpoint_minutes", "checkpoint_steps")
         if self.accumulate > self.batch_size:
@@ -111,6 +114,10 @@ class RunConfig:
         for name in names:
             if getattr(self, name) < least:
                 raise UserError(f"{flag_of(self, name)}: expected at least {least}, got {getattr(self, name)}")
+
+    def check_dilation(self, dilation: list[int]) -> None:
+        if min(dilation, default=0) < 1:
+            raise UserError(f"--dilation: expected integers ≥ 1, got {dilation}")
 
     def check_rates(self, *names: str) -> None:
         for name in names:
@@ -132,6 +139,10 @@ class RunConfig:
         except (RuntimeError, AssertionError, NotImplementedError) as e:
             raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
         return device
+
+    def marks(self) -> dict[str, bool]:
+        """What every score of weights that were loaded and not trained further is marked with."""
+        return {}
 
     def load_options(self) -> dict[str, Any]:
         """Further arguments for `weights.load_weights`."""
@@ -237,10 +248,13 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"--config {path}: not JSON ({e})") from e
+    task = None
     if isinstance(content, dict):
-        content = content.get("settings", content)
+        task, content = content.get("task"), content.get("settings", content)
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a JSON object of settings")
+    if task not in (None, cls.task):
+        raise UserError(f"--config {path}: is of {task}, not of {cls.task}; name the file of a run of this task")
     return check_settings(cls, content, f"--config {path}")
 
 

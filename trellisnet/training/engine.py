@@ -65,7 +65,7 @@ class Splits:
     @property
     def fingerprint(self) -> list[Any]:
         """Equal for equal data: the digest alone does not see where one split ends and the next begins."""
-        return [self.sha256, *self.sizes]
+        return [self.sha256, *self.sizes, self.vocabulary]
 
 
 @dataclass
@@ -98,7 +98,7 @@ def evaluate(
         RunError: the loss or the score is not finite.
     """
     limit = config.max_eval_tokens or None
-    progress = lambda it, total: bar(it, total, desc=name, unit="window")  # noqa: E731
+    progress = lambda it, total: bar(it, total, desc=name, unit=task.batch_name)  # noqa: E731
     result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
     result |= task.scores(result, name.removesuffix("_all"))
     score = result[task.score_name]
@@ -199,6 +199,7 @@ class Trainer:
     def checkpoint(self) -> dict[str, Any]:
         """Everything needed to go on. Its tensors are those of the model and the optimizer, not copies."""
         return {
+            "task": self.config.task,
             "settings": to_settings(self.config),
             "command": self.command,
             "data": self.splits.fingerprint,
@@ -241,7 +242,8 @@ class Trainer:
         content.clear()
 
     def _restore(self, content: dict[str, Any]) -> None:
-        if content["data"] != self.splits.fingerprint:
+        known = self.splits.fingerprint[: max(len(content["data"]), 4)]  # older ones end before the vocabulary
+        if content["data"] != known:
             raise UserError(
                 f"the data differ from those the run was started on (sha256 {self.splits.sha256[:12]}… instead of "
                 f"{content['data'][0][:12]}…); name those with --data"
@@ -260,7 +262,9 @@ class Trainer:
         device = next(self.task.model.parameters()).device
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(part.to(device) for part in carry)
-        self.running = dict(content["running"])
+        running = dict(content["running"])
+        running["count"] = running.pop("tokens", None) or running.get("count", 0)  # its name in older checkpoints
+        self.running = {name: float(running[name]) for name in self.running}
         self.seconds_before = float(content["seconds"])
         checkpoint.set_rng_state(content["rng"])
 
@@ -327,10 +331,11 @@ class Trainer:
         """One update from one batch, in `accumulate` slices of its rows; returns the means of what is measured."""
         config, model = self.config, self.task.model
         self.optimizer.zero_grad(set_to_none=True)
-        slices = list(zip(*(part.tensor_split(config.accumulate) for part in batch), strict=True))
+        pieces = min(config.accumulate, batch[0].size(0))  # the last batch of an epoch may have few rows
+        slices = list(zip(*(part.tensor_split(pieces) for part in batch), strict=True))
         states = [None] * len(slices)
         if self.carry is not None:
-            states = list(zip(*(part.tensor_split(config.accumulate) for part in self.carry), strict=True))
+            states = list(zip(*(part.tensor_split(pieces) for part in self.carry), strict=True))
         means, carried = dict.fromkeys(self.task.measured, 0.0), []
         for part, state in zip(slices, states, strict=True):
             losses, state = self.task.loss(*part, state=state)
@@ -412,7 +417,7 @@ class Trainer:
                 self.optimizer = make_averaging(self.task.model.parameters(), self.config)
                 self.say(f"epoch {epoch:3d}  no gain in {self.config.anneal} epochs: averaging from here on")
             self.epoch, self.batch, self.carry = epoch, 0, None
-            self.running = dict.fromkeys(self.running, 0.0)
+            self.running, self.meter = dict.fromkeys(self.running, 0.0), _Meter(self.task.measured)
         self._save(better)
 
         line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
@@ -462,6 +467,8 @@ class Trainer:
             valid = self._validate()
         self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = evaluate(self.task, self.splits.test, "test", self.config)
+        if not self.best:  # what was loaded has hardly been trained
+            valid, test = valid and valid | self.config.marks(), test | self.config.marks()
         for split, result in (("valid", valid), ("test", test)):
             if result is not None:
                 line = score_line(self.task, split, result)
@@ -517,7 +524,7 @@ def fit(
         say: prints a line for the user; the default keeps clear of the progress bar.
 
     Returns:
-        validation and test results of the epoch with the best validation loss.
+        validation and test results of the best epoch by validation, or of the last one if nothing is held out.
 
     Raises:
         UserError: settings or data that do not fit.

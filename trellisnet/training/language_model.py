@@ -65,8 +65,7 @@ class LanguageModelConfig(RunConfig):
         self.check_at_least(2, "ksize")
         self.check_at_least(0, "seq_len", "alpha", "beta", "n_experts")
         self.check_rates("dropoutl", "dropout", "dropouti", "dropouth", "emb_dropout", "wdrop")
-        if min(self.dilation, default=0) < 1:
-            raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
+        self.check_dilation(self.dilation)
         if self.tied and not self.n_experts and self.nout != self.emsize:
             raise UserError(
                 f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; "

@@ -82,10 +82,10 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes elsewhere
 
 
-def check_metrics_path(path: str, run_folder: Path) -> None:
+def check_metrics_path(path: str, run_folder: Path | None) -> None:
     """Raise UserError now rather than after hours of training if the metrics file could not be written."""
     folder = os.path.dirname(os.path.abspath(path))
-    later = folder == os.path.abspath(run_folder)  # made with the run, if it does not exist yet
+    later = run_folder is not None and folder == os.path.abspath(run_folder)  # made with the run
     if later and os.path.basename(path) not in RunFolder.FILES:
         raise UserError(f"--metrics {path}: in the run's own folder the file is called metrics.json")
     if os.path.isdir(path) or not (later or (os.path.isdir(folder) and os.access(folder, os.W_OK))):
@@ -137,6 +137,8 @@ class RunFolder:
                         "or choose another folder with --out"
                     )
                 self._clear()
+            for left in self._left():
+                left.unlink(missing_ok=True)
             self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
@@ -144,10 +146,13 @@ class RunFolder:
         if tensorboard:
             self._board = SummaryWriter(str(path))
 
+    def _left(self) -> list[Path]:
+        """Temporary files of writes that were killed; each may be as large as a checkpoint."""
+        return [left for name in self.FILES for left in self.path.glob(f".{name}.*.tmp")]
+
     def _clear(self) -> None:
         """Remove the files of a run; a folder with anything else in it is not ours to delete."""
-        ours = [self.path / name for name in self.FILES]
-        ours += [left for name in self.FILES for left in self.path.glob(f".{name}.*.tmp")]
+        ours = [*(self.path / name for name in self.FILES), *self._left()]
         ours += self.path.glob("events.out.tfevents.*")
         foreign = sorted(path.name for path in set(self.path.iterdir()) - set(ours))
         if foreign:
