@@ -32,11 +32,12 @@ class Config(LanguageModelConfig):
             "name": "paper", "nhid": 1500, "nlevels": 70, "horizon": 70, "wdrop": 0.1, "aux": 0.08, "clip": 0.1,
             "vocab_order": "frequency",
         },
-        # For a sample of some hundred thousand tokens on two CPU cores.
+        # For a sample of some hundred thousand tokens on two CPU cores, which plain SGD learns faster than Adam does.
         "small": {
             "name": "small", "emsize": 128, "nhid": 96, "nout": 128, "nlevels": 6, "horizon": 30, "batch_size": 10,
-            "dropout": 0.4, "dropouti": 0.3, "dropouth": 0.2, "emb_dropout": 0.1, "aux": 0.0, "clip": 0.25, "lr": 2e-3,
-            "epochs": 12, "when": [8, 10], "anneal": 0, "eval_batch_size": 10, "vocab_order": "frequency",
+            "wnorm": False, "optim": "SGD", "lr": 20.0, "clip": 0.25, "dropout": 0.4, "dropouti": 0.3, "dropouth": 0.2,
+            "emb_dropout": 0.1, "aux": 0.0, "epochs": 9, "when": [6, 8], "anneal": 0, "eval_batch_size": 10,
+            "vocab_order": "frequency",
         },
     }  # fmt: skip
 
