@@ -151,6 +151,9 @@ def test_the_archive_is_fetched_when_there_are_no_batches(archive, folder, tmp_p
         data.load(fresh)
     assert data.load(fresh, download=True).sha256 == data.load(folder).sha256
     (fresh / NAMES[2]).unlink()
+    assert data.load(fresh, download=True).sha256 == data.load(folder).sha256  # as if a kill had broken it off
+    (fresh / NAMES[2]).unlink()
+    (fresh / data.ARCHIVE.name).unlink()
     assert NAMES[2] in refusal(fresh, download=True)  # a part of a set is not completed behind one's back
     assert data.main([str(fresh)]) == 0  # unless one asks for it
     out = capsys.readouterr().out.splitlines()
