@@ -248,7 +248,9 @@ def memory(folder: Path) -> str:
             if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
                 raise BadResultError(f"{path}: of synthetic data or uncommitted code")
             command = re.sub(
-                r" --(max_steps|max_eval_tokens|metrics|out|epochs|data) \S+| --overwrite", "", metrics["command"]
+                r" --(max_steps|max_eval_tokens|metrics|out|epochs|data|checkpoint_steps|log-interval) \S+| --overwrite",
+                "",
+                metrics["command"],
             )
             lines.append(f"| `{command}` | {metrics['params']:,} | {metrics['peak_memory'] / 1e9:.1f} GB |")
         except (OSError, ValueError, KeyError, TypeError) as e:
