@@ -91,6 +91,12 @@ QUOTED = re.compile(r"<!-- output of (\w+): begin -->\n.*?<!-- output of \1: end
 MEMORY = re.compile(r"<!-- memory: begin -->\n.*?<!-- memory: end -->", re.DOTALL)
 
 
+# Flags of a measurement that do not change how much memory it takes.
+HERE_ONLY = re.compile(
+    r" --(max_steps|max_eval_tokens|metrics|out|epochs|data|checkpoint_steps|log-interval) \S+| --overwrite"
+)
+
+
 class BadResultError(Exception):
     """A folder in results/ that must not be quoted."""
 
@@ -247,11 +253,7 @@ def memory(folder: Path) -> str:
             metrics = json.loads(path.read_text())
             if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
                 raise BadResultError(f"{path}: of synthetic data or uncommitted code")
-            command = re.sub(
-                r" --(max_steps|max_eval_tokens|metrics|out|epochs|data|checkpoint_steps|log-interval) \S+| --overwrite",
-                "",
-                metrics["command"],
-            )
+            command = HERE_ONLY.sub("", metrics["command"])
             lines.append(f"| `{command}` | {metrics['params']:,} | {metrics['peak_memory'] / 1e9:.1f} GB |")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadResultError(f"{path}: {e}") from e
