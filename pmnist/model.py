@@ -20,7 +20,7 @@ class Config(ClassificationConfig):
     std: ClassVar = STD
     presets: ClassVar = {
         **PRESETS,
-        # Some two hours on two CPU cores: the authors' model and a few of their 200 epochs, little regularised.
+        # For two CPU cores: the authors' model and a few of their 200 epochs, little regularised.
         "small": {
             "name": "small", "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.05, "wdrop": 0.0, "epochs": 8,
             "when": [5, 7],
