@@ -201,9 +201,10 @@ def test_repr_names_the_settings():
         ({"hidden_dropout": 1.0}, "hidden_dropout: expected a probability"),
         ({"weight_dropout": -0.1}, "weight_dropout: expected a probability"),
         ({"backend": "fast"}, "backend: expected one of auto, reference, got 'fast'"),
-        ({"activation": "gru"}, "activation: this version supports only 'lstm', got 'gru'"),
-        ({"kernel_groups": 2}, "kernel_groups: this version supports only None, got 2"),
-        ({"inject_every": 2}, "inject_every: this version supports only 1, got 2"),
+        ({"activation": "relu"}, "activation: expected one of lstm, gru, tanh, got 'relu'"),
+        ({"kernel_groups": 2}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 2"),
+        ({"kernel_groups": 0}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 0"),
+        ({"inject_every": 0}, "inject_every: expected at least 1, got 0"),
         ({"recompute": True}, "recompute: this version supports only False, got True"),
     ],
 )

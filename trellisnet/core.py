@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellisnet import ops
 from trellisnet.regularization import Masks, check_rate, drop_connect, dropout_scale, weight_norm
 
-# Gates of each activation, in the row order of the published weights (paper: f, i, g, o).
-GATES = {"lstm": ("i", "o", "g", "f")}
 INIT_STD = 0.01
 
 State = tuple[Tensor, Tensor]
@@ -51,13 +50,21 @@ class TrellisNet(nn.Module):
             steps (Appendix B.1, "variational dropout").
         weight_dropout: probability of dropping a weight of either kernel (Appendix B.1, "DropConnect").
         temporal_weight_dropout: drop weights of the older taps only.
+        activation: "lstm" (section 5.1, G = 4 gates), "gru" (3) or "tanh" (1, no gates). Without an LSTM's cell, the c
+            of a state is h.
+        kernel_groups: None for a dense kernel, else the number of groups of the mixed group convolution (Theorem 1,
+            Eq. 5), equally wide: group g reads its own past taps and the current tap of group g − 1, x enters group 1.
+        inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6); the bias enters all.
         backend: operator to run, one of `trellisnet.ops.BACKENDS`.
 
-    Parameters `weight_x` (4H, input_size, k), `weight_h` (4H, H, k), `bias` (4H); with weight normalisation
-    `weight_x_v`, `weight_x_g` (4H, 1, 1), `weight_h_v`, `weight_h_g` instead of the kernels. They start from
-    N(0, 0.01²), g from the norm of v.
+    Parameters `weight_x` (GH, input_size, k), `weight_h` (GH, H, k), `bias` (GH), rows i, o, g, f of an LSTM and r, u,
+    n of a GRU; with weight normalisation `weight_x_v`, `weight_x_g` (GH, 1, 1), `weight_h_v`, `weight_h_g` instead of
+    the kernels. They start from N(0, 0.01²), g from the norm of v. With `kernel_groups` = n, only what is not zero in
+    Eq. 5 is a parameter: `weight_x` is (GH/n, input_size, k), and `weight_h_past` (GH, H/n, k−1) and, for n > 1,
+    `weight_h_below` (GH − GH/n, H/n, 1) stand for `weight_h`, with one g for a row of both; rows run group by group,
+    then gate by gate.
 
-    `activation`, `kernel_groups`, `inject_every` and `recompute` take only their defaults in this version.
+    `recompute` takes only its default in this version.
 
     Raises:
         ValueError: a setting out of range.
@@ -97,14 +104,15 @@ class TrellisNet(nn.Module):
             raise ValueError(f"dilation: expected a sequence of integers ≥ 1, got {dilation!r}")
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        for name, value, only in (
-            ("activation", activation, "lstm"),
-            ("kernel_groups", kernel_groups, None),
-            ("inject_every", inject_every, 1),
-            ("recompute", recompute, False),
-        ):
-            if value != only:
-                raise ValueError(f"{name}: this version supports only {only!r}, got {value!r}")
+        if activation not in ops.GATES:
+            raise ValueError(f"activation: expected one of {', '.join(ops.GATES)}, got {activation!r}")
+        if kernel_groups is not None and (kernel_groups < 1 or hidden_size % kernel_groups):
+            expected = f"None or a divisor of hidden_size = {hidden_size}"
+            raise ValueError(f"kernel_groups: expected {expected}, got {kernel_groups}")
+        if inject_every < 1:
+            raise ValueError(f"inject_every: expected at least 1, got {inject_every}")
+        if recompute:
+            raise ValueError(f"recompute: this version supports only False, got {recompute!r}")
 
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -117,44 +125,73 @@ class TrellisNet(nn.Module):
         self.weight_dropout = check_rate("weight_dropout", weight_dropout)
         self.temporal_weight_dropout = temporal_weight_dropout
         self.activation = activation
+        self.kernel_groups = kernel_groups
+        self.inject_every = inject_every
         self.backend = backend
 
-        rows = len(GATES[activation]) * hidden_size
-        for name, channels in (("weight_x", input_size), ("weight_h", hidden_size)):
-            kernel = nn.Parameter(torch.empty(rows, channels, kernel_size, device=device, dtype=dtype))
+        rows, k = ops.GATES[activation] * hidden_size, kernel_size
+        first = rows // (kernel_groups or 1)  # rows of the first group
+        kernels = {"weight_x": {"weight_x": (first, input_size, k)}, "weight_h": {"weight_h": (rows, hidden_size, k)}}
+        if kernel_groups is not None:
+            width = hidden_size // kernel_groups
+            kernels["weight_h"] = {"weight_h_past": (rows, width, k - 1), "weight_h_below": (rows - first, width, 1)}
+            if kernel_groups == 1:
+                del kernels["weight_h"]["weight_h_below"]
+        shapes = {}
+        for name, parts in kernels.items():
+            shapes |= {part + "_v" * weight_norm: shape for part, shape in parts.items()}
             if weight_norm:
-                self.register_parameter(f"{name}_v", kernel)
-                g = nn.Parameter(torch.empty(rows, 1, 1, device=device, dtype=dtype))
-                self.register_parameter(f"{name}_g", g)
-            else:
-                self.register_parameter(name, kernel)
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+                shapes[f"{name}_g"] = (first if name == "weight_x" else rows, 1, 1)
+        shapes["bias"] = (rows,)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw kernels and bias from N(0, 0.01²); g becomes the norm of v, so that w = v at the start."""
-        for name in ("weight_x", "weight_h"):
-            kernel = getattr(self, f"{name}_v" if self.weight_norm else name)
-            nn.init.normal_(kernel, std=INIT_STD)
-            if self.weight_norm:
-                norm = torch.linalg.vector_norm(kernel, dim=(1, 2), keepdim=True)
+        for name, parameter in self.named_parameters():
+            if not name.endswith("_g"):
+                nn.init.normal_(parameter, std=INIT_STD)
+        if self.weight_norm:
+            for name in ("weight_x", "weight_h"):
+                norm = torch.linalg.vector_norm(self._kernel(name), dim=(1, 2), keepdim=True)
                 getattr(self, f"{name}_g").copy_(norm)
-        nn.init.normal_(self.bias, std=INIT_STD)
+
+    def _kernel(self, name: str) -> Tensor:
+        """A kernel as it is stored, v with weight normalisation; of a grouped one the shape that the operator reads."""
+        suffix = "_v" if self.weight_norm else ""
+        if name == "weight_x" or self.kernel_groups is None:
+            return getattr(self, name + suffix)
+        past = getattr(self, f"weight_h_past{suffix}")
+        if self.kernel_groups == 1:
+            return F.pad(past, (0, 1))
+        below = getattr(self, f"weight_h_below{suffix}")
+        return torch.cat([past, F.pad(below, (0, 0, 0, 0, past.size(0) - below.size(0), 0))], dim=2)
 
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, {self.hidden_size}, {self.num_layers}, output_size={self.output_size}, "
             f"kernel_size={self.kernel_size}, dilation={self.dilation}, weight_norm={self.weight_norm}, "
             f"hidden_dropout={self.hidden_dropout}, weight_dropout={self.weight_dropout}, "
-            f"temporal_weight_dropout={self.temporal_weight_dropout}, backend={self.backend!r}"
+            f"temporal_weight_dropout={self.temporal_weight_dropout}, activation={self.activation!r}, "
+            f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, backend={self.backend!r}"
         )
 
     @property
     def receptive_field(self) -> int:
-        """Time steps of x that one output depends on, itself included: 1 + Σ_layers (k−1)·dilation."""
+        """Time steps of x that one output depends on, itself included: 1 + Σ_layers (k−1)·dilation.
+
+        With `kernel_groups`, x takes a layer without a step back for every group that it has to climb; what is too
+        shallow for that sees nothing, 0.
+        """
         cycle = [self.dilation[i % len(self.dilation)] for i in range(self.num_layers)]
-        return 1 + (self.kernel_size - 1) * sum(cycle)
+        if self.kernel_groups is None:
+            return 1 + (self.kernel_size - 1) * sum(cycle)
+        climbs = (self.hidden_size - self.output_size) // (self.hidden_size // self.kernel_groups)
+        if climbs >= self.num_layers:
+            return 0
+        return 1 + (self.kernel_size - 1) * (sum(cycle) - sum(sorted(cycle[1:])[:climbs]))
 
     def layer_steps(self, length: int, *, last_only: bool = False) -> int:
         """How many pairs of a layer and a time step a forward pass over `length` time steps computes.
@@ -179,7 +216,7 @@ class TrellisNet(nn.Module):
             name: "weight_x" or "weight_h".
             masks: explicit masks, or None to draw in training mode.
         """
-        kernel = getattr(self, f"{name}_v" if self.weight_norm else name)
+        kernel = self._kernel(name)
         kernel = drop_connect(kernel, self.weight_dropout, self.temporal_weight_dropout, self.training, masks, name)
         return weight_norm(kernel, getattr(self, f"{name}_g")) if self.weight_norm else kernel
 
@@ -237,6 +274,9 @@ class TrellisNet(nn.Module):
             "dilation": self.dilation,
             "output_size": self.output_size,
             "hidden_scale": dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
+            "activation": self.activation,
+            "kernel_groups": self.kernel_groups,
+            "inject_every": self.inject_every,
             "backend": self.backend,
         }
         if last_only:

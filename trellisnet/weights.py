@@ -1,8 +1,9 @@
 """The authors' weight files: their names for our parameters, loading, saving, and saying what does not fit.
 
-Their state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), a tied `decoder.weight`
-repeats `encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`. The vectors of
-the bands of a split softmax, which their scripts never save, are `criterion.*` here.
+Their state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), a tied `decoder.weight` repeats
+`encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`. What they have no name
+for: the vectors of the bands of a split softmax, which their scripts never save, are `criterion.*` here, and the two
+parts of a mixed group convolution `weight2_past*` and `weight2_below*`.
 """
 
 import os
@@ -17,6 +18,7 @@ from trellisnet import serialization
 from trellisnet.errors import UserError
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
+from trellisnet.ops import GATES
 
 Model = TrellisLanguageModel | TrellisClassifier
 
@@ -28,6 +30,7 @@ _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
 # The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
 _AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
 _METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch looks for names of modules there
+_KIND = {"activation": "lstm", "mixed_group": 0, "inject_every": 1}  # flags, and what the authors' files are made with
 WHAT = "weights in the authors' layout (a state dict)"
 
 
@@ -52,13 +55,16 @@ def _prefix(model: Model) -> str:
 
 
 def _core_names(model: Model) -> dict[str, nn.Parameter]:
-    prefix, core = _prefix(model), model.core
-    if not core.weight_norm:
-        names = {"bias2": core.bias, "weight1_raw": core.weight_x, "weight2_raw": core.weight_h}
-    else:
-        names = {"bias2": core.bias, "weight1_g": core.weight_x_g, "weight2_g": core.weight_h_g}
-        names |= {"weight1_v_raw": core.weight_x_v, "weight2_v_raw": core.weight_h_v}
+    prefix, core = _prefix(model), dict(model.core.named_parameters())
+    names = {"bias2": core.pop("bias")}
+    for g in [name for name in core if name.endswith("_g")]:
+        names[_core_name(g)] = core.pop(g)
+    names |= {f"{_core_name(name)}_raw": p for name, p in core.items()}
     return {prefix + name: p for name, p in names.items()}
+
+
+def _core_name(name: str) -> str:
+    return name.replace("weight_x", "weight1").replace("weight_h", "weight2")
 
 
 def _named(head: nn.Module, part: str) -> list[tuple[str, nn.Parameter]]:
@@ -98,7 +104,8 @@ def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False,
             state dict has beside its tensors, so that :func:`load_weights` can refuse the weights of another one.
     """
     state = authors_state_dict(model)
-    state._metadata = OrderedDict({_METADATA: {"vocabulary": vocabulary, "cutoffs": _cutoffs(model)}})
+    told = {"vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
+    state._metadata = OrderedDict({_METADATA: told})
     serialization.save(path, state, legacy=legacy)
 
 
@@ -136,6 +143,9 @@ def load_weights(
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
+    for flag, value in _kind(model).items():
+        if (theirs := told.get(flag, _KIND[flag])) != value:
+            raise UserError(f"{path}: was trained with another kind of layer; pass --{flag} {theirs}")
     cutoffs = told.get("cutoffs")
     if isinstance(cutoffs, list) and cutoffs != _cutoffs(model):
         bands = " ".join(map(str, cutoffs or [0]))
@@ -159,6 +169,13 @@ def load_weights(
         for name, parameter in expected.items():
             parameter.copy_(state[name])
     return left
+
+
+def _kind(model: Model) -> dict[str, str | int]:
+    """What the tensors do not tell, or not clearly, under the names of the flags."""
+    core = model.core
+    kind = (core.activation, core.kernel_groups or 0, core.inject_every)
+    return dict(zip(_KIND, kind, strict=True))
 
 
 def _cutoffs(model: Model) -> list[int]:
@@ -255,8 +272,8 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
     if name in _TAIL:
         return f"the file has {state[_TAIL[1]].numel()} bands; pass its --cutoffs"
     kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
-    encoder, bias = state["encoder.weight"], state[_CORE + "bias2"]
-    if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % 4:
+    encoder, bias, gates = state["encoder.weight"], state[_CORE + "bias2"], GATES[model.core.activation]
+    if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % gates:
         return "it is of another model or task"
     words, embedding_size = encoder.shape
     if embedding_size != model.embedding.embedding_dim:
@@ -274,7 +291,7 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
         nout = state[_MIXTURE + "prior.weight"].size(-1)
     else:
         nout = embedding_size if model.tied else state["decoder.weight"].size(-1)
-    nhid = bias.numel() // 4 - nout
+    nhid = bias.numel() // gates - nout
     flags = [] if nout == model.core.output_size else [f"--nout {nout}"]
     if nhid != model.core.hidden_size - model.core.output_size:
         flags.append(f"--nhid {nhid}")
@@ -283,14 +300,14 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
 
 def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> str:
     kernel = state.get(_PIXEL_CORE + "weight1_v_raw", state.get(_PIXEL_CORE + "weight1_raw"))
-    bias, linear = state[_PIXEL_CORE + "bias2"], state["linear.weight"]
-    if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % 4:
+    bias, linear, gates = state[_PIXEL_CORE + "bias2"], state["linear.weight"], GATES[model.core.activation]
+    if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % gates:
         return "it is of another model or task"
     if linear.size(0) != model.num_classes or kernel.size(1) != model.core.input_size:
         return f"it is of images with {kernel.size(1)} channels and {linear.size(0)} classes"
     if kernel.size(2) != model.core.kernel_size:
         return f"pass --ksize {kernel.size(2)}"
-    nhid = bias.numel() // 4 - linear.size(1)
+    nhid = bias.numel() // gates - linear.size(1)
     if linear.size(1) != model.core.output_size or nhid < 0:
         return f"{name} is of another model"
     return f"pass --nhid {nhid}"

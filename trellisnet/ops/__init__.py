@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from trellisnet.ops import reference
+from trellisnet.ops import mixed_group, reference
 from trellisnet.ops.last_step import dependencies
 from trellisnet.ops.last_step import last_step as _last_step
+from trellisnet.ops.reference import GATES
 
 _BACKENDS = {"reference": reference.trellis}
 BACKENDS = ("auto", *_BACKENDS)
 
-__all__ = ["BACKENDS", "dependencies", "last_step", "resolve", "trellis"]
+__all__ = ["BACKENDS", "GATES", "dependencies", "last_step", "resolve", "trellis"]
 
 
 def resolve(backend: str) -> str:
@@ -41,15 +42,18 @@ def trellis(
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
     lengths: Tensor | None = None,
+    activation: str = "lstm",
+    kernel_groups: int | None = None,
+    inject_every: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
     """Run all layers of the trellis.
 
     Args:
         x: input sequence (N, L, C), L ≥ 1.
-        weight_x: kernel on x, (4H, C, k), newest tap last, row groups i, o, g, f.
-        weight_h: kernel on the hidden sequence, (4H, H, k).
-        bias: (4H,).
+        weight_x: kernel on x, (GH, C, k), newest tap last, G row groups: i, o, g, f of an LSTM.
+        weight_h: kernel on the hidden sequence, (GH, H, k).
+        bias: (GH,).
         state: (h, c) left of the first time step, (N, H) each.
         num_layers: how often the one layer is applied.
         dilation: dilations, cycled over the layers.
@@ -59,6 +63,10 @@ def trellis(
             0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched.
         lengths: valid steps of every row of a right-padded batch, int64 (N,) in 1..L; the state is then that of the
             last valid step. None: all are valid.
+        activation: one of `GATES`, which says how many gates G it has.
+        kernel_groups: None for a dense kernel. A number of groups for the kernel of Theorem 1: weight_x is then
+            (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
+        inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
         backend: one of `BACKENDS`; `auto` takes the fastest that can run here.
 
     Returns:
@@ -80,6 +88,9 @@ def trellis(
         aux_every=aux_every,
         hidden_scale=hidden_scale,
         lengths=lengths,
+        activation=activation,
+        kernel_groups=kernel_groups,
+        inject_every=inject_every,
     )
 
 
@@ -94,6 +105,9 @@ def last_step(
     dilation: Sequence[int],
     output_size: int,
     hidden_scale: Tensor | None = None,
+    activation: str = "lstm",
+    kernel_groups: int | None = None,
+    inject_every: int = 1,
     backend: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
     """What :func:`trellis` returns for the last time step, from the layer-steps that it depends on and no others.
@@ -102,14 +116,18 @@ def last_step(
 
     Args:
         x: input sequence (N, L, C), L ≥ 1.
-        weight_x: kernel on x, (4H, C, k), newest tap last, row groups i, o, g, f.
-        weight_h: kernel on the hidden sequence, (4H, H, k).
-        bias: (4H,).
+        weight_x: kernel on x, (GH, C, k), newest tap last, G row groups: i, o, g, f of an LSTM.
+        weight_h: kernel on the hidden sequence, (GH, H, k).
+        bias: (GH,).
         state: (h, c) left of the first time step, (N, H) each.
         num_layers: how often the one layer is applied.
         dilation: dilations, cycled over the layers.
         output_size: how many of the last channels of h are the output.
         hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1).
+        activation: one of `GATES`, which says how many gates G it has.
+        kernel_groups: None for a dense kernel. A number of groups for the kernel of Theorem 1: weight_x is then
+            (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
+        inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
         backend: one of `BACKENDS`.
 
     Returns:
@@ -120,6 +138,8 @@ def last_step(
         ValueError: unknown backend.
     """
     resolve(backend)
+    if kernel_groups is not None:
+        weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
     return _last_step(
         x,
         weight_x,
@@ -130,4 +150,6 @@ def last_step(
         dilation=dilation,
         output_size=output_size,
         hidden_scale=hidden_scale,
+        activation=activation,
+        inject_every=inject_every,
     )

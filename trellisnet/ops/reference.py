@@ -12,12 +12,16 @@ With :math:`z = (c, h)` (the paper's :math:`z_{\cdot,1}` and :math:`z_{\cdot,2}`
 starting from :math:`z^{(0)} = 0`. W and b are the same in every layer, and x enters every layer through
 :math:`\tilde x`, which is therefore computed once for each distinct dilation.
 
+LSTM gates are the paper's choice; the other activations :math:`h, c = f(\tilde x, \mathrm{Conv1D}(h; W^h), c_{t-d})`
+are below. With `inject_every` = K, x enters layers 1, 1 + K, 1 + 2K, … and b all of them (Table 6). With
+`kernel_groups` the kernel is that of Theorem 1, see :mod:`trellisnet.ops.mixed_group`.
+
 What lies left of the first time step (Appendix B.1, "history repackaging"): zeros for x, and in **every** layer the
 same carried h and c, those of the last layer at the last step of the segment before. Two segments with a carried
 state are therefore *not* the same as one long segment; only truncated recurrent networks (Theorem 1) have that
 property.
 
-Letters: N batch, L length, C input channels, H hidden channels, k kernel size.
+Letters: N batch, L length, C input channels, H hidden channels, G gates (4 of an LSTM), k kernel size.
 """
 
 from collections.abc import Sequence
@@ -25,6 +29,37 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trellisnet.ops import mixed_group
+
+
+def lstm(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Section 5.1 and Appendix A. Rows i, o, g, f, the order of the published weights; z_x = x̃, z_h = Conv1D(h)."""
+    z_i, z_o, z_g, z_f = (z_x + z_h).chunk(4, dim)
+    c = torch.sigmoid(z_f) * c_shifted + torch.sigmoid(z_i) * torch.tanh(z_g)
+    return torch.sigmoid(z_o) * torch.tanh(c), c
+
+
+def gru(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Appendix B.1, "gated activations": rows r, u, n. c is h itself.
+
+    r acts behind the kernel, as in `nn.GRU`, and on all its taps.
+    """
+    (x_r, x_u, x_n), (h_r, h_u, h_n) = z_x.chunk(3, dim), z_h.chunk(3, dim)
+    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    u = torch.sigmoid(x_u + h_u)
+    h = u * c_shifted + (1 - u) * n
+    return h, h
+
+
+def tanh(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """A recurrent network without gates (Theorem 1 with g = tanh): c is h, and nothing reads it."""
+    h = torch.tanh(z_x + z_h)
+    return h, h
+
+
+ACTIVATIONS = {"lstm": lstm, "gru": gru, "tanh": tanh}
+GATES = {"lstm": 4, "gru": 3, "tanh": 1}
 
 
 def trellis(
@@ -40,29 +75,39 @@ def trellis(
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
     lengths: Tensor | None = None,
+    activation: str = "lstm",
+    kernel_groups: int | None = None,
+    inject_every: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
     """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.trellis`."""
     h0, c0 = (s.unsqueeze(2) for s in state)  # (N, H, 1)
     (N, L, _), H, k = x.shape, h0.size(1), weight_h.size(2)
+    f, gates = ACTIVATIONS[activation], GATES[activation]
+    dilations = [dilation[i % len(dilation)] for i in range(num_layers)]
     x = x.transpose(1, 2)  # (N, C, L)
 
-    x_tilde = {
-        d: F.conv1d(F.pad(x, ((k - 1) * d, 0)), weight_x, bias, dilation=d)  # (N, 4H, L)
-        for d in set(dilation[:num_layers])
-    }
+    def conv_x(x, d):
+        if kernel_groups is not None:
+            return mixed_group.conv_x(x, weight_x, bias, d, kernel_groups, gates)
+        return F.conv1d(x, weight_x, bias, dilation=d)
+
+    def conv_h(h, d):
+        if kernel_groups is not None:
+            return mixed_group.conv_h(h, weight_h, d, kernel_groups, gates)
+        return F.conv1d(h, weight_h, dilation=d)
+
+    x_tilde = {d: conv_x(F.pad(x, ((k - 1) * d, 0)), d) for d in set(dilations[::inject_every])}  # (N, GH, L)
+    no_x = bias if kernel_groups is None else mixed_group.by_gate(bias, kernel_groups, gates, 0)
+    no_x = no_x.view(1, -1, 1)
     h = c = x.new_zeros(N, H, L)
     aux = []
-    for layer in range(1, num_layers + 1):
-        d = dilation[(layer - 1) % len(dilation)]
+    for layer, d in enumerate(dilations, start=1):
         h_padded = torch.cat([h0.expand(-1, -1, (k - 1) * d), h], dim=2)  # (N, H, (k-1)d + L)
         if hidden_scale is not None:
             h_padded = h_padded * hidden_scale  # one mask for all layers and all time steps
-        z_hat = F.conv1d(h_padded, weight_h, dilation=d) + x_tilde[d]  # (N, 4H, L)
-        z_i, z_o, z_g, z_f = z_hat.chunk(4, dim=1)  # the order of the published weights; (N, H, L) each
         c_shifted = torch.cat([c0.expand(-1, -1, d), c], dim=2)[:, :, :L]  # c at t - d; (N, H, L)
-
-        c = torch.sigmoid(z_f) * c_shifted + torch.sigmoid(z_i) * torch.tanh(z_g)
-        h = torch.sigmoid(z_o) * torch.tanh(c)
+        z_x = x_tilde[d] if (layer - 1) % inject_every == 0 else no_x  # (N, GH, L) or (1, GH, 1)
+        h, c = f(z_x, conv_h(h_padded, d), c_shifted)
 
         if aux_every is not None and layer % aux_every == 0:
             aux.append(h[:, H - output_size :].transpose(1, 2))  # (N, L, output_size)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from trellisnet.data.pixels import Images, normalise, permutation
 from trellisnet.models import TrellisClassifier
-from trellisnet.training.config import RunConfig, setting
+from trellisnet.training.config import setting
 from trellisnet.training.engine import Splits
+from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule
 from trellisnet.training.tasks import Classification
 
@@ -31,7 +32,7 @@ PRESETS = {
 
 
 @dataclass(kw_only=True)
-class ClassificationConfig(RunConfig):
+class ClassificationConfig(NetworkConfig):
     """Settings that the image tasks share, under the authors' names and with the defaults of their script."""
 
     mean: ClassVar[tuple[float, ...]]  # of the pixels, colour by colour, on the scale from 0 to 1
@@ -48,14 +49,11 @@ class ClassificationConfig(RunConfig):
 
     nhid: int = setting(120, "hidden channels without the ten output channels")
     nlevels: int = setting(11, "layers")
-    ksize: int = setting(2, "kernel size")
     dilation: list[int] = setting(DILATION, "dilations, cycled over the layers")
-    wnorm: bool = setting(True, "weight normalisation")
     dropout: float = setting(0.1, "dropout of single logits")
     dropouti: float = setting(0.2, "dropout of single pixels")
     dropouth: float = setting(0.2, "hidden dropout, one mask a sequence for all layers")
     wdrop: float = setting(0.1, "DropConnect on both kernels")
-    temporalwdrop: bool = setting(True, "DropConnect on the older taps only")
     aux: float = setting(0.0, "no effect: the authors' script computes auxiliary outputs here and never uses them")
     aux_freq: float = setting(1e4, "no effect, see --aux")
 
@@ -65,11 +63,8 @@ class ClassificationConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.check_at_least(1, "nhid", "nlevels")
-        self.check_at_least(2, "ksize")
         self.check_at_least(0, "permutation_seed")
-        self.check_rates("dropout", "dropouti", "dropouth", "wdrop")
-        self.check_dilation(self.dilation)
+        self.check_rates("dropout", "dropouti")
 
 
 def build_model(config: ClassificationConfig, channels: int, num_classes: int) -> TrellisClassifier:
@@ -82,13 +77,7 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
         output_size=num_classes,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,
-        kernel_size=config.ksize,
-        dilation=config.dilation,
-        weight_norm=config.wnorm,
-        hidden_dropout=config.dropouth,
-        weight_dropout=config.wdrop,
-        temporal_weight_dropout=config.temporalwdrop,
-        backend=config.backend,
+        **config.core_options(config.nhid + num_classes),
     )
 
 

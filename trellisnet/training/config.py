@@ -115,10 +115,6 @@ class RunConfig:
             if getattr(self, name) < least:
                 raise UserError(f"{flag_of(self, name)}: expected at least {least}, got {getattr(self, name)}")
 
-    def check_dilation(self, dilation: list[int]) -> None:
-        if min(dilation, default=0) < 1:
-            raise UserError(f"--dilation: expected integers ≥ 1, got {dilation}")
-
     def check_rates(self, *names: str) -> None:
         for name in names:
             if not 0 <= getattr(self, name) < 1:

@@ -13,14 +13,15 @@ import torch
 from trellisnet.data.corpus import SPLITS, Corpus, batchify
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.config import RunConfig, setting
+from trellisnet.training.config import setting
 from trellisnet.training.engine import Splits
+from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule
 from trellisnet.training.tasks import LanguageModeling
 
 
 @dataclass(kw_only=True)
-class LanguageModelConfig(RunConfig):
+class LanguageModelConfig(NetworkConfig):
     """Settings that the language models share, under the authors' names."""
 
     token: ClassVar[str] = "words"  # what the vocabulary holds
@@ -30,11 +31,7 @@ class LanguageModelConfig(RunConfig):
     when_floor: ClassVar[float] = 0.0
 
     emsize: int = setting(400, "embedding width")
-    nhid: int = setting(1000, "hidden channels without the output channels")
     nout: int = setting(400, "output channels; equal to --emsize when tied")
-    nlevels: int = setting(58, "layers")
-    ksize: int = setting(2, "kernel size")
-    dilation: list[int] = setting([1], "dilations, cycled over the layers")
     tied: bool = setting(True, "tie the output to the input embedding")
     wnorm: bool = setting(False, "weight normalisation")
     n_experts: int = setting(0, "softmaxes in a mixture; 0: one plain softmax")
@@ -44,11 +41,8 @@ class LanguageModelConfig(RunConfig):
 
     dropout: float = setting(0.0, "output dropout, one mask a sequence")
     dropouti: float = setting(0.0, "input dropout, one mask a sequence")
-    dropouth: float = setting(0.0, "hidden dropout, one mask a sequence for all layers")
     dropoutl: float = setting(0.0, "dropout of the mixture's latent vectors, one mask a sequence")
     emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
-    wdrop: float = setting(0.0, "DropConnect on both kernels")
-    temporalwdrop: bool = setting(True, "DropConnect on the older taps only")
 
     horizon: int = setting(58, "unscored positions of a window; length of a window when the state is carried")
     seq_len: int = setting(0, "length of a window, the unscored positions included")
@@ -61,11 +55,9 @@ class LanguageModelConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.check_at_least(1, "emsize", "nhid", "nout", "nlevels", "horizon")
-        self.check_at_least(2, "ksize")
+        self.check_at_least(1, "emsize", "nout", "horizon")
         self.check_at_least(0, "seq_len", "alpha", "beta", "n_experts")
-        self.check_rates("dropoutl", "dropout", "dropouti", "dropouth", "emb_dropout", "wdrop")
-        self.check_dilation(self.dilation)
+        self.check_rates("dropoutl", "dropout", "dropouti", "emb_dropout")
         if self.tied and not self.n_experts and self.nout != self.emsize:
             raise UserError(
                 f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; "
@@ -131,13 +123,7 @@ def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguage
         embedding_dropout=config.emb_dropout,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,
-        kernel_size=config.ksize,
-        dilation=config.dilation,
-        weight_norm=config.wnorm,
-        hidden_dropout=config.dropouth,
-        weight_dropout=config.wdrop,
-        temporal_weight_dropout=config.temporalwdrop,
-        backend=config.backend,
+        **config.core_options(config.nhid + config.nout),
     )
 
 

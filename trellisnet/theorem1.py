@@ -1,0 +1,99 @@
+r"""Theorem 1, made executable: truncated recurrent networks as trellis networks.
+
+**Theorem 1** (section 4.2). Let :math:`\rho^M` be an M-truncated recurrent network of L layers with d hidden units: its
+output at time t is computed from zero states and the last M inputs alone. Then there is a TrellisNet :math:`\tau` of
+M + L − 1 layers and Ld channels with
+
+.. math::
+    \rho^M(x_{1:T}) = \tau_{(L-1)d+1 \,:\, Ld}(x_{1:T}).
+
+The paper prints the index as L(d−1)+1 : Ld. That would be the last L channels; the proof (Eq. 6 and what follows Eq.
+18) shows that group i of the channels is layer i, so that the output is the last *group*, the last d channels.
+
+The kernel is the mixed group convolution of Eq. 5: :math:`W_{hh}^{(i)}` reads the past tap of group i,
+:math:`W_{hx}^{(i)}` the current tap of group i − 1, or of x for i = 1. By Eq. 6, layer j of the trellis holds
+:math:`h^{(i)}_{t,\,t-j+i}`, layer i of the network begun at t − j + i. Of a network that has not begun yet (i > j) that
+is zero, and the trellis must compute it as zero: f(0) = 0, hence tanh or the cell of an LSTM, but no sigmoid, and **no
+biases**. With one layer nothing has yet to begin, and a bias is harmless once M inputs have been seen (t ≥ M; before
+that too if, as here, the trellis is padded with zeros in every layer).
+"""
+
+import torch
+from torch import nn
+
+from trellisnet.core import TrellisNet
+
+_ROWS = {"lstm": (0, 3, 2, 1), "tanh": (0,)}  # torch's row groups i, f, g, o in the order i, o, g, f
+
+
+def from_rnn(rnn: nn.RNN, horizon: int) -> TrellisNet:
+    """The trellis network of a truncated `nn.RNN` with tanh.
+
+    Args:
+        rnn: L layers of d units, one direction, without biases (with one layer: biases are allowed, see above). Dropout
+            between its layers, which acts in training only, is left behind.
+        horizon: M ≥ 1, how many inputs an output sees. M ≥ T gives the untruncated network.
+
+    Returns:
+        a network of M + L − 1 layers, Ld channels in L groups and output_size d, of the dtype and device of `rnn`, with
+        copies of its weights; it reads (N, T, C) whatever `rnn.batch_first` says.
+
+    Raises:
+        ValueError: a network for which Theorem 1 does not hold exactly, or a horizon below 1.
+    """
+    _check(rnn, nn.RNN, horizon)
+    if rnn.nonlinearity != "tanh":
+        raise ValueError(f"rnn.nonlinearity: a trellis network has no {rnn.nonlinearity} activation, only tanh")
+    return _convert(rnn, horizon, "tanh")
+
+
+def from_lstm(lstm: nn.LSTM, horizon: int) -> TrellisNet:
+    """The trellis network of a truncated `nn.LSTM` (Appendix A); all else as in :func:`from_rnn`."""
+    _check(lstm, nn.LSTM, horizon)
+    return _convert(lstm, horizon, "lstm")
+
+
+def _check(network: nn.RNNBase, kind: type[nn.RNNBase], horizon: int) -> None:
+    if not isinstance(network, kind):
+        raise ValueError(f"expected an nn.{kind.__name__}, got {type(network).__name__}")
+    if horizon < 1:
+        raise ValueError(f"horizon: expected at least 1, got {horizon}")
+    if network.bidirectional:
+        raise ValueError("bidirectional: a trellis network is causal, it cannot read backwards")
+    if network.proj_size:
+        raise ValueError(f"proj_size: expected 0, got {network.proj_size}; Theorem 1 has no projections")
+    if network.bias and network.num_layers > 1:
+        raise ValueError(
+            f"bias: with {network.num_layers} layers Theorem 1 holds only without biases, because layers that have not "
+            "begun must stay zero; use bias=False"
+        )
+
+
+@torch.no_grad()
+def _convert(network: nn.RNNBase, horizon: int, activation: str) -> TrellisNet:
+    L, d = network.num_layers, network.hidden_size
+    trellis = TrellisNet(
+        network.input_size,
+        L * d,
+        horizon + L - 1,
+        output_size=d,
+        weight_norm=False,
+        activation=activation,
+        kernel_groups=L,
+        device=network.weight_hh_l0.device,
+        dtype=network.weight_hh_l0.dtype,
+    )
+
+    def rows(name, layer):
+        parts = getattr(network, f"{name}_l{layer}").chunk(len(_ROWS[activation]))
+        return torch.cat([parts[i] for i in _ROWS[activation]])
+
+    for parameter in trellis.parameters():
+        parameter.zero_()
+    trellis.weight_x[:, :, 1] = rows("weight_ih", 0)  # the past tap of x stays zero
+    trellis.weight_h_past[:, :, 0] = torch.cat([rows("weight_hh", layer) for layer in range(L)])
+    if L > 1:
+        trellis.weight_h_below[:, :, 0] = torch.cat([rows("weight_ih", layer) for layer in range(1, L)])
+    if network.bias:
+        trellis.bias.copy_(rows("bias_ih", 0) + rows("bias_hh", 0))
+    return trellis

@@ -1,0 +1,64 @@
+"""The settings of the trellis itself, which all tasks share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trellisnet import ops
+from trellisnet.errors import UserError
+from trellisnet.training.config import RunConfig, setting
+
+
+@dataclass(kw_only=True)
+class NetworkConfig(RunConfig):
+    """Settings of a TrellisNet, under the authors' names where they have one."""
+
+    nhid: int = setting(1000, "hidden channels without the output channels")
+    nlevels: int = setting(58, "layers")
+    ksize: int = setting(2, "kernel size")
+    dilation: list[int] = setting([1], "dilations, cycled over the layers")
+    wnorm: bool = setting(True, "weight normalisation")
+    dropouth: float = setting(0.0, "hidden dropout, one mask a sequence for all layers")
+    wdrop: float = setting(0.0, "DropConnect on both kernels")
+    temporalwdrop: bool = setting(True, "DropConnect on the older taps only")
+    activation: str = setting("lstm", "gates of a layer", choices=tuple(ops.GATES))
+    mixed_group: int = setting(0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel")
+    inject_every: int = setting(1, "inject the input every so many layers")
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_at_least(1, "nhid", "nlevels", "inject_every")
+        self.check_at_least(2, "ksize")
+        self.check_at_least(0, "mixed_group")
+        self.check_rates("dropouth", "wdrop")
+        if min(self.dilation, default=0) < 1:
+            raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
+        if self.mixed_group > self.nlevels:
+            raise UserError(
+                f"--mixed_group {self.mixed_group}: the input climbs one group a layer and would not reach the output; "
+                f"lower it or pass --nlevels {self.mixed_group} or more"
+            )
+
+    def core_options(self, hidden_size: int) -> dict[str, Any]:
+        """Keywords of :class:`trellisnet.TrellisNet` for a network of `hidden_size` channels, those of the output too.
+
+        Raises:
+            UserError: the channels do not make equal groups.
+        """
+        if self.mixed_group and hidden_size % self.mixed_group:
+            more = -hidden_size % self.mixed_group
+            raise UserError(
+                f"--mixed_group {self.mixed_group}: does not divide the {hidden_size} channels, the output's included; "
+                f"pass --nhid {self.nhid + more}"
+            )
+        return {
+            "kernel_size": self.ksize,
+            "dilation": self.dilation,
+            "weight_norm": self.wnorm,
+            "hidden_dropout": self.dropouth,
+            "weight_dropout": self.wdrop,
+            "temporal_weight_dropout": self.temporalwdrop,
+            "activation": self.activation,
+            "kernel_groups": self.mixed_group or None,
+            "inject_every": self.inject_every,
+            "backend": self.backend,
+        }
