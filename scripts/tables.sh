@@ -5,6 +5,7 @@
 #   SEEDS="1 2 3"   seeds (default: 1111, the authors')
 #   ROWS="a b"      only these rows
 #   SMOKE=1         every row for a few steps, tiny, on synthetic data, into runs/smoke instead
+#   STEPS=1000      every row for so many updates only, into runs/tables/<table>-1000-steps: rows compared at equal steps
 #   ARGS="..."      further flags for every run, e.g. "--device cuda:1 --accumulate 2"
 #   PY=python       this Python instead of one in .venv
 
@@ -37,15 +38,15 @@ train() {
                 ;;
             esac
         else
-            out="$ROOT/runs/tables/$TABLE/$row/seed-$seed"
-            if grep -qs '"complete": true' "$out/metrics.json"; then
+            out="$ROOT/runs/tables/$TABLE${STEPS:+-$STEPS-steps}/$row/seed-$seed"
+            if grep -qs -e '"complete": true' ${STEPS:+-e "\"steps\": $STEPS,"} "$out/metrics.json"; then
                 echo "$TABLE $row, seed $seed: finished"
                 continue
             fi
             if [ -f "$out/last.pt" ]; then
-                flags=(--resume --max_steps 0)
+                flags=(--resume --max_steps "${STEPS:-0}")
             else
-                flags+=(--overwrite) # of what died before its first checkpoint
+                flags+=(${STEPS:+--max_steps "$STEPS"} --overwrite) # of what died before its first checkpoint
             fi
         fi
         read -ra more <<<"${ARGS:-}"

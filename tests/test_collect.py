@@ -158,6 +158,37 @@ def test_a_run_without_validation_is_collected(root):
     assert "| 2 | 20 | 150.00 |  | 2.0 |" in text
 
 
+def test_rows_are_compared_at_equal_updates(root, capsys):
+    folder = root()
+    rows = folder / "results" / "table6_small"
+    rows.mkdir()
+    command = (
+        "python word_ptb/train.py --preset small --aux 0.05 --seed 1 --max_steps 7 --overwrite --out /x --metrics /y"
+    )
+
+    def write(row, ppl, command=command, **changes):
+        test = {"loss": 4.0, "ppl": ppl, "tokens": 5}
+        metrics = METRICS | {"command": command, "steps": 7, "complete": False, "valid": test, "test": test} | changes
+        (rows / f"{row}.json").write_text(json.dumps(metrics))
+
+    write("trellisnet", 300.0)
+    write("inject_every_2", 310.5, command.replace(" --seed", " --inject_every 2 --seed"), params=99)
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "## Rows of Table 6, word_ptb, preset `small`, 7 updates each" in text
+    assert "`python word_ptb/train.py --preset small --aux 0.05 --seed 1 --max_steps 7`" in text
+    assert "| TrellisNet |  | 123,456 | 300.00 | 300.00 |  |  |" in text
+    flags = "| `--inject_every 2` | 99 | 310.50 | 310.50 | +10.50 | +0.47 |"
+    assert f"| - Injected Input (every 2 layers instead) {flags}" in text
+    partial = {"loss": 4.0, "ppl": 1.0, "tokens": 5, "partial": True}
+    for change in ({"steps": 8}, {"commit": "0-dirty"}, {"preset": "tiny"}, {"test": partial}, {"corpus": "synthetic"}):
+        write("inject_every_2", 310.5, **change)
+        assert collect.main(["--root", str(folder)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (rows / "inject_every_2.json").rename(rows / "nothing.json")
+    assert collect.main(["--root", str(folder)]) == 2
+
+
 @pytest.mark.parametrize("number", collect.TABLES)
 def test_every_row_of_a_table_is_in_its_script(number):
     script = (PROJECT / "scripts" / f"table{number}.sh").read_text()

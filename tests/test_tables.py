@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from trellisnet.training.config import PROJECT
+from trellisnet.models import count_parameters
+from trellisnet.training.config import PROJECT, parse
+from word_ptb.model import Config, build_model
 
 TABLES = [1, 2, 3, 4, 6]
 
@@ -80,3 +82,34 @@ def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
         "table3 trellisnet, seed 1111: finished", "table3 trellisnet_standard, seed 1111: finished",
     ]  # fmt: skip
     assert len((runs / "trellisnet_standard" / "seed-1111" / "calls").read_text().splitlines()) == 1
+
+
+def test_rows_at_equal_steps(stub):
+    runs = stub / "runs" / "tables" / "table3-70-steps"
+    assert table(3, stub, STEPS="70", ROWS="trellisnet", PARTLY="1", FAIL="late").returncode == 1
+    assert table(3, stub, STEPS="70", ROWS="trellisnet", PARTLY="1").returncode == 0
+    calls = (runs / "trellisnet" / "seed-1111" / "calls").read_text().splitlines()
+    assert calls == ["--preset paper --seed 1111 --max_steps 70 --overwrite", "--resume --max_steps 70"]
+    metrics = runs / "trellisnet" / "seed-1111" / "metrics.json"
+    metrics.write_text(json.dumps({"complete": False, "steps": 70, "seed": 1}, indent=1))
+    again = table(3, stub, STEPS="70", ROWS="trellisnet")
+    assert again.stdout == "table3 trellisnet, seed 1111: finished\n"
+    metrics.write_text(json.dumps({"complete": False, "steps": 7, "seed": 1}, indent=1))
+    assert table(3, stub, STEPS="70", ROWS="trellisnet").stdout.startswith("table3 trellisnet, seed 1111: python")
+
+
+@pytest.mark.parametrize(
+    ("flags", "paper", "small"),
+    [
+        ("--mixed_group 2 --nhid {}", 1940, 312),
+        ("--mixed_group 4 --nhid {}", 2772, 520),
+        ("--activation gru --nhid {}", 1244, 158),
+        ("--activation tanh --nhid {}", 2581, 481),
+    ],
+)
+def test_rows_of_table_6_have_the_size_of_the_dense_network(flags, paper, small):
+    script = (PROJECT / "scripts" / "table6.sh").read_text()
+    for preset, nhid, dense in (("paper", paper, 24_175_600), ("small", small, 3_211_200)):
+        assert f"={nhid}" in script.split(f"\n{preset})", 1)[1].split(";;", 1)[0]
+        config, _ = parse(Config, ["--preset", preset, *flags.format(nhid).split()])
+        assert count_parameters(build_model(config, 10_000)) == pytest.approx(dense, rel=1e-3)
