@@ -276,8 +276,8 @@ def comparison(folder: Path) -> str:
         f"## Rows of Table {number}, {base['task']}, preset `{preset}`, {base['steps']:,} updates each",
         "",
         f"`{command} --max_steps {base['steps']}` and the flags of the row, by `scripts/table{number}.sh`. "
-        f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}. One seed, a small network "
-        "and few updates: no test of the paper's differences, which are those of 500 epochs at 24M parameters.",
+        f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}. One seed, a small "
+        "network and few updates: no test of the paper's differences, which are those of 500 epochs at 24M parameters.",
         "",
         f"| row | flags | parameters | valid {score} | test {name} | difference | in the paper |",
         "|---|---|--:|--:|--:|--:|--:|",

@@ -17,12 +17,26 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_snippet_runs_and_prints_what_its_comments_say(capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    snippet, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "torch.Size([8, 100, 16])"
     assert printed[1] == "2 torch.Size([8, 64])"
     assert printed[2].startswith("{'loss': ")
+
+
+def test_the_equation_by_hand_is_the_module_and_an_lstm_is_a_trellis(capsys):
+    _, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "x (1, 7, 2) x_tilde (1, 20, 7) W (20, 5, 2)",
+        "layer 1 z (1, 20, 7) h (1, 5, 7) an output sees 2 inputs",
+        "layer 2 z (1, 20, 7) h (1, 5, 7) an output sees 3 inputs",
+        "layer 3 z (1, 20, 7) h (1, 5, 7) an output sees 4 inputs",
+        "as the module says: True",
+        "5 layers, 10 channels in 2 groups",
+        "the same function: True",
+    ]
 
 
 def test_every_flag_it_names_exists_and_every_flag_is_named():
