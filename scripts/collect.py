@@ -1,9 +1,10 @@
 """Write RESULTS.md, and the quoted output in README.md, from the logs in results/; or print a table of the paper.
 
 A result is a folder `results/<name>/` with the files of one complete run on real data: `metrics.json` (written by
-`--metrics`), `metrics.jsonl` and `log.txt` (from the run folder). A folder `results/table<number>_<preset>/` compares
-rows of a table after equally many updates: the `metrics.json` of every row, as `<row>.json`. Nothing in RESULTS.md is
-written by hand.
+`--metrics`), `metrics.jsonl` and `log.txt` (from the run folder). The folder `results/table6_small/` compares rows of
+Table 6 after equally many updates: what `PRESET=small STEPS=N bash scripts/table6.sh` leaves in
+`runs/tables/table6_small-N-steps/<row>/seed-<seed>/metrics.json`, as `<row>.json`. Nothing in RESULTS.md is written by
+hand.
 
     python scripts/collect.py           write both files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
@@ -78,13 +79,13 @@ TABLES = {
             ("- Auxiliary Losses", "24.1M", 57.99, "no_auxiliary_losses"),
             ("- Long Seq. Parallelism", "24.1M", 57.35, "no_long_sequence_parallelism"),
             ("- Dense Kernel (i.e. mixed group conv; 2 groups here)", "24.1M", 59.18, "mixed_group_2"),
-            ("- Dense Kernel (4 groups)", "24.1M", 59.18, "mixed_group_4"),
+            ("- Dense Kernel (4 groups; not in the paper)", "", None, "mixed_group_4"),
             ("- Injected Input (every 2 layers instead)", "24.1M", 57.44, "inject_every_2"),
             ("- Injected Input (every 5 layers instead)", "24.1M", 59.75, "inject_every_5"),
             ("- Injected Input (every 10 layers instead)", "24.1M", 60.70, "inject_every_10"),
             ("- Injected Input (every 20 layers instead)", "24.1M", 74.91, "inject_every_20"),
-            ("GRU gates (not in the paper)", "24.1M", None, "activation_gru"),
-            ("tanh, no gates (not in the paper)", "24.1M", None, "activation_tanh"),
+            ("GRU gates (not in the paper)", "", None, "activation_gru"),
+            ("tanh, no gates (not in the paper)", "", None, "activation_tanh"),
         ],
     ),
 }
@@ -243,14 +244,16 @@ def table(number: int, root: Path) -> str:
 
 
 def comparison(folder: Path) -> str:
-    """Rows of a table of the paper after equally many updates, from results/table<number>_<preset>/<row>.json.
+    """Rows of Table 6 after equally many updates, from results/table6_<preset>/<row>.json.
 
     Raises:
         BadResultError: a damaged file, partial scores, synthetic data, uncommitted code, an unknown row, or rows that
             are not comparable.
     """
-    number, preset = re.fullmatch(r"table(\d)_(\w+)", folder.name).groups()
-    names = {name: (model, paper) for model, _, paper, name in TABLES[int(number)][1] if name}
+    if not (match := re.fullmatch(r"table6_(\w+)", folder.name)):
+        raise BadResultError(f"{folder}: expected a name such as table6_small")
+    preset = match[1]
+    names = {name: (model, paper) for model, _, paper, name in TABLES[6][1] if name}
     found, kinds = {}, set()
     for path in folder.glob("*.json"):
         try:
@@ -263,7 +266,7 @@ def comparison(folder: Path) -> str:
             if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
                 raise BadResultError(f"{path}: of synthetic data or uncommitted code")
             if metrics["test"].get("partial") or metrics["preset"] != preset or path.stem not in names:
-                raise BadResultError(f"{path}: partial, of another preset than {preset}, or no row of table {number}")
+                raise BadResultError(f"{path}: partial, of another preset than {preset}, or no row of Table 6")
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
             raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
     first = next(iter(names))
@@ -273,9 +276,10 @@ def comparison(folder: Path) -> str:
     name, digits = SCORES[score]
     command = HERE_ONLY.sub("", base["command"])
     lines = [
-        f"## Rows of Table {number}, {base['task']}, preset `{preset}`, {base['steps']:,} updates each",
+        f"## Rows of Table 6, {base['task']}, preset `{preset}`, {base['steps']:,} updates each",
         "",
-        f"`{command} --max_steps {base['steps']}` and the flags of the row, by `scripts/table{number}.sh`. "
+        f"`{command} --max_steps {base['steps']}` and the flags of the row: "
+        f"`PRESET={preset} STEPS={base['steps']} bash scripts/table6.sh`. "
         f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}. One seed, a small "
         "network and few updates: no test of the paper's differences, which are those of 500 epochs at 24M parameters.",
         "",

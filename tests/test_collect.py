@@ -181,12 +181,30 @@ def test_rows_are_compared_at_equal_updates(root, capsys):
     flags = "| `--inject_every 2` | 99 | 310.50 | 310.50 | +10.50 | +0.47 |"
     assert f"| - Injected Input (every 2 layers instead) {flags}" in text
     partial = {"loss": 4.0, "ppl": 1.0, "tokens": 5, "partial": True}
-    for change in ({"steps": 8}, {"commit": "0-dirty"}, {"preset": "tiny"}, {"test": partial}, {"corpus": "synthetic"}):
-        write("inject_every_2", 310.5, **change)
+    for change, message in [
+        ({"commit": "0-dirty"}, "of synthetic data or uncommitted code"),
+        ({"corpus": "synthetic"}, "of synthetic data or uncommitted code"),
+        ({"preset": "tiny"}, "of another preset than small"),
+        ({"test": partial}, "partial"),
+        ({"valid": None}, "damaged"),
+    ]:
+        for row in ("trellisnet", "inject_every_2"):
+            write(row, 310.5, **change)
         assert collect.main(["--root", str(folder)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    write("trellisnet", 300.0)
+    write("inject_every_2", 310.5, steps=8)
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "rows of one kind expected" in capsys.readouterr().err
+    write("inject_every_2", 310.5)
     (rows / "inject_every_2.json").rename(rows / "nothing.json")
     assert collect.main(["--root", str(folder)]) == 2
+    assert "no row of Table 6" in capsys.readouterr().err
+    rows.rename(rows.with_name("table9_small"))
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "expected a name such as table6_small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", collect.TABLES)

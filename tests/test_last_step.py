@@ -6,8 +6,10 @@ from torch.testing import assert_close
 
 from test_ops import random_inputs
 from trellisnet import TrellisNet, ops
+from trellisnet.ops import fused
 from trellisnet.regularization import Masks
 
+BACKENDS = ["reference", "fused"]
 IMAGE = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 COUNTS = [(11, 784, 1571), (11, 1024, 2047), (16, 784, 4831), (16, 1024, 6222)]
 
@@ -25,15 +27,20 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def both(inputs, *, hidden_scale=None, **options):
+def both(inputs, *, hidden_scale=None, backend="reference", **options):
     """Output, state and all gradients at the last time step, in full and alone; the layer-steps computed alone."""
-    inputs = dict(inputs) | ({} if hidden_scale is None else {"hidden_scale": hidden_scale})
+    inputs = dict(inputs)
+    if hidden_scale is not None and backend == "reference":
+        inputs["hidden_scale"] = hidden_scale
+    else:
+        options["hidden_scale"] = hidden_scale
     tensors = [t.detach().requires_grad_() for t in inputs.values()]
     inputs = dict(zip(inputs, tensors, strict=True))
     state = (inputs.pop("h0"), inputs.pop("c0"))
-    output, full_state, _ = ops.trellis(**inputs, state=state, **options)
+    output, full_state, *_ = ops.trellis(**inputs, state=state, **options, backend="reference")
     full = (output[:, -1:], *full_state)
-    output, last_state, layer_steps = ops.last_step(**inputs, state=state, **options)
+    start = inputs["x"].size(1) - 1
+    output, last_state, _, layer_steps = ops.trellis(**inputs, state=state, **options, start=start, backend=backend)
     last = (output, *last_state)
     results = []
     for outs in (full, last):
@@ -77,39 +84,47 @@ def test_dependencies_of_an_image(num_layers, length, count):
 @pytest.mark.parametrize("dilation", [(1,), (1, 2, 4), (1, 1, 2, 4, 8, 16), (3, 1)])
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_full_computation(k, dilation, carried, masked):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_the_full_computation(backend, k, dilation, carried, masked):
     scale = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)[:, :, None] if masked else None
     for num_layers, output_size in ((1, 4), (2, 1), (4, 3), (7, 2)):
         for length in (1, 2, 3, 4, 5, 8, 13, 27, 40):
             inputs = random_inputs(k, length)
             if not carried:
                 inputs["h0"].zero_(), inputs["c0"].zero_()
-            check(inputs, num_layers=num_layers, dilation=dilation, output_size=output_size, hidden_scale=scale)
+            options = {"output_size": output_size, "hidden_scale": scale, "backend": backend}
+            check(inputs, num_layers=num_layers, dilation=dilation, **options)
 
 
 @pytest.mark.parametrize(("k", "dilation", "length"), [(2, (1, 2), 6), (3, (2, 1), 4), (2, (4,), 1)])
-def test_gradients_are_exact(k, dilation, length):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_exact(backend, k, dilation, length):
     inputs = random_inputs(k, length, channels=2, hidden=3, requires_grad=True)
-    inputs["hidden_scale"] = torch.tensor([2.0, 0, 1.5], dtype=torch.float64).repeat(2, 1)[:, :, None].requires_grad_()
+    scale = torch.tensor([2.0, 0, 1.5], dtype=torch.float64).repeat(2, 1)[:, :, None]
+    if backend == "reference":
+        inputs["hidden_scale"] = scale.requires_grad_()
 
     def run(*tensors):
-        named = dict(zip(inputs, tensors, strict=True))
+        named = {"hidden_scale": scale} | dict(zip(inputs, tensors, strict=True))
         state = (named.pop("h0"), named.pop("c0"))
-        output, state, _ = ops.last_step(**named, state=state, num_layers=3, dilation=dilation, output_size=2)
+        options = {"num_layers": 3, "dilation": dilation, "output_size": 2, "start": length - 1, "backend": backend}
+        output, state, *_ = ops.trellis(**named, state=state, **options)
         return output, *state
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
 
 
 @pytest.mark.parametrize(("num_layers", "length", "count"), COUNTS)
-def test_an_image_takes_the_layer_steps_it_needs(num_layers, length, count):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_takes_the_layer_steps_it_needs(backend, num_layers, length, count):
     inputs = random_inputs(2, length, channels=1, hidden=6)
-    assert check(inputs, num_layers=num_layers, dilation=IMAGE, output_size=6) == count
+    assert check(inputs, num_layers=num_layers, dilation=IMAGE, output_size=6, backend=backend) == count
 
 
-def test_single_precision_agrees():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_single_precision_agrees(backend):
     inputs = {name: t.float() for name, t in random_inputs(2, 64, channels=1, hidden=6).items()}
-    full, last, _ = both(inputs, num_layers=7, dilation=IMAGE, output_size=6)
+    full, last, _ = both(inputs, num_layers=7, dilation=IMAGE, output_size=6, backend=backend)
     for a, b in zip(last, full, strict=True):
         assert a.dtype == torch.float32
         assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -122,13 +137,15 @@ def test_single_precision_agrees():
         (11, IMAGE, 2 * 1000 * 24),  # S_1 has all positions
     ],
 )
-def test_nothing_is_made_for_positions_that_do_not_count(num_layers, dilation, largest):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_made_for_positions_that_do_not_count(backend, num_layers, dilation, largest):
     inputs = {name: t.requires_grad_() for name, t in random_inputs(2, 1000, channels=1, hidden=6).items()}
     state = (inputs.pop("h0"), inputs.pop("c0"))
     with Watch() as watch:
-        output, _, _ = ops.last_step(**inputs, state=state, num_layers=num_layers, dilation=dilation, output_size=6)
+        options = {"num_layers": num_layers, "dilation": dilation, "output_size": 6, "start": 999, "backend": backend}
+        output, *_ = ops.trellis(**inputs, state=state, **options)
         output.sum().backward()
-    assert 0 < watch.largest <= largest
+    assert 0 < watch.largest <= max(largest, fused.BUCKET * 24 if backend == "fused" else 0)
 
 
 def image_net(**options):
@@ -194,4 +211,4 @@ def test_what_does_not_fit_is_named():
     inputs = random_inputs(2, 3)
     state = (inputs.pop("h0"), inputs.pop("c0"))
     with pytest.raises(ValueError, match="backend: expected one of"):
-        ops.last_step(**inputs, state=state, num_layers=1, dilation=(1,), output_size=4, backend="fast")
+        ops.trellis(**inputs, state=state, num_layers=1, dilation=(1,), output_size=4, start=2, backend="fast")

@@ -79,7 +79,7 @@ def test_the_inner_layers_are_networks_begun_later():
             assert_close(groups[i - 1], truncated(part, x, j - i + 1), atol=1e-13, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_layer_may_have_biases(kind):
     rnn, x = network(kind, 1, bias=True), torch.randn(2, 11, 3, dtype=torch.float64)
     trellis = CONVERT[kind](rnn, 5)
@@ -125,10 +125,10 @@ def test_keeps_dtype_and_shares_nothing(batch_first):
         (lambda: nn.RNN(3, 4, bias=False, nonlinearity="relu"), 5, "no relu activation"),
         (lambda: nn.LSTM(3, 4, bias=False, bidirectional=True), 5, "cannot read backwards"),
         (lambda: nn.LSTM(3, 4, bias=False, proj_size=2), 5, "proj_size: expected 0, got 2"),
-        (lambda: nn.LSTM(3, 4, bias=False), 0, "horizon: expected at least 1, got 0"),
+        (lambda: nn.LSTM(3, 4, bias=False), 0, "horizon: expected an integer of at least 1, got 0"),
     ],
 )
-def test_what_the_theorem_does_not_cover_is_refused(make, horizon, message):
+def test_what_has_no_equal_trellis_is_refused(make, horizon, message):
     rnn = make()
     with pytest.raises(ValueError, match=message):
         CONVERT[type(rnn)](rnn, horizon)

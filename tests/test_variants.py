@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from trellisnet import TrellisNet, ops, weights
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
+from trellisnet.ops import mixed_group
 from trellisnet.regularization import Masks
 
 GATES = {"lstm": 4, "gru": 3, "tanh": 1}
@@ -217,12 +218,12 @@ def test_drop_connect_and_weight_norm_act_on_rows_of_groups(activation):
 def test_dense_kernels_stand_for_grouped_ones():
     module, (x, h0, c0) = net("lstm", 3, 1), inputs()
     kernels = (module.effective_weight("weight_x"), module.effective_weight("weight_h"), module.bias)
-    dense = ops.mixed_group.dense(*kernels, 3, 4)
+    dense = mixed_group.dense(*kernels, 3, 4)
     assert [tuple(t.shape) for t in dense] == [(24, C, 2), (24, H, 2), (24,)]
     assert (dense[1] != 0).sum() == 24 * 2 + 16 * 2
     options = {"num_layers": LAYERS, "dilation": (1,), "output_size": H}
-    output, state, _ = ops.trellis(x, *dense, (h0, c0), **options)
-    expected, expected_state, _ = ops.trellis(x, *kernels, (h0, c0), **options, kernel_groups=3)
+    output, state, *_ = ops.trellis(x, *dense, (h0, c0), **options)
+    expected, expected_state, *_ = ops.trellis(x, *kernels, (h0, c0), **options, kernel_groups=3)
     assert_close((output, state), (expected, expected_state), atol=1e-13, rtol=0)
 
 
@@ -246,24 +247,44 @@ def test_weights_of_variants_are_saved_and_loaded(tmp_path, activation, groups, 
     assert torch.equal(model.eval()(tokens).output, other.eval()(tokens).output)
 
 
-@pytest.mark.parametrize(
-    ("saved", "built", "flag"),
-    [
-        ({"activation": "gru"}, {}, "--activation gru"),
-        ({}, {"activation": "tanh"}, "--activation lstm"),
-        ({"kernel_groups": 2}, {"kernel_groups": 3}, "--mixed_group 2"),
-        ({}, {"kernel_groups": 3}, "--mixed_group 0"),
-        ({"inject_every": 2}, {}, "--inject_every 2"),
-    ],
-)
-def test_weights_of_another_variant_are_refused(tmp_path, saved, built, flag):
+ANOTHER_KIND = [
+    (
+        {"activation": "gru"},
+        {},
+        "was trained with another kind of layer; pass --activation gru",
+        "pass --activation gru",
+    ),
+    ({}, {"activation": "tanh"}, "pass --activation lstm", "pass --activation lstm"),
+    ({"kernel_groups": 2}, {"kernel_groups": 3}, "pass --mixed_group 2", "another model"),
+    ({}, {"kernel_groups": 3}, "of a dense kernel; pass --mixed_group 0", "pass --mixed_group 0"),
+    ({"kernel_groups": 2}, {}, "of a mixed group convolution; pass --mixed_group 2", "pass --mixed_group 2"),
+    ({"inject_every": 2}, {}, "pass --inject_every 2", None),
+    ({"activation": "gru", "inject_every": 2}, {}, "pass --activation gru --inject_every 2", "pass --activation gru"),
+]
+
+
+@pytest.mark.parametrize(("saved", "built", "message", "without_metadata"), ANOTHER_KIND)
+def test_weights_of_another_variant_are_refused(tmp_path, saved, built, message, without_metadata):
     weights.save_weights(language_model(**saved), tmp_path / "w.pkl")
-    with pytest.raises(UserError, match=f"was trained with another kind of layer; pass {flag}"):
+    with pytest.raises(UserError, match=message):
         weights.load_weights(language_model(**built), tmp_path / "w.pkl")
+    # What was saved by hand says nothing of its kind: names and shapes must do.
+    torch.save(dict(torch.load(tmp_path / "w.pkl", weights_only=True)), tmp_path / "plain.pkl")
+    weights.load_weights(language_model(**saved), tmp_path / "plain.pkl")
+    if without_metadata:
+        with pytest.raises(UserError, match=without_metadata):
+            weights.load_weights(language_model(**built), tmp_path / "plain.pkl")
+
+
+def test_metadata_of_another_type_are_no_metadata(tmp_path):
+    state = weights.authors_state_dict(language_model())
+    state._metadata = {"trellisnet": {"activation": "lstm", "mixed_group": torch.ones(2), "inject_every": "x\ny"}}
+    torch.save(state, tmp_path / "w.pkl")
+    weights.load_weights(language_model(), tmp_path / "w.pkl")
 
 
 def test_weights_of_another_width_name_the_flag_whatever_the_gates(tmp_path):
     torch.manual_seed(0)
-    weights.save_weights(TrellisClassifier(1, 2, 6, 3, activation="gru"), tmp_path / "w.pkl")
-    with pytest.raises(UserError, match="pass --nhid 0"):
-        weights.load_weights(TrellisClassifier(1, 2, 9, 3, output_size=6, activation="gru"), tmp_path / "w.pkl")
+    weights.save_weights(TrellisClassifier(1, 2, 6, 3, output_size=2, activation="gru"), tmp_path / "w.pkl")
+    with pytest.raises(UserError, match="pass --nhid 4"):
+        weights.load_weights(TrellisClassifier(1, 2, 9, 3, output_size=2, activation="gru"), tmp_path / "w.pkl")

@@ -66,7 +66,7 @@ def test_train_score_and_the_files_it_leaves(run, tmp_path):
     assert set(f"{wanted} device threads precision backend seed".split()) <= metrics.keys()
     assert metrics["complete"]
     assert metrics["epochs"] == 2
-    assert metrics["backend"] == "reference"
+    assert metrics["backend"] == "fused"
     untrained = run("--lr", "0", out="untrained")[3]["test"]["ppl"]
     assert metrics["test"]["ppl"] < 0.7 * untrained
     assert re.search(r"own corpus: [\d,]+ parameters, 720 training tokens, 10 words, \d+ steps an epoch", out)

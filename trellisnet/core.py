@@ -23,8 +23,8 @@ class TrellisOutput(NamedTuple):
     """What a forward pass returns.
 
     Args:
-        output: last `output_size` channels of the last layer, (N, L, output_size); (N, 1, output_size), the last time
-            step, if that is all that was asked for.
+        output: last `output_size` channels of the last layer, (N, L, output_size), or from the time step on that was
+            asked for.
         state: (h, c) of the last layer at the last time step, (N, H) each, not detached.
         aux: outputs of the layers that were asked for, (N, L, output_size) each.
     """
@@ -56,6 +56,7 @@ class TrellisNet(nn.Module):
             Eq. 5), equally wide: group g reads its own past taps and the current tap of group g − 1, x enters group 1.
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6); the bias enters all.
         backend: operator to run, one of `trellisnet.ops.BACKENDS`.
+        gemm: matrix products of the backend `fused`, one of `trellisnet.ops.GEMMS`.
 
     Parameters `weight_x` (GH, input_size, k), `weight_h` (GH, H, k), `bias` (GH), rows i, o, g, f of an LSTM and r, u,
     n of a GRU; with weight normalisation `weight_x_v`, `weight_x_g` (GH, 1, 1), `weight_h_v`, `weight_h_g` instead of
@@ -88,6 +89,7 @@ class TrellisNet(nn.Module):
         inject_every: int = 1,
         recompute: bool = False,
         backend: str = "auto",
+        gemm: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -102,15 +104,19 @@ class TrellisNet(nn.Module):
             raise ValueError(f"kernel_size: expected at least 2, got {kernel_size}")
         if not isinstance(dilation, Sequence) or not dilation or min(dilation) < 1:
             raise ValueError(f"dilation: expected a sequence of integers ≥ 1, got {dilation!r}")
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        if activation not in ops.GATES:
+        if not isinstance(activation, str) or activation not in ops.GATES:
             raise ValueError(f"activation: expected one of {', '.join(ops.GATES)}, got {activation!r}")
+        for name, value in (("kernel_groups", kernel_groups), ("inject_every", inject_every)):
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name}: expected an integer, got {value!r}")
         if kernel_groups is not None and (kernel_groups < 1 or hidden_size % kernel_groups):
             expected = f"None or a divisor of hidden_size = {hidden_size}"
             raise ValueError(f"kernel_groups: expected {expected}, got {kernel_groups}")
         if inject_every < 1:
             raise ValueError(f"inject_every: expected at least 1, got {inject_every}")
+        if gemm not in ops.GEMMS:
+            raise ValueError(f"gemm: expected one of {', '.join(ops.GEMMS)}, got {gemm!r}")
+        ops.resolve(backend, activation, kernel_groups)
         if recompute:
             raise ValueError(f"recompute: this version supports only False, got {recompute!r}")
 
@@ -128,6 +134,7 @@ class TrellisNet(nn.Module):
         self.kernel_groups = kernel_groups
         self.inject_every = inject_every
         self.backend = backend
+        self.gemm = gemm
 
         rows, k = ops.GATES[activation] * hidden_size, kernel_size
         first = rows // (kernel_groups or 1)  # rows of the first group
@@ -193,21 +200,20 @@ class TrellisNet(nn.Module):
             return 0
         return 1 + (self.kernel_size - 1) * (sum(cycle) - sum(sorted(cycle[1:])[:climbs]))
 
-    def layer_steps(self, length: int, *, last_only: bool = False) -> int:
-        """How many pairs of a layer and a time step a forward pass over `length` time steps computes.
+    def layer_steps(self, length: int, *, start: int = 0, last_only: bool = False) -> int:
+        """How many pairs of a layer and a time step the outputs of `length` time steps depend on.
 
         Args:
             length: L.
-            last_only: as in the forward pass.
+            start, last_only: as in the forward pass.
 
         Raises:
             ValueError: length below 1.
         """
         if length < 1:
             raise ValueError(f"length: expected at least 1, got {length}")
-        if not last_only:
-            return self.num_layers * length
-        return sum(map(len, ops.dependencies(length, self.num_layers, self.dilation, self.kernel_size)))
+        start = length - 1 if last_only else start
+        return sum(map(len, ops.dependencies(length, self.num_layers, self.dilation, self.kernel_size, start)))
 
     def effective_weight(self, name: str, masks: Masks | None = None) -> Tensor:
         """The kernel of this forward pass: DropConnect first, weight normalisation of what is left after it.
@@ -225,6 +231,7 @@ class TrellisNet(nn.Module):
         x: Tensor,
         state: State | None = None,
         *,
+        start: int = 0,
         aux_every: int | None = None,
         last_only: bool = False,
         lengths: Tensor | None = None,
@@ -235,9 +242,10 @@ class TrellisNet(nn.Module):
         Args:
             x: (N, L, input_size), L ≥ 1.
             state: (h, c) carried from the segment before, (N, H) each; None for zeros.
+            start: the first time step whose outputs are wanted, 0 to L − 1; the backend `fused` computes only the
+                layer-steps that they depend on. Outputs, state and gradients are those of the full computation.
             aux_every: also return the outputs of the layers i = 1..num_layers with i % aux_every == 0.
-            last_only: compute the last time step alone, from the layer-steps that it depends on. The output is then
-                (N, 1, output_size); output, state and gradients are those of the full computation.
+            last_only: the last time step alone, start = L − 1, which any backend computes from what it depends on.
             lengths: valid steps of every row of a right-padded batch, int64 (N,) in 1..L. The state is then that of the
                 last valid step; outputs behind it mean nothing. Not with last_only.
             masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
@@ -249,48 +257,45 @@ class TrellisNet(nn.Module):
             raise ValueError(f"x: expected (N, L ≥ 1, {self.input_size}), got {tuple(x.shape)}")
         if aux_every is not None and aux_every < 1:
             raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
+        if not 0 <= start < x.size(1):
+            raise ValueError(f"start: expected 0 to {x.size(1) - 1}, got {start}")
         if aux_every is not None and last_only:
             raise ValueError(f"aux_every: expected None with last_only, got {aux_every}")
         if lengths is not None:
-            lengths = self._check_lengths(lengths, x, last_only)
+            lengths = self._check_lengths(lengths, x, start, last_only)
         expected = (x.size(0), self.hidden_size)
-        if state is None:
-            state = (x.new_zeros(expected), x.new_zeros(expected))
-        if len(state) != 2:
+        if state is not None and len(state) != 2:
             raise ValueError(f"state: expected (h, c), got {len(state)} parts")
-        for name, part in zip("hc", state, strict=True):
+        for name, part in zip("hc", state or (), strict=False):
             if tuple(part.shape) != expected:
                 raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")
-
-        arguments = (
+        out = ops.trellis(
             x,
             self.effective_weight("weight_x", masks),
             self.effective_weight("weight_h", masks),
             self.bias,
             state,
+            num_layers=self.num_layers,
+            dilation=self.dilation,
+            output_size=self.output_size,
+            start=x.size(1) - 1 if last_only else start,
+            aux_every=aux_every,
+            hidden_scale=dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
+            lengths=lengths,
+            activation=self.activation,
+            kernel_groups=self.kernel_groups,
+            inject_every=self.inject_every,
+            backend=self.backend,
+            gemm=self.gemm,
         )
-        options = {
-            "num_layers": self.num_layers,
-            "dilation": self.dilation,
-            "output_size": self.output_size,
-            "hidden_scale": dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
-            "activation": self.activation,
-            "kernel_groups": self.kernel_groups,
-            "inject_every": self.inject_every,
-            "backend": self.backend,
-        }
-        if last_only:
-            output, state, _ = ops.last_step(*arguments, **options)
-            return TrellisOutput(output, state, [])
-        output, state, aux = ops.trellis(*arguments, **options, aux_every=aux_every, lengths=lengths)
-        return TrellisOutput(output, state, aux)
+        return TrellisOutput(out.output, out.state, out.aux)
 
     @staticmethod
-    def _check_lengths(lengths: Tensor, x: Tensor, last_only: bool) -> Tensor:
+    def _check_lengths(lengths: Tensor, x: Tensor, start: int, last_only: bool) -> Tensor:
         """The lengths as int64 on the device of x."""
         N, L, _ = x.shape
-        if last_only:
-            raise ValueError("lengths: expected None with last_only, which is the last step of all rows")
+        if last_only or start:
+            raise ValueError("lengths: expected None with last_only or start, which skip steps of all rows alike")
         if lengths.shape != (N,):
             raise ValueError(f"lengths: expected shape ({N},), got {tuple(lengths.shape)}")
         if lengths.is_floating_point() or lengths.dtype == torch.bool or not ((lengths >= 1) & (lengths <= L)).all():

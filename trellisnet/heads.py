@@ -67,6 +67,12 @@ def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -
     return torch.cat([checkpoint(function, *chunk, **options) for chunk in chunks])
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits x · weightᵀ + bias, in float32 at least: the product may be in bfloat16, softmax and losses may not."""
+    logits = F.linear(x, weight, bias)
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
 def _reduced(loss: Tensor, target: Tensor, reduction: str) -> Tensor:
     """The losses of all positions (P,) as the caller wants them."""
     if reduction == "none":
@@ -107,7 +113,7 @@ class LinearSoftmax(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., V)."""
-        return F.linear(x, self.weight, self.bias)
+        return _linear(x, self.weight, self.bias)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probabilities in nats, (..., in_features) → (..., V)."""
@@ -214,7 +220,7 @@ class MixtureOfSoftmaxes(nn.Module):
         """
 
         def mixture(log_prior: Tensor, z: Tensor) -> Tensor:
-            log_p = F.log_softmax(F.linear(z, self.weight, self.bias), dim=-1)  # (P, K, V)
+            log_p = F.log_softmax(_linear(z, self.weight, self.bias), dim=-1)  # (P, K, V)
             return self._add_epsilon(torch.logsumexp(log_prior.unsqueeze(2) + log_p, dim=1))  # (P, V)
 
         log_p = _in_chunks(mixture, self.n_experts * self.n_classes, *self._mix(x, latent_mask, draw))
@@ -237,7 +243,7 @@ class MixtureOfSoftmaxes(nn.Module):
         _check_loss(x, target, reduction)
 
         def nll(log_prior: Tensor, z: Tensor, target: Tensor) -> Tensor:
-            logits = F.linear(z, self.weight, self.bias).flatten(0, 1)  # (P·K, V)
+            logits = _linear(z, self.weight, self.bias).flatten(0, 1)  # (P·K, V)
             each = F.cross_entropy(logits, target.repeat_interleave(self.n_experts), reduction="none")
             log_p = torch.logsumexp(log_prior - each.view_as(log_prior), dim=1)  # (P,)
             return -self._add_epsilon(log_p)
@@ -301,7 +307,7 @@ class SplitSoftmax(nn.Module):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probabilities in nats, (..., in_features) → (..., V): the full table."""
-        head, *bands = (F.log_softmax(F.linear(x, weight, bias), dim=-1) for weight, bias in self._parts())
+        head, *bands = (F.log_softmax(_linear(x, weight, bias), dim=-1) for weight, bias in self._parts())
         of_band = head[..., self.sizes[0] :].unbind(-1)
         bands = [of_band[-i].unsqueeze(-1) + band for i, band in enumerate(bands, 1)]
         return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
@@ -321,7 +327,7 @@ class SplitSoftmax(nn.Module):
 
         def nll(weight: Tensor, bias: Tensor, x: Tensor, target: Tensor) -> Tensor:
             def of_chunk(x: Tensor, target: Tensor) -> Tensor:
-                return F.cross_entropy(F.linear(x, weight, bias), target, reduction="none")
+                return F.cross_entropy(_linear(x, weight, bias), target, reduction="none")
 
             return _in_chunks(of_chunk, bias.numel(), x, target)
 

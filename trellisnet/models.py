@@ -131,6 +131,7 @@ class TrellisLanguageModel(nn.Module):
         tokens: Tensor,
         state: State | None = None,
         *,
+        start: int = 0,
         aux_every: int | None = None,
         masks: Masks | None = None,
     ) -> LanguageModelOutput:
@@ -139,6 +140,8 @@ class TrellisLanguageModel(nn.Module):
         Args:
             tokens: int64 (N, L), L ≥ 1.
             state: (h, c) carried from the segment before, (N, H) each; None for zeros.
+            start: the first time step whose features are wanted, 0 to L − 1; there are then L − start of them, and only
+                what they depend on is computed (see :class:`trellisnet.TrellisNet`).
             aux_every: also return the outputs of every aux_every-th layer.
             masks: explicit dropout masks; None draws them in training mode.
 
@@ -147,7 +150,8 @@ class TrellisLanguageModel(nn.Module):
         """
         if tokens.dim() != 2 or tokens.size(1) < 1:
             raise ValueError(f"tokens: expected (N, L ≥ 1), got {tuple(tokens.shape)}")
-        raw_output, state, aux = self.core(self.embed(tokens, masks), state, aux_every=aux_every, masks=masks)
+        x = self.embed(tokens, masks)
+        raw_output, state, aux = self.core(x, state, start=start, aux_every=aux_every, masks=masks)
 
         N, _, C = raw_output.shape
         p, training = self.output_dropout, self.training

@@ -13,9 +13,9 @@ The paper prints the index as L(d−1)+1 : Ld. That would be the last L channels
 The kernel is the mixed group convolution of Eq. 5: :math:`W_{hh}^{(i)}` reads the past tap of group i,
 :math:`W_{hx}^{(i)}` the current tap of group i − 1, or of x for i = 1. By Eq. 6, layer j of the trellis holds
 :math:`h^{(i)}_{t,\,t-j+i}`, layer i of the network begun at t − j + i. Of a network that has not begun yet (i > j) that
-is zero, and the trellis must compute it as zero: f(0) = 0, hence tanh or the cell of an LSTM, but no sigmoid, and **no
-biases**. With one layer nothing has yet to begin, and a bias is harmless once M inputs have been seen (t ≥ M; before
-that too if, as here, the trellis is padded with zeros in every layer).
+is zero, and the trellis must compute it as zero: f(0) = 0, hence tanh (relu too, which `TrellisNet` does not have) or
+the cell of an LSTM, but no sigmoid, and **no biases**. With one layer nothing has yet to begin, and a bias is harmless
+once M inputs have been seen (t ≥ M; before that too if, as here, the trellis is padded with zeros in every layer).
 """
 
 import torch
@@ -39,7 +39,7 @@ def from_rnn(rnn: nn.RNN, horizon: int) -> TrellisNet:
         copies of its weights; it reads (N, T, C) whatever `rnn.batch_first` says.
 
     Raises:
-        ValueError: a network for which Theorem 1 does not hold exactly, or a horizon below 1.
+        ValueError: a network that has no equal TrellisNet, or a horizon that is no integer of at least 1.
     """
     _check(rnn, nn.RNN, horizon)
     if rnn.nonlinearity != "tanh":
@@ -56,8 +56,8 @@ def from_lstm(lstm: nn.LSTM, horizon: int) -> TrellisNet:
 def _check(network: nn.RNNBase, kind: type[nn.RNNBase], horizon: int) -> None:
     if not isinstance(network, kind):
         raise ValueError(f"expected an nn.{kind.__name__}, got {type(network).__name__}")
-    if horizon < 1:
-        raise ValueError(f"horizon: expected at least 1, got {horizon}")
+    if type(horizon) is not int or horizon < 1:
+        raise ValueError(f"horizon: expected an integer of at least 1, got {horizon}")
     if network.bidirectional:
         raise ValueError("bidirectional: a trellis network is causal, it cannot read backwards")
     if network.proj_size:

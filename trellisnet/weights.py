@@ -30,7 +30,6 @@ _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
 # The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
 _AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
 _METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch looks for names of modules there
-_KIND = {"activation": "lstm", "mixed_group": 0, "inject_every": 1}  # flags, and what the authors' files are made with
 WHAT = "weights in the authors' layout (a state dict)"
 
 
@@ -143,9 +142,6 @@ def load_weights(
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
-    for flag, value in _kind(model).items():
-        if (theirs := told.get(flag, _KIND[flag])) != value:
-            raise UserError(f"{path}: was trained with another kind of layer; pass --{flag} {theirs}")
     cutoffs = told.get("cutoffs")
     if isinstance(cutoffs, list) and cutoffs != _cutoffs(model):
         bands = " ".join(map(str, cutoffs or [0]))
@@ -158,11 +154,15 @@ def load_weights(
         )
     expected = {name: parameter for name, parameter in expected.items() if name not in left}
     _check_names(state, expected, path, _prefix(model))
+    kind = {flag: told.get(flag) for flag in _kind(model)}
+    if _is_kind(kind) and kind != _kind(model):
+        flags = " ".join(f"--{flag} {value}" for flag, value in kind.items() if value != _kind(model)[flag])
+        raise UserError(f"{path}: was trained with another kind of layer; pass {flags}")
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
             raise UserError(
                 f"{path}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}; "
-                + (_advice if language else _classifiers_advice)(name, state, model)
+                + (_other_gates(state, model) or (_advice if language else _classifiers_advice)(name, state, model))
             )
     _check_vocabulary(told.get("vocabulary"), vocabulary, path, language)
     with torch.no_grad():
@@ -171,11 +171,19 @@ def load_weights(
     return left
 
 
-def _kind(model: Model) -> dict[str, str | int]:
-    """What the tensors do not tell, or not clearly, under the names of the flags."""
+def _kind(model: Model) -> dict[str, Any]:
+    """What shapes and names do not tell, or not clearly, of the layers, under the names of the flags."""
     core = model.core
-    kind = (core.activation, core.kernel_groups or 0, core.inject_every)
-    return dict(zip(_KIND, kind, strict=True))
+    return {
+        "activation": core.activation, "mixed_group": core.kernel_groups or 0, "inject_every": core.inject_every,
+    }  # fmt: skip
+
+
+def _is_kind(kind: dict[str, Any]) -> bool:
+    """Whether a file says all of it; the authors' files say nothing, and are known by names and shapes alone."""
+    return kind["activation"] in tuple(GATES) and all(
+        type(kind[name]) is int for name in ("mixed_group", "inject_every")
+    )
 
 
 def _cutoffs(model: Model) -> list[int]:
@@ -255,6 +263,12 @@ def _check_names(
         advice = f"the file is of a split softmax with {bands} bands; pass its --cutoffs"
     elif any(name in _TAIL for name in missing):
         advice = "the file is damaged"
+    elif any("weight2_past" in name for name in extra):
+        first = next((state[prefix + w] for w in ("weight1_raw", "weight1_v_raw") if prefix + w in state), None)
+        groups = "N" if first is None or not first.size(0) else state[prefix + "bias2"].numel() // first.size(0)
+        advice = f"the file is of a mixed group convolution; pass --mixed_group {groups}"
+    elif any("weight2_past" in name for name in missing):
+        advice = "the file is of a dense kernel; pass --mixed_group 0"
     elif any(name.endswith("_g") for name in extra):
         advice = "the file was trained with weight normalisation; pass --wnorm"
     elif any(name.endswith("_g") for name in missing) and prefix + "weight1_raw" in state:
@@ -265,6 +279,16 @@ def _check_names(
         advice = "it is of another model or task"
     what = f"has no {missing[0]}" if missing else f"holds {extra[0]}, which the model has not"
     raise UserError(f"{path}: {what}; {advice}")
+
+
+def _other_gates(state: dict[str, Tensor], model: Model) -> str:
+    """Advice if the file has another number of gates than the model; a dense hidden kernel tells how many."""
+    for name, kernel in state.items():
+        if name.removeprefix(_prefix(model)) in ("weight2_raw", "weight2_v_raw") and kernel.dim() == 3:
+            for activation, gates in GATES.items():
+                if kernel.size(0) == gates * kernel.size(1) and activation != model.core.activation:
+                    return f"pass --activation {activation}"
+    return ""
 
 
 def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> str:

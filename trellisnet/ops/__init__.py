@@ -1,32 +1,58 @@
 """The trellis operators and their backends, each operator behind one call.
 
-`reference` is the paper's equation and the truth that every other backend is tested against.
+`reference` is the paper's equation and the truth that every other backend is tested against; `fused` is the fast one.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from trellisnet.ops import mixed_group, reference
-from trellisnet.ops.last_step import dependencies
+from trellisnet.ops import fused, mixed_group, reference
+from trellisnet.ops.gemm import GEMMS
 from trellisnet.ops.last_step import last_step as _last_step
+from trellisnet.ops.pruning import dependencies
 from trellisnet.ops.reference import GATES
 
-_BACKENDS = {"reference": reference.trellis}
-BACKENDS = ("auto", *_BACKENDS)
+BACKENDS = ("auto", "reference", "fused")
 
-__all__ = ["BACKENDS", "GATES", "dependencies", "last_step", "resolve", "trellis"]
+__all__ = ["BACKENDS", "GATES", "GEMMS", "Trellis", "dependencies", "resolve", "trellis"]
 
 
-def resolve(backend: str) -> str:
-    """The backend that `backend` stands for here: `auto` becomes the fastest that can run.
+class Trellis(NamedTuple):
+    """What :func:`trellis` returns.
+
+    Args:
+        output: (N, L − start, output_size).
+        state: (h, c) of the last layer at the last step, (N, H) each.
+        aux: auxiliary outputs, (N, L − start, output_size) each.
+        layer_steps: how many pairs of a layer and a time step were computed.
+    """
+
+    output: Tensor
+    state: tuple[Tensor, Tensor]
+    aux: list[Tensor]
+    layer_steps: int
+
+
+def resolve(backend: str, activation: str = "lstm", kernel_groups: int | None = None) -> str:
+    """The backend that `backend` stands for: `auto` becomes the fastest that can run this kind of layer.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend, or one that cannot run this.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    return "reference" if backend == "auto" else backend
+    reason = None
+    if kernel_groups is not None:
+        reason = "it has no mixed group convolution"
+    elif activation not in fused.GATES:
+        reason = f"it has no {activation} gates"
+    if backend == "fused" and reason:
+        raise ValueError(f"backend: fused cannot run this, {reason}; expected auto or reference")
+    if backend == "auto":
+        return "reference" if reason else "fused"
+    return backend
 
 
 def trellis(
@@ -34,11 +60,12 @@ def trellis(
     weight_x: Tensor,
     weight_h: Tensor,
     bias: Tensor,
-    state: tuple[Tensor, Tensor],
+    state: tuple[Tensor, Tensor] | None,
     *,
     num_layers: int,
     dilation: Sequence[int],
     output_size: int,
+    start: int = 0,
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -46,7 +73,8 @@ def trellis(
     kernel_groups: int | None = None,
     inject_every: int = 1,
     backend: str = "auto",
-) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
+    gemm: str = "auto",
+) -> Trellis:
     """Run all layers of the trellis.
 
     Args:
@@ -54,102 +82,52 @@ def trellis(
         weight_x: kernel on x, (GH, C, k), newest tap last, G row groups: i, o, g, f of an LSTM.
         weight_h: kernel on the hidden sequence, (GH, H, k).
         bias: (GH,).
-        state: (h, c) left of the first time step, (N, H) each.
+        state: (h, c) left of the first time step, (N, H) each; None: zeros.
         num_layers: how often the one layer is applied.
         dilation: dilations, cycled over the layers.
         output_size: how many of the last channels of h are the output.
+        start: the first time step whose outputs are wanted, 0 to L − 1. `fused`, and `reference` for start = L − 1,
+            compute only what these depend on.
         aux_every: also return the output of every layer i = 1..num_layers with i % aux_every == 0.
         hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1);
             0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched.
-        lengths: valid steps of every row of a right-padded batch, int64 (N,) in 1..L; the state is then that of the
-            last valid step. None: all are valid.
+        lengths: valid steps of every row of a right-padded batch, int64 (N,) in start + 1..L; the state is then that of
+            the last valid step. None: all are valid.
         activation: one of `GATES`, which says how many gates G it has.
         kernel_groups: None for a dense kernel. A number of groups for the kernel of Theorem 1: weight_x is then
             (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
         inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
-        backend: one of `BACKENDS`; `auto` takes the fastest that can run here.
-
-    Returns:
-        output (N, L, output_size); (h, c) of the last layer at the last step, (N, H) each; the auxiliary outputs,
-        (N, L, output_size) each.
+        backend: one of `BACKENDS`; `auto` takes the fastest that can run this.
+        gemm: how `fused` multiplies, one of `GEMMS`; `auto` follows a fixed rule, see :mod:`trellisnet.ops.gemm`.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend or gemm, or one that cannot run here.
     """
-    return _BACKENDS[resolve(backend)](
-        x,
-        weight_x,
-        weight_h,
-        bias,
-        state,
-        num_layers=num_layers,
-        dilation=dilation,
-        output_size=output_size,
-        aux_every=aux_every,
-        hidden_scale=hidden_scale,
-        lengths=lengths,
-        activation=activation,
-        kernel_groups=kernel_groups,
-        inject_every=inject_every,
-    )
-
-
-def last_step(
-    x: Tensor,
-    weight_x: Tensor,
-    weight_h: Tensor,
-    bias: Tensor,
-    state: tuple[Tensor, Tensor],
-    *,
-    num_layers: int,
-    dilation: Sequence[int],
-    output_size: int,
-    hidden_scale: Tensor | None = None,
-    activation: str = "lstm",
-    kernel_groups: int | None = None,
-    inject_every: int = 1,
-    backend: str = "auto",
-) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-    """What :func:`trellis` returns for the last time step, from the layer-steps that it depends on and no others.
-
-    Which these are says :func:`dependencies`. There is one implementation, for every backend.
-
-    Args:
-        x: input sequence (N, L, C), L ≥ 1.
-        weight_x: kernel on x, (GH, C, k), newest tap last, G row groups: i, o, g, f of an LSTM.
-        weight_h: kernel on the hidden sequence, (GH, H, k).
-        bias: (GH,).
-        state: (h, c) left of the first time step, (N, H) each.
-        num_layers: how often the one layer is applied.
-        dilation: dilations, cycled over the layers.
-        output_size: how many of the last channels of h are the output.
-        hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1).
-        activation: one of `GATES`, which says how many gates G it has.
-        kernel_groups: None for a dense kernel. A number of groups for the kernel of Theorem 1: weight_x is then
-            (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
-        inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
-        backend: one of `BACKENDS`.
-
-    Returns:
-        output (N, 1, output_size); (h, c) of the last layer at the last step, (N, H) each; the number of layer-steps
-        (pairs of a layer and a time step) whose gates were computed.
-
-    Raises:
-        ValueError: unknown backend.
-    """
-    resolve(backend)
-    if kernel_groups is not None:
-        weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
-    return _last_step(
-        x,
-        weight_x,
-        weight_h,
-        bias,
-        state,
-        num_layers=num_layers,
-        dilation=dilation,
-        output_size=output_size,
-        hidden_scale=hidden_scale,
-        activation=activation,
-        inject_every=inject_every,
-    )
+    N, L, _ = x.shape
+    H = bias.numel() // GATES[activation]
+    options = {
+        "num_layers": num_layers,
+        "dilation": dilation,
+        "output_size": output_size,
+        "hidden_scale": hidden_scale,
+        "activation": activation,
+        "inject_every": inject_every,
+    }
+    if resolve(backend, activation, kernel_groups) == "fused":
+        options |= {"start": start, "aux_every": aux_every, "gemm": gemm}
+        h, c, aux, layer_steps = fused.trellis(x, weight_x, weight_h, bias, state, **options)
+        output = h[:, :, H - output_size :]
+        if lengths is None:
+            return Trellis(output, (h[:, -1], c[:, -1]), aux, layer_steps)
+        last = (lengths - start - 1).view(N, 1, 1).expand(-1, 1, H)
+        return Trellis(output, (h.gather(1, last).squeeze(1), c.gather(1, last).squeeze(1)), aux, layer_steps)
+    if state is None:
+        state = (x.new_zeros(N, H), x.new_zeros(N, H))
+    if start == L - 1 and aux_every is None and lengths is None:
+        if kernel_groups is not None:
+            weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
+        output, state, layer_steps = _last_step(x, weight_x, weight_h, bias, state, **options)
+        return Trellis(output, state, [], layer_steps)
+    options |= {"aux_every": aux_every, "lengths": lengths, "kernel_groups": kernel_groups}
+    output, state, aux = reference.trellis(x, weight_x, weight_h, bias, state, **options)
+    return Trellis(output[:, start:], state, [a[:, start:] for a in aux], num_layers * L)

@@ -1,10 +1,11 @@
 r"""The mixed group convolution of Theorem 1 (Eq. 5): the sparse kernel with which a trellis is a recurrent network.
 
 The H channels form as many groups as the recurrent network has layers. Group g reads its own **past** taps and the
-**current** tap of group g − 1; x takes the place of a group below the first:
+**current** tap of group g − 1; the first, which has none below it, reads x instead, through all taps of W^x:
 
 .. math::
-    \hat z^{(g)}_t = \sum_{j=1}^{k-1} W^{past}_{g,j} h^{(g)}_{t-jd} + W^{below}_g h^{(g-1)}_t
+    \hat z^{(g)}_t = \sum_{j=1}^{k-1} W^{past}_{g,j} h^{(g)}_{t-jd} + b^{(g)} +
+    \begin{cases} \mathrm{Conv1D}(x; W^x)_t & g = 1 \\ W^{below}_g h^{(g-1)}_t & g > 1 \end{cases}
 
 Rows of every kernel, and the bias, run group by group and gate by gate within a group, as a group convolution makes
 them; what leaves this module is ordered gate by gate, as everything else reads it.

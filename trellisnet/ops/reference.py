@@ -43,7 +43,8 @@ def lstm(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Ten
 def gru(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
     """Appendix B.1, "gated activations": rows r, u, n. c is h itself.
 
-    r acts behind the kernel, as in `nn.GRU`, and on all its taps.
+    r acts behind the kernel, as in `nn.GRU`, and on all its taps: on a group below too, so that with several groups
+    this is no stack of GRUs.
     """
     (x_r, x_u, x_n), (h_r, h_u, h_n) = z_x.chunk(3, dim), z_h.chunk(3, dim)
     n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)

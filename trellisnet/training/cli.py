@@ -1,7 +1,6 @@
 """What every train.py does: settings, device, run folder, train or score, metrics file, exit code."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trellisnet import ops, weights
+from trellisnet import weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
@@ -131,9 +130,10 @@ class _Program:
         if config.threads:
             torch.set_num_threads(config.threads)
         # What "auto" stood for is part of the run: a continuation makes the same choices.
-        config = dataclasses.replace(config, threads=torch.get_num_threads(), backend=ops.resolve(config.backend))
-        torch.manual_seed(config.seed)
         device = config.torch_device()
+        config = config.chosen(device)
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.manual_seed(config.seed)
         task, splits, schedule, facts = self.setup(config, device)
         untrained = []
         if config.load_weight and resumed is None:
@@ -141,9 +141,10 @@ class _Program:
             untrained = weights.load_weights(task.model, config.load_weight, **options)
 
         facts = {"parameters": count_parameters(task.model), **facts}
-        env = environment(device) | {"backend": ops.resolve(config.backend), "precision": "fp32"}
+        env = environment(device) | {key: getattr(config, key) for key in ("backend", "gemm", "precision")}
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
-        _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {env['threads']} threads")
+        how = f"{env['threads']} threads, {config.precision}, {config.backend}"
+        _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
         command = command_line(f"{config.task}/train.py", argv)
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
@@ -159,8 +160,8 @@ class _Program:
                 "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256,
                 "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
                 "peak_memory": peak_memory(device),
-                **{key: env[key] for key in ("device", "machine", "threads", "precision", "backend", "torch")},
-                "seed": config.seed,
+                **{key: env[key] for key in ("device", "machine", "threads", "precision", "backend", "gemm", "torch")},
+                "seed": config.seed, "deterministic": config.deterministic,
             }  # fmt: skip
             write_metrics(config.metrics, metrics)
 
@@ -186,7 +187,7 @@ class _Program:
             _say(f"run folder: {folder.path}")
             if resumed is None:
                 data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
-                chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "backend", "precision")}
+                chosen = {key: env[key] for key in ("version", "commit", "device", "threads")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
             return fit(
@@ -224,10 +225,11 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
     if not isinstance(content["settings"], dict):
         raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")
+    kept = from_settings(cls, settings)  # with today's defaults for what an earlier version did not know
     for name, value in given.items():
-        if name not in cls.resumable and value != settings.get(name):
+        if name not in cls.resumable and value != getattr(kept, name):
             raise UserError(
-                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {settings.get(name)}, and a "
+                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {getattr(kept, name)}, and a "
                 "continued run keeps its settings: leave the flag out, or start a new run with another --out"
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}

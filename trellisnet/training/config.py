@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from trellisnet import ops
 from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
+PRECISIONS = ("fp32", "bf16")
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
@@ -67,6 +68,9 @@ class RunConfig:
     device: str = setting("auto", "any torch device, or auto: cuda if there is one and --cuda, else cpu")
     threads: int = setting(0, "CPU threads; 0: torch's choice")
     backend: str = setting("auto", "trellis operator", choices=ops.BACKENDS)
+    gemm: str = setting("auto", "products of the fused operator; auto: what is fastest here", choices=ops.GEMMS)
+    precision: str = setting("fp32", "of products and activations; sums and losses are in fp32", choices=PRECISIONS)
+    deterministic: bool = setting(False, "bit-equal results from run to run on one machine, at some cost")
 
     optim: str = setting("SGD", "optimiser: a class of torch.optim")
     lr: float = setting(1e-3, "initial learning rate")
@@ -135,6 +139,14 @@ class RunConfig:
         except (RuntimeError, AssertionError, NotImplementedError) as e:
             raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
         return device
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which models and losses are computed, for `precision`."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def chosen(self, device: torch.device) -> Self:
+        """These settings with everything that was left to the machine decided."""
+        return dataclasses.replace(self, threads=torch.get_num_threads())
 
     def marks(self) -> dict[str, bool]:
         """What every score of weights that were loaded and not trained further is marked with."""

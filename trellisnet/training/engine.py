@@ -99,7 +99,8 @@ def evaluate(
     """
     limit = config.max_eval_tokens or None
     progress = lambda it, total: bar(it, total, desc=name, unit=task.batch_name)  # noqa: E731
-    result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
+    with config.autocast(next(task.model.parameters()).device):
+        result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
     result |= task.scores(result, name.removesuffix("_all"))
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
@@ -338,7 +339,8 @@ class Trainer:
             states = list(zip(*(part.tensor_split(pieces) for part in self.carry), strict=True))
         means, carried = dict.fromkeys(self.task.measured, 0.0), []
         for part, state in zip(slices, states, strict=True):
-            losses, state = self.task.loss(*part, state=state)
+            with config.autocast(part[0].device):
+                losses, state = self.task.loss(*part, state=state)
             share = part[0].size(0) / batch[0].size(0)
             (losses["loss"] * share).backward()
             for name in means:

@@ -1,11 +1,18 @@
 """The settings of the trellis itself, which all tasks share."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from trellisnet import ops
 from trellisnet.errors import UserError
+from trellisnet.ops import gemm
 from trellisnet.training.config import RunConfig, setting
+
+MEASURED = 100  # hidden channels from which on the route of the products is measured
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -32,11 +39,6 @@ class NetworkConfig(RunConfig):
         self.check_rates("dropouth", "wdrop")
         if min(self.dilation, default=0) < 1:
             raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
-        if self.mixed_group > self.nlevels:
-            raise UserError(
-                f"--mixed_group {self.mixed_group}: the input climbs one group a layer and would not reach the output; "
-                f"lower it or pass --nlevels {self.mixed_group} or more"
-            )
 
     def core_options(self, hidden_size: int) -> dict[str, Any]:
         """Keywords of :class:`trellisnet.TrellisNet` for a network of `hidden_size` channels, those of the output too.
@@ -50,6 +52,12 @@ class NetworkConfig(RunConfig):
                 f"--mixed_group {self.mixed_group}: does not divide the {hidden_size} channels, the output's included; "
                 f"pass --nhid {self.nhid + more}"
             )
+        climbs = self.nhid // (hidden_size // self.mixed_group) if self.mixed_group else 0
+        if climbs >= self.nlevels:
+            raise UserError(
+                f"--mixed_group {self.mixed_group}: the input climbs a group a layer and would not reach the output; "
+                f"pass --nlevels {climbs + 1} or more"
+            )
         return {
             "kernel_size": self.ksize,
             "dilation": self.dilation,
@@ -61,4 +69,23 @@ class NetworkConfig(RunConfig):
             "kernel_groups": self.mixed_group or None,
             "inject_every": self.inject_every,
             "backend": self.backend,
+            "gemm": self.gemm,
         }
+
+    def chosen(self, device: torch.device) -> Self:
+        """These settings with backend and products decided: once a run, for a continued one must compute the same.
+
+        Raises:
+            UserError: what was asked for cannot run here.
+        """
+        try:
+            backend = ops.resolve(self.backend, self.activation, self.mixed_group or None)
+            wanted = gemm.resolve(self.gemm, device, COMPUTE[self.precision])
+        except ValueError as e:
+            raise UserError(f"--{e}") from e
+        route = next(name for name, product in gemm.ROUTES.items() if product is wanted)
+        # Small products take no time by any route, and are not worth results that depend on a stopwatch.
+        if self.gemm == "auto" and backend == "fused" and self.nhid >= MEASURED and not self.deterministic:
+            shape = (256, self.ksize * self.nhid, ops.GATES[self.activation] * self.nhid)
+            route = gemm.fastest(device, COMPUTE[self.precision], [shape])
+        return dataclasses.replace(super().chosen(device), backend=backend, gemm=route)

@@ -163,11 +163,12 @@ class LanguageModeling:
         if inputs.size(1) <= skip:
             raise ValueError(f"a window of {inputs.size(1)} tokens holds nothing to score after the first {skip}")
         with_aux = self.aux_weight > 0
-        out = self.model(inputs, state, aux_every=self.aux_every if with_aux else None, masks=masks)
+        aux_every = self.aux_every if with_aux else None
+        out = self.model(inputs, state, start=skip, aux_every=aux_every, masks=masks)
         targets = targets[:, skip:]
 
         def head(output: Tensor, latent_mask: Tensor | None) -> Tensor:
-            return self.model.loss(output[:, skip:], targets, latent_mask=latent_mask, draw=masks is None)
+            return self.model.loss(output, targets, latent_mask=latent_mask, draw=masks is None)
 
         raw = head(out.output, masks.latent if masks else None)
         aux = alpha = beta = raw.new_zeros(())
@@ -176,9 +177,9 @@ class LanguageModeling:
             each = [None] * len(out.aux) if latent_aux is None else latent_aux.unbind(1)
             aux = self.aux_weight * sum(head(a, mask) for a, mask in zip(out.aux, each, strict=True))
         if self.alpha:
-            alpha = activation_regularization(out.output[:, skip:], self.alpha)
+            alpha = activation_regularization(out.output, self.alpha)
         if self.beta:
-            beta = temporal_activation_regularization(out.raw_output[:, skip:], self.beta)
+            beta = temporal_activation_regularization(out.raw_output, self.beta)
         losses = {"loss": raw + aux + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
         return losses, self._carried(out.state)
 
@@ -208,10 +209,10 @@ class LanguageModeling:
         with _evaluating(self.model):
             total, tokens, state = 0.0, 0, None
             for _, inputs, targets in windows:
-                out = self.model(inputs, state)
+                out = self.model(inputs, state, start=skip)
                 state = self._carried(out.state)
                 targets = targets[:, skip:]
-                total += self.model.loss(out.output[:, skip:], targets).item() * targets.numel()
+                total += self.model.loss(out.output, targets).item() * targets.numel()
                 tokens += targets.numel()
                 if max_tokens is not None and tokens >= max_tokens:
                     break
@@ -246,7 +247,7 @@ class LanguageModeling:
             for group in progress(groups, len(groups)) if progress is not None else groups:
                 inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
                 skip = self.horizon if tokens else 0  # the first window has nothing before it: all of it is scored
-                loss = self.model.loss(self.model(inputs).output[:, skip:], targets[:, skip:], reduction="sum")
+                loss = self.model.loss(self.model(inputs, start=skip).output, targets[:, skip:], reduction="sum")
                 total += loss.item()
                 tokens += targets[:, skip:].numel()
                 if max_tokens is not None and tokens >= max_tokens:

@@ -1,0 +1,204 @@
+"""The fused operator against the equation: every output and gradient, in every type, however it is asked for."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from test_ops import SHAPES, random_inputs
+from trellisnet import TrellisNet, ops
+from trellisnet.ops import fused, gemm, pruning
+
+IMAGE = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MASK = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)[:, :, None]
+
+
+def run(backend, inputs, *, carried=True, autocast=None, seed=9, **options):
+    """Every output, then every gradient, and the layer-steps."""
+    tensors = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    state = tuple(tensors.pop(name) for name in ("h0", "c0"))
+    if not carried:
+        state = None
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        out = ops.trellis(**tensors, state=state, backend=backend, **options)
+    outs = [out.output, *out.state, *out.aux]
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
+    wanted = [*tensors.values(), *(state or ())]
+    found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)  # the equation without gates reads no c0
+    return [
+        *outs,
+        *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)),
+    ], out.layer_steps
+
+
+def relative(a, b):
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize(("k", "dilation", "length"), [*SHAPES, pytest.param(1, (1, 2), 7, id="k1")])
+@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("inject_every", [1, 3])
+@pytest.mark.parametrize("carried", [False, True])
+def test_equals_the_equation(k, dilation, length, activation, inject_every, carried):
+    inputs = random_inputs(k, length)
+    if activation == "tanh":
+        inputs |= {name: inputs[name][:4].clone() for name in ("weight_x", "weight_h", "bias")}
+    for num_layers, start, aux_every, scale in [
+        (1, 0, None, None),
+        (6, 0, 2, MASK),
+        (6, length - 1, 3, None),
+        (5, length // 2, 1, MASK),
+        (9, length // 3, 9, MASK),
+    ]:
+        options = {
+            "num_layers": num_layers, "dilation": dilation, "output_size": 3, "start": start, "aux_every": aux_every,
+            "hidden_scale": scale, "activation": activation, "inject_every": inject_every, "carried": carried,
+        }  # fmt: skip
+        ours, layer_steps = run("fused", inputs, **options)
+        theirs, _ = run("reference", inputs, **options)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b, atol=1e-12, rtol=1e-12)
+        assert layer_steps == sum(map(len, ops.dependencies(length, num_layers, dilation, k, start)))
+
+
+@pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
+@pytest.mark.parametrize("activation", fused.GATES)
+def test_gradients_are_exact(k, dilation, length, activation):
+    inputs = random_inputs(k, min(length, 4), channels=2, requires_grad=True)
+    if activation == "tanh":
+        inputs |= {name: inputs[name][:4].detach().requires_grad_() for name in ("weight_x", "weight_h", "bias")}
+
+    def call(*tensors):
+        named = dict(zip(inputs, tensors, strict=True))
+        state = (named.pop("h0"), named.pop("c0"))
+        options = {"num_layers": 3, "dilation": dilation, "output_size": 2, "start": 1 if length > 1 else 0}
+        options |= {"aux_every": 2, "hidden_scale": MASK, "activation": activation, "inject_every": 2}
+        out = ops.trellis(**named, state=state, backend="fused", **options)
+        return out.output, *out.state, *out.aux
+
+    assert torch.autograd.gradcheck(call, tuple(inputs.values()))
+
+
+def test_counts_of_the_paper():
+    assert sum(map(len, ops.dependencies(110, 58, (1,), 2, 58))) == 4_669
+    inputs = random_inputs(2, 110)
+    _, layer_steps = run("fused", inputs, num_layers=58, dilation=(1,), output_size=4, start=58)
+    assert layer_steps == 4_669
+    assert TrellisNet(3, 4, 58).layer_steps(110, start=58) == 4_669
+    for length, count in ((784, 1_571), (1024, 2_047)):
+        inputs = random_inputs(2, length, channels=1)
+        _, layer_steps = run("fused", inputs, num_layers=11, dilation=IMAGE, output_size=4, start=length - 1)
+        assert layer_steps == count
+
+
+@pytest.mark.parametrize("n", [1, 7, 63])
+@pytest.mark.parametrize("hidden", [1, 7, 63])
+@pytest.mark.parametrize("length", [1, 7, 63])
+def test_odd_sizes_in_blocks_and_with_padding(monkeypatch, n, hidden, length):
+    """Several blocks a layer, products padded to buckets, and memory that was never written full of NaN."""
+    monkeypatch.setattr(fused, "BLOCK", 5 * n * hidden)
+    monkeypatch.setattr(fused, "BUCKET", 16)
+    poison = lambda *shape, dtype, device: torch.full(*shape, float("nan"), dtype=dtype, device=device)  # noqa: E731
+    monkeypatch.setattr(fused, "empty", poison)
+    inputs = random_inputs(2, length, n=n, hidden=hidden)
+    options = {"num_layers": 5, "dilation": (1, 3), "output_size": hidden, "start": length // 2, "aux_every": 2}
+    for route in ("mm", "auto"):
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+            cast = {name: t.to(dtype) for name, t in inputs.items()}
+            ours, _ = run("fused", cast, gemm=route, **options)
+            theirs, _ = run("reference", inputs, **options)
+            for a, b in zip(ours, theirs, strict=True):
+                assert_close(a, b.to(dtype), atol=tolerance * 10, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("k", "dilation", "length", "start"), [(2, (1,), 40, 20), (3, (1, 2, 4), 63, 7)])
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_errors_are_at_most_twice_those_of_the_reference(k, dilation, length, start, low):
+    inputs = random_inputs(k, length, n=2, channels=24, hidden=40)
+    options = {"num_layers": 12, "dilation": dilation, "output_size": 40, "start": start, "aux_every": 5}
+    truth, _ = run("reference", inputs, **options)
+    single = {name: t.float() for name, t in inputs.items()}
+    for route in ("mm", "auto"):
+        ours, _ = run("fused", single, autocast=low, gemm=route, **options)
+        theirs, _ = run("reference", single, autocast=low, **options)
+        for a, b, exact in zip(ours, theirs, truth, strict=True):
+            assert a.dtype == (torch.float32 if low is None else a.dtype)
+            assert relative(a, exact) <= 2 * relative(b, exact) + 1e-7
+            assert relative(a, exact) < (1e-5 if low is None else 0.1)
+
+
+def test_non_contiguous_input():
+    inputs = random_inputs(2, 9)
+    options = {"num_layers": 4, "dilation": (1, 2), "output_size": 4, "start": 3}
+    expected, _ = run("fused", inputs, **options)
+    strided = {name: torch.stack([t, t], dim=-1)[..., 0] for name, t in inputs.items()}
+    assert not strided["x"].is_contiguous()
+    for a, b in zip(run("fused", strided, **options)[0], expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lengths():
+    inputs, lengths = random_inputs(2, 9), torch.tensor([4, 9])
+    options = {"num_layers": 4, "dilation": (1, 2), "output_size": 4, "lengths": lengths}
+    ours, theirs = (run(backend, inputs, **options)[0] for backend in ("fused", "reference"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_an_empty_batch_and_no_gradient():
+    module = TrellisNet(3, 4, 5, output_size=2)
+    out = module(torch.randn(0, 6, 3), aux_every=2)
+    assert out.output.shape == (0, 6, 2)
+    assert len(out.aux) == 2
+    with torch.no_grad():
+        assert not module(torch.randn(1, 6, 3)).output.requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    inputs = random_inputs(2, 3, requires_grad=True)
+    state = (inputs.pop("h0"), inputs.pop("c0"))
+    out = ops.trellis(**inputs, state=state, num_layers=2, dilation=(1,), output_size=4, backend="fused")
+    (first,) = torch.autograd.grad(out.output.square().sum(), inputs["bias"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_what_it_cannot_do_is_said():
+    with pytest.raises(ValueError, match=r"backend: fused cannot run this, it has no gru gates; expected auto or ref"):
+        TrellisNet(3, 4, 2, backend="fused", activation="gru")
+    with pytest.raises(ValueError, match=r"backend: fused cannot run this, it has no mixed group convolution"):
+        TrellisNet(3, 4, 2, backend="fused", kernel_groups=2)
+    assert ops.resolve("auto") == "fused"
+    assert ops.resolve("auto", "tanh") == "fused"
+    assert ops.resolve("auto", "gru") == ops.resolve("auto", "lstm", 2) == "reference"
+    assert ops.resolve("reference") == "reference"
+
+
+def test_routes_of_products():
+    a, b = torch.randn(5, 3), torch.randn(4, 3)
+    cpu = torch.device("cpu")
+    for route in gemm.GEMMS:
+        if route != "onednn" or gemm.usable(route, cpu, torch.float32):
+            assert_close(gemm.resolve(route, cpu, torch.float32)(a, b), a @ b.t())
+    assert gemm.fastest(cpu, torch.float32, [(64, 32, 16)]) in gemm.ROUTES
+    assert gemm.resolve("auto", cpu, torch.float64) is gemm.ROUTES["mm"]
+    with pytest.raises(ValueError, match="gemm: expected one of auto, mm, onednn, got 'blas'"):
+        gemm.resolve("blas", cpu, torch.float32)
+    with pytest.raises(ValueError, match="gemm: onednn does not work with torch.float64 on cpu here"):
+        gemm.resolve("onednn", cpu, torch.float64)
+
+
+def test_a_route_that_fails_is_not_taken(monkeypatch):
+    def broken(a, b):
+        raise RuntimeError
+
+    monkeypatch.setitem(gemm.ROUTES, "onednn", broken)
+    assert gemm.resolve("auto", torch.device("cpu"), torch.float32) is gemm.ROUTES["mm"]
+    monkeypatch.setitem(gemm.ROUTES, "onednn", lambda a, b: torch.zeros(a.size(0), b.size(0)))
+    assert gemm.resolve("auto", torch.device("cpu"), torch.float32) is gemm.ROUTES["mm"]
+
+
+def test_plans_hold_no_tensors():
+    plan = pruning.plan(9, 4, (1, 2), 2, 1, 4)
+    assert all(isinstance(layer.wanted, range | tuple) for layer in plan.layers)
+    assert plan.layer_steps == sum(layer.size for layer in plan.layers)

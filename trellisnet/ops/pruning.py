@@ -1,0 +1,138 @@
+r"""Which pairs of a layer and a time step the asked-for outputs depend on, and where each finds what it reads.
+
+Tap j of a layer reads j·d steps back and its cell path reads t − d, so if the last layer is wanted from step s on, the
+positions that count are, from the top down,
+
+.. math::
+    S_n = \{s, \dots, L - 1\}, \qquad S_{i-1} = \{t - j d_i : t \in S_i,\ j = 0, \dots, k-1\} \cap \{t \ge 0\}
+
+(with k = 1 the cell path adds t − d_i). S_i contains S_n, so auxiliary outputs ask for nothing more. For dilation 1 the
+sets are ranges: 4,669 of 6,380 layer-steps for 58 layers, L = 110, s = 58. For dilations 1, 1, 2, 4, …, 512 and the
+last step of 784 they are strided: 1,571 of 8,624.
+
+Letters: L length, k kernel size, n layers, d_i dilation of layer i, S_i positions of layer i.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Index = range | tuple[int, ...]  # row numbers, ascending; a range is sliced, which copies nothing
+
+
+class Read(NamedTuple):
+    """Where the positions of a layer find what one tap reads: `left` of them before the first step, then `rows`."""
+
+    left: int
+    rows: Index
+
+
+class Layer(NamedTuple):
+    """One layer of a plan. Of the first layer, whose input is zero, `taps` and `cell` are read by `edge` positions."""
+
+    dilation: int
+    size: int  # |S_i|
+    edge: int  # positions whose taps or cell path may read something else than zero; below the first layer: all
+    taps: tuple[Read, ...]  # oldest first
+    cell: Read
+    x: Index | None  # rows of x̃ of this dilation; None: x does not enter this layer
+    wanted: Index  # rows of S_n
+
+
+class Plan(NamedTuple):
+    layers: tuple[Layer, ...]
+    x: dict[int, tuple[Read, ...]]  # for every dilation: the rows of x that the taps of x̃ read, oldest first
+    layer_steps: int
+
+
+def dependencies(
+    length: int, num_layers: int, dilation: Sequence[int], kernel_size: int, start: int | None = None
+) -> list[list[int]]:
+    """Positions t ≥ 0 of every layer that the last layer from step `start` on depends on.
+
+    Args:
+        length: L ≥ 1.
+        num_layers: n ≥ 1.
+        dilation: dilations, cycled over the layers.
+        kernel_size: k ≥ 1.
+        start: s; None: L − 1, the last step alone.
+
+    Returns:
+        [S_1, …, S_n], each sorted; S_0 is left out because layer 0 is zero.
+    """
+    reach = max(kernel_size, 2)  # the cell path reads t − d also where no tap does
+    positions = [list(range(length - 1 if start is None else start, length))]
+    for layer in range(num_layers, 1, -1):
+        d = dilation[(layer - 1) % len(dilation)]
+        positions.append(sorted({t - j * d for t in positions[-1] for j in range(min(reach, t // d + 1))}))
+    return positions[::-1]
+
+
+def _index(rows: Sequence[int]) -> Index:
+    """The row numbers as a range where they are one."""
+    if len(rows) == 0:
+        return range(0)
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    if step > 0 and list(rows) == list(range(rows[0], rows[-1] + 1, step)):
+        return range(rows[0], rows[-1] + 1, step)
+    return tuple(rows)
+
+
+def _read(positions: Sequence[int], back: int, row: dict[int, int]) -> Read:
+    """What `positions` read `back` steps back, from rows numbered by `row`."""
+    inside = [t - back for t in positions if t >= back]
+    return Read(len(positions) - len(inside), _index([row[t] for t in inside]))
+
+
+@lru_cache(maxsize=64)
+def plan(
+    length: int, num_layers: int, dilation: tuple[int, ...], kernel_size: int, inject_every: int, start: int
+) -> Plan:
+    """All indices of one geometry. Plain integers: a cached tensor might be one made in inference mode."""
+    positions = dependencies(length, num_layers, dilation, kernel_size, start)
+    dilations = [dilation[i % len(dilation)] for i in range(num_layers)]
+    needed: dict[int, set[int]] = {}
+    for d, here in list(zip(dilations, positions, strict=True))[::inject_every]:
+        needed.setdefault(d, set()).update(here)
+    row_of_x = {d: {t: row for row, t in enumerate(sorted(rows))} for d, rows in needed.items()}
+    layers = []
+    for i, (d, here) in enumerate(zip(dilations, positions, strict=True)):
+        below = range(length) if i == 0 else positions[i - 1]  # of the first layer the rows mean nothing
+        row, row_here = ({t: row for row, t in enumerate(p)} for p in (below, here))
+        layers.append(
+            Layer(
+                d,
+                len(here),
+                sum(t < max(kernel_size - 1, 1) * d for t in here) if i == 0 else len(here),
+                tuple(_read(here, j * d, row) for j in reversed(range(kernel_size))),
+                _read(here, d, row),
+                _index([row_of_x[d][t] for t in here]) if i % inject_every == 0 else None,
+                _index([row_here[t] for t in positions[-1]]),
+            )
+        )
+    of_x = {t: t for t in range(length)}
+    taps_of_x = {
+        d: tuple(_read(sorted(rows), j * d, of_x) for j in reversed(range(kernel_size))) for d, rows in needed.items()
+    }
+    return Plan(tuple(layers), taps_of_x, sum(map(len, positions)))
+
+
+def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, dim: int = 0) -> Tensor:
+    """`source` at index[first:last] along `dim`: a view if the index is a range."""
+    index = index[first:last]
+    if isinstance(index, range):
+        return source[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)]
+    return source.index_select(dim, torch.tensor(index, device=source.device))
+
+
+def take(source: Tensor, read: Read, left: Tensor, dim: int = 0) -> Tensor:
+    """What a tap reads: `left` (of size 1 in `dim`) for positions before the first step, then rows of `source`."""
+    inside = rows(source, read.rows, dim=dim)
+    if not read.left:
+        return inside
+    shape = list(source.shape)
+    shape[dim] = read.left
+    return torch.cat([left.expand(shape), inside], dim)
