@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import cases
+from trellisnet import ops
 from trellisnet.data.corpus import batchify
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier
@@ -27,6 +28,12 @@ def test_the_cases_are_all_there():
     assert len(cases.names("split_cross_entropy")) == 2
     assert len(cases.names("wt103_step")) == 1
     assert len(PIXELS) == 3
+
+
+@pytest.fixture(autouse=True, params=[name for name in ops.BACKENDS if name != "auto"])
+def backend(request, monkeypatch):
+    """Every number with every backend."""
+    monkeypatch.setattr(ops, "resolve", lambda *_: request.param)
 
 
 @pytest.fixture(params=["direct", "zip", "legacy"])

@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import char_ptb.model
+import cifar10.model
+import pmnist.model
+import word_ptb.model
+import wt103.model
 from test_ops import SHAPES, random_inputs
 from trellisnet import TrellisNet, ops
 from trellisnet.ops import fused, gemm, pruning
+from trellisnet.training.config import parse
+from trellisnet.training.tasks import LanguageModeling
 
 IMAGE = (1, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 MASK = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)[:, :, None]
@@ -174,6 +181,33 @@ def test_what_it_cannot_do_is_said():
     assert ops.resolve("reference") == "reference"
 
 
+@pytest.mark.parametrize("options", [{}, {"aux_every": 2}, {"last_only": True}])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_equation_can_be_compiled_and_exported(backend, options):
+    torch.manual_seed(0)
+    module = TrellisNet(3, 4, 4, dilation=(1, 2), output_size=2, backend=backend).eval()
+    x = torch.randn(2, 9, 3)
+    expected = module(x, **options)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(module, (x,), options).module()
+    for other in (compiled(x, **options), exported(x, **options)):
+        assert_close(other.output, expected.output)
+        assert_close(other.state, expected.state)
+        assert_close(other.aux, expected.aux)
+    module.zero_grad()
+    compiled(x, **options).output.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_the_fused_operator_says_that_it_cannot_be_compiled_or_exported():
+    module = TrellisNet(3, 4, 4, backend="fused").eval()
+    message = "fused cannot run this, torch cannot compile or export it; expected auto or reference"
+    with pytest.raises(Exception, match=message):
+        torch.export.export(module, (torch.randn(2, 9, 3),))
+    with pytest.raises(Exception, match=message):
+        torch.compile(module, backend="eager", fullgraph=True)(torch.randn(2, 9, 3))
+
+
 def test_routes_of_products():
     a, b = torch.randn(5, 3), torch.randn(4, 3)
     cpu = torch.device("cpu")
@@ -196,6 +230,57 @@ def test_a_route_that_fails_is_not_taken(monkeypatch):
     assert gemm.resolve("auto", torch.device("cpu"), torch.float32) is gemm.ROUTES["mm"]
     monkeypatch.setitem(gemm.ROUTES, "onednn", lambda a, b: torch.zeros(a.size(0), b.size(0)))
     assert gemm.resolve("auto", torch.device("cpu"), torch.float32) is gemm.ROUTES["mm"]
+
+
+MODULES = {
+    module.Config.task: module for module in (word_ptb.model, char_ptb.model, wt103.model, pmnist.model, cifar10.model)
+}
+SMALL = {name: ["--nhid", "3", "--batch_size", "2"] for name in MODULES}
+SMALL |= {name: [*SMALL[name], "--emsize", "4", "--nout", "4"] for name in ("word_ptb", "char_ptb", "wt103")}
+
+
+@pytest.mark.parametrize(("task", "preset"), [(t, p) for t, m in MODULES.items() for p in m.Config.presets])
+def test_every_preset_of_every_task_takes_this_path(monkeypatch, task, preset):
+    """With weight norm, DropConnect, masks and auxiliary losses as the preset has them, narrow but as deep and long."""
+
+    def refused(*args, **kwargs):
+        raise AssertionError("not the fused operator")
+
+    monkeypatch.setattr(ops.reference, "trellis", refused)
+    monkeypatch.setattr(ops, "_last_step", refused)
+    counted = []
+    trellis = fused.trellis
+
+    def count(*args, **kwargs):
+        out = trellis(*args, **kwargs)
+        counted.append(out[3])
+        return out
+
+    monkeypatch.setattr(fused, "trellis", count)
+    torch.manual_seed(0)
+    config, _ = parse(MODULES[task].Config, ["--preset", preset, *SMALL[task]])
+    assert config.chosen(torch.device("cpu")).backend == "fused"
+    if task in ("pmnist", "cifar10"):
+        length, channels = (784, 1) if task == "pmnist" else (1024, 3)
+        model = MODULES[task].build_model(config, channels, 10).train()
+        model(torch.randn(2, length, channels)).logits.sum().backward()
+        expected = {11: {784: 1_571, 1024: 2_047}, 16: {784: 4_831, 1024: 6_222}}[config.nlevels][length]
+    else:
+        model = MODULES[task].build_model(config, 30).train()
+        aux_every = int(config.aux_freq) if config.aux else None
+        task_ = LanguageModeling(
+            model, horizon=config.horizon, seq_len=config.task_seq_len(), repackage=config.repack,
+            aux_weight=config.aux, aux_every=aux_every, alpha=config.alpha, beta=config.beta,
+        )  # fmt: skip
+        inputs, targets = task_.batches(torch.randint(30, (2, 200)))[0]
+        losses, _ = task_.loss(inputs, targets)
+        losses["loss"].backward()
+        start = inputs.size(1) - task_.size((inputs, targets)) // 2
+        expected = model.core.layer_steps(inputs.size(1), start=start)
+        if (task, preset) == ("word_ptb", "default"):
+            assert expected == 4_669
+    assert counted == [expected]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_plans_hold_no_tensors():

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from trellisnet.ops import fused, mixed_group, reference
@@ -44,7 +45,9 @@ def resolve(backend: str, activation: str = "lstm", kernel_groups: int | None = 
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = None
-    if kernel_groups is not None:
+    if torch.compiler.is_compiling():  # exporting too
+        reason = "torch cannot compile or export it"
+    elif kernel_groups is not None:
         reason = "it has no mixed group convolution"
     elif activation not in fused.GATES:
         reason = f"it has no {activation} gates"
@@ -123,7 +126,8 @@ def trellis(
         return Trellis(output, (h.gather(1, last).squeeze(1), c.gather(1, last).squeeze(1)), aux, layer_steps)
     if state is None:
         state = (x.new_zeros(N, H), x.new_zeros(N, H))
-    if start == L - 1 and aux_every is None and lengths is None:
+    # A compiler traces the equation, not the sets of positions.
+    if start == L - 1 and aux_every is None and lengths is None and not torch.compiler.is_compiling():
         if kernel_groups is not None:
             weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
         output, state, layer_steps = _last_step(x, weight_x, weight_h, bias, state, **options)

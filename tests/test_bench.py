@@ -1,0 +1,69 @@
+"""The benchmark: it times nothing that is wrong, and runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trellisnet.training.config import PROJECT
+
+SCRIPT = PROJECT / "scripts" / "bench.py"
+SMALL = ["--flags", "--nhid", "8", "--nlevels", "6"]
+
+
+def bench(*arguments):
+    command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1", *arguments, *SMALL]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def measured(tmp_path, task, *arguments):
+    done = bench("--tasks", task, "--repeats", "1", "--json", str(tmp_path / "b.json"), *arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert done.stdout.count("\n|") == len(found["records"]) + 2
+    assert found["commit"]
+    assert found["machine"]
+    return found["records"]
+
+
+def test_it_measures_every_part_and_variant(tmp_path):
+    records = measured(tmp_path, "pmnist", "--no-memory")
+    variants = ("reference", "fused", "fused bf16")
+    assert [(r["part"], r["variant"]) for r in records] == [
+        (part, variant) for part in ("forward", "core", "step") for variant in variants
+    ]
+    assert all(r["seconds"] > 0 and r["gflops"] > 0 for r in records)
+    assert all(r["ratio"] == 1 for r in records if r["variant"] == "reference")
+
+
+def test_it_measures_memory_of_a_language_model(tmp_path):
+    records = measured(tmp_path, "char_ptb", "--parts", "step")
+    assert all(r["bytes"] > 10_000_000 for r in records[3:])
+    assert [r["part"] for r in records] == ["step"] * 3 + ["memory"] * 3
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench as module
+
+    from trellisnet.ops import fused
+
+    work = module.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
+    module.gate(work)
+    right = fused._Trellis.apply
+
+    def wrong(*args):
+        count, h, *rest = right(*args)
+        return count, h * 1.01, *rest
+
+    monkeypatch.setattr(fused._Trellis, "apply", wrong)
+    with pytest.raises(SystemExit, match="error: pmnist, fused: differs from the reference by 0.01; nothing is timed"):
+        module.gate(work)
+
+
+def test_bad_arguments():
+    done = bench("--repeats", "0")
+    assert done.returncode == 2
+    assert "--repeats: expected at least 1" in done.stderr
