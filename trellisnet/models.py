@@ -272,7 +272,8 @@ class TrellisClassifier(nn.Module):
             output = output.gather(
                 1, (lengths.to(x.device, torch.int64) - 1).view(-1, 1, 1).expand(-1, 1, output.size(2))
             )
-        logits = self.head(output.squeeze(1))
+        with torch.autocast(x.device.type, enabled=False):  # a product of no weight, and what a loss is made of
+            logits = self.head(output.squeeze(1).to(self.head.weight.dtype))
         shape, p = logits.shape, self.output_dropout
         return ClassifierOutput(scaled(logits, dropout_scale(x, shape, p, self.training, masks, "output")), state)
 

@@ -17,7 +17,7 @@ from trellisnet.ops.reference import GATES
 
 BACKENDS = ("auto", "reference", "fused")
 
-__all__ = ["BACKENDS", "GATES", "GEMMS", "Trellis", "dependencies", "resolve", "trellis"]
+__all__ = ["BACKENDS", "GATES", "GEMMS", "Trellis", "dependencies", "not_fused", "resolve", "trellis"]
 
 
 class Trellis(NamedTuple):
@@ -36,6 +36,15 @@ class Trellis(NamedTuple):
     layer_steps: int
 
 
+def not_fused(activation: str = "lstm", kernel_groups: int | None = None) -> str:
+    """Why the fused operator cannot run this kind of layer; empty if it can."""
+    if torch.compiler.is_compiling():  # exporting too
+        return "torch cannot compile or export it"
+    if kernel_groups is not None:
+        return "it has no mixed group convolution"
+    return "" if activation in fused.GATES else f"it has no {activation} gates"
+
+
 def resolve(backend: str, activation: str = "lstm", kernel_groups: int | None = None) -> str:
     """The backend that `backend` stands for: `auto` becomes the fastest that can run this kind of layer.
 
@@ -44,13 +53,7 @@ def resolve(backend: str, activation: str = "lstm", kernel_groups: int | None = 
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = None
-    if torch.compiler.is_compiling():  # exporting too
-        reason = "torch cannot compile or export it"
-    elif kernel_groups is not None:
-        reason = "it has no mixed group convolution"
-    elif activation not in fused.GATES:
-        reason = f"it has no {activation} gates"
+    reason = not_fused(activation, kernel_groups)
     if backend == "fused" and reason:
         raise ValueError(f"backend: fused cannot run this, {reason}; expected auto or reference")
     if backend == "auto":

@@ -145,6 +145,8 @@ class _Program:
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
+        for notice in config.notices():
+            _say(notice)
         command = command_line(f"{config.task}/train.py", argv)
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
@@ -189,7 +191,8 @@ class _Program:
                 data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
-            folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
+            notices = {"notice": "; ".join(config.notices())} if config.notices() else {}
+            folder.log_head(command, env, {**facts, **notices, "data": f"{splits.label}, sha256 {splits.sha256}"})
             return fit(
                 task,
                 splits,

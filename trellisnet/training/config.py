@@ -140,6 +140,10 @@ class RunConfig:
             raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
         return device
 
+    def notices(self) -> list[str]:
+        """What the user should know of the choices that were made."""
+        return []
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which models and losses are computed, for `precision`."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -72,6 +72,12 @@ class NetworkConfig(RunConfig):
             "gemm": self.gemm,
         }
 
+    def notices(self) -> list[str]:
+        """What the user should know of the choices that were made."""
+        if self.backend == "reference" and (reason := ops.not_fused(self.activation, self.mixed_group or None)):
+            return [f"backend reference, slower than fused: {reason}"]
+        return []
+
     def chosen(self, device: torch.device) -> Self:
         """These settings with backend and products decided: once a run, for a continued one must compute the same.
 

@@ -1,0 +1,100 @@
+"""What a run decides once and keeps: backend, products, precision; and that it says so."""
+
+import json
+
+import pytest
+import torch
+
+from pmnist.train import main as pmnist_main
+from trellisnet.ops import gemm
+from trellisnet.training import network
+from word_ptb.train import main as word_main
+
+TEXT = "--data synthetic --preset tiny --nhid 8 --max_eval_tokens 200 --log-interval 1".split()
+IMAGES = "--data synthetic --preset small --nhid 8 --batch_size 8 --max_eval_tokens 16 --log-interval 1".split()
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def call(main, *argv, out="run"):
+        metrics = tmp_path / f"{out}.json"
+        code = main([*map(str, argv), "--out", str(tmp_path / out), "--metrics", str(metrics)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err, json.loads(metrics.read_text()) if metrics.exists() else None
+
+    return call
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in records if r["event"] == "train"]
+
+
+@pytest.mark.parametrize(("main", "flags"), [(word_main, TEXT), (pmnist_main, IMAGES)])
+def test_training_in_bfloat16_follows_training_in_float32(run, tmp_path, main, flags):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        code, out, err, metrics = run(main, *flags, "--max_steps", 12, "--precision", precision, out=precision)
+        assert (code, err) == (0, "")
+        assert metrics["precision"] == precision
+        assert f"threads, {precision}, fused" in out
+        found[precision] = losses(tmp_path / precision)
+    assert len(found["bf16"]) == 12
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+    weights = torch.load(tmp_path / "bf16" / "weights.pkl", weights_only=True)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+def test_bfloat16_works_with_every_head_and_the_reference(run):
+    for flags in (["--n_experts", "2"], ["--backend", "reference"], ["--activation", "gru"], ["--mixed_group", "2"]):
+        code, _, err, metrics = run(word_main, *TEXT, "--max_steps", 2, "--precision", "bf16", "--overwrite", *flags)
+        assert (code, err) == (0, ""), flags
+        assert metrics["test"]["loss"] < 12
+
+
+@pytest.mark.parametrize("flags", [["--activation", "gru"], ["--mixed_group", "2"]])
+def test_what_the_fused_operator_lacks_is_said(run, tmp_path, flags):
+    code, out, _, metrics = run(word_main, *TEXT, *flags, "--max_steps", 1)
+    assert code == 0
+    assert metrics["backend"] == "reference"
+    assert "backend reference, slower than fused: it has no " in out
+    assert "# notice: backend reference, slower than fused: it has no " in (tmp_path / "run" / "log.txt").read_text()
+    code, _, err, _ = run(word_main, *TEXT, *flags, "--backend", "fused", out="asked")
+    assert code == 2
+    assert err.startswith("error: --backend: fused cannot run this, it has no ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "asked").exists()
+
+
+def test_products_are_chosen_once(run, tmp_path, monkeypatch):
+    """By a measurement where it matters; a continued run keeps the choice, a deterministic one follows a rule."""
+    monkeypatch.setattr(network, "MEASURED", 1)
+    monkeypatch.setattr(gemm, "fastest", lambda *_: "mm")
+    assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (settings["gemm"], settings["backend"], settings["precision"]) == ("mm", "fused", "fp32")
+    monkeypatch.setattr(gemm, "fastest", lambda *_: "onednn")
+    folder = tmp_path / "run"
+    assert word_main(["--resume", str(folder / "last.pt"), "--max_steps", "2"]) == 0
+    assert json.loads((folder / "config.json").read_text())["settings"]["gemm"] == "mm"
+    assert run(word_main, *TEXT, "--max_steps", 1, out="measured")[3]["gemm"] == "onednn"
+    rule = "onednn" if gemm.usable("onednn", torch.device("cpu"), torch.float32) else "mm"
+    monkeypatch.setattr(gemm, "fastest", lambda *_: pytest.fail("measured"))
+    metrics = run(word_main, *TEXT, "--max_steps", 1, "--deterministic", out="fixed")[3]
+    assert (metrics["gemm"], metrics["deterministic"]) == (rule, True)
+
+
+def test_products_that_do_not_work_here_are_refused(run, monkeypatch):
+    monkeypatch.setattr(gemm, "usable", lambda route, *_: route == "mm")
+    code, _, err, _ = run(word_main, *TEXT, "--gemm", "onednn")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: --gemm: onednn does not work with torch.float32 on cpu here; expected auto or mm")
+    assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
+
+
+def test_a_continued_run_keeps_its_precision(run, tmp_path, capsys):
+    run(word_main, *TEXT, "--max_steps", 1)
+    last = str(tmp_path / "run" / "last.pt")
+    assert word_main(["--resume", last, "--max_steps", "2", "--precision", "bf16"]) == 2
+    assert "--precision bf16: the run in" in capsys.readouterr().err
