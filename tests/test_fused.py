@@ -1,5 +1,7 @@
 """The fused operator against the equation: every output and gradient, in every type, however it is asked for."""
 
+import weakref
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -159,6 +161,31 @@ def test_an_empty_batch_and_no_gradient():
     assert len(out.aux) == 2
     with torch.no_grad():
         assert not module(torch.randn(1, 6, 3)).output.requires_grad
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch):
+    """Gates and cells are let go as soon as the layer above has read them."""
+    made, most = [], 0
+
+    def product(a, b):
+        nonlocal most
+        most = max(most, sum(tensor.numel() for ref in made if (tensor := ref()) is not None))
+        made.append(weakref.ref(result := a @ b.t()))
+        return result
+
+    def watched(*shape, **options):
+        made.append(weakref.ref(tensor := torch.empty(*shape, **options)))
+        return tensor
+
+    monkeypatch.setattr(fused, "empty", watched)
+    monkeypatch.setattr(fused.products, "resolve", lambda *_: product)
+    module, x, peaks = TrellisNet(3, 16, 12), torch.randn(4, 64, 3), []
+    for gradients in (False, True):
+        made, most = [], 0
+        with torch.set_grad_enabled(gradients):
+            module(x)
+        peaks.append(most)
+    assert peaks[0] < peaks[1] / 3
 
 
 def test_a_second_derivative_is_refused():

@@ -38,6 +38,7 @@ class _Setting(NamedTuple):
     aux_layers: frozenset[int]  # counted from 1
     output_size: int
     inject_dilations: tuple[int, ...]  # of the x̃ that follow
+    keep: bool  # what a backward pass needs
 
 
 class _Geometry:
@@ -162,13 +163,15 @@ class _Trellis(torch.autograd.Function):
                     kept[a:b] = gate
                 if h is not None:
                     h[a:b] = h_block if scale is None else h_block * scale
-            gates.append(kept)
-            cells.append(c)
+            if setting.keep:
+                gates.append(kept)
+                cells.append(c)
             if number in setting.aux_layers:
                 aux.append(pruning.rows(whole, layer.wanted)[..., H - setting.output_size :].clone())
             h_below, c_below = h, c
         ctx.geometry = geometry
-        ctx.save_for_backward(weight, h0, c0, scale, *gates, *(cells if lstm else ()))
+        if setting.keep:
+            ctx.save_for_backward(weight, h0, c0, scale, *gates, *(cells if lstm else ()))
         ctx.shapes = [tuple(x.shape) for x in x_tilde]
         ctx.dtypes = [x.dtype for x in x_tilde]
         return layer_steps, whole, (whole.clone() if c is None else c.clone()), *aux
@@ -320,9 +323,12 @@ def trellis(
         for reads in plan.x.values()
     ]
     aux_layers = frozenset(range(aux_every, num_layers + 1, aux_every)) if aux_every else frozenset()
-    setting = _Setting(plan, activation, compute, product, aux_layers, output_size, tuple(plan.x))
-    scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     h0, c0 = state or (None, None)
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
+    )
+    setting = _Setting(plan, activation, compute, product, aux_layers, output_size, tuple(plan.x), keep)
+    scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     with torch.autocast(device, enabled=False):
         layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, N, *x_tilde)
     h, c, *aux = (part.transpose(0, 1).to(weight_h.dtype) for part in parts)
