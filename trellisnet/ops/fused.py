@@ -24,6 +24,8 @@ from trellisnet.ops import gemm as products
 from trellisnet.ops import pruning
 from trellisnet.ops.pruning import Index, Layer, Plan, Read
 
+# (gradient of the outputs, outputs) → gradient of the inputs
+sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
 GATES = {"lstm": 4, "tanh": 1}
 BLOCK = 1 << 18  # numbers of a block of H channels: 1 MB
@@ -233,12 +235,12 @@ class _Trellis(torch.autograd.Function):
                     dz_i, dz_o, dz_g, dz_f = block.split(H, dim=-1)
                     t, dh_block = tanh_c[a:b], dh[a:b]
                     # dL/dc: through h = o tanh(c), and through the cell path of the layer above
-                    dc_block = torch.mul(t, t).neg_().add_(1).mul_(o).mul_(dh_block).add_(dc[a:b])
-                    torch.mul(o, o, out=dz_o).neg_().add_(o).mul_(t).mul_(dh_block)
-                    torch.mul(i, i, out=dz_i).neg_().add_(i).mul_(g).mul_(dc_block)
-                    torch.mul(g, g, out=dz_g).neg_().add_(1).mul_(i).mul_(dc_block)
+                    dc_block = tanh_backward(dh_block * o, t).add_(dc[a:b])
+                    sigmoid_backward(dh_block * t, o, grad_input=dz_o)
+                    sigmoid_backward(dc_block * g, i, grad_input=dz_i)
+                    tanh_backward(dc_block * i, g, grad_input=dz_g)
                     if a < edge:
-                        torch.mul(f, f, out=dz_f).neg_().add_(f).mul_(dc_block)
+                        sigmoid_backward(dc_block, f, grad_input=dz_f)
                         dc_block.mul_(f)
                         for where, index in _pieces(layer.cell, a, b):
                             if index is None:
@@ -256,7 +258,7 @@ class _Trellis(torch.autograd.Function):
                     else:
                         dz_f.zero_()
                 else:
-                    torch.mul(gate, gate, out=block).neg_().add_(1).mul_(dh[a:b])
+                    tanh_backward(dh[a:b], gate, grad_input=block)
                 if layer.x is None:
                     dbias += block.sum((0, 1))
                 else:
