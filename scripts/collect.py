@@ -94,6 +94,7 @@ TABLES = {
 QUOTED = re.compile(r"<!-- output of (\w+): begin -->\n.*?<!-- output of \1: end -->", re.DOTALL)
 
 
+SPEED = re.compile(r"<!-- speed: begin -->\n.*?<!-- speed: end -->", re.DOTALL)
 MEMORY = re.compile(r"<!-- memory: begin -->\n.*?<!-- memory: end -->", re.DOTALL)
 
 
@@ -324,6 +325,42 @@ def memory(folder: Path) -> str:
     return "\n".join([*lines, "<!-- memory: end -->"])
 
 
+def speed(folder: Path) -> str:
+    """README's table of speed, from what `scripts/bench.py --json` has written into results/speed/.
+
+    Raises:
+        BadResultError: a damaged file, or one of uncommitted code.
+    """
+    lines = ["<!-- speed: begin -->"]
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found = json.loads(path.read_text())
+            if not found["commit"] or found["commit"].endswith("-dirty"):
+                raise BadResultError(f"{path}: of uncommitted code")
+            variants = list(dict.fromkeys(r["variant"] for r in found["records"]))
+            lines += [
+                f"`{found['command']}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, commit "
+                f"`{found['commit']}`; medians, and in brackets the share of the rate of one large product there:",
+                "",
+                f"| task | | {' | '.join(variants)} |",
+                f"|---|---|{'--:|' * len(variants)}",
+            ]
+            rows: dict[tuple[str, str], list[str]] = {}
+            for r in found["records"]:
+                cells = rows.setdefault((r["task"], r["part"]), [])
+                if r["part"] == "memory":
+                    first = next(m for m in found["records"] if (m["task"], m["part"]) == (r["task"], "memory"))
+                    ratio = f", 1/{first['bytes'] / r['bytes']:.1f}" if cells else ""
+                    cells.append(f"{r['bytes'] / 1e9:.2f} GB{ratio}")
+                else:
+                    ratio = f", **{r['ratio']:.2f}x**" if cells else ""
+                    cells.append(f"{r['seconds']:.3g} s{ratio} ({r['share_of_peak']:.0%})")
+            lines += [f"| {task} | {part} | {' | '.join(cells)} |" for (task, part), cells in rows.items()]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
+    return "\n".join([*lines, "<!-- speed: end -->"])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -338,18 +375,20 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {e}", file=sys.stderr)
             return 2
         return 0
-    folders = [path for path in (args.root / "results").glob("*") if path.is_dir() and path.name != "memory"]
+    folders = [
+        path for path in (args.root / "results").glob("*") if path.is_dir() and path.name not in ("memory", "speed")
+    ]
     folders.sort(key=lambda path: (place(path.name), path.name))
     comparisons = [path for path in folders if path.name.startswith("table")]
     folders = [path for path in folders if path not in comparisons]
     readme = (args.root / "README.md").read_text(encoding="utf-8")
     try:
+        readme = QUOTED.sub(lambda found: quoted(args.root / "results" / found[1]), readme)
+        for block, write in ((MEMORY, memory), (SPEED, speed)):
+            readme = block.sub(lambda _, w=write: w(args.root / "results" / w.__name__), readme)
         contents = {
             "RESULTS.md": results(folders, comparisons),
-            "README.md": MEMORY.sub(
-                lambda _: memory(args.root / "results" / "memory"),
-                QUOTED.sub(lambda found: quoted(args.root / "results" / found[1]), readme),
-            ),
+            "README.md": readme,
         }
     except (BadResultError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

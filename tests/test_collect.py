@@ -114,6 +114,31 @@ def test_memory_is_written_into_readme(root):
         assert collect.main(["--root", str(folder)]) == 2
 
 
+def test_speed_is_written_into_readme(root):
+    folder = root()
+    (folder / "results" / "speed").mkdir()
+    timed = {"task": "word_ptb", "part": "step", "share_of_peak": 0.5}
+    records = [
+        timed | {"variant": "reference", "seconds": 40.0, "ratio": 1.0},
+        timed | {"variant": "fused", "seconds": 20.0, "ratio": 2.0},
+        {"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 8e9},
+        {"task": "word_ptb", "part": "memory", "variant": "fused", "bytes": 4e9},
+    ]
+    head = {"command": "python scripts/bench.py", "machine": "M", "threads": 2, "torch": "2", "commit": "0123"}
+    path = folder / "results" / "speed" / "cpu.json"
+    path.write_text(json.dumps({**head, "records": records}))
+    (folder / "README.md").write_text("a\n<!-- speed: begin -->\n<!-- speed: end -->\nb\n")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    assert "| task | | reference | fused |" in text
+    assert "| word_ptb | step | 40 s (50%) | 20 s, **2.00x** (50%) |" in text
+    assert "| word_ptb | memory | 8.00 GB | 4.00 GB, 1/2.0 |" in text
+    assert "`python scripts/bench.py` on M, 2 threads, torch 2, commit `0123`" in text
+    for bad in ({**head, "commit": "0-dirty", "records": records}, {**head, "records": [{}]}):
+        path.write_text(json.dumps(bad))
+        assert collect.main(["--root", str(folder)]) == 2
+
+
 def test_accuracies(root):
     split = {"loss": 0.1, "accuracy": 0.98765, "examples": 10_000}
     folder = root(task="pmnist", valid=split, test=split, command="python pmnist/train.py --no-permute")
