@@ -339,8 +339,8 @@ def speed(folder: Path) -> str:
                 raise BadResultError(f"{path}: of uncommitted code")
             variants = list(dict.fromkeys(r["variant"] for r in found["records"]))
             lines += [
-                f"`{found['command']}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, commit "
-                f"`{found['commit']}`; medians, and in brackets the share of the rate of one large product there:",
+                f"`{found['command']}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, "
+                f"commit `{found['commit']}`; medians, and in brackets the share of the rate of one large product there:",
                 "",
                 f"| task | | {' | '.join(variants)} |",
                 f"|---|---|{'--:|' * len(variants)}",
