@@ -340,7 +340,7 @@ def speed(folder: Path) -> str:
             variants = list(dict.fromkeys(r["variant"] for r in found["records"]))
             lines += [
                 f"`{found['command']}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, "
-                f"commit `{found['commit']}`; medians, and in brackets the share of the rate of one large product there:",
+                f"commit `{found['commit']}`; medians, in brackets the share of one large product's rate:",
                 "",
                 f"| task | | {' | '.join(variants)} |",
                 f"|---|---|{'--:|' * len(variants)}",
