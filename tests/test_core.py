@@ -233,12 +233,6 @@ def test_bad_inputs_are_named(arguments, message):
         net(dtype=torch.float32)(**arguments)
 
 
-def test_streaming_is_refused():
-    for call in (lambda n: n.init_stream(2), lambda n: n.stream(x_of(), None), lambda n: n.step(x_of()[:, 0], None)):
-        with pytest.raises(ValueError, match="streaming is not available"):
-            call(net())
-
-
 def test_low_precision_runs_and_stays_in_its_dtype():
     module, x = net(dtype=torch.float32, weight_norm=True), x_of(dtype=torch.float32)
     exact = module(x).output

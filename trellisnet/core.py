@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellisnet import ops
+from trellisnet.ops import streaming
+from trellisnet.ops.streaming import Stream
 from trellisnet.regularization import Masks, check_rate, drop_connect, dropout_scale, weight_norm
 
 INIT_STD = 0.01
@@ -302,14 +304,69 @@ class TrellisNet(nn.Module):
             raise ValueError(f"lengths: expected integers from 1 to {L}, got {lengths.tolist()}")
         return lengths.to(x.device, torch.int64)
 
-    def init_stream(self, batch_size: int):
-        """Not in this version; raises ValueError."""
-        raise ValueError("streaming is not available in this version: call the module on whole segments")
+    @torch.no_grad()
+    def init_stream(self, batch_size: int) -> Stream:
+        """Begin to read sequences in pieces (:mod:`trellisnet.ops.streaming`): zeros, and a copy of the kernels.
 
-    def stream(self, x: Tensor, stream):
-        """Not in this version; raises ValueError."""
-        return self.init_stream(x.size(0))
+        What :meth:`stream` and :meth:`step` then give is, position by position, what one long forward pass in
+        evaluation mode would: without gradients and dropout, in memory that does not grow with the sequence.
 
-    def step(self, x_t: Tensor, stream):
-        """Not in this version; raises ValueError."""
-        return self.init_stream(x_t.size(0))
+        Args:
+            batch_size: N ≥ 1 sequences, read side by side.
+
+        Raises:
+            ValueError: batch_size below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        kernels = streaming.prepare(
+            self.effective_weight("weight_x", Masks()),
+            self.effective_weight("weight_h", Masks()),
+            self.bias,
+            num_layers=self.num_layers,
+            dilation=self.dilation,
+            activation=self.activation,
+            kernel_groups=self.kernel_groups,
+            inject_every=self.inject_every,
+        )
+        return streaming.start(kernels, batch_size)
+
+    def stream(self, x: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        """Read the next steps.
+
+        Args:
+            x: (N, T, input_size), T ≥ 1; pieces may differ in length.
+            stream: of the steps before; it can be used again, to read on in another way.
+
+        Returns:
+            the outputs, (N, T, output_size), and the stream to go on from.
+
+        Raises:
+            ValueError: x does not fit.
+        """
+        self._check_piece(x, stream, 3)
+        h, _, stream = streaming.piece(x, stream)
+        return h[:, :, self.hidden_size - self.output_size :], stream
+
+    def step(self, x_t: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        """Read one step: every layer computes one position, the old taps of all layers by one product.
+
+        Args:
+            x_t: (N, input_size).
+            stream: as in :meth:`stream`.
+
+        Returns:
+            the output, (N, output_size), and the stream to go on from.
+
+        Raises:
+            ValueError: x_t does not fit.
+        """
+        self._check_piece(x_t, stream, 2)
+        h, _, stream, _ = streaming.step(x_t, stream)
+        return h[:, self.hidden_size - self.output_size :], stream
+
+    def _check_piece(self, x: Tensor, stream: Stream, dimensions: int) -> None:
+        N = stream.x.size(0)
+        expected = f"({N}, {'T ≥ 1, ' * (dimensions - 2)}{self.input_size})"
+        if x.dim() != dimensions or x.size(0) != N or x.size(-1) != self.input_size or not x.size(1):
+            raise ValueError(f"{'x' if dimensions == 3 else 'x_t'}: expected {expected}, got {tuple(x.shape)}")

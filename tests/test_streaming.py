@@ -1,0 +1,130 @@
+"""Sequences in pieces are one long pass, whatever the pieces, the layers and what is remembered of them."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trellisnet import TrellisNet
+from trellisnet.ops import streaming
+
+GEOMETRIES = [(2, (1,)), (3, (1,)), (2, (1, 2, 4)), (3, (2, 1)), (2, (1, 1, 2, 4, 8, 16, 32))]
+
+
+def net(num_layers=7, **options):
+    torch.manual_seed(3)
+    module = TrellisNet(3, 6, num_layers, **{"weight_norm": True, "output_size": 4, "dtype": torch.float64, **options})
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.5)
+    return module.eval()
+
+
+def x_of(length, n=2):
+    return torch.randn(n, length, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def pieces(module, x, sizes):
+    stream, outputs, at = module.init_stream(x.size(0)), [], 0
+    for size in sizes:
+        output, stream = module.stream(x[:, at : at + size], stream)
+        outputs.append(output)
+        at += size
+    assert at == x.size(1)
+    return torch.cat(outputs, dim=1), stream
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), GEOMETRIES)
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_pieces_are_one_long_pass(kernel_size, dilation, size):
+    module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(1003)
+    sizes = [size] * (1003 // size) + [1003 % size] * bool(1003 % size)
+    output, _ = pieces(module, x, sizes)
+    assert_close(output, module(x).output, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), GEOMETRIES)
+def test_steps_are_one_long_pass(kernel_size, dilation):
+    module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(90)
+    stream, outputs = module.init_stream(2), []
+    for t in range(90):
+        output, stream = module.step(x[:, t], stream)
+        outputs.append(output)
+    assert_close(torch.stack(outputs, dim=1), module(x).output, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("activation", ["lstm", "gru", "tanh"])
+@pytest.mark.parametrize("kernel_groups", [None, 1, 3])
+@pytest.mark.parametrize("inject_every", [1, 3])
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_every_kind_of_layer(activation, kernel_groups, inject_every, num_layers):
+    options = {"activation": activation, "kernel_groups": kernel_groups, "inject_every": inject_every}
+    module, x = net(num_layers, dilation=(1, 2), **options), x_of(20)
+    expected = module(x).output
+    output, stream = pieces(module, x[:, :13], [1, 3, 9])
+    assert_close(output, expected[:, :13], atol=1e-12, rtol=0)
+    for t in range(13, 20):  # pieces and steps take turns
+        output, stream = module.step(x[:, t], stream)
+        assert_close(output, expected[:, t], atol=1e-12, rtol=0)
+
+
+def test_a_step_computes_one_position_a_layer(monkeypatch):
+    module, x = net(num_layers=9), x_of(1)
+    assert streaming.step(x[:, 0], module.init_stream(2))[3] == 9
+    products = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+                products.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    stream = module.init_stream(2)
+    with Watch():
+        module.step(x[:, 0], stream)
+    assert products.count("addmm") == 8  # the newest tap of every layer but the first
+    assert len(products) == 8 + 1 + 2  # the old taps of all layers, and two taps of x
+
+
+def test_memory_does_not_grow():
+    module = net(dilation=(1, 2, 4))
+    sizes = set()
+    stream = module.init_stream(2)
+    for length in (1, 5, 300, 2):
+        _, stream = module.stream(x_of(length), stream)
+        kept = [stream.x, *stream.h, *stream.c]
+        sizes.add(sum(t.numel() for t in kept))
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in kept)
+    assert len(sizes) == 1
+
+
+def test_a_stream_can_be_read_on_in_two_ways_and_keeps_its_kernels():
+    module, x = net(), x_of(10)
+    _, stream = pieces(module, x[:, :6], [6])
+    first = module.stream(x[:, 6:], stream)[0]
+    module.step(x[:, 9], stream)
+    with torch.no_grad():
+        module.bias.add_(1)
+    assert torch.equal(module.stream(x[:, 6:], stream)[0], first)
+
+
+def test_no_dropout_and_no_gradients():
+    module, x = net(hidden_dropout=0.5, weight_dropout=0.5), x_of(5)
+    expected = module(x).output
+    output, _ = pieces(module.train(), x, [2, 3])
+    assert_close(output, expected, atol=1e-12, rtol=0)
+    assert not output.requires_grad
+    single = net().float()
+    assert pieces(single, x.float(), [5])[0].dtype == torch.float32
+
+
+def test_what_does_not_fit_is_named():
+    module = net()
+    stream = module.init_stream(2)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        module.init_stream(0)
+    with pytest.raises(ValueError, match=r"x: expected \(2, T ≥ 1, 3\), got \(1, 4, 3\)"):
+        module.stream(x_of(4, n=1), stream)
+    with pytest.raises(ValueError, match=r"x: expected \(2, T ≥ 1, 3\), got \(2, 0, 3\)"):
+        module.stream(x_of(0), stream)
+    with pytest.raises(ValueError, match=r"x_t: expected \(2, 3\), got \(2, 4, 3\)"):
+        module.step(x_of(4), stream)
