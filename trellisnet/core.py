@@ -328,6 +328,7 @@ class TrellisNet(nn.Module):
             activation=self.activation,
             kernel_groups=self.kernel_groups,
             inject_every=self.inject_every,
+            gemm=self.gemm,
         )
         return streaming.start(kernels, batch_size)
 
@@ -366,7 +367,7 @@ class TrellisNet(nn.Module):
         return h[:, self.hidden_size - self.output_size :], stream
 
     def _check_piece(self, x: Tensor, stream: Stream, dimensions: int) -> None:
-        N = stream.x.size(0)
+        N = stream.x.size(1)
         expected = f"({N}, {'T ≥ 1, ' * (dimensions - 2)}{self.input_size})"
         if x.dim() != dimensions or x.size(0) != N or x.size(-1) != self.input_size or not x.size(1):
             raise ValueError(f"{'x' if dimensions == 3 else 'x_t'}: expected {expected}, got {tuple(x.shape)}")
