@@ -37,6 +37,7 @@ import cifar10.model  # noqa: E402
 import pmnist.model  # noqa: E402
 import word_ptb.model  # noqa: E402
 import wt103.model  # noqa: E402
+from trellisnet import ops  # noqa: E402
 from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.ops import gemm  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
@@ -67,7 +68,10 @@ class Work:
         self.name, self.device = task, device
         smaller = SMALLER[task] if quick else []
         module = (LANGUAGE.get(task) or IMAGES[task])[0]
-        self.config, _ = parse(module.Config, ["--preset", PRESETS[task], *smaller, *flags])
+        config, _ = parse(module.Config, ["--preset", PRESETS[task], *smaller, *flags])
+        self.config = config
+        # The route of the products that a run here would have.
+        self.gemm = {p: dataclasses.replace(config, precision=p).chosen(device).gemm for p in ("fp32", "bf16")}
         torch.manual_seed(1)
         N = self.config.batch_size
         if task in LANGUAGE:
@@ -90,13 +94,16 @@ class Work:
             self.x = self.inputs = torch.randn(N, length, channels, device=device)
             self.targets = torch.randint(10, (N,), device=device)
             self.start, self.aux_every = length - 1, None
+        core = self.model.core
+        wanted = (self.x.size(1), core.num_layers, core.dilation, core.kernel_size, self.start)
+        self.first = len(ops.dependencies(*wanted)[0])  # positions of the first layer
         self.optimizer = make_optimizer(self.model.parameters(), self.config)
         self.tokens = N * (self.inputs.size(1) - self.start) if task in LANGUAGE else N
 
     def use(self, variant: str) -> contextlib.AbstractContextManager:
         """Set the backend, and give the context of the precision."""
         backend, precision = VARIANTS[variant]
-        self.model.core.backend = backend
+        self.model.core.backend, self.model.core.gemm = backend, self.gemm[precision]
         return dataclasses.replace(self.config, precision=precision).autocast(self.device)
 
     def _everything(self, variant: str) -> dict[str, Any]:
@@ -152,7 +159,8 @@ class Work:
         """Floating-point operations of the core's products over h: what they must be for these layer-steps."""
         core, (N, L, _) = self.model.core, self.x.shape
         pruned = variant != "reference"
-        layer_steps = core.layer_steps(L, start=self.start if pruned else 0)
+        # Below the first layer all is zero, which the fused operator knows.
+        layer_steps = core.layer_steps(L, start=self.start) - self.first if pruned else core.num_layers * L
         products = 2 * core.kernel_size * core.hidden_size * core.bias.numel()
         return N * layer_steps * products * (1 if part == "forward" else 3)
 
@@ -252,7 +260,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--tasks", nargs="+", choices=[*LANGUAGE, *IMAGES], default=["word_ptb", "pmnist"])
+    tasks = [*LANGUAGE, *IMAGES]
+    parser.add_argument("--tasks", nargs="+", choices=tasks, help="default: word_ptb and pmnist; with --quick all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median counts (default: 3)")
     parser.add_argument("--quick", action="store_true", help="small networks; ends in a minute")
@@ -265,8 +274,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats: expected at least 1")
-    if args.quick and args.tasks == parser.get_default("tasks"):
-        args.tasks = [*LANGUAGE, *IMAGES]
+    if args.tasks is None:
+        args.tasks = tasks if args.quick else ["word_ptb", "pmnist"]
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -337,9 +337,12 @@ def speed(folder: Path) -> str:
             found = json.loads(path.read_text())
             if not found["commit"] or found["commit"].endswith("-dirty"):
                 raise BadResultError(f"{path}: of uncommitted code")
+            command = re.sub(r" --json \S+", "", found["command"])
+            if "--quick" in command or re.search(r"(^|[ =])/", command):
+                raise BadResultError(f"{path}: of small networks, or the command names a path of one machine")
             variants = list(dict.fromkeys(r["variant"] for r in found["records"]))
             lines += [
-                f"`{found['command']}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, "
+                f"`{command}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, "
                 f"commit `{found['commit']}`; medians, in brackets the share of one large product's rate:",
                 "",
                 f"| task | | {' | '.join(variants)} |",

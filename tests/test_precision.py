@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pmnist.train import main as pmnist_main
+from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import gemm
 from trellisnet.training import network
 from word_ptb.train import main as word_main
@@ -91,6 +92,31 @@ def test_products_that_do_not_work_here_are_refused(run, monkeypatch):
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("error: --gemm: onednn does not work with torch.float32 on cpu here; expected auto or mm")
     assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
+
+
+def test_a_run_that_goes_on_elsewhere_multiplies_as_it_can(run, tmp_path, monkeypatch, capsys):
+    assert run(word_main, *TEXT, "--max_steps", 1, "--gemm", "onednn")[3]["gemm"] == "onednn"
+    monkeypatch.setattr(gemm, "usable", lambda route, *_: route == "mm")
+    last = str(tmp_path / "run" / "last.pt")
+    metrics = tmp_path / "again.json"
+    assert word_main(["--resume", last, "--max_steps", "2", "--metrics", str(metrics)]) == 0
+    assert json.loads(metrics.read_text())["gemm"] == "mm"
+
+
+def test_a_mixture_in_bfloat16_is_normalised():
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(50, 8, 16, 3, output_size=8, n_experts=15)
+    tokens = torch.randint(50, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        log_p = model.log_prob(model(tokens).output)
+    assert log_p.dtype == torch.float32
+    assert log_p.exp().sum(-1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def test_a_continued_run_keeps_its_precision(run, tmp_path, capsys):

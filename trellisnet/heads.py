@@ -202,7 +202,7 @@ class MixtureOfSoftmaxes(nn.Module):
         else:
             scale = None
         z = torch.tanh(scaled(self.latent(x), scale))  # (..., K·E)
-        log_prior = F.log_softmax(self.prior(x), dim=-1)  # (..., K)
+        log_prior = F.log_softmax(_linear(x, self.prior.weight, self.prior.bias), dim=-1)  # (..., K)
         return log_prior.reshape(-1, self.n_experts), z.reshape(-1, self.n_experts, self.embedding_size)
 
     def _add_epsilon(self, log_p: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def trellis(
             compute only what these depend on.
         aux_every: also return the output of every layer i = 1..num_layers with i % aux_every == 0.
         hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1);
-            0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched.
+            0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched. `fused` has no gradient for
+            it.
         lengths: valid steps of every row of a right-padded batch, int64 (N,) in start + 1..L; the state is then that of
             the last valid step. None: all are valid.
         activation: one of `GATES`, which says how many gates G it has.
@@ -109,6 +110,12 @@ def trellis(
     Raises:
         ValueError: unknown backend or gemm, or one that cannot run here.
     """
+    if hidden_scale is not None and hidden_scale.requires_grad:
+        if backend == "fused":
+            raise ValueError("hidden_scale: fused has no gradient for it; expected a tensor without, or reference")
+        backend = "reference" if backend == "auto" else backend
+    if x.is_meta and backend == "auto":
+        backend = "reference"
     N, L, _ = x.shape
     H = bias.numel() // GATES[activation]
     options = {

@@ -9,7 +9,7 @@ It computes what :mod:`trellisnet.ops.reference` says, with these differences in
 - **Kept for the backward**: the gates (in the type of the products) and the cell, (S, N, 5H) a layer; hidden states
   are computed from them again. The gradient of the kernel is summed in single precision in one buffer for all layers.
 
-Products may be in bfloat16; cells, gates at work and sums are then in float32.
+Products may be in bfloat16; cells, gates at work and sums over layers are then in float32.
 
 Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
@@ -84,7 +84,7 @@ def _add_rows(target: Tensor, index: Index, values: Tensor) -> None:
     if isinstance(index, range):
         pruning.rows(target, index).add_(values)
     else:
-        target.index_add_(0, torch.tensor(index, device=target.device), values.to(target.dtype))
+        target.index_add_(0, index, values.to(target.dtype))
 
 
 def _fill_taps(geometry: _Geometry, layer: Layer, h_below: Tensor | None, h_left: Tensor | None) -> Tensor:
@@ -144,7 +144,7 @@ class _Trellis(torch.autograd.Function):
                 if a >= edge:
                     gate.copy_(x_part)
                 else:
-                    (gate if gate.data_ptr() == z[a:b].data_ptr() else gate.copy_(z[a:b])).add_(x_part)
+                    (gate if kept is z and compute == geometry.sum else gate.copy_(z[a:b])).add_(x_part)
                 layer_steps += b - a
                 h_block = geometry.empty(b - a, N, H) if whole is None else whole[a:b]
                 if lstm:
@@ -181,6 +181,11 @@ class _Trellis(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _, dh, dc, *daux):
+        with torch.autocast(ctx.geometry.device.type, enabled=False):
+            return _Trellis._backward(ctx, dh, dc, *daux)
+
+    @staticmethod
+    def _backward(ctx: Any, dh, dc, *daux):
         geometry: _Geometry = ctx.geometry
         setting = geometry.setting
         N, H, k, compute = geometry.N, geometry.H, geometry.k, setting.compute
@@ -272,11 +277,12 @@ class _Trellis(torch.autograd.Function):
             h_below, tanh_c = again(number - 1) if below else (None, None)
             taps = _fill_taps(geometry, layer, h_below, h_left)
             del h_below
-            dw += setting.product(dz.t(), taps.t())
+            if ctx.needs_input_grad[1]:
+                products.add_product(dw, dz.t(), taps.t(), setting.product)
             del taps
             dtaps = setting.product(dz, w_t)[: edge * N].view(edge, N, k, H)
-            if scale is not None:
-                dtaps = dtaps.mul_(scale.to(dtaps.dtype).unsqueeze(1))
+            if scale is not None:  # not in bfloat16, where 1/(1−p) would be rounded in every layer
+                dtaps = dtaps.to(geometry.sum).mul_(scale.unsqueeze(1))
             for j, read in enumerate(layer.taps):
                 for where, index in _pieces(read, 0, edge):
                     if index is not None:
@@ -314,9 +320,11 @@ def trellis(
     """
     (N, L, C), k = x.shape, weight_h.size(2)
     device = x.device.type
-    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_h.dtype
-    plan = pruning.plan(L, num_layers, tuple(dilation), k, inject_every, start)
-    product = products.resolve(gemm, x.device, compute)
+    compute = weight_h.dtype
+    if torch.is_autocast_enabled(device) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device)
+    plan = pruning.plan(L, num_layers, tuple(dilation), k, inject_every, start, x.device)
+    product = products.resolve(gemm if N else "mm", x.device, compute)  # oneDNN has no products of nothing
     weight_x, weight_h = (w.transpose(1, 2).flatten(1) for w in (weight_x, weight_h))  # (GH, k·C), (GH, k·H)
     x = x.transpose(0, 1)  # (L, N, C)
     nothing = x.new_zeros(1, N, C)
@@ -325,7 +333,8 @@ def trellis(
         for reads in plan.x.values()
     ]
     aux_layers = frozenset(range(aux_every, num_layers + 1, aux_every)) if aux_every else frozenset()
-    h0, c0 = state or (None, None)
+    # What was made in inference mode cannot be kept for a backward pass.
+    h0, c0 = (s.clone() if s.is_inference() else s for s in state) if state else (None, None)
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
     )

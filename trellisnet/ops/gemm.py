@@ -8,6 +8,7 @@ Letters: M, K, N rows and columns of any matrices.
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,10 +30,13 @@ GEMMS = ("auto", *ROUTES)
 
 def usable(route: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a route gives right products here."""
-    if route == "mm":
-        return True
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
+    return route == "mm" or (device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _works(route, dtype))
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _works(route: str, dtype: torch.dtype) -> bool:
+    """Whether a small product on the CPU comes out right."""
     a = torch.arange(6.0, dtype=dtype).view(2, 3)
     try:
         return torch.equal(ROUTES[route](a, a), a @ a.t())
@@ -55,11 +59,25 @@ def resolve(route: str, device: torch.device, dtype: torch.dtype) -> Product:
     return ROUTES[route]
 
 
-def fastest(device: torch.device, dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> str:
-    """The route that is fastest for products of these shapes (M, K, N) here, measured in a fraction of a second."""
+def add_product(target: Tensor, a: Tensor, b: Tensor, product: Product) -> None:
+    """target += a · bᵀ, in the type of `target`: in one go where torch can, else the product is rounded to its own."""
+    if product is _mm and target.dtype == a.dtype:
+        target.addmm_(a, b.t())
+    else:
+        target += product(a, b)
+
+
+def fastest(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> str:
+    """The route that is fastest for the three products of a layer here, measured in a second at most.
+
+    Args:
+        rows: of the input (rows, inputs) and the output (rows, outputs), whose kernel is (outputs, inputs).
+    """
+    x, z, w = (
+        torch.ones(*shape, device=device).to(dtype) for shape in ((rows, inputs), (rows, outputs), (outputs, inputs))
+    )
+    matrices = [(x, w), (z, w.t().contiguous()), (z.t(), x.t())]  # forward; backward: of the input, of the kernel
     seconds = {}
-    factory = {"device": device, "dtype": dtype}
-    matrices = [(torch.ones(M, K, **factory), torch.ones(N, K, **factory)) for M, K, N in shapes]
     for route, product in ROUTES.items():
         if usable(route, device, dtype):
             times = []

@@ -29,11 +29,15 @@ def last_step(
     activation: str = "lstm",
     inject_every: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-    """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.last_step`."""
+    """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.trellis`.
+
+    Returns:
+        output (N, 1, output_size), (h, c) of the last layer at the last step, the layer-steps computed.
+    """
     f = ACTIVATIONS[activation]
     h0, c0 = (s.unsqueeze(1) for s in state)  # (N, 1, H)
     (N, L, _), H, k = x.shape, h0.size(2), weight_h.size(2)
-    plan = pruning.plan(L, num_layers, tuple(dilation), k, inject_every, L - 1)
+    plan = pruning.plan(L, num_layers, tuple(dilation), k, inject_every, L - 1, x.device)
     scale = None if hidden_scale is None else hidden_scale.transpose(1, 2)  # (N, 1, H)
     weight_x, weight_h = (w.transpose(1, 2).flatten(1).t() for w in (weight_x, weight_h))  # (k·C, GH), (k·H, GH)
     layer_steps = 0

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Index = range | tuple[int, ...]  # row numbers, ascending; a range is sliced, which copies nothing
+Index = range | Tensor  # row numbers, ascending; a range is sliced, which copies nothing
 
 
 class Read(NamedTuple):
@@ -71,33 +71,44 @@ def dependencies(
     return positions[::-1]
 
 
-def _index(rows: Sequence[int]) -> Index:
+def _index(rows: Sequence[int], device: torch.device) -> Index:
     """The row numbers as a range where they are one."""
     if len(rows) == 0:
         return range(0)
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     if step > 0 and list(rows) == list(range(rows[0], rows[-1] + 1, step)):
         return range(rows[0], rows[-1] + 1, step)
-    return tuple(rows)
+    return torch.tensor(rows, device=device)
 
 
-def _read(positions: Sequence[int], back: int, row: dict[int, int]) -> Read:
+def _read(positions: Sequence[int], back: int, row: dict[int, int], device: torch.device) -> Read:
     """What `positions` read `back` steps back, from rows numbered by `row`."""
     inside = [t - back for t in positions if t >= back]
-    return Read(len(positions) - len(inside), _index([row[t] for t in inside]))
+    return Read(len(positions) - len(inside), _index([row[t] for t in inside], device))
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training may use again what an evaluation has made
 def plan(
-    length: int, num_layers: int, dilation: tuple[int, ...], kernel_size: int, inject_every: int, start: int
+    length: int,
+    num_layers: int,
+    dilation: tuple[int, ...],
+    kernel_size: int,
+    inject_every: int,
+    start: int,
+    device: torch.device,
 ) -> Plan:
-    """All indices of one geometry. Plain integers: a cached tensor might be one made in inference mode."""
+    """All indices of one geometry, those that are no ranges on `device`."""
     positions = dependencies(length, num_layers, dilation, kernel_size, start)
     dilations = [dilation[i % len(dilation)] for i in range(num_layers)]
     needed: dict[int, set[int]] = {}
     for d, here in list(zip(dilations, positions, strict=True))[::inject_every]:
         needed.setdefault(d, set()).update(here)
     row_of_x = {d: {t: row for row, t in enumerate(sorted(rows))} for d, rows in needed.items()}
+
+    def taps(positions, d, row):
+        return tuple(_read(positions, j * d, row, device) for j in reversed(range(kernel_size)))
+
     layers = []
     for i, (d, here) in enumerate(zip(dilations, positions, strict=True)):
         below = range(length) if i == 0 else positions[i - 1]  # of the first layer the rows mean nothing
@@ -107,16 +118,14 @@ def plan(
                 d,
                 len(here),
                 sum(t < max(kernel_size - 1, 1) * d for t in here) if i == 0 else len(here),
-                tuple(_read(here, j * d, row) for j in reversed(range(kernel_size))),
-                _read(here, d, row),
-                _index([row_of_x[d][t] for t in here]) if i % inject_every == 0 else None,
-                _index([row_here[t] for t in positions[-1]]),
+                taps(here, d, row),
+                _read(here, d, row, device),
+                _index([row_of_x[d][t] for t in here], device) if i % inject_every == 0 else None,
+                _index([row_here[t] for t in positions[-1]], device),
             )
         )
     of_x = {t: t for t in range(length)}
-    taps_of_x = {
-        d: tuple(_read(sorted(rows), j * d, of_x) for j in reversed(range(kernel_size))) for d, rows in needed.items()
-    }
+    taps_of_x = {d: taps(sorted(rows), d, of_x) for d, rows in needed.items()}
     return Plan(tuple(layers), taps_of_x, sum(map(len, positions)))
 
 
@@ -125,7 +134,7 @@ def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, 
     index = index[first:last]
     if isinstance(index, range):
         return source[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)]
-    return source.index_select(dim, torch.tensor(index, device=source.device))
+    return source.index_select(dim, index)
 
 
 def take(source: Tensor, read: Read, left: Tensor, dim: int = 0) -> Tensor:

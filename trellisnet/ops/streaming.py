@@ -68,7 +68,9 @@ def prepare(
     if kernel_groups is not None:
         weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
     device = bias.device
-    compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else bias.dtype
+    compute = bias.dtype
+    if torch.is_autocast_enabled(device.type) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device.type)
 
     def arranged(weight, dtype):
         return weight.detach().transpose(1, 2).flatten(1).to(dtype, copy=True)  # a copy that stays as it is

@@ -37,6 +37,7 @@ class ClassificationConfig(NetworkConfig):
 
     mean: ClassVar[tuple[float, ...]]  # of the pixels, colour by colour, on the scale from 0 to 1
     std: ClassVar[tuple[float, ...]]
+    classes: ClassVar[int] = 10
 
     optim: str = setting("Adam", "optimiser: a class of torch.optim")
     lr: float = setting(4e-3, "initial learning rate")
@@ -61,6 +62,10 @@ class ClassificationConfig(NetworkConfig):
     permutation_seed: int = setting(0, "which permutation; independent of --seed")
     validation: bool = setting(True, "hold out the last 5,000 training images and choose the epoch by them")
 
+    def channels(self) -> int:
+        """H, the hidden channels with those of the output: as in the authors' code as many as there are classes."""
+        return self.nhid + self.classes
+
     def validate(self) -> None:
         super().validate()
         self.check_at_least(0, "permutation_seed")
@@ -77,7 +82,7 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
         output_size=num_classes,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,
-        **config.core_options(config.nhid + num_classes),
+        **config.core_options(),
     )
 
 

@@ -132,6 +132,8 @@ class _Program:
         # What "auto" stood for is part of the run: a continuation makes the same choices.
         device = config.torch_device()
         config = config.chosen(device)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
         torch.manual_seed(config.seed)
         task, splits, schedule, facts = self.setup(config, device)

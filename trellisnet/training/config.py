@@ -46,7 +46,7 @@ class RunConfig:
     )
     # May differ between a run and its continuation (the data are compared by content).
     resumable: ClassVar[frozenset[str]] = process | frozenset(
-        {"name", "epochs", "max_steps", "device", "cuda", "threads", "log_interval", "data"}
+        {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "log_interval", "data"}
         | {"checkpoint_minutes", "checkpoint_steps", "tensorboard"}
     )
 

@@ -80,6 +80,10 @@ class LanguageModelConfig(NetworkConfig):
         if not self.eval and self.repack and 0 < seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
 
+    def channels(self) -> int:
+        """H, the hidden channels with those of the output."""
+        return self.nhid + self.nout
+
     def log_epsilon(self) -> float:
         """What is added to a mixture's probabilities: the authors' 1e-8 to score loaded weights, else nothing."""
         if self.mos_epsilon >= 0:
@@ -112,7 +116,7 @@ def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguage
     return TrellisLanguageModel(
         vocab_size,
         config.emsize,
-        config.nhid + config.nout,
+        config.channels(),
         config.nlevels,
         output_size=config.nout,
         tied=config.tied,
@@ -123,7 +127,7 @@ def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguage
         embedding_dropout=config.emb_dropout,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,
-        **config.core_options(config.nhid + config.nout),
+        **config.core_options(),
     )
 
 

@@ -11,7 +11,8 @@ from trellisnet.errors import UserError
 from trellisnet.ops import gemm
 from trellisnet.training.config import RunConfig, setting
 
-MEASURED = 100  # hidden channels from which on the route of the products is measured
+MEASURED = 100  # channels from which on the route of the products is measured
+ROWS = 512  # of the products that are measured
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,12 +41,13 @@ class NetworkConfig(RunConfig):
         if min(self.dilation, default=0) < 1:
             raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
 
-    def core_options(self, hidden_size: int) -> dict[str, Any]:
-        """Keywords of :class:`trellisnet.TrellisNet` for a network of `hidden_size` channels, those of the output too.
+    def core_options(self) -> dict[str, Any]:
+        """Keywords of :class:`trellisnet.TrellisNet`.
 
         Raises:
-            UserError: the channels do not make equal groups.
+            UserError: the channels do not make equal groups, or the input does not reach the output through them.
         """
+        hidden_size = self.channels()
         if self.mixed_group and hidden_size % self.mixed_group:
             more = -hidden_size % self.mixed_group
             raise UserError(
@@ -78,20 +80,29 @@ class NetworkConfig(RunConfig):
             return [f"backend reference, slower than fused: {reason}"]
         return []
 
+    def channels(self) -> int:
+        """H, the hidden channels with those of the output."""
+        raise NotImplementedError
+
     def chosen(self, device: torch.device) -> Self:
         """These settings with backend and products decided: once a run, for a continued one must compute the same.
 
         Raises:
             UserError: what was asked for cannot run here.
         """
+        config, dtype = super().chosen(device), COMPUTE[self.precision]
         try:
             backend = ops.resolve(self.backend, self.activation, self.mixed_group or None)
-            wanted = gemm.resolve(self.gemm, device, COMPUTE[self.precision])
+            if backend != "fused":
+                return dataclasses.replace(config, backend=backend)
+            # A run that goes on elsewhere may have to multiply in another way.
+            moved = self.resume and self.gemm != "auto" and not gemm.usable(self.gemm, device, dtype)
+            wanted = "auto" if moved else self.gemm
+            route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
         except ValueError as e:
             raise UserError(f"--{e}") from e
-        route = next(name for name, product in gemm.ROUTES.items() if product is wanted)
         # Small products take no time by any route, and are not worth results that depend on a stopwatch.
-        if self.gemm == "auto" and backend == "fused" and self.nhid >= MEASURED and not self.deterministic:
-            shape = (256, self.ksize * self.nhid, ops.GATES[self.activation] * self.nhid)
-            route = gemm.fastest(device, COMPUTE[self.precision], [shape])
-        return dataclasses.replace(super().chosen(device), backend=backend, gemm=route)
+        if wanted == "auto" and self.channels() >= MEASURED and not self.deterministic:
+            inputs, outputs = self.ksize * self.channels(), ops.GATES[self.activation] * self.channels()
+            route = gemm.fastest(device, dtype, ROWS, inputs, outputs)
+        return dataclasses.replace(config, backend=backend, gemm=route)
