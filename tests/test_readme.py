@@ -17,7 +17,7 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_snippet_runs_and_prints_what_its_comments_say(capsys):
-    snippet, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "torch.Size([8, 100, 16])"
@@ -26,7 +26,7 @@ def test_the_python_snippet_runs_and_prints_what_its_comments_say(capsys):
 
 
 def test_the_equation_by_hand_is_the_module_and_an_lstm_is_a_trellis(capsys):
-    _, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, snippet, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == [
         "x (1, 7, 2) x_tilde (1, 20, 7) W (20, 5, 2)",
@@ -37,6 +37,12 @@ def test_the_equation_by_hand_is_the_module_and_an_lstm_is_a_trellis(capsys):
         "5 layers, 10 channels in 2 groups",
         "the same function: True",
     ]
+
+
+def test_streams(capsys):
+    *_, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == ["True"]
 
 
 def test_every_flag_it_names_exists_and_every_flag_is_named():

@@ -184,7 +184,8 @@ class TrellisNet(nn.Module):
             f"kernel_size={self.kernel_size}, dilation={self.dilation}, weight_norm={self.weight_norm}, "
             f"hidden_dropout={self.hidden_dropout}, weight_dropout={self.weight_dropout}, "
             f"temporal_weight_dropout={self.temporal_weight_dropout}, activation={self.activation!r}, "
-            f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, backend={self.backend!r}"
+            f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, backend={self.backend!r}, "
+            f"gemm={self.gemm!r}"
         )
 
     @property
