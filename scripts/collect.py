@@ -293,6 +293,8 @@ def comparison(folder: Path) -> str:
             metrics = found[row]
             flags = [flag for flag in HERE_ONLY.sub("", metrics["command"]).split(" --") if flag not in common]
             shown = f"`--{' --'.join(flags)}`" if flags else ""
+            if metrics["test"]["loss"] > base["test"]["loss"] + 2:
+                model += " — diverged with these settings"
             cells = [model, shown, f"{metrics['params']:,}"]
             cells += [f"{metrics[split][score]:.{digits}f}" for split in ("valid", "test")]
             cells.append("" if row == first else f"{metrics['test'][score] - base['test'][score]:+.{digits}f}")
