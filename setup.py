@@ -1,9 +1,13 @@
+import hashlib
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
+OPS = HERE / "trellisnet" / "ops"
+# As trellisnet/ops/compiled.py has it, so that a library built from another version of its source is not used.
+FINGERPRINT = hashlib.sha256(b"".join((OPS / name).read_bytes() for name in ("gates.c", "gates.h"))).hexdigest()[:16]
 TASKS = ["word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"]
 
 setup(
@@ -14,7 +18,19 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["trellisnet", "trellisnet.*", *TASKS]),
-    package_data={"trellisnet": ["py.typed"]},
+    package_data={"trellisnet": ["py.typed", "ops/gates.c", "ops/gates.h"]},
+    # An extra that nobody needs: without a compiler the installation goes on, and torch's operations do the same.
+    ext_modules=[
+        Extension(
+            "trellisnet.ops._gates",
+            sources=["trellisnet/ops/gates.c"],
+            depends=["trellisnet/ops/gates.h"],
+            define_macros=[("SOURCE", f'"{FINGERPRINT}"')],
+            extra_compile_args=["-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ],
     python_requires=">=3.11",
     install_requires=["torch>=2.6", "numpy>=1.26", "tqdm>=4.60"],
     extras_require={"dev": ["pytest>=8", "ruff>=0.9", "tensorboard>=2.14"], "tensorboard": ["tensorboard>=2.14"]},

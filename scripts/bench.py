@@ -40,6 +40,7 @@ import wt103.model  # noqa: E402
 from trellisnet import ops  # noqa: E402
 from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.ops import gemm  # noqa: E402
+from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
 from trellisnet.training.optim import make_optimizer  # noqa: E402
 from trellisnet.training.runlog import commit, machine, peak_memory  # noqa: E402
@@ -70,8 +71,8 @@ class Work:
         module = (LANGUAGE.get(task) or IMAGES[task])[0]
         config, _ = parse(module.Config, ["--preset", PRESETS[task], *smaller, *flags])
         self.config = config
-        # The route of the products that a run here would have.
-        self.gemm = {p: dataclasses.replace(config, precision=p).chosen(device).gemm for p in ("fp32", "bf16")}
+        # The products and gates that a run here would have.
+        self.chosen = {p: dataclasses.replace(config, precision=p).chosen(device) for p in ("fp32", "bf16")}
         torch.manual_seed(1)
         N = self.config.batch_size
         if task in LANGUAGE:
@@ -103,7 +104,8 @@ class Work:
     def use(self, variant: str) -> contextlib.AbstractContextManager:
         """Set the backend, and give the context of the precision."""
         backend, precision = VARIANTS[variant]
-        self.model.core.backend, self.model.core.gemm = backend, self.gemm[precision]
+        core, chosen = self.model.core, self.chosen[precision]
+        core.backend, core.gemm, core.gates = backend, chosen.gemm, chosen.gates
         return dataclasses.replace(self.config, precision=precision).autocast(self.device)
 
     def _everything(self, variant: str) -> dict[str, Any]:
@@ -214,9 +216,16 @@ def memory(task: str, variant: str, args: argparse.Namespace) -> int:
     return json.loads(done.stdout)
 
 
+def prepare(task: str, device: torch.device) -> None:
+    """What train.py does of this task before it starts."""
+    if task in IMAGES and device.type == "cpu":
+        keep_freed_memory()
+
+
 def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record for every part and variant."""
     device = torch.device(args.device)
+    prepare(task, device)
     work = Work(task, args.quick, device, args.flags)
     gate(work)
     rates = {precision: peak_gflops(work, precision) for precision in ("fp32", "bf16")}
@@ -280,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.child:
+        prepare(args.tasks[0], device)
         work = Work(args.tasks[0], args.quick, device, args.flags)
         for _ in range(2):
             work.step(args.child)

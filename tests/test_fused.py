@@ -1,6 +1,7 @@
 """The fused operator against the equation: every output and gradient, in every type, however it is asked for."""
 
 import weakref
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import word_ptb.model
 import wt103.model
 from test_ops import SHAPES, random_inputs
 from trellisnet import TrellisNet, ops
-from trellisnet.ops import fused, gemm, pruning
+from trellisnet.ops import compiled, fused, gemm, pruning
+from trellisnet.ops import gates as eager
 from trellisnet.training.config import parse
 from trellisnet.training.tasks import LanguageModeling
 
@@ -105,16 +107,17 @@ def test_counts_of_the_paper():
 @pytest.mark.parametrize("length", [1, 7, 63])
 def test_odd_sizes_in_blocks_and_with_padding(monkeypatch, n, hidden, length):
     """Several blocks a layer, products padded to buckets, and memory that was never written full of NaN."""
-    monkeypatch.setattr(fused, "BLOCK", 5 * n * hidden)
+    monkeypatch.setattr(eager, "BLOCK", 5 * n * hidden)
     monkeypatch.setattr(fused, "BUCKET", 16)
     poison = lambda *shape, dtype, device: torch.full(*shape, float("nan"), dtype=dtype, device=device)  # noqa: E731
-    monkeypatch.setattr(fused, "empty", poison)
+    for module in (fused, eager):
+        monkeypatch.setattr(module, "empty", poison)
     inputs = random_inputs(2, length, n=n, hidden=hidden)
     options = {"num_layers": 5, "dilation": (1, 3), "output_size": hidden, "start": length // 2, "aux_every": 2}
-    for route in ("mm", "auto"):
+    for route, gates in (("mm", "eager"), ("auto", "eager"), ("auto", "auto")):
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
             cast = {name: t.to(dtype) for name, t in inputs.items()}
-            ours, _ = run("fused", cast, gemm=route, **options)
+            ours, _ = run("fused", cast, gemm=route, gates=gates, **options)
             theirs, _ = run("reference", inputs, **options)
             for a, b in zip(ours, theirs, strict=True):
                 assert_close(a, b.to(dtype), atol=tolerance * 10, rtol=tolerance)
@@ -133,13 +136,70 @@ def test_errors_are_at_most_twice_those_of_the_reference(k, dilation, length, st
     truth, _ = run("reference", inputs, **options)
     single = {name: t.float() for name, t in inputs.items()}
     options["hidden_scale"] = scale.float()
-    for route in ("mm", "auto"):
-        ours, _ = run("fused", single, autocast=low, gemm=route, **options)
+    for route, gates in (("mm", "eager"), ("auto", "eager"), ("auto", "auto")):
+        ours, _ = run("fused", single, autocast=low, gemm=route, gates=gates, **options)
         theirs, _ = run("reference", single, autocast=low, **options)
         for a, b, exact in zip(ours, theirs, truth, strict=True):
             assert a.dtype == torch.float32
             assert relative(a, exact) <= 2 * relative(b, exact) + 1e-7
             assert relative(a, exact) < (1e-5 if low is None else 0.1)
+
+
+@pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_compiled_gates_equal_those_of_torch(k, dilation, length, low):
+    if reason := compiled.reason_against(torch.device("cpu"), torch.float32, "lstm"):
+        pytest.skip(f"compiled gates: {reason}")
+    inputs = {name: t.float() for name, t in random_inputs(k, length, n=3, channels=5, hidden=300).items()}
+    inputs["weight_h"].mul_(0.1)
+    scale = (torch.rand(3, 300, 1, generator=torch.Generator().manual_seed(0)) > 0.2) / 0.8
+    for num_layers, carried, start, inject_every in ((1, True, 0, 1), (5, False, length - 1, 1), (6, True, 0, 3)):
+        options = {"num_layers": num_layers, "dilation": dilation, "output_size": 299, "start": start, "aux_every": 2}
+        options |= {"hidden_scale": scale, "inject_every": inject_every, "carried": carried, "autocast": low}
+        ours, theirs = (run("fused", inputs, gates=gates, **options)[0] for gates in ("compiled", "eager"))
+        for a, b in zip(ours, theirs, strict=True):
+            assert relative(a, b.double()) < (2e-6 if low is None else 2e-2)
+
+
+def test_functions_of_the_compiled_gates():
+    """Sigmoid and tanh in every range of size, infinities and NaN."""
+    if reason := compiled.reason_against(torch.device("cpu"), torch.float32, "lstm"):
+        pytest.skip(f"compiled gates: {reason}")
+    sizes = torch.logspace(-30, 5, 5_000)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    values = torch.cat([sizes, -sizes, torch.linspace(-100, 100, 9_999), special])
+    layer = pruning.plan(1, 1, (1,), 2, 1, 0, torch.device("cpu")).layers[0]
+    H = values.numel()
+    cell = torch.empty(1, 1, H)
+    for gate, function in enumerate((torch.sigmoid, torch.sigmoid, torch.tanh)):
+        gates = torch.zeros(1, 1, 4 * H)
+        x = torch.zeros(1, 1, 4 * H)
+        x[..., gate * H : (gate + 1) * H] = values
+        compiled.forward(eager.Step(layer, None, 0, gates, x, cell, None, None, None, None, None))
+        ours, exact = gates[0, 0, gate * H : (gate + 1) * H], function(values.double())
+        assert_close(ours[-1].isnan(), exact[-1].isnan())
+        error = (ours.double() - exact).abs() - 4e-7 * exact.abs()
+        assert error[:-1].max() < 1e-38
+
+
+def test_compiled_gates_say_why_they_cannot_run(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    assert "float64" in compiled.reason_against(cpu, torch.float64, "lstm")
+    assert "tanh" in compiled.reason_against(cpu, torch.float32, "tanh")
+    assert "cuda" in compiled.reason_against(torch.device("cuda"), torch.float32, "lstm")
+    with pytest.raises(ValueError, match="gates: compiled cannot run, it has no float64; expected auto or eager"):
+        run("fused", random_inputs(2, 3), num_layers=2, dilation=(1,), output_size=4, gates="compiled")
+    with pytest.raises(ValueError, match="gates: expected one of auto, compiled, eager, got 'other'"):
+        run("fused", random_inputs(2, 3), num_layers=2, dilation=(1,), output_size=4, gates="other")
+    monkeypatch.setattr(compiled, "HERE", tmp_path)
+    compiled._library.cache_clear()
+    try:
+        assert "has not been built" in compiled.reason_against(cpu, torch.float32, "lstm")
+        compiled._library.cache_clear()
+        (tmp_path / f"_gates{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+        assert "cannot be loaded" in compiled.reason_against(cpu, torch.float32, "lstm")
+    finally:
+        compiled._library.cache_clear()
 
 
 def test_non_contiguous_input():
@@ -246,7 +306,8 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
         made.append(weakref.ref(tensor := torch.empty(*shape, **options)))
         return tensor
 
-    monkeypatch.setattr(fused, "empty", watched)
+    for module in (fused, eager):
+        monkeypatch.setattr(module, "empty", watched)
     monkeypatch.setattr(fused.products, "resolve", lambda *_: product)
     module, x, peaks = TrellisNet(3, 16, 12), torch.randn(4, 64, 3), []
     for gradients in (False, True):

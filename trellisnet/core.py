@@ -59,6 +59,7 @@ class TrellisNet(nn.Module):
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6); the bias enters all.
         backend: operator to run, one of `trellisnet.ops.BACKENDS`.
         gemm: matrix products of the backend `fused`, one of `trellisnet.ops.GEMMS`.
+        gates: what computes its gates, one of `trellisnet.ops.GATE_KERNELS`.
 
     Parameters `weight_x` (GH, input_size, k), `weight_h` (GH, H, k), `bias` (GH), rows i, o, g, f of an LSTM and r, u,
     n of a GRU; with weight normalisation `weight_x_v`, `weight_x_g` (GH, 1, 1), `weight_h_v`, `weight_h_g` instead of
@@ -92,6 +93,7 @@ class TrellisNet(nn.Module):
         recompute: bool = False,
         backend: str = "auto",
         gemm: str = "auto",
+        gates: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -118,6 +120,8 @@ class TrellisNet(nn.Module):
             raise ValueError(f"inject_every: expected at least 1, got {inject_every}")
         if gemm not in ops.GEMMS:
             raise ValueError(f"gemm: expected one of {', '.join(ops.GEMMS)}, got {gemm!r}")
+        if gates not in ops.GATE_KERNELS:
+            raise ValueError(f"gates: expected one of {', '.join(ops.GATE_KERNELS)}, got {gates!r}")
         ops.resolve(backend, activation, kernel_groups)
         if recompute:
             raise ValueError(f"recompute: this version supports only False, got {recompute!r}")
@@ -137,6 +141,7 @@ class TrellisNet(nn.Module):
         self.inject_every = inject_every
         self.backend = backend
         self.gemm = gemm
+        self.gates = gates
 
         rows, k = ops.GATES[activation] * hidden_size, kernel_size
         first = rows // (kernel_groups or 1)  # rows of the first group
@@ -185,7 +190,7 @@ class TrellisNet(nn.Module):
             f"hidden_dropout={self.hidden_dropout}, weight_dropout={self.weight_dropout}, "
             f"temporal_weight_dropout={self.temporal_weight_dropout}, activation={self.activation!r}, "
             f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, backend={self.backend!r}, "
-            f"gemm={self.gemm!r}"
+            f"gemm={self.gemm!r}, gates={self.gates!r}"
         )
 
     @property
@@ -290,6 +295,7 @@ class TrellisNet(nn.Module):
             inject_every=self.inject_every,
             backend=self.backend,
             gemm=self.gemm,
+            gates=self.gates,
         )
         return TrellisOutput(out.output, out.state, out.aux)
 

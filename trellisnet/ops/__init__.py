@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trellisnet.ops import fused, mixed_group, reference
+from trellisnet.ops import compiled, fused, mixed_group, reference
+from trellisnet.ops.compiled import reason_against as not_compiled
+from trellisnet.ops.fused import GATE_KERNELS
 from trellisnet.ops.gemm import GEMMS
 from trellisnet.ops.last_step import last_step as _last_step
 from trellisnet.ops.pruning import dependencies
@@ -17,7 +19,19 @@ from trellisnet.ops.reference import GATES
 
 BACKENDS = ("auto", "reference", "fused")
 
-__all__ = ["BACKENDS", "GATES", "GEMMS", "Trellis", "dependencies", "not_fused", "resolve", "trellis"]
+__all__ = [
+    "BACKENDS",
+    "GATES",
+    "GATE_KERNELS",
+    "GEMMS",
+    "Trellis",
+    "dependencies",
+    "not_compiled",
+    "not_fused",
+    "resolve",
+    "resolve_gates",
+    "trellis",
+]
 
 
 class Trellis(NamedTuple):
@@ -61,6 +75,15 @@ def resolve(backend: str, activation: str = "lstm", kernel_groups: int | None = 
     return backend
 
 
+def resolve_gates(gates: str, device: torch.device, compute: torch.dtype, activation: str = "lstm") -> str:
+    """What `gates` stands for: `auto` becomes `compiled` where that can run.
+
+    Raises:
+        ValueError: unknown gates, or the compiled ones cannot run here.
+    """
+    return "compiled" if fused.gates_of(gates, device, compute, activation) is compiled else "eager"
+
+
 def trellis(
     x: Tensor,
     weight_x: Tensor,
@@ -80,6 +103,7 @@ def trellis(
     inject_every: int = 1,
     backend: str = "auto",
     gemm: str = "auto",
+    gates: str = "auto",
 ) -> Trellis:
     """Run all layers of the trellis.
 
@@ -106,9 +130,10 @@ def trellis(
         inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
         backend: one of `BACKENDS`; `auto` takes the fastest that can run this.
         gemm: how `fused` multiplies, one of `GEMMS`; `auto` follows a fixed rule, see :mod:`trellisnet.ops.gemm`.
+        gates: how `fused` computes the gates, one of `GATE_KERNELS`; `auto`: compiled where it can be.
 
     Raises:
-        ValueError: unknown backend or gemm, or one that cannot run here.
+        ValueError: unknown backend, gemm or gates, or one that cannot run here.
     """
     if hidden_scale is not None and hidden_scale.requires_grad:
         if backend == "fused":
@@ -127,13 +152,8 @@ def trellis(
         "inject_every": inject_every,
     }
     if resolve(backend, activation, kernel_groups) == "fused":
-        options |= {"start": start, "aux_every": aux_every, "gemm": gemm}
-        h, c, aux, layer_steps = fused.trellis(x, weight_x, weight_h, bias, state, **options)
-        output = h[:, :, H - output_size :]
-        if lengths is None:
-            return Trellis(output, (h[:, -1], c[:, -1]), aux, layer_steps)
-        last = (lengths - start - 1).view(N, 1, 1).expand(-1, 1, H)
-        return Trellis(output, (h.gather(1, last).squeeze(1), c.gather(1, last).squeeze(1)), aux, layer_steps)
+        options |= {"start": start, "aux_every": aux_every, "lengths": lengths, "gemm": gemm, "gates": gates}
+        return Trellis(*fused.trellis(x, weight_x, weight_h, bias, state, **options))
     if state is None:
         state = (x.new_zeros(N, H), x.new_zeros(N, H))
     # A compiler traces the equation, not the sets of positions.

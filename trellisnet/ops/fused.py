@@ -5,31 +5,54 @@ It computes what :mod:`trellisnet.ops.reference` says, with these differences in
 - **Time comes first**, (S, N, H), so that what a tap reads is a slice (or, of a strided set, a selection) of rows.
 - **Only what is asked for** is computed: the positions of :mod:`trellisnet.ops.pruning`.
 - **One product a layer**: the rows of all taps side by side, (S·N, k·H), times the kernel.
-- **Gates in blocks** of rows small enough to stay in the cache, in place where the products left them.
+- **Gates in one go** (:mod:`trellisnet.ops.gates`, or :mod:`trellisnet.ops.compiled`), in place where the products left
+  them. They put h straight into the taps of the layer above.
 - **Kept for the backward**: the gates (in the type of the products) and the cell, (S, N, 5H) a layer; hidden states
-  are computed from them again. The gradient of the kernel is summed in single precision in one buffer for all layers.
+  are computed from them again.
+- **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once.
 
 Products may be in bfloat16; cells, gates at work and sums over layers are then in float32.
+
+It has no second derivatives and does not run under `torch.func`; the reference does.
 
 Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from trellisnet.ops import compiled, pruning
+from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
-from trellisnet.ops import pruning
-from trellisnet.ops.pruning import Index, Layer, Plan, Read
+from trellisnet.ops.gates import GATES, Step
+from trellisnet.ops.pruning import Layer, Plan
 
-# (gradient of the outputs, outputs) → gradient of the inputs
-sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
-GATES = {"lstm": 4, "tanh": 1}
-BLOCK = 1 << 18  # numbers of a block of H channels: 1 MB
 BUCKET = 128  # products have a multiple of so many rows: the libraries keep something for every distinct number of them
+LAYERS_AT_ONCE = 4  # whose rows are collected before they are multiplied into the gradient of the kernel
+
+
+GATE_KERNELS = ("auto", "compiled", "eager")
+
+
+def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> ModuleType:
+    """The module whose `forward` and `backward` compute the gates; `auto`: the compiled one where it can.
+
+    Raises:
+        ValueError: an unknown choice, or the compiled gates cannot run here.
+    """
+    if choice not in GATE_KERNELS:
+        raise ValueError(f"gates: expected one of {', '.join(GATE_KERNELS)}, got {choice!r}")
+    if choice == "eager":
+        return eager
+    reason = compiled.reason_against(device, compute, activation)
+    if reason and choice == "compiled":
+        raise ValueError(f"gates: compiled cannot run, {reason}; expected auto or eager")
+    return eager if reason else compiled
 
 
 class _Setting(NamedTuple):
@@ -37,6 +60,7 @@ class _Setting(NamedTuple):
     activation: str
     compute: torch.dtype  # of the products and of the gates that are kept
     product: products.Product
+    gates: ModuleType
     aux_layers: frozenset[int]  # counted from 1
     output_size: int
     inject_dilations: tuple[int, ...]  # of the x̃ that follow
@@ -46,15 +70,14 @@ class _Setting(NamedTuple):
 class _Geometry:
     """What every step of the operation needs of shapes and types."""
 
-    def __init__(self, setting: _Setting, weight: Tensor, like: Tensor, batch: int):
-        self.setting = setting
+    def __init__(self, setting: _Setting, weight: Tensor, batch: int):
         self.N = batch
-        self.H = weight.size(0) // GATES[setting.activation]
+        self.GH = weight.size(0)
+        self.H = self.GH // GATES[setting.activation]
         self.k = weight.size(1) // self.H
+        self.compute = setting.compute
         self.sum = torch.float64 if setting.compute == torch.float64 else torch.float32
-        self.device = like.device
-        # On a GPU nothing is gained by blocks.
-        self.block = max(1, BLOCK // max(1, batch * self.H)) if like.device.type == "cpu" else 1 << 62
+        self.device = weight.device
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return empty(shape, dtype=dtype or self.sum, device=self.device)
@@ -62,121 +85,164 @@ class _Geometry:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.sum, device=self.device)
 
-    def blocks(self, first: int, last: int) -> list[tuple[int, int]]:
-        return [(a, min(a + self.block, last)) for a in range(first, last, self.block)]
-
-    def bucket(self, positions: int) -> int:
+    def rows(self, positions: int) -> int:
         """Rows of a product over so many positions, rounded up."""
         return -(-positions * self.N // BUCKET) * BUCKET if self.device.type == "cpu" else positions * self.N
 
 
-def _pieces(read: Read, first: int, last: int) -> list[tuple[slice, Index | None]]:
-    """Positions first:last of a read, as slices of the block: those before the first step (None), then rows."""
-    left = min(max(read.left - first, 0), last - first)
-    pieces: list[tuple[slice, Index | None]] = [(slice(0, left), None)] if left else []
-    if left < last - first:
-        pieces.append((slice(left, last - first), read.rows[first + left - read.left : last - read.left]))
-    return pieces
+class _Rows:
+    """Rows for products, of one width, whose memory is used again and again."""
+
+    def __init__(self, geometry: _Geometry, width: int, rows: int):
+        self.geometry = geometry
+        self.memory = geometry.empty(rows, width, dtype=geometry.compute)
+
+    def take(self, positions: int, after: int = 0) -> Tensor:
+        """Rows for so many positions behind the first `after`; those that fill up the bucket are zero."""
+        rows = self.memory[after : after + self.geometry.rows(positions)]
+        rows[positions * self.geometry.N :].zero_()
+        return rows
 
 
-def _add_rows(target: Tensor, index: Index, values: Tensor) -> None:
-    """target[index] += values, along dimension 0."""
-    if isinstance(index, range):
-        pruning.rows(target, index).add_(values)
-    else:
-        target.index_add_(0, index, values.to(target.dtype))
+def _positions(rows: Tensor, positions: int, *shape: int) -> Tensor:
+    """Rows of a product as (positions, N, …), without those that fill up the bucket."""
+    return rows[: positions * shape[0]].view(positions, *shape)
 
 
-def _fill_taps(geometry: _Geometry, layer: Layer, h_below: Tensor | None, h_left: Tensor | None) -> Tensor:
-    """The rows that all taps read side by side, (bucket, k·H); those that pad it are zero.
-
-    Args:
-        h_below: masked h of the layer below, (S, N, H); None: zero.
-        h_left: masked h before the first step, (N, H); None: zero.
-    """
-    N, H, size = geometry.N, geometry.H, layer.edge
-    taps = geometry.empty(geometry.bucket(size), geometry.k * H, dtype=geometry.setting.compute)
-    taps[size * N :].zero_()
-    view = taps[: size * N].view(size, N, geometry.k * H)
+def _fill_left(taps: Tensor, layer: Layer, h_left: Tensor | None, all_zero: bool = False) -> None:
+    """Write into taps (S, N, k, H) what lies before the first step, `h_left` (N, H); or zeros, also elsewhere."""
     for j, read in enumerate(layer.taps):
-        for where, index in _pieces(read, 0, size):
-            part = view[where, :, j * H : (j + 1) * H]
-            source = h_left if index is None else h_below
-            if source is None:
-                part.zero_()
-            else:
-                part.copy_(source if index is None else pruning.rows(source, index))
-    return taps
+        left = min(read.left, taps.size(0))
+        taps[:left, :, j] = 0 if h_left is None else h_left
+        if all_zero:
+            taps[left:, :, j] = 0
+
+
+class _KernelGradient:
+    """Σ over layers of tapsᵀ · dz, (k·H, GH). The rows of some layers are collected, then multiplied at once.
+
+    (oneDNN is some percent faster with this than with the transpose of it.)
+    """
+
+    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product):
+        self.geometry, self.product = geometry, product
+        rows = [geometry.rows(size) for size in sizes]
+        self.largest = max(rows, default=0)
+        capacity = min(sum(rows), (LAYERS_AT_ONCE + 1) * self.largest)
+        self.dz = _Rows(geometry, geometry.GH, capacity)
+        self.taps = _Rows(geometry, geometry.k * geometry.H, capacity)
+        self.capacity, self.complete, self.last = capacity, 0, 0  # rows of which taps are there too; positions
+        self.sum = geometry.zeros(geometry.k * geometry.H, geometry.GH)
+
+    def dz_of(self, positions: int) -> Tensor:
+        """Rows for dz of the next layer down, to be filled while the taps of the layer before are."""
+        after = self.complete + self.geometry.rows(self.last)
+        return self.dz.take(positions, after)
+
+    def taps_of_last(self) -> Tensor:
+        """Rows for the taps that go with the last dz."""
+        return self.taps.take(self.last, self.complete)
+
+    def advance(self, positions: int) -> Tensor:
+        """To be called when dz of so many positions and the taps of the layer before are there: where dz is now."""
+        self.complete += self.geometry.rows(self.last)
+        self.last = positions
+        rows = self.geometry.rows(positions)
+        dz = self.dz.memory[self.complete : self.complete + rows]
+        if self.complete + rows + self.largest <= self.capacity:
+            return dz
+        self._multiply()
+        self.complete = 0
+        self.dz.memory[:rows] = dz.clone()  # the two may overlap
+        return self.dz.memory[:rows]
+
+    def finish(self) -> Tensor:
+        """To be called when the last taps are there: the gradient."""
+        self.complete += self.geometry.rows(self.last)
+        self._multiply()
+        return self.sum
+
+    def _multiply(self) -> None:
+        if self.complete:
+            dz, taps = (rows.memory[: self.complete] for rows in (self.dz, self.taps))
+            products.add_product(self.sum, taps.t(), dz.t(), self.product)
+
+
+def _edges(layers: Sequence[Layer], h0: Tensor | None) -> list[int]:
+    """Positions of every layer for which there is something to multiply."""
+    return [layer.edge if number or h0 is not None else 0 for number, layer in enumerate(layers)]
 
 
 class _Trellis(torch.autograd.Function):
-    """(setting, weight, bias, h0, c0, scale, N, *x̃) → layer-steps computed, h, c, and the auxiliary outputs.
+    """(setting, weight, bias, h0, c0, scale, last, N, *x̃) → layer-steps computed, h, c, and the auxiliary outputs.
 
     weight (GH, k·H), bias (GH,), h0 and c0 (N, H) or None for zeros, scale (N, H) or None, every x̃ (P, N, GH) with its
-    bias in it. h and c are those of the last layer, (S, N, H), unmasked; auxiliary outputs (S, N, output_size).
+    bias in it. h (S, N, H), unmasked, is that of the last layer, c (N, H) its cell at the positions `last` (N,);
+    auxiliary outputs (S, N, output_size).
     """
 
     @staticmethod
-    def forward(ctx: Any, setting: _Setting, weight, bias, h0, c0, scale, batch, *x_tilde):
-        geometry = _Geometry(setting, weight, weight, batch)
-        N, H, compute = geometry.N, geometry.H, setting.compute
-        lstm = setting.activation == "lstm"
+    def forward(ctx: Any, setting: _Setting, weight, bias, h0, c0, scale, last, batch, *x_tilde):
+        geometry = _Geometry(setting, weight, batch)
+        N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
+        layers = setting.plan.layers
+        edges = _edges(layers, h0)
         shared = dict(zip(setting.inject_dilations, x_tilde, strict=True))
-        w = weight.to(compute)
-        h_left = None if h0 is None else (h0 if scale is None else h0 * scale)
-        gates, cells, aux = [], [], []
-        h_below = c_below = None
-        layer_steps = 0
-        last = len(setting.plan.layers)
-        for number, layer in enumerate(setting.plan.layers, start=1):
-            first = number == 1
-            edge = 0 if first and h0 is None else layer.edge
-            z = setting.product(_fill_taps(geometry, layer, h_below, h_left), w) if edge else None
-            z = None if z is None else z[: edge * N].view(edge, N, weight.size(0))
-            # The gates stay where the product has left them, if it has made them all.
-            kept = z if edge == layer.size else geometry.empty(layer.size, N, weight.size(0), dtype=compute)
-            c = geometry.empty(layer.size, N, H) if lstm else None
-            h = None if number == last else geometry.empty(layer.size, N, H, dtype=compute)
-            whole = geometry.empty(layer.size, N, H) if number == last or number in setting.aux_layers else None
-            for a, b in geometry.blocks(0, edge) + geometry.blocks(edge, layer.size):
-                gate = kept[a:b] if compute == geometry.sum else geometry.empty(b - a, N, weight.size(0))
-                x_part = bias if layer.x is None else pruning.rows(shared[layer.dilation], layer.x, a, b)
-                if a >= edge:
-                    gate.copy_(x_part)
-                else:
-                    (gate if kept is z and compute == geometry.sum else gate.copy_(z[a:b])).add_(x_part)
-                layer_steps += b - a
-                h_block = geometry.empty(b - a, N, H) if whole is None else whole[a:b]
-                if lstm:
-                    gate[..., : 2 * H].sigmoid_()
-                    gate[..., 2 * H : 3 * H].tanh_()
-                    gate[..., 3 * H :].sigmoid_()
-                    i, o, g, f = gate.split(H, dim=-1)
-                    torch.mul(i, g, out=c[a:b])
-                    if a < edge:
-                        for where, index in _pieces(layer.cell, a, b):
-                            before = c0 if index is None else None if first else pruning.rows(c_below, index)
-                            if before is not None:
-                                c[a:b][where].addcmul_(f[where], before.to(c.dtype))
-                    torch.tanh(c[a:b], out=h_block).mul_(o)
-                else:
-                    h_block.copy_(gate.tanh_())
-                if gate.dtype != compute:
-                    kept[a:b] = gate
-                if h is not None:
-                    h[a:b] = h_block if scale is None else h_block * scale
+        w, bias_alone = weight.to(setting.compute), bias.to(setting.compute)
+        h_left, c_left, scale = (None if s is None else s.to(geometry.sum) for s in (h0, c0, scale))
+        h_left = h_left if scale is None or h_left is None else h_left * scale
+        # The taps of a layer are written when those of the layer below have been read: one memory for all.
+        memory = _Rows(geometry, k * H, max(map(geometry.rows, edges)))
+        taps = memory.take(edges[0])
+        _fill_left(_positions(taps, edges[0], N, k, H), layers[0], h_left, all_zero=True)
+        kept, cells, aux, layer_steps = [], [], [], 0
+        h = c = None
+        for number, (layer, edge) in enumerate(zip(layers, edges, strict=True), start=1):
+            z = _positions(setting.product(taps, w), edge, N, GH) if edge else None
+            if edge == layer.size:
+                gate = z  # the gates stay where the product has left them, if it has made them all
+            else:
+                gate = geometry.empty(layer.size, N, GH, dtype=setting.compute)
+                if edge:
+                    gate[:edge] = z
+            above = layers[number] if number < len(layers) else None
+            above_taps = out = None
+            if above:
+                taps = memory.take(above.size)
+                above_taps = _positions(taps, above.size, N, k, H)
+                _fill_left(above_taps, above, h_left)
+            if not above:
+                h = out = geometry.empty(layer.size, N, H)
+            elif number in setting.aux_layers:
+                out = geometry.empty(layers[-1].size, N, setting.output_size)
+            c_below, c = c, geometry.empty(layer.size, N, H) if setting.activation == "lstm" else None
+            setting.gates.forward(
+                Step(
+                    layer=layer,
+                    above=above,
+                    product=edge,
+                    gates=gate,
+                    x=bias_alone if layer.x is None else shared[layer.dilation],
+                    c=c,
+                    c_below=c_below,
+                    c0=c_left,
+                    scale=scale,
+                    taps=above_taps,
+                    out=out,
+                )
+            )
+            layer_steps += layer.size
             if setting.keep:
-                gates.append(kept)
+                kept.append(gate)
                 cells.append(c)
             if number in setting.aux_layers:
-                aux.append(pruning.rows(whole, layer.wanted)[..., H - setting.output_size :].clone())
-            h_below, c_below = h, c
-        ctx.geometry = geometry
+                aux.append(out if above else h[..., H - setting.output_size :].clone())
+        ctx.geometry, ctx.setting = geometry, setting
         if setting.keep:
-            ctx.save_for_backward(weight, h0, c0, scale, *gates, *(cells if lstm else ()))
+            ctx.save_for_backward(weight, h0, c0, scale, h_left, c_left, last, *kept, *(cells if c is not None else ()))
         ctx.shapes = [tuple(x.shape) for x in x_tilde]
         ctx.dtypes = [x.dtype for x in x_tilde]
-        return layer_steps, whole, (whole.clone() if c is None else c.clone()), *aux
+        return layer_steps, h, (h if c is None else c)[last, torch.arange(N, device=last.device)], *aux
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -185,114 +251,90 @@ class _Trellis(torch.autograd.Function):
             return _Trellis._backward(ctx, dh, dc, *daux)
 
     @staticmethod
-    def _backward(ctx: Any, dh, dc, *daux):
+    def _backward(ctx: Any, dh, dc_last, *daux):
         geometry: _Geometry = ctx.geometry
-        setting = geometry.setting
-        N, H, k, compute = geometry.N, geometry.H, geometry.k, setting.compute
-        lstm = setting.activation == "lstm"
-        layers = setting.plan.layers
-        weight, h0, c0, scale, *kept = ctx.saved_tensors
-        gates, cells = kept[: len(layers)], kept[len(layers) :]
-        w_t = weight.to(compute).t().contiguous()  # (k·H, GH)
-        dw, dbias = geometry.zeros(*weight.shape), geometry.zeros(weight.size(0))
-        dh_left = None if h0 is None else geometry.zeros(N, H)
-        dc_left = None if c0 is None else geometry.zeros(N, H)
-        dx = {d: geometry.zeros(*shape) for d, shape in zip(setting.inject_dilations, ctx.shapes, strict=True)}
-        dh = dh.to(geometry.sum) if lstm else (dh + dc).to(geometry.sum)
-        dc = dc.to(geometry.sum)
-        h_left = None if h0 is None else (h0 if scale is None else h0 * scale)
-        daux = list(daux)
+        setting: _Setting = ctx.setting
+        N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
+        layers, lstm = setting.plan.layers, setting.activation == "lstm"
+        weight, h0, c0, scale, h_left, c_left, last, *kept = ctx.saved_tensors
+        cells = kept[len(layers) :] if lstm else [None] * len(layers)
+        edges = _edges(layers, h0)
+        w_t = weight.to(setting.compute).t().contiguous()  # (k·H, GH)
+        kernel = _KernelGradient(geometry, edges, setting.product)
+        dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
+        dx: dict[int, Tensor] = {}
+        shapes = dict(zip(setting.inject_dilations, ctx.shapes, strict=True))
+        daux = {i: grad.contiguous() for i, grad in zip(sorted(setting.aux_layers), daux, strict=True)}
 
-        def again(number: int) -> tuple[Tensor, Tensor | None]:
-            """Masked h of a layer, (S, N, H), and tanh(c)."""
-            size = layers[number - 1].size
-            h = geometry.empty(size, N, H, dtype=compute)
-            tanh_c = geometry.empty(size, N, H) if lstm else None
-            for a, b in geometry.blocks(0, size):
-                if lstm:
-                    torch.tanh(cells[number - 1][a:b], out=tanh_c[a:b])
-                    h_block = tanh_c[a:b] * gates[number - 1][a:b, :, H : 2 * H]
-                else:
-                    h_block = gates[number - 1][a:b]
-                h[a:b] = h_block if scale is None else h_block * scale
-            return h, tanh_c
-
-        _, tanh_c = again(len(layers)) if lstm else (None, None)
+        dc = geometry.zeros(layers[-1].size, N, H)
+        dc[last, torch.arange(N, device=last.device)] = dc_last.to(dc.dtype)
+        daux[len(layers)], dc = _last_gradient(setting, dh.to(geometry.sum), dc, daux.get(len(layers)))
+        above = taps = dtaps = None
         for number in range(len(layers), 0, -1):
-            layer, first = layers[number - 1], number == 1
-            edge = 0 if first and h0 is None else layer.edge
-            if number in setting.aux_layers:
-                grad = daux.pop()
-                dh = dh.clone() if number == len(layers) else dh
-                _add_rows(dh[..., H - setting.output_size :], layer.wanted, grad)
-            below = layers[number - 2] if not first else None
-            dc_below = geometry.zeros(below.size, N, H) if lstm and below else None
-            dz = geometry.empty(geometry.bucket(edge), weight.size(0), dtype=compute) if edge else None
+            layer, edge = layers[number - 1], edges[number - 1]
+            if above:
+                taps = _positions(kernel.taps_of_last(), above.size, N, k, H)
+                _fill_left(taps, above, h_left)
+            dz = kernel.dz_of(edge)
+            dc_below = geometry.empty(layer.size, N, H) if lstm and (number > 1 or c0 is not None) else None
+            # The layer that has all rows of x̃ of its dilation writes them, if it is the first to come.
+            add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shapes[layer.dilation][0])
+            if layer.x is None:
+                dx_layer = geometry.empty(layer.size, N, GH)
+            elif layer.dilation in dx:
+                dx_layer = dx[layer.dilation]
+            else:
+                make = geometry.zeros if add else geometry.empty
+                dx_layer = dx[layer.dilation] = make(*shapes[layer.dilation])
+            setting.gates.backward(
+                Step(
+                    layer=layer,
+                    above=above,
+                    product=edge,
+                    gates=kept[number - 1],
+                    x=None,
+                    c=cells[number - 1],
+                    c_below=cells[number - 2] if number > 1 else None,
+                    c0=c_left,
+                    scale=scale,
+                    taps=taps,
+                    out=daux.get(number),
+                    dtaps=dtaps,
+                    dc_above=dc,
+                    dz=_positions(dz, edge, N, GH),
+                    dc=dc_below,
+                    dx=dx_layer,
+                    add=add,
+                )
+            )
+            if layer.x is None:
+                dbias += dx_layer.sum((0, 1))
+            if dc_below is not None and c0 is not None:
+                dc_left += dc_below[: layer.cell.left].sum(0)
             if edge:
-                dz[edge * N :].zero_()
-            for a, b in geometry.blocks(0, edge) + geometry.blocks(edge, layer.size):
-                gate = gates[number - 1][a:b].to(geometry.sum)
-                block = geometry.empty(b - a, N, gate.size(2))
-                if a < edge and compute == geometry.sum:
-                    block = dz[a * N : b * N].view_as(block)  # where the products read it
-                if lstm:
-                    i, o, g, f = gate.split(H, dim=-1)
-                    dz_i, dz_o, dz_g, dz_f = block.split(H, dim=-1)
-                    t, dh_block = tanh_c[a:b], dh[a:b]
-                    # dL/dc: through h = o tanh(c), and through the cell path of the layer above
-                    dc_block = tanh_backward(dh_block * o, t).add_(dc[a:b])
-                    sigmoid_backward(dh_block * t, o, grad_input=dz_o)
-                    sigmoid_backward(dc_block * g, i, grad_input=dz_i)
-                    tanh_backward(dc_block * i, g, grad_input=dz_g)
-                    if a < edge:
-                        sigmoid_backward(dc_block, f, grad_input=dz_f)
-                        dc_block.mul_(f)
-                        for where, index in _pieces(layer.cell, a, b):
-                            if index is None:
-                                before = c0
-                                if dc_left is not None:
-                                    dc_left += dc_block[where].sum(0)
-                            else:
-                                before = None if first else pruning.rows(cells[number - 2], index)
-                                if before is not None:
-                                    _add_rows(dc_below, index, dc_block[where])
-                            if before is None:
-                                dz_f[where].zero_()
-                            else:
-                                dz_f[where].mul_(before)
-                    else:
-                        dz_f.zero_()
-                else:
-                    tanh_backward(dh[a:b], gate, grad_input=block)
-                if layer.x is None:
-                    dbias += block.sum((0, 1))
-                else:
-                    _add_rows(dx[layer.dilation], layer.x[a:b], block)
-                if a < edge and compute != geometry.sum:
-                    dz[a * N : b * N] = block.flatten(0, 1)
-            dc = dc_below
-            dh = geometry.zeros(below.size, N, H) if below else None
-            if not edge:
-                continue
-            h_below, tanh_c = again(number - 1) if below else (None, None)
-            taps = _fill_taps(geometry, layer, h_below, h_left)
-            del h_below
-            if ctx.needs_input_grad[1]:
-                products.add_product(dw, dz.t(), taps.t(), setting.product)
-            del taps
-            dtaps = setting.product(dz, w_t)[: edge * N].view(edge, N, k, H)
-            if scale is not None:  # not in bfloat16, where 1/(1−p) would be rounded in every layer
-                dtaps = dtaps.to(geometry.sum).mul_(scale.unsqueeze(1))
-            for j, read in enumerate(layer.taps):
-                for where, index in _pieces(read, 0, edge):
-                    if index is not None:
-                        if below:
-                            _add_rows(dh, index, dtaps[where, :, j])
-                    elif dh_left is not None:
-                        dh_left += dtaps[where, :, j].sum(0, dtype=geometry.sum)
+                dz = kernel.advance(edge)
+                dtaps = _positions(setting.product(dz, w_t), edge, N, k, H)
+                for j, read in enumerate(layer.taps if h0 is not None else ()):
+                    dh_left += dtaps[: read.left, :, j].sum(0, dtype=geometry.sum)
+            dc, above = dc_below, layer
+        if edges[0]:
+            _fill_left(_positions(kernel.taps_of_last(), edges[0], N, k, H), layers[0], h_left, all_zero=True)
+        dw = kernel.finish().t()
+        if scale is not None:
+            dh_left *= scale
         grads = [dx[d].to(dtype) for d, dtype in zip(setting.inject_dilations, ctx.dtypes, strict=True)]
-        state = [g if g is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]
-        return None, dw.to(weight.dtype), dbias, *state, None, None, *grads
+        state = [None if s is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]
+        return None, dw.to(weight.dtype), dbias, *state, None, None, None, *grads
+
+
+def _last_gradient(setting: _Setting, dh: Tensor, dc: Tensor, daux: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h of the last layer, its auxiliary output among them, and of its cell (S, N, H) each."""
+    if setting.activation != "lstm":  # h is the cell
+        dh, dc = dh + dc, None
+    if daux is not None:
+        dh = dh.clone()
+        dh[..., dh.size(2) - setting.output_size :] += daux
+    return dh.contiguous(), dc
 
 
 def trellis(
@@ -308,15 +350,16 @@ def trellis(
     start: int = 0,
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
+    lengths: Tensor | None = None,
     activation: str = "lstm",
     inject_every: int = 1,
     gemm: str = "auto",
-) -> tuple[Tensor, Tensor, list[Tensor], int]:
-    """h and c of the last layer from `start` on, all channels, the auxiliary outputs, and the layer-steps computed.
+    gates: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor], int]:
+    """The outputs of the last layer from `start` on, the state, the auxiliary outputs, and the layer-steps computed.
 
-    Arguments as in :func:`trellisnet.ops.trellis`. h, c (N, S, H), aux (N, S, output_size). Differentiable, once, in
-    x, the kernels, the bias and the state, but not in `hidden_scale`. Within `torch.autocast` the products are in its
-    type.
+    Arguments and shapes as in :func:`trellisnet.ops.trellis`. Differentiable, once, in x, the kernels, the bias and the
+    state, but not in `hidden_scale`. Within `torch.autocast` the products are in its type.
     """
     (N, L, C), k = x.shape, weight_h.size(2)
     device = x.device.type
@@ -338,9 +381,13 @@ def trellis(
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
     )
-    setting = _Setting(plan, activation, compute, product, aux_layers, output_size, tuple(plan.x), keep)
+    gates = gates_of(gates, x.device, compute, activation)
+    setting = _Setting(plan, activation, compute, product, gates, aux_layers, output_size, tuple(plan.x), keep)
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
+    last = x.new_full((N,), L, dtype=torch.long) if lengths is None else lengths
+    last = last - start - 1
     with torch.autocast(device, enabled=False):
-        layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, N, *x_tilde)
-    h, c, *aux = (part.transpose(0, 1).to(weight_h.dtype) for part in parts)
-    return h, c, aux, layer_steps
+        layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, last, N, *x_tilde)
+    h, c, *aux = (part.to(weight_h.dtype) for part in parts)
+    outputs = [part.transpose(0, 1) for part in (h[..., h.size(2) - output_size :], *aux)]
+    return outputs[0], (h[last, torch.arange(N, device=x.device)], c), outputs[1:], layer_steps

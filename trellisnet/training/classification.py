@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trellisnet.data.pixels import Images, normalise, permutation
 from trellisnet.models import TrellisClassifier
+from trellisnet.training.allocator import keep_freed_memory
 from trellisnet.training.config import setting
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import NetworkConfig
@@ -99,6 +100,8 @@ def setup(
     Raises:
         UserError: images that cannot be read.
     """
+    if device.type == "cpu":
+        keep_freed_memory()  # worth about a third of a step here, nothing to language models, whose products weigh more
     images = load(config.data_folder(), download=config.download and not config.data, validation=config.validation)
     length, channels = images.train.pixels.shape[1:]
     order = permutation(length, config.permutation_seed) if config.permute else torch.arange(length)

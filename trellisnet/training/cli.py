@@ -143,7 +143,7 @@ class _Program:
             untrained = weights.load_weights(task.model, config.load_weight, **options)
 
         facts = {"parameters": count_parameters(task.model), **facts}
-        env = environment(device) | {key: getattr(config, key) for key in ("backend", "gemm", "precision")}
+        env = environment(device) | {key: getattr(config, key) for key in ("backend", "gemm", "gates", "precision")}
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
@@ -164,7 +164,8 @@ class _Program:
                 "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256,
                 "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
                 "peak_memory": peak_memory(device),
-                **{key: env[key] for key in ("device", "machine", "threads", "precision", "backend", "gemm", "torch")},
+                **{key: env[key] for key in ("device", "machine", "threads")},
+                **{key: env[key] for key in ("precision", "backend", "gemm", "gates", "torch")},
                 "seed": config.seed, "deterministic": config.deterministic,
             }  # fmt: skip
             write_metrics(config.metrics, metrics)

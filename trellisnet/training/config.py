@@ -46,7 +46,7 @@ class RunConfig:
     )
     # May differ between a run and its continuation (the data are compared by content).
     resumable: ClassVar[frozenset[str]] = process | frozenset(
-        {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "log_interval", "data"}
+        {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "gates", "log_interval", "data"}
         | {"checkpoint_minutes", "checkpoint_steps", "tensorboard"}
     )
 
@@ -69,6 +69,7 @@ class RunConfig:
     threads: int = setting(0, "CPU threads; 0: torch's choice")
     backend: str = setting("auto", "trellis operator", choices=ops.BACKENDS)
     gemm: str = setting("auto", "products of the fused operator; auto: what is fastest here", choices=ops.GEMMS)
+    gates: str = setting("auto", "gates of the fused operator; auto: compiled if built", choices=ops.GATE_KERNELS)
     precision: str = setting("fp32", "of products and activations; sums and losses are in fp32", choices=PRECISIONS)
     deterministic: bool = setting(False, "bit-equal results from run to run on one machine, at some cost")
 

@@ -72,6 +72,7 @@ class NetworkConfig(RunConfig):
             "inject_every": self.inject_every,
             "backend": self.backend,
             "gemm": self.gemm,
+            "gates": self.gates,
         }
 
     def notices(self) -> list[str]:
@@ -85,7 +86,7 @@ class NetworkConfig(RunConfig):
         raise NotImplementedError
 
     def chosen(self, device: torch.device) -> Self:
-        """These settings with backend and products decided: once a run, for a continued one must compute the same.
+        """These settings with backend, products and gates decided: once, for a continued run must compute the same.
 
         Raises:
             UserError: what was asked for cannot run here.
@@ -99,10 +100,12 @@ class NetworkConfig(RunConfig):
             moved = self.resume and self.gemm != "auto" and not gemm.usable(self.gemm, device, dtype)
             wanted = "auto" if moved else self.gemm
             route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
+            moved = self.resume and ops.not_compiled(device, dtype, self.activation)
+            gates = ops.resolve_gates("auto" if moved else self.gates, device, dtype, self.activation)
         except ValueError as e:
             raise UserError(f"--{e}") from e
         # Small products take no time by any route, and are not worth results that depend on a stopwatch.
         if wanted == "auto" and self.channels() >= MEASURED and not self.deterministic:
             inputs, outputs = self.ksize * self.channels(), ops.GATES[self.activation] * self.channels()
             route = gemm.fastest(device, dtype, ROWS, inputs, outputs)
-        return dataclasses.replace(config, backend=backend, gemm=route)
+        return dataclasses.replace(config, backend=backend, gemm=route, gates=gates)

@@ -1,0 +1,162 @@
+"""The gates of :mod:`trellisnet.ops.gates` in one pass over memory, from gates.c, where that has been built.
+
+`pip install -e .` builds it if there is a C compiler. Nothing depends on it: it changes speed, and results by rounding.
+It computes LSTM gates on the CPU, products in float32 or bfloat16.
+"""
+
+import ctypes
+import hashlib
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trellisnet.ops.gates import Step
+from trellisnet.ops.pruning import Index, Layer
+
+SOURCES = ("gates.c", "gates.h")
+HERE = Path(__file__).parent
+POINTER = ctypes.c_void_p
+
+
+class _Arguments(ctypes.Structure):
+    """`Layer` of gates.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("S", "N", "H", "k", "product")] + [
+        (name, ctypes.c_int64 if name in ("out_from", "add") else POINTER)
+        for name in (
+            "gates",
+            "x",
+            "x_row",
+            "c",
+            "c_below",
+            "cell_row",
+            "c0",
+            "scale",
+            "taps",
+            "tap_row",
+            "out",
+            "out_row",
+            "out_from",
+            "dtaps",
+            "dc_above",
+            "dc_row",
+            "dz",
+            "dc",
+            "dx",
+            "add",
+        )
+    ]
+
+
+def fingerprint(folder: Path = HERE) -> str:
+    """Of the source, which setup.py builds in."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+
+
+@lru_cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    path = next((p for suffix in EXTENSION_SUFFIXES if (p := HERE / f"_gates{suffix}").exists()), None)
+    if path is None:
+        return "it has not been built (pip install -e . builds it where there is a C compiler)"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.trellis_gates_source.restype = ctypes.c_char_p
+        if library.trellis_gates_source().decode() != fingerprint():
+            return "it was built from another version of its source (pip install -e . builds it again)"
+        for function in (library.trellis_gates_forward, library.trellis_gates_backward):
+            function.argtypes, function.restype = [ctypes.POINTER(_Arguments), ctypes.c_int, ctypes.c_int], None
+    except (OSError, AttributeError) as e:
+        return f"it cannot be loaded ({e})"
+    return library
+
+
+def reason_against(device: torch.device, compute: torch.dtype, activation: str) -> str:
+    """Why the compiled gates cannot run this; empty if they can."""
+    if device.type != "cpu":
+        return f"it does not run on {device.type}"
+    if compute not in (torch.float32, torch.bfloat16):
+        return f"it has no {str(compute).removeprefix('torch.')}"
+    if activation != "lstm":
+        return f"it has no {activation} gates"
+    library = _library()
+    return library if isinstance(library, str) else ""
+
+
+class _Rows:
+    """Index arrays of a layer, int32: for every position a row of another buffer, or −1."""
+
+    def __init__(self, layer: Layer, above: Layer | None):
+        S = layer.size
+        self.x = None if layer.x is None else _array(layer.x)
+        self.cell = torch.cat([torch.full((layer.cell.left,), -1, dtype=torch.int32), _array(layer.cell.rows)])
+        self.out = _inverse(layer.wanted, 0, S)
+        if above is None:
+            self.taps, self.dc = None, torch.arange(S, dtype=torch.int32)
+        else:
+            self.taps = torch.stack([_inverse(read.rows, read.left, S) for read in above.taps])
+            self.dc = _inverse(above.cell.rows, above.cell.left, S)
+
+
+def _array(index: Index) -> Tensor:
+    return torch.tensor(index, dtype=torch.int32) if isinstance(index, range) else index.to(torch.int32)
+
+
+def _inverse(index: Index, first: int, size: int) -> Tensor:
+    """Which of first, first + 1, … reads each of `size` rows."""
+    inverse = torch.full((size,), -1, dtype=torch.int32)
+    inverse[_array(index).long()] = torch.arange(first, first + len(index), dtype=torch.int32)
+    return inverse
+
+
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)
+def _rows(layer: Layer, above: Layer | None) -> _Rows:
+    return _Rows(layer, above)
+
+
+def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
+    """The structure, and what has to live as long as it."""
+    rows, arguments, alive = _rows(step.layer, step.above), _Arguments(), []
+
+    def give(name: str, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        if tensor is not None:
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with {tensor.stride()}")
+            alive.append(tensor)
+            setattr(arguments, name, tensor.data_ptr())
+
+    size, N, GH = step.gates.shape
+    real, H = step.gates.dtype, GH // 4
+    arguments.S, arguments.N, arguments.H, arguments.product = size, N, H, step.product
+    arguments.k = len(step.layer.taps)
+    for name in ("gates", "x", "taps", "dtaps", "dz"):
+        give(name, getattr(step, name), real)
+    for name in ("c", "c_below", "c0", "scale", "out", "dc_above", "dc", "dx"):
+        give(name, getattr(step, name))
+    for name in ("x", "cell", "out", "dc"):
+        give(f"{name}_row", getattr(rows, name), torch.int32)
+    give("tap_row", rows.taps, torch.int32)
+    arguments.add = step.add
+    arguments.out_from = 0 if step.out is None else H - step.out.size(2)
+    return arguments, alive
+
+
+def _run(name: str, step: Step) -> None:
+    arguments, alive = _arguments(step)
+    function = getattr(_library(), name)
+    function(ctypes.byref(arguments), step.gates.dtype == torch.bfloat16, torch.get_num_threads())
+    del alive
+
+
+def forward(step: Step) -> None:
+    """As :func:`trellisnet.ops.gates.forward`."""
+    _run("trellis_gates_forward", step)
+
+
+def backward(step: Step) -> None:
+    """As :func:`trellisnet.ops.gates.backward`."""
+    _run("trellis_gates_backward", step)
