@@ -336,6 +336,7 @@ class TrellisNet(nn.Module):
             kernel_groups=self.kernel_groups,
             inject_every=self.inject_every,
             gemm=self.gemm,
+            gates=self.gates,
         )
         return streaming.start(kernels, batch_size)
 

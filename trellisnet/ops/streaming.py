@@ -5,13 +5,15 @@ and the last rows of x, are all that a next piece needs. The pieces together are
 position by position. That is not "history repackaging", which gives every layer the rows of the last one.
 
 Any kind of layer, without gradients; the equation is that of :mod:`trellisnet.ops.reference`. Time comes first, and
-products are those of :mod:`trellisnet.ops.gemm`, as in :mod:`trellisnet.ops.fused`.
+products and LSTM gates are those of :mod:`trellisnet.ops.fused`.
 
 Letters: N batch, T steps of a piece, C input channels, H hidden channels, G gates, k kernel size, d dilation of a
 layer.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,9 @@ from torch import Tensor
 
 from trellisnet.ops import gemm as products
 from trellisnet.ops import mixed_group
+from trellisnet.ops.fused import gates_of
+from trellisnet.ops.gates import Step
+from trellisnet.ops.pruning import Layer, Read
 from trellisnet.ops.reference import ACTIVATIONS, GATES
 
 
@@ -34,6 +39,7 @@ class Kernels(NamedTuple):
     activation: str
     inject_every: int
     product: products.Product
+    gates: ModuleType | None  # what computes LSTM gates; None: the activation of the reference
 
 
 class Stream(NamedTuple):
@@ -42,7 +48,8 @@ class Stream(NamedTuple):
     Args:
         kernels: those of the network when the stream was begun.
         x: the last (k−1)·max(d) steps of the input, (·, N, C).
-        h: for every layer but the first, the last (k−1)·d steps of the layer below, ((k−1)·d, N, H) each.
+        h: for every layer but the first, the last (k−1)·d steps of the layer below, ((k−1)·d, N, H) each, in the type
+            of the products.
         c: likewise the last d steps of its cell, (d, N, H) each.
     """
 
@@ -63,6 +70,7 @@ def prepare(
     kernel_groups: int | None = None,
     inject_every: int = 1,
     gemm: str = "auto",
+    gates: str = "auto",
 ) -> Kernels:
     """Arguments as in :func:`trellisnet.ops.trellis`. Within `torch.autocast` the products are in its type."""
     if kernel_groups is not None:
@@ -84,6 +92,7 @@ def prepare(
         activation,
         inject_every,
         products.resolve(gemm, device, compute),
+        gates_of(gates, device, compute, activation) if activation == "lstm" else None,
     )
 
 
@@ -92,14 +101,14 @@ def start(kernels: Kernels, batch_size: int) -> Stream:
     k = kernels.kernel_size
     H = kernels.weight_h.size(1) // k
 
-    def zeros(steps, channels):
-        return kernels.bias.new_zeros(steps, batch_size, channels)
+    def zeros(steps, channels, dtype=None):
+        return kernels.bias.new_zeros(steps, batch_size, channels, dtype=dtype)
 
     above = kernels.dilations[1:]
     return Stream(
         kernels,
         zeros((k - 1) * max(kernels.dilations), kernels.weight_x.size(1) // k),
-        tuple(zeros((k - 1) * d, H) for d in above),
+        tuple(zeros((k - 1) * d, H, kernels.weight_h.dtype) for d in above),
         tuple(zeros(d, H) for d in above),
     )
 
@@ -113,15 +122,52 @@ def _taps(rows: Tensor, k: int, d: int, steps: int) -> Tensor:
 def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tensor]:
     """x̃ of the last `steps` of x for every dilation of a layer that x enters, (steps, N, GH)."""
     return {
-        d: F.linear(_taps(x, k, d, steps), kernels.weight_x, kernels.bias)
+        d: F.linear(_taps(x, k, d, steps), kernels.weight_x, kernels.bias).to(kernels.weight_h.dtype)
         for d in set(kernels.dilations[:: kernels.inject_every])
     }
 
 
 def _product(kernels: Kernels, rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (…, K) · weightᵀ, in the type of the cells."""
-    z = kernels.product(rows.flatten(0, -2).to(weight.dtype), weight)
-    return z.to(kernels.bias.dtype).unflatten(0, rows.shape[:-1])
+    """rows (…, K) · weightᵀ."""
+    return kernels.product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
+
+
+@lru_cache(maxsize=256)
+def _side_by_side(steps: int, injected: bool) -> Layer:
+    """Positions that read, and are read, one by one."""
+    every = Read(0, range(steps))
+    return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps))
+
+
+def _gates(
+    kernels: Kernels, z_x: Tensor | None, z_h: Tensor | None, cells: Tensor | None, steps: int, last: bool
+) -> tuple[Tensor, Tensor]:
+    """h and c of a layer, (steps, N, H), of which h is in the type of the products unless this is the last layer.
+
+    Args:
+        z_x: x̃ (steps, N, GH); None: x does not enter this layer.
+        z_h: product over h, which may be overwritten; None: the layer below is zero.
+        cells: what the cell path reads, (steps, N, H); None: zero.
+    """
+    compute = kernels.weight_h.dtype
+    if kernels.gates is None:
+        z_x = kernels.bias if z_x is None else z_x.to(kernels.bias.dtype)
+        z_h = torch.zeros_like(z_x) if z_h is None else z_h.to(z_x.dtype)
+        cells = z_x.new_zeros(()) if cells is None else cells
+        h, c = ACTIVATIONS[kernels.activation](z_x.expand_as(z_h), z_h, cells, dim=2)
+        return h if last else h.to(compute), c
+    N, GH = (z_x if z_h is None else z_h).shape[1:]
+    layer = _side_by_side(steps, z_x is not None)
+    c = kernels.bias.new_empty(steps, N, GH // 4)
+    h = c.new_empty(c.shape, dtype=c.dtype if last else compute)
+    step = Step(
+        layer=layer, above=None if last else layer, product=0 if z_h is None else steps,
+        gates=c.new_empty(steps, N, GH, dtype=compute) if z_h is None else z_h,
+        x=kernels.bias.to(compute) if z_x is None else z_x, c=c, c_below=cells, c0=None, scale=None,
+        taps=None if last else h.unsqueeze(2), out=h if last else None,
+    )  # fmt: skip
+    kernels.gates.forward(step)
+    return h, c
 
 
 @torch.no_grad()
@@ -136,20 +182,19 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
         h and c of the last layer, (N, T, H); the stream to go on from. `stream` itself is left as it is.
     """
     kernels = stream.kernels
-    f, T, k = ACTIVATIONS[kernels.activation], x.size(1), kernels.kernel_size
+    T, k, last = x.size(1), kernels.kernel_size, len(kernels.dilations) - 1
     x = torch.cat([stream.x, x.transpose(0, 1)])
     x_tilde = _x_tilde(kernels, x, k, T)
     new_h, new_c = [], []
     h = c = None
     for i, d in enumerate(kernels.dilations):
-        z_x = x_tilde[d] if i % kernels.inject_every == 0 else kernels.bias
+        z_x = x_tilde[d] if i % kernels.inject_every == 0 else None
         if i == 0:  # the layer below is zero
-            zero = z_x.new_zeros(()).expand_as(z_x)
-            h, c = f(z_x, zero, z_x.new_zeros(()), dim=2)
+            h, c = _gates(kernels, z_x, None, None, T, i == last)
             continue
         below, cells = torch.cat([stream.h[i - 1], h]), torch.cat([stream.c[i - 1], c])
         z_h = _product(kernels, _taps(below, k, d, T), kernels.weight_h)
-        h, c = f(z_x.expand_as(z_h), z_h, cells[:T], dim=2)
+        h, c = _gates(kernels, z_x, z_h, cells[:T], T, i == last)
         new_h.append(below[T:].clone())
         new_c.append(cells[T:].clone())
     return h.transpose(0, 1), c.transpose(0, 1), Stream(kernels, x[T:].clone(), tuple(new_h), tuple(new_c))
@@ -167,24 +212,25 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         h and c of the last layer, (N, H); the stream to go on from; the layer-steps computed.
     """
     kernels = stream.kernels
-    f, k = ACTIVATIONS[kernels.activation], kernels.kernel_size
+    k, last = kernels.kernel_size, len(kernels.dilations) - 1
     H = kernels.weight_h.size(1) // k
     x = torch.cat([stream.x, x.unsqueeze(0)])
-    x_tilde = {d: z.squeeze(0) for d, z in _x_tilde(kernels, x, k, 1).items()}  # (N, GH)
+    x_tilde = _x_tilde(kernels, x, k, 1)  # (1, N, GH)
     above = kernels.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
     old = [torch.cat([rows[j * d] for j in range(k - 1)], dim=1) for rows, d in zip(stream.h, above, strict=True)]
-    z_old = _product(kernels, torch.stack(old), kernels.weight_h[:, :-H]) if old else None  # (layers − 1, N, GH)
+    oldest, newest = kernels.weight_h[:, :-H], kernels.weight_h[:, -H:]
+    z_old = _product(kernels, torch.stack(old), oldest).unsqueeze(1) if old else None  # (layers − 1, 1, N, GH)
     new_h, new_c, layer_steps = [], [], 0
     h = c = None
     for i, d in enumerate(kernels.dilations):
-        z_x = x_tilde[d] if i % kernels.inject_every == 0 else kernels.bias
+        z_x = x_tilde[d] if i % kernels.inject_every == 0 else None
         layer_steps += 1
         if i == 0:
-            h, c = f(z_x, torch.zeros_like(z_x), z_x.new_zeros(()), dim=1)
+            h, c = _gates(kernels, z_x, None, None, 1, i == last)
             continue
-        new_h.append(torch.cat([stream.h[i - 1][1:], h.unsqueeze(0)]))
-        new_c.append(torch.cat([stream.c[i - 1][1:], c.unsqueeze(0)]))
-        z_h = _product(kernels, h, kernels.weight_h[:, -H:]).add_(z_old[i - 1])
-        h, c = f(z_x.expand_as(z_h), z_h, stream.c[i - 1][0], dim=1)
-    return h, c, Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
+        new_h.append(torch.cat([stream.h[i - 1][1:], h]))
+        new_c.append(torch.cat([stream.c[i - 1][1:], c]))
+        z_h = _product(kernels, h, newest).add_(z_old[i - 1])
+        h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
+    return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
