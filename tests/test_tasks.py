@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks
+from trellisnet.training import tasks
 from trellisnet.training.tasks import LanguageModeling
 
 
@@ -163,8 +164,10 @@ def test_evaluate_can_stop_early_and_report_progress():
         seen.append(total)
         return windows
 
-    assert task().evaluate(rows(), max_tokens=20, progress=progress)["tokens"] == 28  # two windows of 2 × 7
-    assert seen == [5]
+    few = {"max_tokens": 20, "progress": progress}
+    assert task(num_layers=6).evaluate(rows(), **few)["tokens"] == 28  # two windows of 2 × 7
+    assert task().evaluate(rows(), **few)["tokens"] == 28  # streamed, in one piece
+    assert seen == [5, 1]
 
 
 def test_the_overlap_of_repackaged_history_windows_is_warned_of():
@@ -213,6 +216,40 @@ def test_every_token_is_scored_once_under_its_windows_history(options, batch_siz
         parts.append(t.model.loss(out.output[:, skip:], targets[:, skip:], reduction="none").flatten())
     assert torch.cat(parts).numel() == 60
     assert result["loss"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation", "reach"), [(2, (1,), 3), (3, (1, 2), 8), (2, (1, 1, 4), 6)])
+@pytest.mark.parametrize("seq_len", [9, 12, 50])
+@pytest.mark.parametrize("length", [10, 41])
+@pytest.mark.parametrize("max_tokens", [None, 1, 17])
+def test_streamed_evaluation_scores_what_windows_score(
+    monkeypatch, kernel_size, dilation, reach, seq_len, length, max_tokens
+):
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(
+        20, 5, 7, 3, output_size=5, kernel_size=kernel_size, dilation=dilation, weight_norm=False, dtype=torch.float64
+    )
+    torch.nn.init.normal_(model.core.weight_h)
+    monkeypatch.setattr(tasks, "STREAMED", 14)  # pieces of 7 steps
+    assert model.core.reach == reach
+    t = LanguageModeling(model, horizon=8, seq_len=seq_len)
+    assert t.streams()
+    for data, evaluate in ((rows(2, length), t.evaluate), (rows(1, length)[0], t.evaluate_all)):
+        streamed = evaluate(data, max_tokens=max_tokens)
+        with monkeypatch.context() as m:
+            m.setattr(t, "streams", lambda: False)
+            windows = evaluate(data, max_tokens=max_tokens)
+        assert streamed["tokens"] == windows["tokens"]
+        assert streamed["loss"] == pytest.approx(windows["loss"], abs=1e-12)
+
+
+def test_evaluation_is_streamed_only_where_that_is_exact():
+    assert task(horizon=5).model.core.reach <= 5
+    assert task(horizon=5).streams()
+    assert not task(horizon=task().model.core.reach - 1).streams()
+    assert not task(seq_len=0, repackage=True).streams()
+    grouped = TrellisLanguageModel(20, 5, 10, 6, output_size=5, kernel_groups=2)
+    assert grouped.core.receptive_field <= 6 < grouped.core.reach + 1  # hidden states reach further back than x
 
 
 def test_masks_without_a_latent_one_drop_no_latent():

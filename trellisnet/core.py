@@ -208,6 +208,15 @@ class TrellisNet(nn.Module):
             return 0
         return 1 + (self.kernel_size - 1) * (sum(cycle) - sum(sorted(cycle[1:])[:climbs]))
 
+    @property
+    def reach(self) -> int:
+        """How many time steps back anything is read, by whatever path: Σ_layers max(k − 1, 1)·dilation.
+
+        After so many steps a sequence that began from a zero state cannot be told from one that began earlier.
+        """
+        cycle = [self.dilation[i % len(self.dilation)] for i in range(self.num_layers)]
+        return max(self.kernel_size - 1, 1) * sum(cycle)
+
     def layer_steps(self, length: int, *, start: int = 0, last_only: bool = False) -> int:
         """How many pairs of a layer and a time step the outputs of `length` time steps depend on.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trellisnet.core import State, TrellisNet
+from trellisnet.core import State, Stream, TrellisNet
 from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
 from trellisnet.regularization import Masks, check_rate, dropout_scale, scaled
 
@@ -161,6 +161,23 @@ class TrellisLanguageModel(nn.Module):
             if scale is not None:
                 aux = [a * s for a, s in zip(aux, scale.unbind(1), strict=True)]
         return LanguageModelOutput(output, raw_output, state, aux)
+
+    def init_stream(self, batch_size: int) -> Stream:
+        """Begin to read texts in pieces; arguments and errors as in :meth:`trellisnet.TrellisNet.init_stream`."""
+        return self.core.init_stream(batch_size)
+
+    def stream(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        """Features of the next tokens, without dropout and gradients.
+
+        Args:
+            tokens: int64 (N, T), T ≥ 1.
+            stream: of the tokens before.
+
+        Returns:
+            what :meth:`forward` calls `output` of one long pass in evaluation mode, (N, T, output_size), and the stream
+            to go on from.
+        """
+        return self.core.stream(F.embedding(tokens, self.embedding.weight), stream)
 
     def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
         """Log-probabilities in nats, (..., output_size) → (..., V); arguments as in :meth:`loss`."""

@@ -19,6 +19,8 @@ from trellisnet.core import State
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
 
+STREAMED = 1024  # positions × rows that a streamed evaluation computes at a time: enough for fast products
+
 Losses = dict[str, Tensor]
 Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known length, e.g. in a progress bar
 
@@ -187,9 +189,35 @@ class LanguageModeling:
         h, c = state  # views of whole sequences; the copies let those go
         return (h.detach().clone(), c.detach().clone()) if self.repackage else None
 
+    def streams(self) -> bool:
+        """Whether :meth:`evaluate` reads every row once, as a stream, instead of in overlapping windows.
+
+        It does if that is exact: if nothing that a window scores depends on what lies before the window.
+        """
+        return self._has_history(False) and self.horizon >= getattr(self.model.core, "reach", math.inf)
+
+    def _stream(self, rows: Tensor, first: int, last: int, progress: Progress | None) -> dict:
+        """Mean loss of the targets of positions first to last − 1 of rows (N, L), read as one stream."""
+        steps = max(1, STREAMED // max(1, rows.size(0)))
+        starts = range(0, last, steps)
+        with _evaluating(self.model):
+            total, tokens = 0.0, 0
+            stream = self.model.init_stream(rows.size(0))
+            for start in progress(starts, len(starts)) if progress is not None else starts:
+                end, skip = min(start + steps, last), max(first - start, 0)
+                output, stream = self.model.stream(rows[:, start:end].long(), stream)
+                targets = rows[:, start + 1 : end + 1][:, skip:].long()
+                if targets.numel():
+                    total += self.model.loss(output[:, skip:], targets, reduction="sum").item()
+                    tokens += targets.numel()
+        return {"loss": total / tokens, "tokens": tokens}
+
     @torch.no_grad()
     def evaluate(self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict:
         """Mean loss of rows (N, L) in evaluation mode; the model's mode is put back afterwards.
+
+        In history mode with a horizon of at least the reach of the model the rows are read as streams, each position
+        once; the scored positions are those of the windows.
 
         Args:
             rows: int64 (N, L).
@@ -203,9 +231,15 @@ class LanguageModeling:
             ValueError: the rows are shorter than one window.
         """
         skip = self.horizon if self._has_history(False) else 0
+        starts = self._starts(rows, False)
+        if starts and self.streams():
+            if max_tokens is not None:
+                starts = starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
+            last = min(starts[-1] + self.seq_len, rows.size(1) - 1)
+            return self._stream(rows, self.horizon, last, progress)
         windows = self.windows(rows, training=False)
         if progress is not None:
-            windows = progress(windows, len(self._starts(rows, False)))
+            windows = progress(windows, len(starts))
         with _evaluating(self.model):
             total, tokens, state = 0.0, 0, None
             for _, inputs, targets in windows:
@@ -226,8 +260,8 @@ class LanguageModeling:
     ) -> dict:
         """Mean loss of every target of a stream, those that have less than the whole history before them included.
 
-        In history mode every window starts from nothing, so windows are scored side by side; otherwise the stream is
-        one row.
+        In history mode every window starts from nothing, so windows are scored side by side; otherwise, or if windows
+        and one long pass are the same, the stream is one row.
 
         Args:
             stream: 1-D int64; all but its first token are scored.
@@ -237,6 +271,11 @@ class LanguageModeling:
         rows = stream.unsqueeze(0)
         if not self._has_history(False):
             return self.evaluate(rows, max_tokens=max_tokens, progress=progress)
+        starts = self._starts(rows, False)
+        if starts and self.streams():
+            if max_tokens is not None:  # the first window scores more, all of it
+                starts = starts[: 1 + max(0, math.ceil((max_tokens - self.seq_len) / starts.step))]
+            return self._stream(rows, 0, min(starts[-1] + self.seq_len, rows.size(1) - 1), progress)
         windows = [(inputs, targets) for _, inputs, targets in self.windows(rows, training=False)]
         whole = [w for w in windows[1:] if w[0].size(1) == self.seq_len]
         rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
