@@ -9,7 +9,11 @@ that is slower for a while is slower for all. Text and images are random, of the
     python scripts/bench.py --tasks word_ptb char_ptb wt103 pmnist cifar10 --json bench.json
 
 `forward` is the core in evaluation mode, `core` its forward and backward pass, `step` a whole training step: loss with
-auxiliary losses, backward, clipping, update. Memory is the peak of a process of its own that takes two such steps.
+auxiliary losses, backward, clipping, update. Of language models, `evaluation` is what scoring a token costs, the
+reference in the authors' overlapping windows, the others as `--eval` does it; `generation` is the next token's
+distribution, the reference from the shortest window that has all of the history, the others by one step of a stream.
+Memory is the peak of a process of its own that takes two training steps. `--recompute K …` adds variants that keep what
+every K-th layer reads.
 """
 
 import argparse
@@ -23,9 +27,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +44,7 @@ import wt103.model  # noqa: E402
 from trellisnet import ops  # noqa: E402
 from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.ops import gemm  # noqa: E402
+from trellisnet.training import tasks  # noqa: E402
 from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
 from trellisnet.training.optim import make_optimizer  # noqa: E402
@@ -56,10 +61,30 @@ SMALLER["word_ptb"] += ["--emsize", "80", "--nout", "80", "--horizon", "12", "--
 SMALLER["char_ptb"] += ["--emsize", "40", "--nout", "40", "--horizon", "36", "--aux_freq", "6"]
 SMALLER["wt103"] += ["--emsize", "64", "--nout", "64", "--horizon", "12", "--aux_freq", "6"]
 SMALLER |= {name: ["--batch_size", "8"] for name in IMAGES}
-VARIANTS = {"reference": ("reference", "fp32"), "fused": ("fused", "fp32"), "fused bf16": ("fused", "bf16")}
+
+
+class Variant(NamedTuple):
+    backend: str
+    precision: str
+    recompute: int = 0  # keep what every so many layers read; 0: everything
+
+    @property
+    def name(self) -> str:
+        words = [
+            self.backend,
+            "bf16" * (self.precision == "bf16"),
+            f"recompute {self.recompute}" * bool(self.recompute),
+        ]
+        return " ".join(filter(None, words))
+
+
+REFERENCE = Variant("reference", "fp32")
+VARIANTS = (REFERENCE, Variant("fused", "fp32"), Variant("fused", "bf16"))
 # Largest difference from the reference, relative to the norm of what is compared.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-PARTS = ("forward", "core", "step")
+PARTS = ("forward", "core", "step", "evaluation", "generation")
+TRAINING = ("core", "step")
+STEPS = 8  # that are generated at a time
 
 
 class Work:
@@ -100,22 +125,23 @@ class Work:
         self.first = len(ops.dependencies(*wanted)[0])  # positions of the first layer
         self.optimizer = make_optimizer(self.model.parameters(), self.config)
         self.tokens = N * (self.inputs.size(1) - self.start) if task in LANGUAGE else N
+        self._streams: dict[tuple[Variant, int], Any] = {}
 
-    def use(self, variant: str) -> contextlib.AbstractContextManager:
+    def use(self, variant: Variant) -> contextlib.AbstractContextManager:
         """Set the backend, and give the context of the precision."""
-        backend, precision = VARIANTS[variant]
-        core, chosen = self.model.core, self.chosen[precision]
-        core.backend, core.gemm, core.gates = backend, chosen.gemm, chosen.gates
-        return dataclasses.replace(self.config, precision=precision).autocast(self.device)
+        core, chosen = self.model.core, self.chosen[variant.precision]
+        core.backend, core.gemm, core.gates = variant.backend, chosen.gemm, chosen.gates
+        core.recompute, core.recompute_every = bool(variant.recompute), variant.recompute or None
+        return dataclasses.replace(self.config, precision=variant.precision).autocast(self.device)
 
-    def _everything(self, variant: str) -> dict[str, Any]:
+    def _everything(self, variant: Variant) -> dict[str, Any]:
         """What makes the reference compute all layer-steps, as a plain convolutional network does."""
-        if variant != "reference" or self.name in LANGUAGE:
+        if variant != REFERENCE or self.name in LANGUAGE:
             return {}
         N, L, _ = self.x.shape
         return {"lengths": torch.full((N,), L, device=self.device)}
 
-    def core(self, variant: str, training: bool) -> tuple[torch.Tensor, ...]:
+    def core(self, variant: Variant, training: bool) -> tuple[torch.Tensor, ...]:
         """Everything that the core makes of the batch: the wanted outputs, then the auxiliary ones."""
         self.model.core.train(training)
         torch.manual_seed(2)
@@ -125,7 +151,7 @@ class Work:
             out = self.model.core(self.x, start=0 if whole else self.start, aux_every=aux_every, **whole)
         return (out.output[:, -1:] if whole else out.output, *out.aux)
 
-    def gradients(self, variant: str) -> list[torch.Tensor]:
+    def gradients(self, variant: Variant) -> list[torch.Tensor]:
         """Outputs, then the gradients of a fixed function of them."""
         outs = self.core(variant, True)
         torch.manual_seed(3)
@@ -134,16 +160,61 @@ class Work:
         loss.backward()
         return [out.detach() for out in outs] + [p.grad for p in self.model.core.parameters()]
 
-    def run(self, part: str, variant: str) -> None:
-        if part == "forward":
-            with torch.no_grad():
-                self.core(variant, False)
-        elif part == "core":
-            self.gradients(variant)
-        else:
-            self.step(variant)
+    def parts(self, parts: Sequence[str]) -> list[str]:
+        """Those that this task has."""
+        return [part for part in parts if self.name in LANGUAGE or part not in ("evaluation", "generation")]
 
-    def step(self, variant: str) -> None:
+    def run(self, part: str, variant: Variant) -> int:
+        """Compute a part once; how many tokens (or images) that was for."""
+        if part == "core":
+            self.gradients(variant)
+        elif part == "step":
+            self.step(variant)
+        else:
+            with torch.inference_mode():
+                if part != "forward":
+                    return getattr(self, part)(variant)
+                self.core(variant, False)
+        return self.tokens
+
+    def evaluation(self, variant: Variant, whole: bool = False) -> float:
+        """Score some tokens as an evaluation does; how many. With `whole` a window from its start: their mean loss."""
+        N, model = self.config.eval_batch_size, self.model.eval()
+        streamed = variant != REFERENCE and self.task.streams()
+        window = self.config.seq_len if self.task._has_history(False) else self.config.horizon
+        skip = self.config.horizon if self.task._has_history(False) else 0
+        length = max(1, tasks.STREAMED // N) if streamed and not whole else window
+        torch.manual_seed(4)
+        rows = torch.randint(model.vocab_size, (N, length + 1), device=self.device)
+        with self.use(variant):
+            if streamed:
+                stream = None if whole else self._streams.get((variant, N))
+                output, stream = model.stream(rows[:, :-1], stream or model.init_stream(N))
+                self._streams[variant, N] = stream
+                skip = skip if whole else 0
+                output = output[:, skip:]
+            else:
+                output = model(rows[:, :-1], start=skip).output
+            loss = model.loss(output, rows[:, skip + 1 :]).item()
+        return loss if whole else N * (length - skip)
+
+    def generation(self, variant: Variant) -> int:
+        """Distributions of some next tokens; how many."""
+        model, core = self.model.eval(), self.model.core
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with self.use(variant):
+            if variant == REFERENCE:
+                x = model.embed(token).expand(1, core.reach + 1, -1)
+                model.log_prob(core(x, lengths=torch.tensor([x.size(1)], device=self.device)).output[:, -1])
+                return 1
+            stream = self._streams.get((variant, 1)) or core.init_stream(1)
+            for _ in range(STEPS):
+                y, stream = core.step(model.embed(token)[:, 0], stream)
+                model.log_prob(y)
+            self._streams[variant, 1] = stream
+        return STEPS
+
+    def step(self, variant: Variant) -> None:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self.use(variant):
@@ -157,10 +228,10 @@ class Work:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
 
-    def flops(self, part: str, variant: str) -> float:
+    def flops(self, part: str, variant: Variant) -> float:
         """Floating-point operations of the core's products over h: what they must be for these layer-steps."""
         core, (N, L, _) = self.model.core, self.x.shape
-        pruned = variant != "reference"
+        pruned = variant != REFERENCE
         # Below the first layer all is zero, which the fused operator knows.
         layer_steps = core.layer_steps(L, start=self.start) - self.first if pruned else core.num_layers * L
         products = 2 * core.kernel_size * core.hidden_size * core.bias.numel()
@@ -172,16 +243,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gate(work: Work) -> None:
+def gate(work: Work, variants: Sequence[Variant] = VARIANTS, parts: Sequence[str] = PARTS) -> None:
     """Exit unless every variant computes what the reference does."""
-    expected = work.gradients("reference")
-    for variant, (_, precision) in VARIANTS.items():
-        if variant == "reference":
-            continue
-        for ours, truth in zip(work.gradients(variant), expected, strict=True):
-            error = ((ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
-            if not error <= TOLERANCE[precision]:
-                sys.exit(f"error: {work.name}, {variant}: differs from the reference by {error:.2g}; nothing is timed")
+
+    def compare(ours: torch.Tensor, truth: torch.Tensor) -> None:
+        error = ((ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
+        if not error <= TOLERANCE[variant.precision]:
+            sys.exit(f"error: {work.name}, {variant.name}: differs from the reference by {error:.2g}; nothing is timed")
+
+    parts = work.parts(parts)
+    if set(parts) - {"evaluation", "generation"}:
+        expected = work.gradients(REFERENCE)
+        for variant in variants[1:]:
+            for ours, truth in zip(work.gradients(variant), expected, strict=True):
+                compare(ours, truth)
+    if "evaluation" in parts:
+        with torch.inference_mode():
+            loss = torch.tensor(work.evaluation(REFERENCE, whole=True))
+            for variant in variants[1:]:
+                compare(torch.tensor(work.evaluation(variant, whole=True)), loss)
+    if "generation" in parts:
+        x = work.x[:1]
+        with torch.inference_mode(), work.use(REFERENCE):
+            expected = work.model.core.eval()(x).output[:, -1]
+        for variant in variants[1:]:
+            with torch.inference_mode(), work.use(variant):
+                stream = work.model.core.init_stream(1)
+                for t in range(x.size(1)):
+                    y, stream = work.model.core.step(x[:, t], stream)
+            compare(y, expected)
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:
@@ -206,9 +296,9 @@ def peak_gflops(work: Work, precision: str) -> float:
     return 2 * M * K * N / best / 1e9
 
 
-def memory(task: str, variant: str, args: argparse.Namespace) -> int:
+def memory(task: str, variant: Variant, args: argparse.Namespace) -> int:
     """Peak of two training steps in a process of their own, bytes."""
-    command = [sys.executable, __file__, "--child", variant, "--tasks", task, "--device", args.device]
+    command = [sys.executable, __file__, "--child", json.dumps(variant), "--tasks", task, "--device", args.device]
     command += ["--quick"] * args.quick + ["--threads", str(args.threads)] + ["--flags", *args.flags] * bool(args.flags)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -227,28 +317,31 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(args.device)
     prepare(task, device)
     work = Work(task, args.quick, device, args.flags)
-    gate(work)
+    variants = [*VARIANTS, *(Variant("fused", p, every) for p in ("fp32", "bf16") for every in args.recompute)]
+    gate(work, variants, args.parts)
     rates = {precision: peak_gflops(work, precision) for precision in ("fp32", "bf16")}
-    for part in args.parts:
-        times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for variant in VARIANTS:
-            work.run(part, variant)  # once unmeasured
+    for part in work.parts(args.parts):
+        times: dict[Variant, list[float]] = {v: [] for v in variants if not v.recompute or part in TRAINING}
+        tokens = {variant: work.run(part, variant) for variant in times}  # once unmeasured
         for _ in range(args.repeats):
             for variant, taken in times.items():
                 taken.append(seconds(lambda v=variant, p=part: work.run(p, v), device))
+        base = statistics.median(times[REFERENCE]) / tokens[REFERENCE]
         for variant, taken in times.items():
             median = statistics.median(taken)
-            rate = work.flops(part, variant) / median / 1e9
-            yield {
-                "task": task, "part": part, "variant": variant, "seconds": median, "fastest": min(taken),
-                "slowest": max(taken), "repeats": args.repeats, "per_second": work.tokens / median,
-                "ratio": statistics.median(times["reference"]) / median, "gflops": rate,
-                "share_of_peak": rate / rates[VARIANTS[variant][1]],
+            record = {
+                "task": task, "part": part, "variant": variant.name, "seconds": median, "fastest": min(taken),
+                "slowest": max(taken), "repeats": args.repeats, "tokens": tokens[variant],
+                "per_second": tokens[variant] / median, "ratio": base * tokens[variant] / median,
             }  # fmt: skip
+            if part not in ("evaluation", "generation"):
+                rate = work.flops(part, variant) / median / 1e9
+                record |= {"gflops": rate, "share_of_peak": rate / rates[variant.precision]}
+            yield record
     if args.memory:
         del work
-        for variant in VARIANTS:
-            yield {"task": task, "part": "memory", "variant": variant, "bytes": memory(task, variant, args)}
+        for variant in variants:
+            yield {"task": task, "part": "memory", "variant": variant.name, "bytes": memory(task, variant, args)}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -261,30 +354,31 @@ def table(records: list[dict[str, Any]]) -> str:
             cells = [f"{r['bytes'] / 1e9:.2f} GB", f"1/{base / r['bytes']:.1f}", "", "", ""]
         else:
             span = f"{r['seconds']:.3g} ({r['fastest']:.3g} to {r['slowest']:.3g})"
-            cells = [span, f"{r['ratio']:.2f}x", f"{r['per_second']:,.0f}", f"{r['gflops']:,.0f}"]
-            cells.append(f"{r['share_of_peak']:.0%}")
+            cells = [span, f"{r['ratio']:.2f}x", f"{r['per_second']:,.4g}"]
+            cells += [f"{r['gflops']:,.0f}", f"{r['share_of_peak']:.0%}"] if "gflops" in r else ["", ""]
         lines.append(f"| {r['task']} | {r['part']} | {r['variant']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    tasks = [*LANGUAGE, *IMAGES]
-    parser.add_argument("--tasks", nargs="+", choices=tasks, help="default: word_ptb and pmnist; with --quick all")
+    names = [*LANGUAGE, *IMAGES]
+    parser.add_argument("--tasks", nargs="+", choices=names, help="default: word_ptb and pmnist; with --quick all")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median counts (default: 3)")
     parser.add_argument("--quick", action="store_true", help="small networks; ends in a minute")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure memory")
+    parser.add_argument("--recompute", nargs="+", type=int, default=[], help="also keep only every so many layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py; must be last")
     parser.add_argument("--json", help="also write the records to this file")
-    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats: expected at least 1")
     if args.tasks is None:
-        args.tasks = tasks if args.quick else ["word_ptb", "pmnist"]
+        args.tasks = names if args.quick else ["word_ptb", "pmnist"]
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -292,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         prepare(args.tasks[0], device)
         work = Work(args.tasks[0], args.quick, device, args.flags)
         for _ in range(2):
-            work.step(args.child)
+            work.step(Variant(*json.loads(args.child)))
         print(peak_memory(device))
         return 0
     records = []

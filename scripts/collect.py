@@ -359,7 +359,10 @@ def speed(folder: Path) -> str:
                     cells.append(f"{r['bytes'] / 1e9:.2f} GB{ratio}")
                 else:
                     ratio = f", **{r['ratio']:.2f}x**" if cells else ""
-                    cells.append(f"{r['seconds']:.3g} s{ratio} ({r['share_of_peak']:.0%})")
+                    if "gflops" in r:
+                        cells.append(f"{r['seconds']:.3g} s{ratio} ({r['share_of_peak']:.0%})")
+                    else:
+                        cells.append(f"{r['per_second']:.3g} tok/s{ratio}")
             lines += [f"| {task} | {part} | {' | '.join(cells)} |" for (task, part), cells in rows.items()]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e

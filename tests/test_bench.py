@@ -39,9 +39,18 @@ def test_it_measures_every_part_and_variant(tmp_path):
 
 
 def test_it_measures_memory_of_a_language_model(tmp_path):
-    records = measured(tmp_path, "char_ptb", "--parts", "step")
-    assert all(r["bytes"] > 10_000_000 for r in records[3:])
-    assert [r["part"] for r in records] == ["step"] * 3 + ["memory"] * 3
+    records = measured(tmp_path, "char_ptb", "--parts", "step", "--recompute", "2")
+    assert all(r["bytes"] > 10_000_000 for r in records[5:])
+    assert [r["part"] for r in records] == ["step"] * 5 + ["memory"] * 5
+    assert records[4]["variant"] == records[9]["variant"] == "fused bf16 recompute 2"
+
+
+@pytest.mark.parametrize("task", ["word_ptb", "wt103"])  # streamed, and with repackaging
+def test_it_measures_evaluation_and_generation(tmp_path, task):
+    records = measured(tmp_path, task, "--no-memory", "--parts", "evaluation", "generation")
+    assert [r["part"] for r in records] == ["evaluation"] * 3 + ["generation"] * 3
+    assert all(r["per_second"] > 0 for r in records)
+    assert all(r["ratio"] == pytest.approx(r["per_second"] / records[3]["per_second"]) for r in records[3:])
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

@@ -90,6 +90,22 @@ def test_gradients_are_exact(k, dilation, length, activation):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()))
 
 
+@pytest.mark.parametrize("recompute", [1, 2, 4, 100])
+@pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
+@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("carried", [False, True])
+def test_recomputation_changes_nothing(recompute, k, dilation, length, activation, carried):
+    inputs = random_inputs(k, length)
+    if activation == "tanh":
+        inputs |= {name: inputs[name][:4].clone() for name in ("weight_x", "weight_h", "bias")}
+    options = {"num_layers": 7, "dilation": dilation, "output_size": 3, "start": length // 2, "aux_every": 2}
+    options |= {"hidden_scale": MASK, "activation": activation, "inject_every": 2, "carried": carried}
+    kept, _ = run("fused", inputs, **options)
+    again, _ = run("fused", inputs, recompute=recompute, **options)
+    for a, b in zip(again, kept, strict=True):
+        assert_close(a, b, atol=1e-13, rtol=1e-13)
+
+
 def test_counts_of_the_paper():
     assert sum(map(len, ops.dependencies(110, 58, (1,), 2, 58))) == 4_669
     inputs = random_inputs(2, 110)

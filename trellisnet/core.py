@@ -57,6 +57,9 @@ class TrellisNet(nn.Module):
         kernel_groups: None for a dense kernel, else the number of groups of the mixed group convolution (Theorem 1,
             Eq. 5), equally wide: group g reads its own past taps and the current tap of group g − 1, x enters group 1.
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6); the bias enters all.
+        recompute: keep for the backward pass only what every `recompute_every`-th layer reads, and compute the layers
+            between once more: less memory, a third more time.
+        recompute_every: None: about the root of num_layers, which needs least memory.
         backend: operator to run, one of `trellisnet.ops.BACKENDS`.
         gemm: matrix products of the backend `fused`, one of `trellisnet.ops.GEMMS`.
         gates: what computes its gates, one of `trellisnet.ops.GATE_KERNELS`.
@@ -67,8 +70,6 @@ class TrellisNet(nn.Module):
     Eq. 5 is a parameter: `weight_x` is (GH/n, input_size, k), and `weight_h_past` (GH, H/n, k−1) and, for n > 1,
     `weight_h_below` (GH − GH/n, H/n, 1) stand for `weight_h`, with one g for a row of both; rows run group by group,
     then gate by gate.
-
-    `recompute` takes only its default in this version.
 
     Raises:
         ValueError: a setting out of range.
@@ -91,6 +92,7 @@ class TrellisNet(nn.Module):
         kernel_groups: int | None = None,
         inject_every: int = 1,
         recompute: bool = False,
+        recompute_every: int | None = None,
         backend: str = "auto",
         gemm: str = "auto",
         gates: str = "auto",
@@ -122,9 +124,11 @@ class TrellisNet(nn.Module):
             raise ValueError(f"gemm: expected one of {', '.join(ops.GEMMS)}, got {gemm!r}")
         if gates not in ops.GATE_KERNELS:
             raise ValueError(f"gates: expected one of {', '.join(ops.GATE_KERNELS)}, got {gates!r}")
-        ops.resolve(backend, activation, kernel_groups)
-        if recompute:
-            raise ValueError(f"recompute: this version supports only False, got {recompute!r}")
+        if ops.resolve(backend, activation, kernel_groups) == "reference" and recompute:
+            reason = ops.not_fused(activation, kernel_groups) or "backend is 'reference'"
+            raise ValueError(f"recompute: only the backend fused can, and {reason}; expected False")
+        if recompute_every is not None and (type(recompute_every) is not int or recompute_every < 1):
+            raise ValueError(f"recompute_every: expected None or an integer ≥ 1, got {recompute_every!r}")
 
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -139,6 +143,8 @@ class TrellisNet(nn.Module):
         self.activation = activation
         self.kernel_groups = kernel_groups
         self.inject_every = inject_every
+        self.recompute = bool(recompute)
+        self.recompute_every = recompute_every
         self.backend = backend
         self.gemm = gemm
         self.gates = gates
@@ -189,7 +195,8 @@ class TrellisNet(nn.Module):
             f"kernel_size={self.kernel_size}, dilation={self.dilation}, weight_norm={self.weight_norm}, "
             f"hidden_dropout={self.hidden_dropout}, weight_dropout={self.weight_dropout}, "
             f"temporal_weight_dropout={self.temporal_weight_dropout}, activation={self.activation!r}, "
-            f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, backend={self.backend!r}, "
+            f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, "
+            f"recompute={self.recompute}, recompute_every={self.recompute_every}, backend={self.backend!r}, "
             f"gemm={self.gemm!r}, gates={self.gates!r}"
         )
 
@@ -302,6 +309,7 @@ class TrellisNet(nn.Module):
             activation=self.activation,
             kernel_groups=self.kernel_groups,
             inject_every=self.inject_every,
+            recompute=(self.recompute_every or max(1, round(self.num_layers**0.5))) if self.recompute else 0,
             backend=self.backend,
             gemm=self.gemm,
             gates=self.gates,

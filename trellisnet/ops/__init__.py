@@ -102,6 +102,7 @@ def trellis(
     kernel_groups: int | None = None,
     inject_every: int = 1,
     backend: str = "auto",
+    recompute: int = 0,
     gemm: str = "auto",
     gates: str = "auto",
 ) -> Trellis:
@@ -129,6 +130,8 @@ def trellis(
             (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
         inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
         backend: one of `BACKENDS`; `auto` takes the fastest that can run this.
+        recompute: K ≥ 1 makes `fused` keep for the backward pass only what every K-th layer reads, and compute the
+            layers between once more when it comes to them; 0: keep everything.
         gemm: how `fused` multiplies, one of `GEMMS`; `auto` follows a fixed rule, see :mod:`trellisnet.ops.gemm`.
         gates: how `fused` computes the gates, one of `GATE_KERNELS`; `auto`: compiled where it can be.
 
@@ -152,8 +155,11 @@ def trellis(
         "inject_every": inject_every,
     }
     if resolve(backend, activation, kernel_groups) == "fused":
-        options |= {"start": start, "aux_every": aux_every, "lengths": lengths, "gemm": gemm, "gates": gates}
+        options |= {"start": start, "aux_every": aux_every, "lengths": lengths, "recompute": recompute}
+        options |= {"gemm": gemm, "gates": gates}
         return Trellis(*fused.trellis(x, weight_x, weight_h, bias, state, **options))
+    if recompute:
+        raise ValueError(f"recompute: the reference keeps everything; expected 0, got {recompute}")
     if state is None:
         state = (x.new_zeros(N, H), x.new_zeros(N, H))
     # A compiler traces the equation, not the sets of positions.

@@ -8,7 +8,8 @@ It computes what :mod:`trellisnet.ops.reference` says, with these differences in
 - **Gates in one go** (:mod:`trellisnet.ops.gates`, or :mod:`trellisnet.ops.compiled`), in place where the products left
   them. They put h straight into the taps of the layer above.
 - **Kept for the backward**: the gates (in the type of the products) and the cell, (S, N, 5H) a layer; hidden states
-  are computed from them again.
+  are computed from them again. With `recompute` = K only what is read by every K-th layer is kept, and the K layers
+  from there on are computed once more when the backward pass comes to them.
 - **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once.
 
 Products may be in bfloat16; cells, gates at work and sums over layers are then in float32.
@@ -65,6 +66,7 @@ class _Setting(NamedTuple):
     output_size: int
     inject_dilations: tuple[int, ...]  # of the x̃ that follow
     keep: bool  # what a backward pass needs
+    segments: tuple[tuple[int, int], ...]  # first and last layer of each; all but the last segment are computed again
 
 
 class _Geometry:
@@ -124,11 +126,11 @@ class _KernelGradient:
     (oneDNN is some percent faster with this than with the transpose of it.)
     """
 
-    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product):
+    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product, at_once: int):
         self.geometry, self.product = geometry, product
         rows = [geometry.rows(size) for size in sizes]
         self.largest = max(rows, default=0)
-        capacity = min(sum(rows), (LAYERS_AT_ONCE + 1) * self.largest)
+        capacity = min(sum(rows), (at_once + 1) * self.largest)
         self.dz = _Rows(geometry, geometry.GH, capacity)
         self.taps = _Rows(geometry, geometry.k * geometry.H, capacity)
         self.capacity, self.complete, self.last = capacity, 0, 0  # rows of which taps are there too; positions
@@ -168,9 +170,60 @@ class _KernelGradient:
             products.add_product(self.sum, taps.t(), dz.t(), self.product)
 
 
-def _edges(layers: Sequence[Layer], h0: Tensor | None) -> list[int]:
-    """Positions of every layer for which there is something to multiply."""
-    return [layer.edge if number or h0 is not None else 0 for number, layer in enumerate(layers)]
+class _Layers:
+    """The layers of one call, computed one by one from below."""
+
+    def __init__(self, setting: _Setting, weight, bias, h0, c0, scale, batch: int, x_tilde: Sequence[Tensor]):
+        self.setting, self.layers = setting, setting.plan.layers
+        self.geometry = geometry = _Geometry(setting, weight, batch)
+        # Positions of every layer for which there is something to multiply.
+        self.edges = [layer.edge if i or h0 is not None else 0 for i, layer in enumerate(self.layers)]
+        self.x = dict(zip(setting.inject_dilations, x_tilde, strict=True))
+        self.w, self.bias = weight.to(setting.compute), bias.to(setting.compute)
+        h_left, self.c_left, self.scale = (None if s is None else s.to(geometry.sum) for s in (h0, c0, scale))
+        self.h_left = h_left if self.scale is None or h_left is None else h_left * self.scale
+        # The taps of a layer are written when those of the layer below have been read: one memory for all.
+        self.memory = _Rows(geometry, geometry.k * geometry.H, max(map(geometry.rows, self.edges)))
+
+    def fill(self, rows: Tensor, number: int) -> Tensor:
+        """Write what lies before the first step into the taps of a layer: (S, N, k, H), as a view of `rows`."""
+        geometry, layer, edge = self.geometry, self.layers[number - 1], self.edges[number - 1]
+        taps = _positions(rows, edge, geometry.N, geometry.k, geometry.H)
+        for j, read in enumerate(layer.taps):
+            left = min(read.left, edge)
+            taps[:left, :, j] = 0 if self.h_left is None else self.h_left
+            if number == 1:  # the layer below is zero
+                taps[left:, :, j] = 0
+        return taps
+
+    def first_taps(self) -> Tensor:
+        rows = self.memory.take(self.edges[0])
+        self.fill(rows, 1)
+        return rows
+
+    def compute(
+        self, number: int, taps: Tensor, c_below: Tensor | None, out: Tensor | None, with_taps: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gates, cell, and the taps of the layer above, of the layer `number`; `out` as in :class:`Step`."""
+        setting, geometry = self.setting, self.geometry
+        layer, edge = self.layers[number - 1], self.edges[number - 1]
+        z = _positions(setting.product(taps, self.w), edge, geometry.N, geometry.GH) if edge else None
+        if edge == layer.size:
+            gates = z  # they stay where the product has left them, if it has made them all
+        else:
+            gates = geometry.empty(layer.size, geometry.N, geometry.GH, dtype=setting.compute)
+            if edge:
+                gates[:edge] = z
+        above = rows = above_taps = None
+        if with_taps:
+            above = self.layers[number]
+            rows = self.memory.take(above.size)
+            above_taps = self.fill(rows, number + 1)
+        c = geometry.empty(layer.size, geometry.N, geometry.H) if setting.activation == "lstm" else None
+        x = self.bias if layer.x is None else self.x[layer.dilation]
+        common = {"c_below": c_below, "c0": self.c_left, "scale": self.scale, "out": out}
+        setting.gates.forward(Step(layer, above, edge, gates, x, c, taps=above_taps, **common))
+        return gates, c, rows
 
 
 class _Trellis(torch.autograd.Function):
@@ -183,84 +236,52 @@ class _Trellis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, setting: _Setting, weight, bias, h0, c0, scale, last, batch, *x_tilde):
-        geometry = _Geometry(setting, weight, batch)
-        N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
-        layers = setting.plan.layers
-        edges = _edges(layers, h0)
-        shared = dict(zip(setting.inject_dilations, x_tilde, strict=True))
-        w, bias_alone = weight.to(setting.compute), bias.to(setting.compute)
-        h_left, c_left, scale = (None if s is None else s.to(geometry.sum) for s in (h0, c0, scale))
-        h_left = h_left if scale is None or h_left is None else h_left * scale
-        # The taps of a layer are written when those of the layer below have been read: one memory for all.
-        memory = _Rows(geometry, k * H, max(map(geometry.rows, edges)))
-        taps = memory.take(edges[0])
-        _fill_left(_positions(taps, edges[0], N, k, H), layers[0], h_left, all_zero=True)
-        kept, cells, aux, layer_steps = [], [], [], 0
-        h = c = None
-        for number, (layer, edge) in enumerate(zip(layers, edges, strict=True), start=1):
-            z = _positions(setting.product(taps, w), edge, N, GH) if edge else None
-            if edge == layer.size:
-                gate = z  # the gates stay where the product has left them, if it has made them all
-            else:
-                gate = geometry.empty(layer.size, N, GH, dtype=setting.compute)
-                if edge:
-                    gate[:edge] = z
-            above = layers[number] if number < len(layers) else None
-            above_taps = out = None
-            if above:
-                taps = memory.take(above.size)
-                above_taps = _positions(taps, above.size, N, k, H)
-                _fill_left(above_taps, above, h_left)
-            if not above:
-                h = out = geometry.empty(layer.size, N, H)
-            elif number in setting.aux_layers:
-                out = geometry.empty(layers[-1].size, N, setting.output_size)
-            c_below, c = c, geometry.empty(layer.size, N, H) if setting.activation == "lstm" else None
-            setting.gates.forward(
-                Step(
-                    layer=layer,
-                    above=above,
-                    product=edge,
-                    gates=gate,
-                    x=bias_alone if layer.x is None else shared[layer.dilation],
-                    c=c,
-                    c_below=c_below,
-                    c0=c_left,
-                    scale=scale,
-                    taps=above_taps,
-                    out=out,
-                )
-            )
-            layer_steps += layer.size
-            if setting.keep:
-                kept.append(gate)
-                cells.append(c)
-            if number in setting.aux_layers:
-                aux.append(out if above else h[..., H - setting.output_size :].clone())
-        ctx.geometry, ctx.setting = geometry, setting
+        run = _Layers(setting, weight, bias, h0, c0, scale, batch, x_tilde)
+        geometry, layers = run.geometry, setting.plan.layers
+        N, H, wanted = geometry.N, geometry.H, layers[-1].size
+        kept, checkpoints, aux, layer_steps = [], [], [], 0
+        taps, h, c = run.first_taps(), geometry.empty(wanted, N, H), None
+        for first, end in setting.segments:
+            if setting.keep and end < len(layers):
+                checkpoints += [taps.clone(), c]
+            for number in range(first, end + 1):
+                out = h if number == len(layers) else None
+                if out is None and number in setting.aux_layers:
+                    out = geometry.empty(wanted, N, setting.output_size)
+                if number == first and end == len(layers):
+                    kept.append(c)  # below the first layer that is kept
+                gates, c, taps = run.compute(number, taps, c, out, with_taps=number < len(layers))
+                layer_steps += layers[number - 1].size
+                if setting.keep and end == len(layers):
+                    kept += [gates, c]
+                if number in setting.aux_layers:
+                    aux.append(out[..., out.size(2) - setting.output_size :].clone() if out is h else out)
+        ctx.setting, ctx.batch = setting, batch
+        ctx.shapes, ctx.dtypes = [tuple(x.shape) for x in x_tilde], [x.dtype for x in x_tilde]
         if setting.keep:
-            ctx.save_for_backward(weight, h0, c0, scale, h_left, c_left, last, *kept, *(cells if c is not None else ()))
-        ctx.shapes = [tuple(x.shape) for x in x_tilde]
-        ctx.dtypes = [x.dtype for x in x_tilde]
+            again = x_tilde if checkpoints else [None] * len(x_tilde)
+            ctx.save_for_backward(weight, bias, h0, c0, scale, last, *again, *checkpoints, *kept)
         return layer_steps, h, (h if c is None else c)[last, torch.arange(N, device=last.device)], *aux
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _, dh, dc, *daux):
-        with torch.autocast(ctx.geometry.device.type, enabled=False):
+        with torch.autocast(dh.device.type, enabled=False):
             return _Trellis._backward(ctx, dh, dc, *daux)
 
     @staticmethod
     def _backward(ctx: Any, dh, dc_last, *daux):
-        geometry: _Geometry = ctx.geometry
         setting: _Setting = ctx.setting
-        N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
         layers, lstm = setting.plan.layers, setting.activation == "lstm"
-        weight, h0, c0, scale, h_left, c_left, last, *kept = ctx.saved_tensors
-        cells = kept[len(layers) :] if lstm else [None] * len(layers)
-        edges = _edges(layers, h0)
-        w_t = weight.to(setting.compute).t().contiguous()  # (k·H, GH)
-        kernel = _KernelGradient(geometry, edges, setting.product)
+        weight, bias, h0, c0, scale, last, *saved = ctx.saved_tensors
+        x_tilde, saved = saved[: len(ctx.shapes)], saved[len(ctx.shapes) :]
+        run = _Layers(setting, weight, bias, h0, c0, scale, ctx.batch, x_tilde)
+        geometry = run.geometry
+        N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
+        w_t = run.w.t().contiguous()  # (k·H, GH)
+        kernel = _KernelGradient(
+            geometry, run.edges, setting.product, LAYERS_AT_ONCE if len(setting.segments) == 1 else 1
+        )
         dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
         dx: dict[int, Tensor] = {}
         shapes = dict(zip(setting.inject_dilations, ctx.shapes, strict=True))
@@ -270,61 +291,63 @@ class _Trellis(torch.autograd.Function):
         dc[last, torch.arange(N, device=last.device)] = dc_last.to(dc.dtype)
         daux[len(layers)], dc = _last_gradient(setting, dh.to(geometry.sum), dc, daux.get(len(layers)))
         above = taps = dtaps = None
-        for number in range(len(layers), 0, -1):
-            layer, edge = layers[number - 1], edges[number - 1]
-            if above:
-                taps = _positions(kernel.taps_of_last(), above.size, N, k, H)
-                _fill_left(taps, above, h_left)
-            dz = kernel.dz_of(edge)
-            dc_below = geometry.empty(layer.size, N, H) if lstm and (number > 1 or c0 is not None) else None
-            # The layer that has all rows of x̃ of its dilation writes them, if it is the first to come.
-            add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shapes[layer.dilation][0])
-            if layer.x is None:
-                dx_layer = geometry.empty(layer.size, N, GH)
-            elif layer.dilation in dx:
-                dx_layer = dx[layer.dilation]
+        for segment in reversed(range(len(setting.segments))):
+            first, end = setting.segments[segment]
+            if end == len(layers):
+                cells, gates = saved[2 * segment :: 2], saved[2 * segment + 1 :: 2]
             else:
-                make = geometry.zeros if add else geometry.empty
-                dx_layer = dx[layer.dilation] = make(*shapes[layer.dilation])
-            setting.gates.backward(
-                Step(
-                    layer=layer,
-                    above=above,
-                    product=edge,
-                    gates=kept[number - 1],
-                    x=None,
-                    c=cells[number - 1],
-                    c_below=cells[number - 2] if number > 1 else None,
-                    c0=c_left,
-                    scale=scale,
-                    taps=taps,
-                    out=daux.get(number),
-                    dtaps=dtaps,
-                    dc_above=dc,
-                    dz=_positions(dz, edge, N, GH),
-                    dc=dc_below,
-                    dx=dx_layer,
-                    add=add,
+                cells, gates = _again(run, first, end, *saved[2 * segment : 2 * segment + 2])
+            for number in range(end, first - 1, -1):
+                layer, edge = layers[number - 1], run.edges[number - 1]
+                if above:
+                    taps = run.fill(kernel.taps_of_last(), number + 1)
+                dz = kernel.dz_of(edge)
+                dc_below = geometry.empty(layer.size, N, H) if lstm and (number > 1 or c0 is not None) else None
+                # The layer that has all rows of x̃ of its dilation writes them, if it is the first to come.
+                add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shapes[layer.dilation][0])
+                if layer.x is None:
+                    dx_layer = geometry.empty(layer.size, N, GH)
+                elif layer.dilation in dx:
+                    dx_layer = dx[layer.dilation]
+                else:
+                    make = geometry.zeros if add else geometry.empty
+                    dx_layer = dx[layer.dilation] = make(*shapes[layer.dilation])
+                place = number - first
+                before = {"c_below": cells[place], "c0": run.c_left, "scale": run.scale}
+                passed = {"taps": taps, "out": daux.get(number), "dtaps": dtaps, "dc_above": dc}
+                result = {"dz": _positions(dz, edge, N, GH), "dc": dc_below, "dx": dx_layer, "add": add}
+                setting.gates.backward(
+                    Step(layer, above, edge, gates[place], None, cells[place + 1], **before, **passed, **result)
                 )
-            )
-            if layer.x is None:
-                dbias += dx_layer.sum((0, 1))
-            if dc_below is not None and c0 is not None:
-                dc_left += dc_below[: layer.cell.left].sum(0)
-            if edge:
-                dz = kernel.advance(edge)
-                dtaps = _positions(setting.product(dz, w_t), edge, N, k, H)
-                for j, read in enumerate(layer.taps if h0 is not None else ()):
-                    dh_left += dtaps[: read.left, :, j].sum(0, dtype=geometry.sum)
-            dc, above = dc_below, layer
-        if edges[0]:
-            _fill_left(_positions(kernel.taps_of_last(), edges[0], N, k, H), layers[0], h_left, all_zero=True)
+                if layer.x is None:
+                    dbias += dx_layer.sum((0, 1))
+                if dc_below is not None and c0 is not None:
+                    dc_left += dc_below[: layer.cell.left].sum(0)
+                if edge:
+                    dz = kernel.advance(edge)
+                    dtaps = _positions(setting.product(dz, w_t), edge, N, k, H)
+                    for j, read in enumerate(layer.taps if h0 is not None else ()):
+                        dh_left += dtaps[: read.left, :, j].sum(0, dtype=geometry.sum)
+                dc, above = dc_below, layer
+            del cells, gates
+        if run.edges[0]:
+            run.fill(kernel.taps_of_last(), 1)
         dw = kernel.finish().t()
         if scale is not None:
-            dh_left *= scale
+            dh_left *= run.scale
         grads = [dx[d].to(dtype) for d, dtype in zip(setting.inject_dilations, ctx.dtypes, strict=True)]
         state = [None if s is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]
         return None, dw.to(weight.dtype), dbias, *state, None, None, None, *grads
+
+
+def _again(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -> tuple[list, list]:
+    """Cells, that below the first layer among them, and gates of a segment, from what was kept of its beginning."""
+    cells, gates = [c], []
+    for number in range(first, end + 1):
+        gate, c, taps = run.compute(number, taps, c, None, with_taps=number < end)
+        cells.append(c)
+        gates.append(gate)
+    return cells, gates
 
 
 def _last_gradient(setting: _Setting, dh: Tensor, dc: Tensor, daux: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -353,6 +376,7 @@ def trellis(
     lengths: Tensor | None = None,
     activation: str = "lstm",
     inject_every: int = 1,
+    recompute: int = 0,
     gemm: str = "auto",
     gates: str = "auto",
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor], int]:
@@ -382,7 +406,11 @@ def trellis(
         t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
     )
     gates = gates_of(gates, x.device, compute, activation)
-    setting = _Setting(plan, activation, compute, product, gates, aux_layers, output_size, tuple(plan.x), keep)
+    every = recompute if recompute and keep else num_layers
+    segments = tuple((first, min(first + every - 1, num_layers)) for first in range(1, num_layers + 1, every))
+    setting = _Setting(
+        plan, activation, compute, product, gates, aux_layers, output_size, tuple(plan.x), keep, segments
+    )
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     last = x.new_full((N,), L, dtype=torch.long) if lengths is None else lengths
     last = last - start - 1

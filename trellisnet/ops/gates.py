@@ -57,8 +57,8 @@ class Step:
     c_below: Tensor | None
     c0: Tensor | None
     scale: Tensor | None
-    taps: Tensor | None
-    out: Tensor | None
+    taps: Tensor | None = None
+    out: Tensor | None = None
     dtaps: Tensor | None = None
     dc_above: Tensor | None = None
     dz: Tensor | None = None

@@ -46,7 +46,20 @@ class RunConfig:
     )
     # May differ between a run and its continuation (the data are compared by content).
     resumable: ClassVar[frozenset[str]] = process | frozenset(
-        {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "gates", "log_interval", "data"}
+        {
+            "name",
+            "epochs",
+            "max_steps",
+            "device",
+            "cuda",
+            "threads",
+            "gemm",
+            "gates",
+            "recompute",
+            "recompute_every",
+            "log_interval",
+            "data",
+        }
         | {"checkpoint_minutes", "checkpoint_steps", "tensorboard"}
     )
 

@@ -32,8 +32,12 @@ class NetworkConfig(RunConfig):
     mixed_group: int = setting(0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel")
     inject_every: int = setting(1, "inject the input every so many layers")
 
+    recompute: bool = setting(False, "compute layers again in the backward pass instead of keeping them: less memory")
+    recompute_every: int = setting(0, "with --recompute: keep every so many layers; 0: the root of their number")
+
     def validate(self) -> None:
         super().validate()
+        self.check_at_least(0, "recompute_every")
         self.check_at_least(1, "nhid", "nlevels", "inject_every")
         self.check_at_least(2, "ksize")
         self.check_at_least(0, "mixed_group")
@@ -70,6 +74,8 @@ class NetworkConfig(RunConfig):
             "activation": self.activation,
             "kernel_groups": self.mixed_group or None,
             "inject_every": self.inject_every,
+            "recompute": self.recompute,
+            "recompute_every": self.recompute_every or None,
             "backend": self.backend,
             "gemm": self.gemm,
             "gates": self.gates,
@@ -94,6 +100,9 @@ class NetworkConfig(RunConfig):
         config, dtype = super().chosen(device), COMPUTE[self.precision]
         try:
             backend = ops.resolve(self.backend, self.activation, self.mixed_group or None)
+            if self.recompute and backend == "reference":
+                reason = ops.not_fused(self.activation, self.mixed_group or None) or "--backend reference keeps all"
+                raise ValueError(f"recompute: only the backend fused can, and {reason}")
             if backend != "fused":
                 return dataclasses.replace(config, backend=backend)
             # A run that goes on elsewhere may have to multiply in another way.
