@@ -350,23 +350,25 @@ def speed(folder: Path) -> str:
                 f"| task | | {' | '.join(variants)} |",
                 f"|---|---|{'--:|' * len(variants)}",
             ]
-            rows: dict[tuple[str, str], list[str]] = {}
+            rows: dict[tuple[str, str], dict[str, str]] = {}
             for r in found["records"]:
-                cells = rows.setdefault((r["task"], r["part"]), [])
+                cells = rows.setdefault((r["task"], r["part"]), {})
                 if r["part"] == "memory":
                     first = next(m for m in found["records"] if (m["task"], m["part"]) == (r["task"], "memory"))
                     ratio = f", 1/{first['bytes'] / r['bytes']:.1f}" if cells else ""
-                    cells.append(f"{r['bytes'] / 1e9:.2f} GB{ratio}")
+                    cell = f"{r['bytes'] / 1e9:.2f} GB{ratio}"
                 else:
                     ratio = f", **{r['ratio']:.2f}x**" if cells else ""
+                    cell = f"{r['per_second']:.3g} tokens/s{ratio}"
                     if "gflops" in r:
-                        cells.append(f"{r['seconds']:.3g} s{ratio} ({r['share_of_peak']:.0%})")
-                    else:
-                        cells.append(f"{r['per_second']:.3g} tok/s{ratio}")
-            lines += [f"| {task} | {part} | {' | '.join(cells)} |" for (task, part), cells in rows.items()]
+                        cell = f"{r['seconds']:.3g} s{ratio} ({r['share_of_peak']:.0%})"
+                cells[r["variant"]] = cell
+            for (task, part), cells in rows.items():
+                lines.append(f"| {task} | {part} | {' | '.join(cells.get(v, '') for v in variants)} |")
+            lines.append("")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
-    return "\n".join([*lines, "<!-- speed: end -->"])
+    return "\n".join([*lines[: len(lines) - (lines[-1] == "")], "<!-- speed: end -->"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -117,10 +117,11 @@ def test_memory_is_written_into_readme(root):
 def test_speed_is_written_into_readme(root):
     folder = root()
     (folder / "results" / "speed").mkdir()
-    timed = {"task": "word_ptb", "part": "step", "share_of_peak": 0.5}
+    timed = {"task": "word_ptb", "part": "step", "share_of_peak": 0.5, "gflops": 100.0}
     records = [
         timed | {"variant": "reference", "seconds": 40.0, "ratio": 1.0},
         timed | {"variant": "fused", "seconds": 20.0, "ratio": 2.0},
+        {"task": "word_ptb", "part": "generation", "variant": "fused", "per_second": 9.0, "ratio": 20.0},
         {"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 8e9},
         {"task": "word_ptb", "part": "memory", "variant": "fused", "bytes": 4e9},
     ]
@@ -132,6 +133,7 @@ def test_speed_is_written_into_readme(root):
     text = (folder / "README.md").read_text()
     assert "| task | | reference | fused |" in text
     assert "| word_ptb | step | 40 s (50%) | 20 s, **2.00x** (50%) |" in text
+    assert "| word_ptb | generation |  | 9 tokens/s |" in text
     assert "| word_ptb | memory | 8.00 GB | 4.00 GB, 1/2.0 |" in text
     assert "`python scripts/bench.py` on M, 2 threads, torch 2, commit `0123`" in text
     for bad in ({**head, "commit": "0-dirty", "records": records}, {**head, "records": [{}]}):
