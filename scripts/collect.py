@@ -359,9 +359,9 @@ def speed(folder: Path) -> str:
                     cell = f"{r['bytes'] / 1e9:.2f} GB{ratio}"
                 else:
                     ratio = f", **{r['ratio']:.2f}x**" if cells else ""
-                    cell = f"{r['per_second']:.3g} tokens/s{ratio}"
-                    if "gflops" in r:
-                        cell = f"{r['seconds']:.3g} s{ratio} ({r['share_of_peak']:.0%})"
+                    timed = "gflops" in r  # else a rate, of evaluation or generation
+                    cell = f"{r['seconds']:.3g} s{ratio}" if timed else f"{r['per_second']:.3g} tokens/s{ratio}"
+                    cell += f" ({r['share_of_peak']:.0%})" if timed else ""
                 cells[r["variant"]] = cell
             for (task, part), cells in rows.items():
                 lines.append(f"| {task} | {part} | {' | '.join(cells.get(v, '') for v in variants)} |")
