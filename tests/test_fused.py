@@ -205,7 +205,7 @@ def test_compiled_gates_say_why_they_cannot_run(monkeypatch, tmp_path):
     assert "cuda" in compiled.reason_against(torch.device("cuda"), torch.float32, "lstm")
     with pytest.raises(ValueError, match="gates: compiled cannot run, it has no float64; expected auto or eager"):
         run("fused", random_inputs(2, 3), num_layers=2, dilation=(1,), output_size=4, gates="compiled")
-    with pytest.raises(ValueError, match="gates: expected one of auto, compiled, eager, got 'other'"):
+    with pytest.raises(ValueError, match="gates: expected one of auto, compiled, triton, eager, got 'other'"):
         run("fused", random_inputs(2, 3), num_layers=2, dilation=(1,), output_size=4, gates="other")
     monkeypatch.setattr(compiled, "HERE", tmp_path)
     compiled._library.cache_clear()

@@ -1,6 +1,7 @@
 """The trellis operators and their backends, each operator behind one call.
 
-`reference` is the paper's equation and the truth that every other backend is tested against; `fused` is the fast one.
+`reference` is the paper's equation and the truth that every other backend is tested against; `fused` is the fast one;
+`triton` is `fused` with gates by Triton, on CUDA, which `fused` takes there by itself if it can.
 """
 
 from collections.abc import Sequence
@@ -9,15 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trellisnet.ops import compiled, fused, mixed_group, reference
-from trellisnet.ops.compiled import reason_against as not_compiled
+from trellisnet.ops import fused, mixed_group, reference
 from trellisnet.ops.fused import GATE_KERNELS
 from trellisnet.ops.gemm import GEMMS
 from trellisnet.ops.last_step import last_step as _last_step
 from trellisnet.ops.pruning import dependencies
 from trellisnet.ops.reference import GATES
 
-BACKENDS = ("auto", "reference", "fused")
+BACKENDS = ("auto", "reference", "fused", "triton")
 
 __all__ = [
     "BACKENDS",
@@ -26,7 +26,6 @@ __all__ = [
     "GEMMS",
     "Trellis",
     "dependencies",
-    "not_compiled",
     "not_fused",
     "resolve",
     "resolve_gates",
@@ -68,20 +67,23 @@ def resolve(backend: str, activation: str = "lstm", kernel_groups: int | None = 
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = not_fused(activation, kernel_groups)
-    if backend == "fused" and reason:
-        raise ValueError(f"backend: fused cannot run this, {reason}; expected auto or reference")
+    if backend == "triton":
+        reason = reason or fused.no_triton()
+    if backend in ("fused", "triton") and reason:
+        raise ValueError(f"backend: {backend} cannot run this, {reason}; expected auto or reference")
     if backend == "auto":
         return "reference" if reason else "fused"
     return backend
 
 
 def resolve_gates(gates: str, device: torch.device, compute: torch.dtype, activation: str = "lstm") -> str:
-    """What `gates` stands for: `auto` becomes `compiled` where that can run.
+    """What `gates` stands for: `auto` becomes the fastest that can run here.
 
     Raises:
-        ValueError: unknown gates, or the compiled ones cannot run here.
+        ValueError: unknown gates, or some that cannot run here.
     """
-    return "compiled" if fused.gates_of(gates, device, compute, activation) is compiled else "eager"
+    module = fused.gates_of(gates, device, compute, activation).__name__.rpartition(".")[2]
+    return {"gates": "eager", "triton_gates": "triton"}.get(module, module)
 
 
 def trellis(
@@ -154,7 +156,9 @@ def trellis(
         "activation": activation,
         "inject_every": inject_every,
     }
-    if resolve(backend, activation, kernel_groups) == "fused":
+    if backend == "triton":
+        gates = "triton"
+    if resolve(backend, activation, kernel_groups) != "reference":
         options |= {"start": start, "aux_every": aux_every, "lengths": lengths, "recompute": recompute}
         options |= {"gemm": gemm, "gates": gates}
         return Trellis(*fused.trellis(x, weight_x, weight_h, bias, state, **options))

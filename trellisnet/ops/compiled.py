@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
-from trellisnet.ops.pruning import Index, Layer
 
 SOURCES = ("gates.c", "gates.h")
 HERE = Path(__file__).parent
@@ -86,41 +86,9 @@ def reason_against(device: torch.device, compute: torch.dtype, activation: str) 
     return library if isinstance(library, str) else ""
 
 
-class _Rows:
-    """Index arrays of a layer, int32: for every position a row of another buffer, or −1."""
-
-    def __init__(self, layer: Layer, above: Layer | None):
-        S = layer.size
-        self.x = None if layer.x is None else _array(layer.x)
-        self.cell = torch.cat([torch.full((layer.cell.left,), -1, dtype=torch.int32), _array(layer.cell.rows)])
-        self.out = _inverse(layer.wanted, 0, S)
-        if above is None:
-            self.taps, self.dc = None, torch.arange(S, dtype=torch.int32)
-        else:
-            self.taps = torch.stack([_inverse(read.rows, read.left, S) for read in above.taps])
-            self.dc = _inverse(above.cell.rows, above.cell.left, S)
-
-
-def _array(index: Index) -> Tensor:
-    return torch.tensor(index, dtype=torch.int32) if isinstance(index, range) else index.to(torch.int32)
-
-
-def _inverse(index: Index, first: int, size: int) -> Tensor:
-    """Which of first, first + 1, … reads each of `size` rows."""
-    inverse = torch.full((size,), -1, dtype=torch.int32)
-    inverse[_array(index).long()] = torch.arange(first, first + len(index), dtype=torch.int32)
-    return inverse
-
-
-@lru_cache(maxsize=4096)
-@torch.inference_mode(False)
-def _rows(layer: Layer, above: Layer | None) -> _Rows:
-    return _Rows(layer, above)
-
-
 def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     """The structure, and what has to live as long as it."""
-    rows, arguments, alive = _rows(step.layer, step.above), _Arguments(), []
+    places, arguments, alive = pruning.places(step.layer, step.above, torch.device("cpu")), _Arguments(), []
 
     def give(name: str, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         if tensor is not None:
@@ -138,8 +106,8 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     for name in ("c", "c_below", "c0", "scale", "out", "dc_above", "dc", "dx"):
         give(name, getattr(step, name))
     for name in ("x", "cell", "out", "dc"):
-        give(f"{name}_row", getattr(rows, name), torch.int32)
-    give("tap_row", rows.taps, torch.int32)
+        give(f"{name}_row", getattr(places, name), torch.int32)
+    give("tap_row", places.taps, torch.int32)
     arguments.add = step.add
     arguments.out_from = 0 if step.out is None else H - step.out.size(2)
     return arguments, alive

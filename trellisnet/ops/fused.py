@@ -19,6 +19,7 @@ It has no second derivatives and does not run under `torch.func`; the reference 
 Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -37,23 +38,38 @@ BUCKET = 128  # products have a multiple of so many rows: the libraries keep som
 LAYERS_AT_ONCE = 4  # whose rows are collected before they are multiplied into the gradient of the kernel
 
 
-GATE_KERNELS = ("auto", "compiled", "eager")
+GATE_KERNELS = ("auto", "compiled", "triton", "eager")
+
+
+def no_triton() -> str:
+    """Why there is no Triton; empty if there is."""
+    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
 def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> ModuleType:
-    """The module whose `forward` and `backward` compute the gates; `auto`: the compiled one where it can.
+    """The module whose `forward` and `backward` compute the gates; `auto`: the fastest that can run here.
 
     Raises:
-        ValueError: an unknown choice, or the compiled gates cannot run here.
+        ValueError: an unknown choice, or one that cannot run here.
     """
     if choice not in GATE_KERNELS:
         raise ValueError(f"gates: expected one of {', '.join(GATE_KERNELS)}, got {choice!r}")
+    if choice == "auto":
+        choice = "triton" if device.type == "cuda" else "compiled"
+        try:
+            return gates_of(choice, device, compute, activation)
+        except ValueError:
+            return eager
     if choice == "eager":
         return eager
-    reason = compiled.reason_against(device, compute, activation)
-    if reason and choice == "compiled":
-        raise ValueError(f"gates: compiled cannot run, {reason}; expected auto or eager")
-    return eager if reason else compiled
+    if choice == "compiled":
+        module, reason = compiled, ""
+    else:
+        reason = no_triton()
+        module = None if reason else importlib.import_module("trellisnet.ops.triton_gates")
+    if reason := reason or module.reason_against(device, compute, activation):
+        raise ValueError(f"gates: {choice} cannot run, {reason}; expected auto or eager")
+    return module
 
 
 class _Setting(NamedTuple):

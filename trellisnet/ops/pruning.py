@@ -129,6 +129,40 @@ def plan(
     return Plan(tuple(layers), taps_of_x, sum(map(len, positions)))
 
 
+class Places(NamedTuple):
+    """For every position of a layer its row in other buffers, or −1: int32, for what goes position by position."""
+
+    x: Tensor | None  # (S,): row of x̃
+    cell: Tensor  # (S,): what the cell path reads in the layer below; −1: before the first step
+    out: Tensor  # (S,): which wanted position this is
+    taps: Tensor | None  # (k, S): positions of the layer above that read this one by each tap, oldest first
+    dc: Tensor  # (S,): position of the layer above whose cell path reads this one; of the last layer itself
+
+
+@lru_cache(maxsize=4096)
+@torch.inference_mode(False)
+def places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
+    """Those of a layer below `above`, None for the last layer, on `device`."""
+
+    def array(index: Index) -> Tensor:
+        return torch.tensor(index) if isinstance(index, range) else index.cpu()
+
+    def inverse(index: Index, first: int) -> Tensor:
+        """Which of first, first + 1, … reads each position of the layer."""
+        found = torch.full((layer.size,), -1)
+        found[array(index).long()] = torch.arange(first, first + len(index))
+        return found
+
+    taps, dc = None, torch.arange(layer.size)
+    if above is not None:
+        taps = torch.stack([inverse(read.rows, read.left) for read in above.taps])
+        dc = inverse(above.cell.rows, above.cell.left)
+    cell = torch.cat([torch.full((layer.cell.left,), -1), array(layer.cell.rows)])
+    x = None if layer.x is None else array(layer.x)
+    arrays = (x, cell, inverse(layer.wanted, 0), taps, dc)
+    return Places(*(None if a is None else a.to(device, torch.int32) for a in arrays))
+
+
 def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, dim: int = 0) -> Tensor:
     """`source` at index[first:last] along `dim`: a view if the index is a range."""
     index = index[first:last]

@@ -81,6 +81,21 @@ class NetworkConfig(RunConfig):
             "gates": self.gates,
         }
 
+    def _gates(self, backend: str, device: torch.device) -> str:
+        """What computes the gates. A run that goes on elsewhere may have to take others."""
+        settings = (device, COMPUTE[self.precision], self.activation)
+        if backend == "triton":
+            try:
+                return ops.resolve_gates("triton", *settings)
+            except ValueError as e:
+                raise ValueError(f"backend: {str(e).removeprefix('gates: ').partition(';')[0]}") from e
+        try:
+            return ops.resolve_gates(self.gates, *settings)
+        except ValueError:
+            if not self.resume:
+                raise
+            return ops.resolve_gates("auto", *settings)
+
     def notices(self) -> list[str]:
         """What the user should know of the choices that were made."""
         if self.backend == "reference" and (reason := ops.not_fused(self.activation, self.mixed_group or None)):
@@ -103,14 +118,13 @@ class NetworkConfig(RunConfig):
             if self.recompute and backend == "reference":
                 reason = ops.not_fused(self.activation, self.mixed_group or None) or "--backend reference keeps all"
                 raise ValueError(f"recompute: only the backend fused can, and {reason}")
-            if backend != "fused":
+            if backend == "reference":
                 return dataclasses.replace(config, backend=backend)
             # A run that goes on elsewhere may have to multiply in another way.
             moved = self.resume and self.gemm != "auto" and not gemm.usable(self.gemm, device, dtype)
             wanted = "auto" if moved else self.gemm
             route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
-            moved = self.resume and ops.not_compiled(device, dtype, self.activation)
-            gates = ops.resolve_gates("auto" if moved else self.gates, device, dtype, self.activation)
+            gates = self._gates(backend, device)
         except ValueError as e:
             raise UserError(f"--{e}") from e
         # Small products take no time by any route, and are not worth results that depend on a stopwatch.

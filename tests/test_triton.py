@@ -1,0 +1,74 @@
+"""The Triton kernels, by Triton's interpreter on the CPU, in a process of their own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trellisnet import TrellisNet, ops
+from trellisnet.training.config import PROJECT
+
+# Runs in the child, where the interpreter is on.
+CHILD = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from test_fused import random_inputs, relative, run
+from trellisnet.ops import fused, triton_gates
+
+triton_gates.BLOCK = 4
+for low in (None, torch.bfloat16):
+    for k, dilation, length in ((2, (1,), 3), (3, (1, 2), 4)):
+        inputs = {{name: t.float() for name, t in random_inputs(k, length, hidden=6).items()}}
+        scale = torch.tensor([[1.5, 0, 1.5, 0, 1.5, 1.5], [0, 1.5, 1.5, 1.5, 0, 1.5]])[:, :, None]
+        for num_layers, carried, start, inject_every, recompute in (
+            (1, True, 0, 1, 0), (3, False, length - 1, 1, 0), (4, True, 1, 2, 2)
+        ):
+            options = {{"num_layers": num_layers, "dilation": dilation, "output_size": 5, "start": start}}
+            options |= {{"aux_every": 2, "inject_every": inject_every, "carried": carried, "autocast": low}}
+            options |= {{"hidden_scale": None if num_layers == 3 else scale, "recompute": recompute, "gemm": "mm"}}
+            ours, steps = run("triton", inputs, **options)
+            theirs, same = run("fused", inputs, gates="eager", **options)
+            assert steps == same
+            for a, b in zip(ours, theirs, strict=True):
+                error = relative(a, b.double())
+                assert error < (4e-6 if low is None else 5e-2), (low, error)
+
+x = torch.cat([torch.logspace(-20, 3, 2000), torch.linspace(0, 20, 2000)])
+x = torch.cat([x, -x])
+layer = fused.pruning.plan(1, 1, (1,), 2, 1, 0, x.device).layers[0]
+gates, inputs = torch.zeros(1, 1, 4 * x.numel()), torch.zeros(1, 1, 4 * x.numel())
+inputs[..., 2 * x.numel() : 3 * x.numel()] = x
+triton_gates.BLOCK = 1024
+cell = torch.empty(1, 1, x.numel())
+triton_gates.forward(fused.Step(layer, None, 0, gates, inputs, cell, None, None, None))
+ours, exact = gates[0, 0, 2 * x.numel() : 3 * x.numel()], x.double().tanh()
+assert ((ours - exact).abs() <= 1e-6 * exact.abs()).all(), ((ours - exact).abs() / exact.abs()).max()
+print("same")
+"""
+
+installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the extra triton")
+
+
+@installed
+def test_the_kernels_compute_what_torch_does():
+    child = CHILD.format(tests=str(PROJECT / "tests"))
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", child], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same\n"
+
+
+def test_it_is_refused_where_it_cannot_run(monkeypatch):
+    import torch
+
+    if importlib.util.find_spec("triton") is not None:
+        with pytest.raises(ValueError, match="gates: triton cannot run, Triton needs a CUDA device, not cpu"):
+            TrellisNet(3, 4, 2, backend="triton")(torch.randn(1, 5, 3))
+    monkeypatch.setattr(ops.fused, "no_triton", lambda: "the package triton is not installed")
+    with pytest.raises(ValueError, match="backend: triton cannot run this, the package triton is not installed; expec"):
+        TrellisNet(3, 4, 2, backend="triton")
+    with pytest.raises(ValueError, match="backend: triton cannot run this, it has no gru gates"):
+        TrellisNet(3, 4, 2, backend="triton", activation="gru")
