@@ -200,7 +200,7 @@ def test_repr_names_the_settings():
         ({"dilation": 2}, "dilation: expected a sequence of integers ≥ 1, got 2"),
         ({"hidden_dropout": 1.0}, "hidden_dropout: expected a probability"),
         ({"weight_dropout": -0.1}, "weight_dropout: expected a probability"),
-        ({"backend": "fast"}, "backend: expected one of auto, reference, fused, got 'fast'"),
+        ({"backend": "fast"}, "backend: expected one of auto, reference, fused, triton, got 'fast'"),
         ({"activation": "relu"}, "activation: expected one of lstm, gru, tanh, got 'relu'"),
         ({"kernel_groups": 2}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 2"),
         ({"kernel_groups": 0}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 0"),

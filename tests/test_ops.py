@@ -105,6 +105,6 @@ def test_output_is_the_last_channels_and_aux_counts_from_the_bottom():
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, fused, got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, fused, triton, got 'fast'"):
         call(random_inputs(2, 3), num_layers=1, dilation=(1,), output_size=4, backend="fast")
     assert ops.resolve("auto") in ops.BACKENDS
