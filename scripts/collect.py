@@ -193,7 +193,8 @@ def results(folders: list[Path], comparisons: list[Path]) -> str:
         "Train scores are those of training, with dropout on.\n"
     ]
     parts += [section(folder.name, *read(folder)) for folder in folders]
-    return "\n".join([*parts, *map(comparison, comparisons)])
+    parts += [(precision if folder.name == "precision" else comparison)(folder) for folder in comparisons]
+    return "\n".join(parts)
 
 
 def quoted(folder: Path) -> str:
@@ -303,6 +304,46 @@ def comparison(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+def precision(folder: Path) -> str:
+    """Runs that differ in precision and seed only, from results/precision/<precision>-<seed>.json.
+
+    Raises:
+        BadResultError: a damaged file, partial scores, synthetic data, uncommitted code, or runs of different kinds.
+    """
+    runs, kinds = {}, set()
+    for path in folder.glob("*.json"):
+        try:
+            metrics = json.loads(path.read_text())
+            same = ("task", "preset", "epochs", "steps", "data", "commit", "machine", "torch", "corpus", "backend")
+            kinds.add(tuple(metrics[key] for key in same))
+            runs[metrics["precision"], metrics["seed"]] = metrics
+            if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
+                raise BadResultError(f"{path}: of synthetic data or uncommitted code")
+            if metrics["test"].get("partial") or not metrics["complete"]:
+                raise BadResultError(f"{path}: partial")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
+    if len(kinds) != 1:
+        raise BadResultError(f"{folder}: runs of one kind expected")
+    one = next(iter(runs.values()))
+    score, _ = score_of(one["test"])
+    name, digits = SCORES[score]
+    command = re.sub(r" --(precision|seed|out|metrics) \S+", "", one["command"])
+    lines = [
+        f"## Single precision and bfloat16, {one['task']}, preset `{one['preset']}`, {one['epochs']} epochs",
+        "",
+        f"`{command} --precision … --seed …`: `bash scripts/precision.sh`. {one['machine']}, torch {one['torch']}, "
+        f"commit `{one['commit']}`, {one['corpus']}.",
+        "",
+        f"| precision | seed | valid {name} | test {name} |",
+        "|---|--:|--:|--:|",
+    ]
+    for (kind, seed), metrics in sorted(runs.items(), reverse=True):
+        cells = [f"{metrics[split][score]:.{digits}f}" for split in ("valid", "test")]
+        lines.append(f"| {kind} | {seed} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def place(name: str) -> int:
     """Where a result belongs: by the order of its task in the paper."""
     return next((i for i, task in enumerate(ORDER) if name.startswith(task)), len(ORDER))
@@ -389,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         path for path in (args.root / "results").glob("*") if path.is_dir() and path.name not in ("memory", "speed")
     ]
     folders.sort(key=lambda path: (place(path.name), path.name))
-    comparisons = [path for path in folders if path.name.startswith("table")]
+    comparisons = [path for path in folders if path.name.startswith(("table", "precision"))]
     folders = [path for path in folders if path not in comparisons]
     readme = (args.root / "README.md").read_text(encoding="utf-8")
     try:

@@ -240,3 +240,25 @@ def test_every_row_of_a_table_is_in_its_script(number):
     functions = set(re.findall(r"^(\w+)\(\) \{ train ", script, re.M))
     listed = set(re.sub(r"\\\n", " ", script).rsplit("\nrows ", 1)[1].split())
     assert functions == listed == {name for *_, name in collect.TABLES[number][1] if name}
+
+
+def test_precisions_are_compared(root):
+    folder = root()
+    (folder / "results" / "precision").mkdir()
+    split = {"loss": 5.0, "ppl": 148.413, "tokens": 100}
+    for kind, seed, ppl in (("fp32", 2, 148.5), ("bf16", 2, 148.25), ("fp32", 1, 149.0)):
+        command = f"python word_ptb/train.py --preset small --epochs 2 --precision {kind} --seed {seed} --out runs/x"
+        metrics = METRICS | {"command": command, "precision": kind, "seed": seed, "backend": "fused"}
+        metrics |= {"valid": split | {"ppl": ppl}, "test": split}
+        (folder / "results" / "precision" / f"{kind}-{seed}.json").write_text(json.dumps(metrics))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert (
+        "`python word_ptb/train.py --preset small --epochs 2 --precision … --seed …`: `bash scripts/precision" in text
+    )
+    rows = ["| fp32 | 2 | 148.50 | 148.41 |", "| fp32 | 1 | 149.00 | 148.41 |", "| bf16 | 2 | 148.25 | 148.41 |"]
+    assert "\n".join(rows) in text
+    for change in ({"corpus": "synthetic"}, {"steps": 7}, {"complete": False}):
+        path = folder / "results" / "precision" / "bf16-2.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        assert collect.main(["--root", str(folder)]) == 2
