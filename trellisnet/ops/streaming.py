@@ -33,6 +33,8 @@ class Kernels(NamedTuple):
 
     weight_x: Tensor  # (GH, k·C), oldest tap first
     weight_h: Tensor  # (GH, k·H), likewise, in the type of the products
+    oldest: Tensor  # (GH, (k−1)·H), all taps but the newest
+    newest: Tensor  # (GH, H)
     bias: Tensor  # (GH,)
     kernel_size: int
     dilations: tuple[int, ...]  # of every layer
@@ -83,11 +85,15 @@ def prepare(
     def arranged(weight, dtype):
         return weight.detach().transpose(1, 2).flatten(1).to(dtype, copy=True)  # a copy that stays as it is
 
+    H, k = weight_h.shape[1:]
+    w = arranged(weight_h, compute)
     return Kernels(
         arranged(weight_x, bias.dtype),
-        arranged(weight_h, compute),
+        w,
+        w[:, : (k - 1) * H].contiguous(),  # strided ones would be copied in every product of one row
+        w[:, (k - 1) * H :].contiguous(),
         bias.detach().clone(),
-        weight_h.size(2),
+        k,
         tuple(dilation[i % len(dilation)] for i in range(num_layers)),
         activation,
         inject_every,
@@ -213,14 +219,12 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     """
     kernels = stream.kernels
     k, last = kernels.kernel_size, len(kernels.dilations) - 1
-    H = kernels.weight_h.size(1) // k
     x = torch.cat([stream.x, x.unsqueeze(0)])
     x_tilde = _x_tilde(kernels, x, k, 1)  # (1, N, GH)
     above = kernels.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
     old = [torch.cat([rows[j * d] for j in range(k - 1)], dim=1) for rows, d in zip(stream.h, above, strict=True)]
-    oldest, newest = kernels.weight_h[:, :-H], kernels.weight_h[:, -H:]
-    z_old = _product(kernels, torch.stack(old), oldest).unsqueeze(1) if old else None  # (layers − 1, 1, N, GH)
+    z_old = _product(kernels, torch.stack(old), kernels.oldest).unsqueeze(1) if old else None  # (layers − 1, 1, N, GH)
     new_h, new_c, layer_steps = [], [], 0
     h = c = None
     for i, d in enumerate(kernels.dilations):
@@ -231,6 +235,6 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
             continue
         new_h.append(torch.cat([stream.h[i - 1][1:], h]))
         new_c.append(torch.cat([stream.c[i - 1][1:], c]))
-        z_h = _product(kernels, h, newest).add_(z_old[i - 1])
+        z_h = _product(kernels, h, kernels.newest).add_(z_old[i - 1])
         h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
     return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
