@@ -352,6 +352,7 @@ class TrellisNet(nn.Module):
             activation=self.activation,
             kernel_groups=self.kernel_groups,
             inject_every=self.inject_every,
+            batch_size=batch_size,
             gemm=self.gemm,
             gates=self.gates,
         )

@@ -6,6 +6,7 @@ oneDNN's product only under a private name; so that route is used if it is there
 Letters: M, K, N rows and columns of any matrices.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -57,6 +58,17 @@ def resolve(route: str, device: torch.device, dtype: torch.dtype) -> Product:
     elif not usable(route, device, dtype):
         raise ValueError(f"gemm: {route} does not work with {dtype} on {device.type} here; expected auto or mm")
     return ROUTES[route]
+
+
+def pack(weight: Tensor, rows: int, product: Product) -> Tensor:
+    """`weight` (N, K) as `product` likes it best when it multiplies many matrices of so many rows by it.
+
+    oneDNN has an order of its own, in which a single row may be some times as fast; only the product can read it.
+    """
+    if product is _onednn:
+        with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
+            return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return weight
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor, product: Product) -> None:

@@ -34,7 +34,7 @@ class Kernels(NamedTuple):
     weight_x: Tensor  # (GH, k·C), oldest tap first
     weight_h: Tensor  # (GH, k·H), likewise, in the type of the products
     oldest: Tensor  # (GH, (k−1)·H), all taps but the newest
-    newest: Tensor  # (GH, H)
+    newest: Tensor  # (GH, H), packed for products of one row a sequence
     bias: Tensor  # (GH,)
     kernel_size: int
     dilations: tuple[int, ...]  # of every layer
@@ -71,10 +71,14 @@ def prepare(
     activation: str = "lstm",
     kernel_groups: int | None = None,
     inject_every: int = 1,
+    batch_size: int = 1,
     gemm: str = "auto",
     gates: str = "auto",
 ) -> Kernels:
-    """Arguments as in :func:`trellisnet.ops.trellis`. Within `torch.autocast` the products are in its type."""
+    """For streams of so many sequences; other arguments as in :func:`trellisnet.ops.trellis`.
+
+    Within `torch.autocast` the products are in its type.
+    """
     if kernel_groups is not None:
         weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
     device = bias.device
@@ -86,18 +90,18 @@ def prepare(
         return weight.detach().transpose(1, 2).flatten(1).to(dtype, copy=True)  # a copy that stays as it is
 
     H, k = weight_h.shape[1:]
-    w = arranged(weight_h, compute)
+    w, product = arranged(weight_h, compute), products.resolve(gemm, device, compute)
     return Kernels(
         arranged(weight_x, bias.dtype),
         w,
         w[:, : (k - 1) * H].contiguous(),  # strided ones would be copied in every product of one row
-        w[:, (k - 1) * H :].contiguous(),
+        products.pack(w[:, (k - 1) * H :].contiguous(), batch_size, product),
         bias.detach().clone(),
         k,
         tuple(dilation[i % len(dilation)] for i in range(num_layers)),
         activation,
         inject_every,
-        products.resolve(gemm, device, compute),
+        product,
         gates_of(gates, device, compute, activation) if activation == "lstm" else None,
     )
 
