@@ -84,7 +84,7 @@ VARIANTS = (REFERENCE, Variant("fused", "fp32"), Variant("fused", "bf16"))
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 PARTS = ("forward", "core", "step", "evaluation", "generation")
 TRAINING = ("core", "step")
-STEPS = 8  # that are generated at a time
+STEPS = 32  # that are generated at a time
 
 
 class Work:

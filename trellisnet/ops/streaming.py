@@ -31,8 +31,8 @@ from trellisnet.ops.reference import ACTIVATIONS, GATES
 class Kernels(NamedTuple):
     """Dense kernels and settings of a network, as :func:`prepare` arranges them."""
 
-    weight_x: Tensor  # (GH, k·C), oldest tap first
-    weight_h: Tensor  # (GH, k·H), likewise, in the type of the products
+    weight_x: Tensor  # (GH, k·C), oldest tap first, in the type of the products
+    weight_h: Tensor  # (GH, k·H), likewise
     oldest: Tensor  # (GH, (k−1)·H), all taps but the newest
     newest: Tensor  # (GH, H), packed for products of one row a sequence
     bias: Tensor  # (GH,)
@@ -86,13 +86,13 @@ def prepare(
     if torch.is_autocast_enabled(device.type) and compute != torch.float64:
         compute = torch.get_autocast_dtype(device.type)
 
-    def arranged(weight, dtype):
-        return weight.detach().transpose(1, 2).flatten(1).to(dtype, copy=True)  # a copy that stays as it is
+    def arranged(weight):
+        return weight.detach().transpose(1, 2).flatten(1).to(compute, copy=True)  # a copy that stays as it is
 
     H, k = weight_h.shape[1:]
-    w, product = arranged(weight_h, compute), products.resolve(gemm, device, compute)
+    w, product = arranged(weight_h), products.resolve(gemm, device, compute)
     return Kernels(
-        arranged(weight_x, bias.dtype),
+        arranged(weight_x),
         w,
         w[:, : (k - 1) * H].contiguous(),  # strided ones would be copied in every product of one row
         products.pack(w[:, (k - 1) * H :].contiguous(), batch_size, product),
@@ -131,8 +131,9 @@ def _taps(rows: Tensor, k: int, d: int, steps: int) -> Tensor:
 
 def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tensor]:
     """x̃ of the last `steps` of x for every dilation of a layer that x enters, (steps, N, GH)."""
+    x, bias = x.to(kernels.weight_x.dtype), kernels.bias.to(kernels.weight_x.dtype)
     return {
-        d: F.linear(_taps(x, k, d, steps), kernels.weight_x, kernels.bias).to(kernels.weight_h.dtype)
+        d: F.linear(_taps(x, k, d, steps), kernels.weight_x, bias)
         for d in set(kernels.dilations[:: kernels.inject_every])
     }
 
