@@ -195,11 +195,13 @@ class _Layers:
         # Positions of every layer for which there is something to multiply.
         self.edges = [layer.edge if i or h0 is not None else 0 for i, layer in enumerate(self.layers)]
         self.x = dict(zip(setting.inject_dilations, x_tilde, strict=True))
-        self.w, self.bias = weight.to(setting.compute), bias.to(setting.compute)
+        self.most = max(map(geometry.rows, self.edges))  # rows of a product
+        self.w = products.pack(weight.to(setting.compute), self.most, setting.product)
+        self.bias = bias.to(setting.compute)
         h_left, self.c_left, self.scale = (None if s is None else s.to(geometry.sum) for s in (h0, c0, scale))
         self.h_left = h_left if self.scale is None or h_left is None else h_left * self.scale
         # The taps of a layer are written when those of the layer below have been read: one memory for all.
-        self.memory = _Rows(geometry, geometry.k * geometry.H, max(map(geometry.rows, self.edges)))
+        self.memory = _Rows(geometry, geometry.k * geometry.H, self.most)
 
     def fill(self, rows: Tensor, number: int) -> Tensor:
         """Write what lies before the first step into the taps of a layer: (S, N, k, H), as a view of `rows`."""
@@ -294,7 +296,7 @@ class _Trellis(torch.autograd.Function):
         run = _Layers(setting, weight, bias, h0, c0, scale, ctx.batch, x_tilde)
         geometry = run.geometry
         N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
-        w_t = run.w.t().contiguous()  # (k·H, GH)
+        w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.most, setting.product)  # (k·H, GH)
         kernel = _KernelGradient(
             geometry, run.edges, setting.product, LAYERS_AT_ONCE if len(setting.segments) == 1 else 1
         )

@@ -60,12 +60,17 @@ def resolve(route: str, device: torch.device, dtype: torch.dtype) -> Product:
     return ROUTES[route]
 
 
-def pack(weight: Tensor, rows: int, product: Product) -> Tensor:
-    """`weight` (N, K) as `product` likes it best when it multiplies many matrices of so many rows by it.
+def for_single_rows(device: torch.device, dtype: torch.dtype, product: Product) -> Product:
+    """The product for matrices of few rows: oneDNN where it works, which packed weights make some times as fast."""
+    return _onednn if usable("onednn", device, dtype) else product
 
-    oneDNN has an order of its own, in which a single row may be some times as fast; only the product can read it.
+
+def pack(weight: Tensor, rows: int, product: Product) -> Tensor:
+    """`weight` (N, K) as `product` likes it best when it multiplies many matrices of about so many rows by it.
+
+    oneDNN has an order of its own, which only the product can read.
     """
-    if product is _onednn:
+    if product is _onednn and rows and weight.numel():
         with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
             return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return weight

@@ -41,6 +41,7 @@ class Kernels(NamedTuple):
     activation: str
     inject_every: int
     product: products.Product
+    single: products.Product  # for one row a sequence
     gates: ModuleType | None  # what computes LSTM gates; None: the activation of the reference
 
 
@@ -91,17 +92,19 @@ def prepare(
 
     H, k = weight_h.shape[1:]
     w, product = arranged(weight_h), products.resolve(gemm, device, compute)
+    single = products.for_single_rows(device, compute, product)
     return Kernels(
         arranged(weight_x),
         w,
         w[:, : (k - 1) * H].contiguous(),  # strided ones would be copied in every product of one row
-        products.pack(w[:, (k - 1) * H :].contiguous(), batch_size, product),
+        products.pack(w[:, (k - 1) * H :].contiguous(), batch_size, single),
         bias.detach().clone(),
         k,
         tuple(dilation[i % len(dilation)] for i in range(num_layers)),
         activation,
         inject_every,
         product,
+        single,
         gates_of(gates, device, compute, activation) if activation == "lstm" else None,
     )
 
@@ -138,9 +141,9 @@ def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tenso
     }
 
 
-def _product(kernels: Kernels, rows: Tensor, weight: Tensor) -> Tensor:
+def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
     """rows (…, K) · weightᵀ."""
-    return kernels.product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
+    return product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 
 
 @lru_cache(maxsize=256)
@@ -204,7 +207,7 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
             h, c = _gates(kernels, z_x, None, None, T, i == last)
             continue
         below, cells = torch.cat([stream.h[i - 1], h]), torch.cat([stream.c[i - 1], c])
-        z_h = _product(kernels, _taps(below, k, d, T), kernels.weight_h)
+        z_h = _product(kernels.product, _taps(below, k, d, T), kernels.weight_h)
         h, c = _gates(kernels, z_x, z_h, cells[:T], T, i == last)
         new_h.append(below[T:].clone())
         new_c.append(cells[T:].clone())
@@ -229,7 +232,9 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     above = kernels.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
     old = [torch.cat([rows[j * d] for j in range(k - 1)], dim=1) for rows, d in zip(stream.h, above, strict=True)]
-    z_old = _product(kernels, torch.stack(old), kernels.oldest).unsqueeze(1) if old else None  # (layers − 1, 1, N, GH)
+    z_old = None  # (layers − 1, 1, N, GH)
+    if old:
+        z_old = _product(kernels.product, torch.stack(old), kernels.oldest).unsqueeze(1)
     new_h, new_c, layer_steps = [], [], 0
     h = c = None
     for i, d in enumerate(kernels.dilations):
@@ -240,6 +245,6 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
             continue
         new_h.append(torch.cat([stream.h[i - 1][1:], h]))
         new_c.append(torch.cat([stream.c[i - 1][1:], c]))
-        z_h = _product(kernels, h, kernels.newest).add_(z_old[i - 1])
+        z_h = _product(kernels.single, h, kernels.newest).add_(z_old[i - 1])
         h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
     return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps

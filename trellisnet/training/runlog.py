@@ -1,5 +1,6 @@
 """What a run leaves behind: its folder, log, metrics, and where they came from."""
 
+import contextlib
 import json
 import math
 import os
@@ -76,6 +77,9 @@ def peak_memory(device: torch.device) -> int | None:
     """The most memory this process has held so far, in bytes: of the device, or resident memory; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # Linux; what follows there counts a large parent process too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
