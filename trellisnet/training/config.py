@@ -93,6 +93,11 @@ class RunConfig:
     log_interval: int = setting(100, "batches between log lines", flag="--log-interval")
 
     @classmethod
+    def program(cls) -> str:
+        """The program's path in the project."""
+        return f"{cls.task}/train.py"
+
+    @classmethod
     def preset_names(cls) -> list[str]:
         """What `--preset` may be."""
         return list(cls.presets)
@@ -204,7 +209,7 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
     """A parser with one flag a setting; what is not given on the command line is not in its result."""
     hints = typing.get_type_hints(cls)
     parser = _Parser(
-        prog=f"{cls.task}/train.py",
+        prog=cls.program(),
         description=f"{cls.__doc__} Presets: {', '.join(cls.presets)}.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
