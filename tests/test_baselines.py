@@ -22,6 +22,7 @@ from trellisnet.regularization import Masks
 from trellisnet.training.config import parse
 from trellisnet.training.optim import Schedule
 from trellisnet.training.tasks import LanguageModeling
+from trellisnet.weights import load_weights, save_weights
 
 CORES = {
     "awd-lstm": AWDLSTM,
@@ -339,6 +340,37 @@ def test_given_masks_act_in_either_mode_and_nothing_is_drawn_beside_them(name):
     assert not torch.equal(evaluated, module(ids).output)
     # No mask is "not dropped": what nothing is dropped of is what evaluation computes.
     assert torch.equal(module.train()(ids, masks=Masks()).output, module.eval()(ids).output)
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_products_in_bfloat16(name):
+    module, ids = model(name), tokens()
+    exact = module(ids).output
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(ids)
+        loss = module.loss(out.output, ids)
+        again = module(ids, None if name == "tcn" else out.state)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert again.output.shape == exact.shape
+    assert (out.output.float() - exact).abs().max() < 0.02
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": False}, {"n_experts": 2}])
+@pytest.mark.parametrize("name", ["trellisnet", *CORES])
+def test_weights_come_back_from_their_file_also_of_a_sparse_embedding(tmp_path, name, options):
+    def make(seed):
+        torch.manual_seed(seed)
+        sparse = functools.partial(SparseEmbedding, blocks=3, density=0.5)
+        network = {} if name == "trellisnet" else {"network": CORES[name]}
+        return TrellisLanguageModel(40, 12, 12, 3, output_size=12, embedding=sparse, **network, **options)
+
+    one, two = make(1), make(2)
+    save_weights(one, tmp_path / "w.pkl")
+    assert load_weights(two, tmp_path / "w.pkl") == []
+    for ours, theirs in zip(two.parameters(), one.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # -- AWD-LSTM ----------------------------------------------------------------------------------------------------------
