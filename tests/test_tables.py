@@ -2,17 +2,28 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import char_ptb.model
+import cifar10.model
+import pmnist.model
+import word_ptb.model
+import wt103.model
 from trellisnet.models import count_parameters
 from trellisnet.training.config import PROJECT, parse
 from word_ptb.model import Config, build_model
 
 TABLES = [1, 2, 3, 4, 6]
+MODELS = {
+    "word_ptb": word_ptb.model, "char_ptb": char_ptb.model, "wt103": wt103.model, "pmnist": pmnist.model,
+    "cifar10": cifar10.model,
+}  # fmt: skip
 
 
 def table(number, root=PROJECT, **environment):
@@ -30,10 +41,8 @@ def rows_of(name):
     return text.replace("\\\n", " ").rsplit("\nrows ", 1)[1].splitlines()[0].split()
 
 
-@pytest.mark.parametrize("name", [*(f"table{number}" for number in TABLES), "sparse_table", "compare", "rhn_table"])
-def test_smoke(name):
-    """Every row of the table, for a few steps on synthetic data; of the many alike two."""
-    rows = ["depth_3", "depth_1_untied"] if name == "rhn_table" else rows_of(name)
+def smoke(name, rows):
+    """Rows of a script, for a few steps on synthetic data."""
     done = script(name, SMOKE="1", ROWS=" ".join(rows))
     assert done.returncode == 0, done.stderr
     name = "compare-60-minutes" if name == "compare" else name
@@ -41,6 +50,41 @@ def test_smoke(name):
         assert f"{name} {row}, seed 1111: python " in done.stdout
         metrics = json.loads((PROJECT / f"runs/smoke/{name}/{row}/seed-1111/metrics.json").read_text())
         assert (metrics["corpus"], metrics["steps"], metrics["complete"]) == ("synthetic", 2, False)
+
+
+def of_baselines(name):
+    """Rows that train another network than TrellisNet."""
+    text = (PROJECT / "scripts" / f"{name}.sh").read_text()
+    return [row for row in rows_of(name) if re.search(rf"^{row}\(\) {{[^}}]*--model", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("number", TABLES)
+def test_smoke(number):
+    name = f"table{number}"
+    smoke(name, [row for row in rows_of(name) if row not in of_baselines(name)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "sparse_table", "compare", "rhn_table"])
+def test_smoke_of_the_baselines(name):
+    every = {"rhn_table": ["depth_3", "depth_1_untied"], "compare": rows_of(name), "sparse_table": rows_of(name)}
+    smoke(name, every.get(name) or of_baselines(name))
+
+
+@pytest.mark.parametrize("smoked", ["", "1"])
+@pytest.mark.parametrize("name", [*(f"table{number}" for number in TABLES), "sparse_table", "rhn_table"])
+def test_every_row_has_flags_that_make_sense(name, smoked, tmp_path):
+    """Without training: what would be run is printed, parsed and built, on no device."""
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    done = script(name, tmp_path, SMOKE=smoked, PY="true")
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"seed 1111: python (\w+)/train.py (.*)", done.stdout)
+    assert len(lines) == (20 if name == "rhn_table" else len(rows_of(name)))
+    for task, flags in lines:
+        config, _ = parse(MODELS[task].Config, flags.split())
+        sizes = [3, 10] if task in ("pmnist", "cifar10") else [100_000 if task == "wt103" else 1000]
+        with torch.device("meta"):
+            assert count_parameters(MODELS[task].build_model(config, *sizes)) > 0
 
 
 def test_every_depth_has_two_rows():
