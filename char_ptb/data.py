@@ -43,17 +43,18 @@ def symbols(texts: list[str]) -> dict[str, dict[str, int]]:
     }
 
 
-def load(folder: str | Path, download: bool = False, stream: str = "authors") -> Corpus:
+def load(folder: str | Path, download: bool = False, stream: str = "authors", order: str = "appearance") -> Corpus:
     """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.texts`.
 
     Args:
         stream: a name in `STREAMS`.
+        order: of the alphabet, see :func:`trellisnet.data.corpus.reordered`.
     """
     texts, label = penn.texts(folder, download)
     loaded = corpus.cached(corpus.cache_folder(), texts, STREAMS[stream], label=label)
     if label == penn.LABEL:
         loaded.check(SYMBOLS[stream], ALPHABET)
-    return dataclasses.replace(loaded, spelled=symbols(texts))
+    return dataclasses.replace(corpus.reordered(loaded, order), spelled=symbols(texts))
 
 
 main = functools.partial(

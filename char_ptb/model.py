@@ -40,6 +40,19 @@ class Config(LanguageModelConfig):
             "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0,
             "epochs": 2, "when": [1], "lr": 6e-3,
         },
+        # The recipe of AWD-LSTM's README, on the stream that it was published for.
+        "awd-lstm": {
+            "name": "awd-lstm", "model": "awd-lstm", "stream": "standard", "nhid": 1000, "nlevels": 3, "dropouth": 0.25,
+            "emb_dropout": 0.0, "wdrop": 0.5, "aux": 0.0, "horizon": 150, "random_length": True, "clip": 0.25,
+            "wdecay": 1.2e-6, "epochs": 500, "when": [300, 400], "batch_size": 128,
+        },
+        # The defaults of its authors' script, which spells `<eos>` as five characters (49 symbols); here it is one.
+        "tcn": {
+            "name": "tcn", "model": "tcn", "emsize": 100, "nhid": 450, "nout": 100, "nlevels": 3, "ksize": 3,
+            "dropout": 0.0, "dropouti": 0.1, "dropouth": 0.1, "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0,
+            "repack": False, "horizon": 80, "seq_len": 400, "optim": "SGD", "lr": 4.0, "clip": 0.15, "wdecay": 0.0,
+            "when": [-1], "anneal_recent": 3, "anneal_by": 10.0, "epochs": 100, "batch_size": 32, "eval_batch_size": 1,
+        },
     }  # fmt: skip
 
     name: str = setting("Trellis_charPTB", "name of the run; its folder is runs/char_ptb/<name> unless --out is given")
@@ -77,7 +90,7 @@ class Config(LanguageModelConfig):
         return self.anneal if self.asgd else 0
 
     def data_options(self) -> dict[str, Any]:
-        return {"stream": self.stream}
+        return {**super().data_options(), "stream": self.stream}
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> CharacterModeling:
         """Bits per character on the denominator of either stream."""

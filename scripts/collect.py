@@ -8,7 +8,8 @@ hand.
 
     python scripts/collect.py           write both files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
-    python scripts/collect.py --table 1 print Table 1 beside what scripts/table1.sh has trained so far
+    python scripts/collect.py --table 1 print Table 1 beside what scripts/table1.sh has trained so far; likewise
+                                        --table rhn, sparse, compare
 """
 
 import argparse
@@ -38,21 +39,26 @@ TABLES = {
     1: (
         "Word-level Penn Treebank, test perplexity",
         [
-            ("Generic TCN", "13M", 88.68, None),
-            ("AWD-LSTM", "24M", 58.8, None),
-            ("AWD-LSTM-MoS", "24M", 55.97, None),
+            ("Generic TCN", "13M", 88.68, "tcn"),
+            ("AWD-LSTM (ours without finetuning)", "24M", 58.8, "awd_lstm"),
+            ("AWD-LSTM-MoS (ours without finetuning)", "24M", 55.97, "awd_lstm_mos"),
             ("TrellisNet", "24M", 56.97, "trellisnet"),
             ("TrellisNet (1.4x larger)", "33M", 56.80, "trellisnet_larger"),
             ("TrellisNet-MoS", "25M", 54.67, "trellisnet_mos"),
             ("TrellisNet-MoS (1.4x larger)", "34M", 54.19, "trellisnet_mos_larger"),
+            ("Recurrent highway network, depth 10 (not in the paper)", "", None, "rhn"),
+            ("Sparse LSTM (not in the paper)", "", None, "sparse_lstm"),
         ],
     ),
-    2: ("WikiText-103, test perplexity", [("TrellisNet", "180M", 29.19, "trellisnet")]),
+    2: (
+        "WikiText-103, test perplexity",
+        [("Generic TCN (ours with our settings)", "150M", 45.2, "tcn"), ("TrellisNet", "180M", 29.19, "trellisnet")],
+    ),
     3: (
         "Character-level Penn Treebank, test bits per character",
         [
-            ("Generic TCN", "3.0M", 1.31, None),
-            ("AWD-LSTM", "13.8M", 1.175, None),
+            ("Generic TCN", "3.0M", 1.31, "tcn"),
+            ("AWD-LSTM, standard stream", "13.8M", 1.175, "awd_lstm"),
             ("TrellisNet", "13.4M", 1.158, "trellisnet"),
             ("TrellisNet, standard stream", "13.4M", None, "trellisnet_standard"),
         ],
@@ -60,10 +66,10 @@ TABLES = {
     4: (
         "Test accuracy in percent",
         [
-            ("Sequential MNIST: Generic TCN", "", 99.0, None),
+            ("Sequential MNIST: Generic TCN", "", 99.0, "sequential_mnist_tcn"),
             ("Sequential MNIST: TrellisNet", "8M", 99.20, "sequential_mnist"),
             ("Sequential MNIST: TrellisNet, released settings", "", None, "sequential_mnist_released"),
-            ("Permuted MNIST: Generic TCN", "", 97.2, None),
+            ("Permuted MNIST: Generic TCN", "", 97.2, "permuted_mnist_tcn"),
             ("Permuted MNIST: TrellisNet", "8M", 98.13, "permuted_mnist"),
             ("Permuted MNIST: TrellisNet, released settings", "", None, "permuted_mnist_released"),
             ("Sequential CIFAR-10: TrellisNet", "8M", 73.42, "sequential_cifar10"),
@@ -89,6 +95,40 @@ TABLES = {
         ],
     ),
 }
+# Tables of other papers, likewise, and their scripts: those of the authors' README of recurrent highway networks, and
+# those of "Predefined Sparseness in Recurrent Sequence Models", whose numbers are not in its README.
+_RHN_TEST = (
+    (90.6, 89.2), (75.1, 76.3), (70.6, 72.6), (68.6, 70.9), (67.7, 69.8),
+    (66.6, 69.3), (66.4, 68.7), (66.1, 68.5), (66.0, 68.5), (66.0, 68.3),
+)  # fmt: skip
+OTHER_TABLES = {
+    "rhn": (
+        "Recurrent highway networks on word-level Penn Treebank, test perplexity",
+        "rhn_table",
+        [
+            (f"depth {depth}, {tied} weights", "32M" if tied == "untied" else "", paper, f"depth_{depth}{suffix}")
+            for depth, both in enumerate(_RHN_TEST, start=1)
+            for (tied, suffix), paper in zip((("tied", ""), ("untied", "_untied")), both, strict=True)
+        ],
+    ),
+    "sparse": (
+        "Predefined sparseness on word-level Penn Treebank, test perplexity; reciting, training accuracy in percent",
+        "sparse_table",
+        [
+            ("AWD-LSTM", "24.2M", None, "dense"),
+            ("sparse_hidden, 1725 channels", "23.8M", None, "sparse"),
+            ("Reciting: dense", "24.2M", None, "recite_dense"),
+            ("Reciting: dense, half the width", "7.07M", None, "recite_dense_reduced"),
+            ("Reciting: sparse_hidden", "7.07M", None, "recite_sparse_hidden"),
+            ("Reciting: sparse_all, sparse embedding", "7.07M", None, "recite_sparse_all"),
+        ],
+    ),
+}
+# What scripts/compare.sh trains, a folder runs/tables/compare-<minutes>-minutes each time.
+COMPARED = {
+    "trellisnet": "TrellisNet", "awd_lstm": "AWD-LSTM", "tcn": "Generic TCN", "rhn": "Recurrent highway network",
+    "sparse_lstm": "Sparse LSTM",
+}  # fmt: skip
 # In README, what stands between <!-- output of NAME: begin --> and <!-- output of NAME: end --> comes from the log of
 # results/NAME.
 QUOTED = re.compile(r"<!-- output of (\w+): begin -->\n.*?<!-- output of \1: end -->", re.DOTALL)
@@ -218,6 +258,10 @@ def row(folder: Path) -> tuple[str, str]:
             metrics = json.loads(path.read_text())
             if metrics["complete"] and metrics["corpus"] != "synthetic":
                 score, value = score_of(metrics["test"])
+                if folder.name.startswith("recite"):  # what is asked is how well the training text is known
+                    lines = (path.parent / "metrics.jsonl").read_text().splitlines()
+                    score = "accuracy"
+                    value = [r for r in map(json.loads, lines) if r["event"] == "epoch"][-1]["train_score"]
                 finished.append(100 * value if score == "accuracy" else value)
                 kinds.add((metrics["params"], metrics["epochs"]))
                 if not metrics["commit"] or metrics["commit"].endswith("-dirty"):
@@ -235,12 +279,36 @@ def row(folder: Path) -> tuple[str, str]:
     return f"{parameters:,}", result
 
 
-def table(number: int, root: Path) -> str:
+def compared(root: Path) -> str:
+    """What scripts/compare.sh has finished: networks of one size after about the same time, as markdown.
+
+    Raises:
+        BadResultError: as :func:`row`.
+    """
+    lines = []
+    for folder in sorted((root / "runs" / "tables").glob("compare-*-minutes")):
+        minutes = folder.name.split("-")[1]
+        lines += [f"Word-level Penn Treebank, {minutes} minutes of training each", ""]
+        lines += ["| model | test perplexity | parameters | minutes |", "|---|--:|--:|--:|"]
+        for name, model in COMPARED.items():
+            parameters, ours = row(folder / name)
+            runs = [json.loads(path.read_text()) for path in sorted((folder / name).glob("seed-*/metrics.json"))]
+            times = ", ".join(f"{run['seconds'] / 60:.0f}" for run in runs if run["complete"])
+            lines.append(f"| {model} | {ours} | {parameters} | {times} |")
+        lines.append("")
+    return "\n".join(lines) or "nothing has been compared yet: bash scripts/compare.sh"
+
+
+def table(number: int | str, root: Path) -> str:
     """A table of the paper beside our runs, as markdown: the mean, the standard deviation, the number of seeds."""
-    title, rows = TABLES[number]
-    lines = [f"Table {number}. {title}", "", "| model | size | paper | ours | parameters |", "|---|--:|--:|--:|--:|"]
+    if number in OTHER_TABLES:
+        title, script, rows = OTHER_TABLES[number]
+    else:
+        title, rows = TABLES[number]
+        script, title = f"table{number}", f"Table {number}. {title}"
+    lines = [title, "", "| model | size | paper | ours | parameters |", "|---|--:|--:|--:|--:|"]
     for model, size, paper, name in rows:
-        parameters, ours = row(root / "runs" / "tables" / f"table{number}" / name) if name else ("", "not run")
+        parameters, ours = row(root / "runs" / "tables" / script / name) if name else ("", "not run")
         lines.append(f"| {model} | {size} | {'' if paper is None else paper} | {ours} | {parameters} |")
     return "\n".join(lines)
 
@@ -416,12 +484,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
-    parser.add_argument("--table", type=int, choices=TABLES, help="print this table of the paper, and write nothing")
+    names = [*map(str, TABLES), *OTHER_TABLES, "compare"]
+    parser.add_argument("--table", choices=names, help="print this table of the paper or a script, and write nothing")
     parser.add_argument("--root", type=Path, default=PROJECT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
         try:
-            print(table(args.table, args.root))
+            number = int(args.table) if args.table.isdigit() else args.table
+            print(compared(args.root) if number == "compare" else table(number, args.root))
         except BadResultError as e:
             print(f"error: {e}", file=sys.stderr)
             return 2

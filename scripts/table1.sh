@@ -8,4 +8,11 @@ trellisnet_mos() { train word_ptb --preset paper-mos; }
 trellisnet_larger() { train word_ptb --preset paper --nhid 1310; }
 trellisnet_mos_larger() { train word_ptb --preset paper-mos --nhid 1310; }
 
-rows trellisnet trellisnet_mos trellisnet_larger trellisnet_mos_larger
+# What the paper compares with; rhn and sparse_lstm are not in its table.
+tcn() { train word_ptb --model tcn; }
+awd_lstm() { train word_ptb --model awd-lstm; }
+awd_lstm_mos() { train word_ptb --model awd-lstm --preset mos; }
+rhn() { train word_ptb --model rhn; }
+sparse_lstm() { train word_ptb --model sparse-lstm; }
+
+rows trellisnet trellisnet_mos trellisnet_larger trellisnet_mos_larger tcn awd_lstm awd_lstm_mos rhn sparse_lstm

@@ -9,6 +9,10 @@ sequential_cifar10() { train cifar10 --preset 8m; }
 sequential_mnist_released() { train pmnist --no-permute; }
 permuted_mnist_released() { train pmnist; }
 sequential_cifar10_released() { train cifar10; }
+# What the paper compares with.
+sequential_mnist_tcn() { train pmnist --model tcn --no-permute; }
+permuted_mnist_tcn() { train pmnist --model tcn; }
 
 rows sequential_mnist permuted_mnist sequential_cifar10 \
-    sequential_mnist_released permuted_mnist_released sequential_cifar10_released
+    sequential_mnist_released permuted_mnist_released sequential_cifar10_released \
+    sequential_mnist_tcn permuted_mnist_tcn

@@ -1,4 +1,4 @@
-# Sourced by table1.sh … table6.sh, which name their rows. Every row is trained once a seed into
+# Sourced by table1.sh … table6.sh and others, which name their rows. Every row is trained once a seed into
 # runs/tables/<table>/<row>/seed-<seed>; finished ones are skipped and interrupted ones continued, so that a script can
 # simply be started again. `python scripts/collect.py --table N` prints what there is.
 #
@@ -21,9 +21,9 @@ TABLE="$(basename "$0" .sh)"
 SMOKE_ALL="--data synthetic --overwrite --epochs 1 --max_steps 2 --max_eval_tokens 100 --nhid 8"
 SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
 
-# train TASK FLAGS...: the row that calls it, once a seed.
+# train TASK FLAGS...: the row that calls it (or that ROW_NAME names), once a seed.
 train() {
-    local task="$1" row="${FUNCNAME[1]}" seed out flags
+    local task="$1" row="${ROW_NAME:-${FUNCNAME[1]}}" seed out flags
     shift
     for seed in ${SEEDS:-1111}; do
         flags=("$@" --seed "$seed")

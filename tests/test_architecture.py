@@ -16,6 +16,7 @@ FLOORS = [
     "models",
     "heads",
     "theorem1",
+    "baselines",
     "core",
     "regularization",
     "data",

@@ -234,6 +234,30 @@ def test_rows_are_compared_at_equal_updates(root, capsys):
     assert "expected a name such as table6_small" in capsys.readouterr().err
 
 
+def test_tables_of_others(root, capsys):
+    folder = root()
+    path = folder / "runs" / "tables" / "sparse_table" / "recite_dense" / "seed-0"
+    path.mkdir(parents=True)
+    (path / "metrics.json").write_text(json.dumps(METRICS | {"test": {"accuracy": 0.2, "ppl": 900.0, "loss": 6.8}}))
+    (path / "metrics.jsonl").write_text(json.dumps({"event": "epoch", "train_score": 0.9876}) + "\n")
+    assert collect.main(["--root", str(folder), "--table", "sparse"]) == 0
+    printed = capsys.readouterr().out
+    assert "| Reciting: dense | 24.2M |  | 98.76 (n = 1, 2 epochs) | 123,456 |" in printed
+    assert "| AWD-LSTM | 24.2M |  | not run |  |" in printed
+    assert collect.main(["--root", str(folder), "--table", "rhn"]) == 0
+    assert "| depth 10, untied weights | 32M | 68.3 | not run |  |" in capsys.readouterr().out
+    assert collect.main(["--root", str(folder), "--table", "compare"]) == 0
+    assert "nothing has been compared yet" in capsys.readouterr().out
+
+
+def test_rows_of_other_tables_are_in_their_script():
+    script = (PROJECT / "scripts" / "sparse_table.sh").read_text()
+    listed = script.rsplit("\nrows ", 1)[1].split()
+    assert listed == [name for *_, name in collect.OTHER_TABLES["sparse"][2]]
+    script = (PROJECT / "scripts" / "compare.sh").read_text()
+    assert list(collect.COMPARED) == script.split("\nrows ", 1)[1].splitlines()[0].split()
+
+
 @pytest.mark.parametrize("number", collect.TABLES)
 def test_every_row_of_a_table_is_in_its_script(number):
     script = (PROJECT / "scripts" / f"table{number}.sh").read_text()

@@ -2,36 +2,123 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import char_ptb.model
+import cifar10.model
+import pmnist.model
+import word_ptb.model
+import wt103.model
 from trellisnet.models import count_parameters
 from trellisnet.training.config import PROJECT, parse
 from word_ptb.model import Config, build_model
 
 TABLES = [1, 2, 3, 4, 6]
+MODELS = {
+    "word_ptb": word_ptb.model, "char_ptb": char_ptb.model, "wt103": wt103.model, "pmnist": pmnist.model,
+    "cifar10": cifar10.model,
+}  # fmt: skip
 
 
 def table(number, root=PROJECT, **environment):
-    command = ["bash", str(root / "scripts" / f"table{number}.sh")]
+    return script(f"table{number}", root, **environment)
+
+
+def script(name, root=PROJECT, **environment):
+    command = ["bash", str(root / "scripts" / f"{name}.sh")]
     environment = {**os.environ, "PY": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+def rows_of(name):
+    text = (PROJECT / "scripts" / f"{name}.sh").read_text()
+    return text.replace("\\\n", " ").rsplit("\nrows ", 1)[1].splitlines()[0].split()
+
+
+def smoke(name, rows):
+    """Rows of a script, for a few steps on synthetic data."""
+    done = script(name, SMOKE="1", ROWS=" ".join(rows))
+    assert done.returncode == 0, done.stderr
+    name = "compare-60-minutes" if name == "compare" else name
+    for row in rows:
+        assert f"{name} {row}, seed 1111: python " in done.stdout
+        metrics = json.loads((PROJECT / f"runs/smoke/{name}/{row}/seed-1111/metrics.json").read_text())
+        assert (metrics["corpus"], metrics["steps"], metrics["complete"]) == ("synthetic", 2, False)
+
+
+def of_baselines(name):
+    """Rows that train another network than TrellisNet."""
+    text = (PROJECT / "scripts" / f"{name}.sh").read_text()
+    return [row for row in rows_of(name) if re.search(rf"^{row}\(\) {{[^}}]*--model", text, re.MULTILINE)]
+
+
 @pytest.mark.parametrize("number", TABLES)
 def test_smoke(number):
-    """Every row of the table, for a few steps on synthetic data."""
-    script = (PROJECT / "scripts" / f"table{number}.sh").read_text()
-    rows = script.replace("\\\n", " ").rsplit("\nrows ", 1)[1].split()
-    done = table(number, SMOKE="1")
+    name = f"table{number}"
+    smoke(name, [row for row in rows_of(name) if row not in of_baselines(name)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "sparse_table", "compare", "rhn_table"])
+def test_smoke_of_the_baselines(name):
+    every = {"rhn_table": ["depth_3", "depth_1_untied"], "compare": rows_of(name), "sparse_table": rows_of(name)}
+    smoke(name, every.get(name) or of_baselines(name))
+
+
+@pytest.mark.parametrize("smoked", ["", "1"])
+@pytest.mark.parametrize("name", [*(f"table{number}" for number in TABLES), "sparse_table", "rhn_table"])
+def test_every_row_has_flags_that_make_sense(name, smoked, tmp_path):
+    """Without training: what would be run is printed, parsed and built, on no device."""
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    done = script(name, tmp_path, SMOKE=smoked, PY="true")
     assert done.returncode == 0, done.stderr
-    for row in rows:
-        assert f"table{number} {row}, seed 1111: python " in done.stdout
-        metrics = json.loads((PROJECT / f"runs/smoke/table{number}/{row}/seed-1111/metrics.json").read_text())
-        assert (metrics["corpus"], metrics["steps"], metrics["complete"]) == ("synthetic", 2, False)
+    lines = re.findall(r"seed 1111: python (\w+)/train.py (.*)", done.stdout)
+    assert len(lines) == (20 if name == "rhn_table" else len(rows_of(name)))
+    for task, flags in lines:
+        config, _ = parse(MODELS[task].Config, flags.split())
+        sizes = [3, 10] if task in ("pmnist", "cifar10") else [100_000 if task == "wt103" else 1000]
+        with torch.device("meta"):
+            assert count_parameters(MODELS[task].build_model(config, *sizes)) > 0
+
+
+def test_every_depth_has_two_rows():
+    done = script("rhn_table", ROWS="nothing")
+    assert done.returncode == 2
+    known = done.stderr.split("it has: ")[1].split()
+    assert known == [f"depth_{depth}{suffix}" for depth in range(1, 11) for suffix in ("", "_untied")]
+
+
+def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
+    """With a train.py whose epochs of 300 steps take 10 minutes."""
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    (tmp_path / "word_ptb").mkdir()
+    (tmp_path / "word_ptb" / "train.py").write_text(
+        "import json, pathlib, sys\n"
+        "argv = sys.argv[1:]\n"
+        "out = pathlib.Path(argv[argv.index('--out') + 1])\n"
+        "out.mkdir(parents=True, exist_ok=True)\n"
+        "with (out.parents[1] / 'calls').open('a') as file: file.write(' '.join(argv[:argv.index('--out')]) + '\\n')\n"
+        "(out / 'config.json').write_text(json.dumps({'steps an epoch': 300}))\n"
+        "told = {'event': 'epoch', 'step': 100, 'train_seconds': 200.0}\n"
+        "(out / 'metrics.jsonl').write_text(json.dumps(told) + '\\n')\n"
+        "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'seconds': 3600.0}\n"
+        "done['test'] = {'ppl': 99.0, 'loss': 4.6}\n"
+        "if '--metrics' in argv: pathlib.Path(argv[-1]).write_text(json.dumps(done, indent=1))\n"
+    )
+    for _ in range(2):
+        done = script("compare", tmp_path, ROWS="rhn")
+        assert done.returncode == 0, done.stderr
+    assert "| Recurrent highway network | 99.00 (n = 1, 6 epochs) | 7 | 60 |" in done.stdout
+    folder = tmp_path / "runs" / "tables" / "compare-60-minutes"
+    measured, trained = (folder / "calls").read_text().splitlines()
+    assert measured == "--model rhn --preset small --max_steps 100 --max_eval_tokens 1 --overwrite"
+    assert trained == "--model rhn --preset small --epochs 6 --when 4 5 --seed 1111 --overwrite"
 
 
 @pytest.fixture
@@ -64,7 +151,7 @@ def test_seeds_rows_and_further_flags(stub):
         assert call == f"--preset paper --seed {seed} --overwrite --accumulate 4\n"
     done = table(3, stub, ROWS="nothing")
     assert done.returncode == 2
-    assert done.stderr == "error: table3 has no row nothing; it has: trellisnet trellisnet_standard\n"
+    assert done.stderr == "error: table3 has no row nothing; it has: trellisnet trellisnet_standard tcn awd_lstm\n"
 
 
 def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
@@ -79,8 +166,8 @@ def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
     assert calls == [start, start, on, on]
     again = table(3, stub)
     assert again.stdout.splitlines() == [
-        "table3 trellisnet, seed 1111: finished", "table3 trellisnet_standard, seed 1111: finished",
-    ]  # fmt: skip
+        f"table3 {row}, seed 1111: finished" for row in ("trellisnet", "trellisnet_standard", "tcn", "awd_lstm")
+    ]
     assert len((runs / "trellisnet_standard" / "seed-1111" / "calls").read_text().splitlines()) == 1
 
 

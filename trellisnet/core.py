@@ -5,7 +5,7 @@ The module owns the parameters and prepares what one forward pass needs; the equ
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from trellisnet import ops
 from trellisnet.ops import streaming
 from trellisnet.ops.streaming import Stream
-from trellisnet.regularization import Masks, check_rate, drop_connect, dropout_scale, weight_norm
+from trellisnet.regularization import Masks, check_rate, draw_mask, drop_connect, dropout_scale, weight_norm
 
 INIT_STD = 0.01
 
-State = tuple[Tensor, Tensor]
+State = tuple[Tensor, ...]  # (h, c) of a TrellisNet; other cores carry other tensors, the batch in front
 
 
 class TrellisOutput(NamedTuple):
@@ -238,6 +238,17 @@ class TrellisNet(nn.Module):
             raise ValueError(f"length: expected at least 1, got {length}")
         start = length - 1 if last_only else start
         return sum(map(len, ops.dependencies(length, self.num_layers, self.dilation, self.kernel_size, start)))
+
+    def draw_masks(self, batch_size: int) -> dict[str, Any]:
+        """Masks for `batch_size` sequences, drawn as a forward pass in training mode would: fields of `Masks`."""
+
+        def weight(name: str) -> Tensor | None:
+            rows, channels, k = self._kernel(name).shape
+            shape = (rows, channels, k - self.temporal_weight_dropout)
+            return draw_mask(self.bias, shape, self.weight_dropout)
+
+        hidden = draw_mask(self.bias, (batch_size, self.hidden_size, 1), self.hidden_dropout)
+        return {"weight_x": weight("weight_x"), "weight_h": weight("weight_h"), "hidden": hidden}
 
     def effective_weight(self, name: str, masks: Masks | None = None) -> Tensor:
         """The kernel of this forward pass: DropConnect first, weight normalisation of what is left after it.

@@ -20,28 +20,49 @@ REDUCTIONS = ("mean", "sum", "none")
 CHUNK_LOGITS = 2**22
 
 
-def _decoder(
-    n_classes: int,
-    in_features: int,
-    weight: nn.Parameter | None,
-    bias: nn.Parameter | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """The given parameters (n_classes, in_features) and (n_classes,), or new ones: U(±0.1) and zero.
+class _Softmax(nn.Module):
+    """What all heads own or share: the matrix (n_classes, in_features) and the bias (n_classes,) of a softmax.
+
+    The matrix is the parameter `weight`; or it is that of a module, `weight_of`, which puts it together anew for every
+    pass (:class:`trellisnet.baselines.sparse.SparseEmbedding`). :meth:`matrix` is either.
+
+    Args:
+        n_classes: V.
+        in_features: width of the matrix.
+        weight: parameter to share, or a module with such a `weight`. Default: a new parameter, U(±0.1).
+        bias: parameter to share. Default: a new one, zero.
 
     Raises:
-        ValueError: a given parameter has another shape.
+        ValueError: what is shared has another shape.
     """
-    if weight is None:
-        weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
-        nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
-    if bias is None:
-        bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=dtype))
-    for name, parameter, shape in (("weight", weight, (n_classes, in_features)), ("bias", bias, (n_classes,))):
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(parameter.shape)}")
-    return weight, bias
+
+    def __init__(
+        self,
+        n_classes: int,
+        in_features: int,
+        weight: nn.Parameter | nn.Module | None,
+        bias: nn.Parameter | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        if weight is None:
+            weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
+            nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
+        if bias is None:
+            bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=dtype))
+        if isinstance(weight, nn.Module):
+            self.weight_of = weight
+        else:
+            self.weight = weight
+        self.bias = bias
+        for name, tensor, shape in (("weight", self.matrix(), (n_classes, in_features)), ("bias", bias, (n_classes,))):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+    def matrix(self) -> Tensor:
+        """The matrix of the softmax, (V, in_features)."""
+        return self.weight_of.weight if "weight_of" in self._modules else self.weight
 
 
 def _check_loss(x: Tensor, target: Tensor, reduction: str) -> None:
@@ -67,7 +88,7 @@ def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -
     return torch.cat([checkpoint(function, *chunk, **options) for chunk in chunks])
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits x · weightᵀ + bias, in float32 at least: the product may be in bfloat16, softmax and losses may not."""
     logits = F.linear(x, weight, bias)
     return logits.float() if logits.dtype.itemsize < 4 else logits
@@ -80,13 +101,14 @@ def _reduced(loss: Tensor, target: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-class LinearSoftmax(nn.Module):
+class LinearSoftmax(_Softmax):
     """Softmax over a linear map, log softmax(W x + b); the head of Tables 1 and 3.
 
     Args:
         in_features: width of x.
         n_classes: V.
-        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model. Default: a new one, U(±0.1).
+        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model, or a module that has such a
+            `weight`. Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
 
     Raises:
@@ -98,22 +120,21 @@ class LinearSoftmax(nn.Module):
         in_features: int,
         n_classes: int,
         *,
-        weight: nn.Parameter | None = None,
+        weight: nn.Parameter | nn.Module | None = None,
         bias: nn.Parameter | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
+        super().__init__(n_classes, in_features, weight, bias, device, dtype)
         self.in_features = in_features
         self.n_classes = n_classes
-        self.weight, self.bias = _decoder(n_classes, in_features, weight, bias, device, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.n_classes}"
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., in_features) → (..., V)."""
-        return _linear(x, self.weight, self.bias)
+        return _linear(x, self.matrix(), self.bias)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probabilities in nats, (..., in_features) → (..., V)."""
@@ -136,7 +157,7 @@ class LinearSoftmax(nn.Module):
         return loss.view(target.shape) if reduction == "none" else loss
 
 
-class MixtureOfSoftmaxes(nn.Module):
+class MixtureOfSoftmaxes(_Softmax):
     """Mixture of softmaxes p = Σ_k π_k softmax(W tanh(z_k) + b) (Yang et al., 2018), in log space.
 
     π = softmax(prior(x)); z = latent(x), K latent vectors of width E. As in the authors' code the prior has a bias and
@@ -148,11 +169,14 @@ class MixtureOfSoftmaxes(nn.Module):
         n_classes: V.
         n_experts: K.
         embedding_size: E.
-        weight: parameter (V, E) to share, e.g. the embedding of a tied model. Default: a new one, U(±0.1).
+        weight: parameter (V, E) to share, e.g. the embedding of a tied model, or a module that has such a `weight`.
+            Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
         dropout: probability of dropping a channel of a latent vector, one mask a sequence.
         log_epsilon: the result is log(p + log_epsilon). The authors' code has 1e-8 there, which gives improbable
             words a little more than they have.
+        prior_bias, dropout_after_tanh: whether the prior has a bias, and whether latent dropout follows the tanh. The
+            defaults are TrellisNet's; Yang et al. have no bias and drop after the tanh.
 
     Raises:
         ValueError: a setting out of range, or a shared parameter of another shape.
@@ -165,14 +189,16 @@ class MixtureOfSoftmaxes(nn.Module):
         n_experts: int,
         embedding_size: int,
         *,
-        weight: nn.Parameter | None = None,
+        weight: nn.Parameter | nn.Module | None = None,
         bias: nn.Parameter | None = None,
         dropout: float = 0.0,
         log_epsilon: float = 0.0,
+        prior_bias: bool = True,
+        dropout_after_tanh: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
+        super().__init__(n_classes, embedding_size, weight, bias, device, dtype)
         if n_experts < 1:
             raise ValueError(f"n_experts: expected at least 1, got {n_experts}")
         if not 0 <= log_epsilon < math.inf:
@@ -183,9 +209,9 @@ class MixtureOfSoftmaxes(nn.Module):
         self.embedding_size = embedding_size
         self.dropout = check_rate("dropout", dropout)
         self.log_epsilon = log_epsilon
-        self.prior = nn.Linear(in_features, n_experts, device=device, dtype=dtype)
+        self.dropout_after_tanh = dropout_after_tanh
+        self.prior = nn.Linear(in_features, n_experts, bias=prior_bias, device=device, dtype=dtype)
         self.latent = nn.Linear(in_features, n_experts * embedding_size, device=device, dtype=dtype)
-        self.weight, self.bias = _decoder(n_classes, embedding_size, weight, bias, device, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.n_classes}, n_experts={self.n_experts}, dropout={self.dropout}"
@@ -201,7 +227,8 @@ class MixtureOfSoftmaxes(nn.Module):
             scale = F.dropout(x.new_ones(shape), self.dropout)
         else:
             scale = None
-        z = torch.tanh(scaled(self.latent(x), scale))  # (..., K·E)
+        z = self.latent(x)  # (..., K·E)
+        z = scaled(z.tanh(), scale) if self.dropout_after_tanh else scaled(z, scale).tanh()
         log_prior = F.log_softmax(_linear(x, self.prior.weight, self.prior.bias), dim=-1)  # (..., K)
         return log_prior.reshape(-1, self.n_experts), z.reshape(-1, self.n_experts, self.embedding_size)
 
@@ -219,8 +246,10 @@ class MixtureOfSoftmaxes(nn.Module):
             draw: draw a mask in training mode if none is given.
         """
 
+        matrix = self.matrix()
+
         def mixture(log_prior: Tensor, z: Tensor) -> Tensor:
-            log_p = F.log_softmax(_linear(z, self.weight, self.bias), dim=-1)  # (P, K, V)
+            log_p = F.log_softmax(_linear(z, matrix, self.bias), dim=-1)  # (P, K, V)
             return self._add_epsilon(torch.logsumexp(log_prior.unsqueeze(2) + log_p, dim=1))  # (P, V)
 
         log_p = _in_chunks(mixture, self.n_experts * self.n_classes, *self._mix(x, latent_mask, draw))
@@ -241,9 +270,10 @@ class MixtureOfSoftmaxes(nn.Module):
             ValueError: unknown reduction, or shapes that do not fit.
         """
         _check_loss(x, target, reduction)
+        matrix = self.matrix()
 
         def nll(log_prior: Tensor, z: Tensor, target: Tensor) -> Tensor:
-            logits = _linear(z, self.weight, self.bias).flatten(0, 1)  # (P·K, V)
+            logits = _linear(z, matrix, self.bias).flatten(0, 1)  # (P·K, V)
             each = F.cross_entropy(logits, target.repeat_interleave(self.n_experts), reduction="none")
             log_p = torch.logsumexp(log_prior - each.view_as(log_prior), dim=1)  # (P,)
             return -self._add_epsilon(log_p)
@@ -253,7 +283,7 @@ class MixtureOfSoftmaxes(nn.Module):
         return _reduced(loss, target, reduction)
 
 
-class SplitSoftmax(nn.Module):
+class SplitSoftmax(_Softmax):
     """Tied adaptive softmax: frequent words in a short list, the others in bands behind it (Grave et al., 2017).
 
     The head softmax runs over the words below the first cut-off and one entry for each band; a word of a band has the
@@ -265,7 +295,8 @@ class SplitSoftmax(nn.Module):
         in_features: width of x.
         n_classes: V.
         cutoffs: 0 < c₁ < c₂ < … < V; the short list is [0, c₁), band i is [cᵢ, cᵢ₊₁).
-        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model. Default: a new one, U(±0.1).
+        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model, or a module that has such a
+            `weight`. Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
 
     Raises:
@@ -278,12 +309,12 @@ class SplitSoftmax(nn.Module):
         n_classes: int,
         cutoffs: Sequence[int],
         *,
-        weight: nn.Parameter | None = None,
+        weight: nn.Parameter | nn.Module | None = None,
         bias: nn.Parameter | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
+        super().__init__(n_classes, in_features, weight, bias, device, dtype)
         borders = [0, *cutoffs, n_classes]
         if len(borders) < 3 or any(low >= high for low, high in pairwise(borders)):
             raise ValueError(f"cutoffs: expected increasing numbers between 0 and {n_classes}, got {list(cutoffs)}")
@@ -291,7 +322,6 @@ class SplitSoftmax(nn.Module):
         self.n_classes = n_classes
         self.cutoffs = list(cutoffs)
         self.sizes = [high - low for low, high in pairwise(borders)]  # of the short list and the bands
-        self.weight, self.bias = _decoder(n_classes, in_features, weight, bias, device, dtype)
         self.tail_vectors = nn.Parameter(torch.zeros(len(cutoffs), in_features, device=device, dtype=dtype))
         self.tail_bias = nn.Parameter(torch.zeros(len(cutoffs), device=device, dtype=dtype))
 
@@ -301,7 +331,7 @@ class SplitSoftmax(nn.Module):
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of the head softmax, then of every band."""
         # Split once: the backward pass then makes one gradient of the whole matrix, not one for every slice.
-        (short, *weights), (short_bias, *biases) = self.weight.split(self.sizes), self.bias.split(self.sizes)
+        (short, *weights), (short_bias, *biases) = self.matrix().split(self.sizes), self.bias.split(self.sizes)
         head = torch.cat([short, self.tail_vectors]), torch.cat([short_bias, self.tail_bias])
         return [head, *zip(weights, biases, strict=True)]
 

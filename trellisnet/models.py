@@ -1,9 +1,15 @@
 """Whole models: what goes into the trellis, the trellis, and the head on top of it.
 
+Other networks can stand in the place of the trellis (:mod:`trellisnet.baselines`). Such a *core* is made and called
+like TrellisNet, as far as it goes: `Core(input_size, hidden_size, num_layers, output_size=…, …)`, with the attributes
+`input_size` and `output_size`; `core(x, state, start=…, aux_every=…, last_only=…, masks=…)`, which returns a
+:class:`trellisnet.core.TrellisOutput` whose state may be a tuple of any number of tensors with the batch in front; and
+`core.draw_masks(batch_size)`, which is None if its dropout is not one mask a sequence.
+
 Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +18,7 @@ from torch import Tensor, nn
 
 from trellisnet.core import State, Stream, TrellisNet
 from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
-from trellisnet.regularization import Masks, check_rate, dropout_scale, scaled
+from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 
 class LanguageModelOutput(NamedTuple):
@@ -21,7 +27,7 @@ class LanguageModelOutput(NamedTuple):
     Args:
         output: after output dropout, (N, L, output_size).
         raw_output: before it.
-        state: (h, c) to carry, (N, H) each, not detached.
+        state: (h, c) to carry, (N, H) each, not detached; of another core its own tuple.
         aux: auxiliary outputs after output dropout (a mask each), (N, L, output_size) each.
     """
 
@@ -50,7 +56,13 @@ class TrellisLanguageModel(nn.Module):
         log_epsilon: added to the mixture's probabilities before the logarithm; no effect on a plain softmax.
         freeze_last_embedding: give the last vocabulary entry no gradient through the input, as the authors' code
             does by accident (its padding_idx of −1 means the last row).
-        core: every further keyword goes to :class:`trellisnet.TrellisNet`.
+        embedding_dropout_per_row: drop words for every row of a batch on its own, as recurrent highway networks do,
+            instead of for the whole batch.
+        network: what makes the core.
+        embedding: what makes the embedding of (vocab_size, embedding_size): a module with their matrix as `weight`.
+        embedding_init: draws the parameters of the embedding, and the matrix of an untied softmax. Default: U(±0.1).
+        mixture: further keywords for :class:`trellisnet.heads.MixtureOfSoftmaxes`.
+        core: every further keyword goes to `network`.
 
     Raises:
         ValueError: a setting out of range.
@@ -73,6 +85,11 @@ class TrellisLanguageModel(nn.Module):
         latent_dropout: float = 0.0,
         log_epsilon: float = 0.0,
         freeze_last_embedding: bool = False,
+        embedding_dropout_per_row: bool = False,
+        network: Callable[..., nn.Module] = TrellisNet,
+        embedding: Callable[..., nn.Module] = nn.Embedding,
+        embedding_init: Callable[[Tensor], Any] | None = None,
+        mixture: dict[str, Any] | None = None,
         **core,
     ):
         super().__init__()
@@ -92,12 +109,18 @@ class TrellisLanguageModel(nn.Module):
         self.input_dropout = check_rate("input_dropout", input_dropout)
         self.output_dropout = check_rate("output_dropout", output_dropout)
         self.freeze_last_embedding = freeze_last_embedding
+        self.embedding_dropout_per_row = embedding_dropout_per_row
 
         factory = {"device": core.get("device"), "dtype": core.get("dtype")}
-        self.embedding = nn.Embedding(vocab_size, embedding_size, **factory)
-        nn.init.uniform_(self.embedding.weight, -INIT_RANGE, INIT_RANGE)
-        self.core = TrellisNet(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
-        factory["weight"] = self.embedding.weight if tied else None
+        self.embedding = embedding(vocab_size, embedding_size, **factory)
+        for parameter in self.embedding.parameters():
+            if embedding_init is None:
+                nn.init.uniform_(parameter, -INIT_RANGE, INIT_RANGE)
+            else:
+                embedding_init(parameter)
+        self.core = network(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
+        if tied:
+            factory["weight"] = self.embedding.weight if type(self.embedding) is nn.Embedding else self.embedding
         if n_experts:
             self.head = MixtureOfSoftmaxes(
                 output_size,
@@ -106,25 +129,54 @@ class TrellisLanguageModel(nn.Module):
                 embedding_size,
                 dropout=latent_dropout,
                 log_epsilon=log_epsilon,
+                **(mixture or {}),
                 **factory,
             )
-            return
-        check_rate("latent_dropout", latent_dropout)
-        if cutoffs is not None:
+        elif cutoffs is not None:
             self.head = SplitSoftmax(output_size, vocab_size, cutoffs, **factory)
         else:
             self.head = LinearSoftmax(output_size, vocab_size, **factory)
+        check_rate("latent_dropout", latent_dropout)
+        if embedding_init is not None and not tied:
+            embedding_init(self.head.weight)
 
     def embed(self, tokens: Tensor, masks: Masks | None = None) -> Tensor:
         """Token ids (N, L) → embedded and dropped input (N, L, E)."""
         weight = self.embedding.weight
         padding_idx = self.vocab_size - 1 if self.freeze_last_embedding else None
         x = F.embedding(tokens, weight, padding_idx=padding_idx)  # (N, L, E)
-        words = dropout_scale(weight, (self.vocab_size, 1), self.embedding_dropout, self.training, masks, "embedding")
-        if words is not None:
+        shape = self._words(x.size(0))
+        words = dropout_scale(weight, shape, self.embedding_dropout, self.training, masks, "embedding")
+        if words is not None and self.embedding_dropout_per_row:
+            x = x * words.gather(1, tokens).unsqueeze(2)  # (N, L, 1)
+        elif words is not None:
             x = x * F.embedding(tokens, words)  # the look-up of a scaled matrix, without building it
         channels = (x.size(0), 1, x.size(2))
         return scaled(x, dropout_scale(x, channels, self.input_dropout, self.training, masks, "input"))
+
+    def _words(self, batch_size: int) -> tuple[int, int]:
+        """Shape of the mask on words."""
+        return (batch_size, self.vocab_size) if self.embedding_dropout_per_row else (self.vocab_size, 1)
+
+    def draw_masks(self, batch_size: int) -> Masks | None:
+        """Masks for `batch_size` rows, drawn as training would; None if the core's dropout is not one mask a sequence.
+
+        With them, several forward passes, also in evaluation mode, drop the same things (Monte Carlo dropout).
+        """
+        core, like = self.core.draw_masks(batch_size), self.head.bias
+        if core is None:
+            return None
+        latent = None
+        if self.n_experts:
+            width = self.n_experts * self.head.embedding_size
+            latent = draw_mask(like, (batch_size, 1, width), self.head.dropout)
+        return Masks(
+            embedding=draw_mask(like, self._words(batch_size), self.embedding_dropout),
+            input=draw_mask(like, (batch_size, 1, self.core.input_size), self.input_dropout),
+            output=draw_mask(like, (batch_size, 1, self.core.output_size), self.output_dropout),
+            latent=latent,
+            **core,
+        )
 
     def forward(
         self,
@@ -238,7 +290,8 @@ class TrellisClassifier(nn.Module):
         input_dropout: probability of dropping a number of the input, elementwise.
         output_dropout: probability of dropping a logit, elementwise. Both act in training only; in the authors' code
             also when it is tested.
-        core: every further keyword goes to :class:`trellisnet.TrellisNet`.
+        network: what makes the core.
+        core: every further keyword goes to `network`.
 
     Raises:
         ValueError: a setting out of range.
@@ -254,6 +307,7 @@ class TrellisClassifier(nn.Module):
         output_size: int | None = None,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
+        network: Callable[..., nn.Module] = TrellisNet,
         **core,
     ):
         super().__init__()
@@ -262,7 +316,7 @@ class TrellisClassifier(nn.Module):
         self.num_classes = num_classes
         self.input_dropout = check_rate("input_dropout", input_dropout)
         self.output_dropout = check_rate("output_dropout", output_dropout)
-        self.core = TrellisNet(input_size, hidden_size, num_layers, output_size=output_size, **core)
+        self.core = network(input_size, hidden_size, num_layers, output_size=output_size, **core)
         factory = {"device": core.get("device"), "dtype": core.get("dtype")}
         self.head = nn.Linear(self.core.output_size, num_classes, **factory)
 

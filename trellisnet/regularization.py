@@ -21,7 +21,7 @@ class Masks(NamedTuple):
     that nothing is dropped there. Kept entries are scaled by 1/(1−p) with the rate of the module that reads the mask.
 
     Args:
-        embedding: whole words, (V, 1).
+        embedding: whole words, (V, 1); or (N, V) where every row has its own.
         input: embedded input, (N, 1, E), the same at every time step.
         weight_x: kernel on the input, (4H, in, k−1) when only the older taps are dropped, else (4H, in, k).
         weight_h: kernel on the hidden sequence, likewise.
@@ -30,13 +30,16 @@ class Masks(NamedTuple):
         aux: auxiliary outputs, each with its own mask, (N, M, 1, output_size).
         latent: latent vectors of a mixture of softmaxes, (N, 1, n_experts·embedding_size).
         latent_aux: the same for each auxiliary output, (N, M, 1, n_experts·embedding_size).
+
+    The networks of :mod:`trellisnet.baselines` read weight_h and hidden in shapes of their own; a stack of layers
+    takes a tuple of them, one for each layer.
     """
 
     embedding: Tensor | None = None
     input: Tensor | None = None
     weight_x: Tensor | None = None
-    weight_h: Tensor | None = None
-    hidden: Tensor | None = None
+    weight_h: Tensor | tuple | None = None
+    hidden: Tensor | tuple | None = None
     output: Tensor | None = None
     aux: Tensor | None = None
     latent: Tensor | None = None
@@ -74,6 +77,11 @@ def dropout_scale(
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"masks.{name}: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
     return mask.to(like) / (1 - p)
+
+
+def draw_mask(like: Tensor, shape: Sequence[int], p: float) -> Tensor | None:
+    """A 0/1 mask for :class:`Masks`: every entry is 0 with probability `p`. None, and nothing drawn, if p is 0."""
+    return torch.bernoulli(like.new_full(shape, 1 - p)) if p > 0 else None
 
 
 def scaled(x: Tensor, scale: Tensor | None) -> Tensor:

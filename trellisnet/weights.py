@@ -3,7 +3,8 @@
 Their state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), a tied `decoder.weight` repeats
 `encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`. What they have no name
 for: the vectors of the bands of a split softmax, which their scripts never save, are `criterion.*` here, and the two
-parts of a mixed group convolution `weight2_past*` and `weight2_below*`.
+parts of a mixed group convolution `weight2_past*` and `weight2_below*`. Models with another core than TrellisNet, which
+the authors do not have, are saved and loaded under the names of their parameters here.
 """
 
 import os
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from trellisnet import serialization
+from trellisnet.baselines import SparseEmbedding
+from trellisnet.core import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import GATES
 
 Model = TrellisLanguageModel | TrellisClassifier
+TRELLISNET = "trellisnet"
 
 _CORE = "tnet.module.full_conv."
 _PIXEL_CORE = "network.0.module.full_conv."  # of a classifier, which has no second name for it
@@ -30,14 +34,20 @@ _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
 # The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
 _AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
 _METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch looks for names of modules there
+_SIZES = "pass the sizes that it was trained with, which stand in the config.json of its run"
 WHAT = "weights in the authors' layout (a state dict)"
 
 
 def parameter_map(model: Model) -> dict[str, nn.Parameter]:
-    """The authors' name of every parameter of `model`, each exactly once, in the order of their model."""
+    """The authors' name of every parameter of `model`, each exactly once, in the order of their model.
+
+    Parameters of what the authors do not have keep the names that they have here.
+    """
+    if not _is_trellis(model):
+        return dict(model.named_parameters())
     if isinstance(model, TrellisClassifier):
         return _core_names(model) | {f"linear.{name}": p for name, p in model.head.named_parameters()}
-    names = {"encoder.weight": model.embedding.weight}
+    names = {f"encoder.{name}": p for name, p in model.embedding.named_parameters()}
     if not model.tied:
         names["decoder.weight"] = model.head.weight
     names["decoder.bias"] = model.head.bias
@@ -47,6 +57,15 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     if isinstance(model.head, SplitSoftmax):
         names |= dict(zip(_TAIL, (model.head.tail_vectors, model.head.tail_bias), strict=True))
     return names
+
+
+def _is_trellis(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "core", None), TrellisNet)
+
+
+def _network(model: nn.Module) -> str:
+    """What `--model` calls the core."""
+    return getattr(getattr(model, "core", None), "model_name", TRELLISNET)
 
 
 def _prefix(model: Model) -> str:
@@ -73,15 +92,16 @@ def _named(head: nn.Module, part: str) -> list[tuple[str, nn.Parameter]]:
 def authors_state_dict(model: Model) -> "OrderedDict[str, Tensor]":
     """The model as the authors' code would save it: their names and order, repeated tensors sharing storage."""
     tensors = {name: p.detach().cpu() for name, p in parameter_map(model).items()}
-    if isinstance(model, TrellisClassifier):
+    if isinstance(model, TrellisClassifier) or not _is_trellis(model):
         return OrderedDict(tensors)
     state = OrderedDict()
     for name, tensor in tensors.items():
-        if name == "decoder.bias" and model.tied:
+        if name == "decoder.bias" and model.tied and "encoder.weight" in tensors:
             state["decoder.weight"] = tensors["encoder.weight"]
         state[name] = tensor
     if model.n_experts:  # the mixture holds the decoder once more
-        state[_MIXTURE + "decoder.weight"] = state["decoder.weight"]
+        if "decoder.weight" in state:
+            state[_MIXTURE + "decoder.weight"] = state["decoder.weight"]
         state[_MIXTURE + "decoder.bias"] = state["decoder.bias"]
     for prefix, again in _AGAIN.items():
         for name in [name for name in state if name.startswith(prefix)]:
@@ -103,7 +123,7 @@ def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False,
             state dict has beside its tensors, so that :func:`load_weights` can refuse the weights of another one.
     """
     state = authors_state_dict(model)
-    told = {"vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
+    told = {"model": _network(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
     state._metadata = OrderedDict({_METADATA: told})
     serialization.save(path, state, legacy=legacy)
 
@@ -138,7 +158,11 @@ def load_weights(
     loaded = serialization.load(path, WHAT)
     state = _unique(loaded, path, _first_name if language else str)
     told = _metadata(loaded)
-    if language and model.tied:
+    own = _network(model)
+    theirs = told.get("model", TRELLISNET if any(name.startswith((_CORE, _PIXEL_CORE)) for name in state) else None)
+    if isinstance(theirs, str) and theirs != own:
+        raise UserError(f"{path}: was trained with another network; pass --model {theirs}")
+    if language and model.tied and _is_trellis(model):
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
@@ -153,17 +177,24 @@ def load_weights(
             "its scores cannot be had from this file; --init_tail goes on with untrained ones"
         )
     expected = {name: parameter for name, parameter in expected.items() if name not in left}
-    _check_names(state, expected, path, _prefix(model))
+    if _is_trellis(model):
+        _check_names(state, expected, path, _prefix(model))
+    elif other := sorted(state.keys() ^ expected.keys()):
+        what = f"has no {other[0]}" if other[0] in expected else f"holds {other[0]}, which the model has not"
+        raise UserError(f"{path}: {what}; {_SIZES}")
     kind = {flag: told.get(flag) for flag in _kind(model)}
     if _is_kind(kind) and kind != _kind(model):
         flags = " ".join(f"--{flag} {value}" for flag, value in kind.items() if value != _kind(model)[flag])
         raise UserError(f"{path}: was trained with another kind of layer; pass {flags}")
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
-            raise UserError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}; "
-                + (_other_gates(state, model) or (_advice if language else _classifiers_advice)(name, state, model))
-            )
+            advice = _SIZES
+            if _is_trellis(model) and not isinstance(getattr(model, "embedding", None), SparseEmbedding):
+                advice = _other_gates(state, model) or (_advice if language else _classifiers_advice)(
+                    name, state, model
+                )
+            shapes = tuple(state[name].shape), tuple(parameter.shape)
+            raise UserError(f"{path}: {name} has shape {shapes[0]}, the model needs {shapes[1]}; {advice}")
     _check_vocabulary(told.get("vocabulary"), vocabulary, path, language)
     with torch.no_grad():
         for name, parameter in expected.items():
@@ -173,6 +204,8 @@ def load_weights(
 
 def _kind(model: Model) -> dict[str, Any]:
     """What shapes and names do not tell, or not clearly, of the layers, under the names of the flags."""
+    if not _is_trellis(model):
+        return {}
     core = model.core
     return {
         "activation": core.activation, "mixed_group": core.kernel_groups or 0, "inject_every": core.inject_every,
@@ -181,8 +214,10 @@ def _kind(model: Model) -> dict[str, Any]:
 
 def _is_kind(kind: dict[str, Any]) -> bool:
     """Whether a file says all of it; the authors' files say nothing, and are known by names and shapes alone."""
-    return kind["activation"] in tuple(GATES) and all(
-        type(kind[name]) is int for name in ("mixed_group", "inject_every")
+    return (
+        bool(kind)
+        and kind["activation"] in tuple(GATES)
+        and all(type(kind[name]) is int for name in ("mixed_group", "inject_every"))
     )
 
 

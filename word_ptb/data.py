@@ -12,13 +12,17 @@ TOKENS = (929_589, 73_760, 82_430)
 VOCABULARY = 10_000
 
 
-def load(folder: str | Path, download: bool = False) -> Corpus:
-    """Read and encode the corpus; arguments and errors as in :func:`trellisnet.data.penn.texts`."""
+def load(folder: str | Path, download: bool = False, order: str = "appearance") -> Corpus:
+    """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.texts`.
+
+    Args:
+        order: of the vocabulary, see :func:`trellisnet.data.corpus.reordered`.
+    """
     texts, label = penn.texts(folder, download)
     loaded = corpus.cached(corpus.cache_folder(), texts, corpus.words, label=label)
     if label == penn.LABEL:
         loaded.check(TOKENS, VOCABULARY)
-    return loaded
+    return corpus.reordered(loaded, order)
 
 
 main = functools.partial(

@@ -1,10 +1,15 @@
 """Settings and model of word-level PTB. Defaults are those of the authors' released script."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from trellisnet.data.corpus import Corpus
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
 from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.tasks import LanguageModeling, Reciting
+from word_ptb import baselines
 
 __all__ = ["Config", "build_model"]
 
@@ -40,6 +45,7 @@ class Config(LanguageModelConfig):
             "horizon": 25, "batch_size": 20, "dropout": 0.1, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0,
             "wdrop": 0.0, "aux": 0.0, "alpha": 0.0, "beta": 0.0, "epochs": 2, "when": [1],
         },
+        **baselines.PRESETS,
     }  # fmt: skip
 
     name: str = setting("Trellis_wordPTB", "name of the run; its folder is runs/word_ptb/<name> unless --out is given")
@@ -65,7 +71,17 @@ class Config(LanguageModelConfig):
     aux_freq: float = setting(12.0, "auxiliary loss after every so many layers")
     alpha: float = setting(2.0, "activation regularisation (AR)")
     beta: float = setting(1.0, "temporal activation regularisation (TAR)")
+    recite: bool = setting(False, "score by the share of words that the model gives the highest probability")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.recite and (self.eval_all or self.mc_dropout):
+            raise UserError("--recite: is measured window by window; leave --eval_all and --mc_dropout out")
 
     def task_seq_len(self) -> int:
         """As it is: this script of the authors overlaps its training windows even while the state is carried."""
         return self.seq_len
+
+    def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> LanguageModeling:
+        """Perplexity; or how well the text is recited."""
+        return (Reciting if self.recite else LanguageModeling)(model, **options)

@@ -24,6 +24,7 @@ _FORMAT = 1  # of what is cached; another one is needed whenever other ids would
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
 ORDERS = ("appearance", "frequency")
+ALL_ORDERS = (*ORDERS, "frequency_up", "random")  # of text that fits into lists
 
 # Why a file is refused, for str.format: its path, and what the system or the codec says.
 UNREADABLE = "{}: cannot be read ({}); put it there or name its folder with --data"
@@ -96,7 +97,38 @@ def by_frequency(corpus: Corpus) -> Corpus:
         streams 1-D int64.
     """
     counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
-    order = torch.argsort(counts, descending=True, stable=True)
+    return _renumbered(corpus, torch.argsort(counts, descending=True, stable=True))
+
+
+def reordered(corpus: Corpus, order: str, seed: int = 0) -> Corpus:
+    """The corpus with its tokens numbered anew.
+
+    Args:
+        corpus: numbered by first appearance, streams 1-D int64.
+        order: "appearance": as it is. "frequency": :func:`by_frequency`. "frequency_up": the rarest tokens of the
+            training split first, ties in the order that they were in. "random": the tokens of the training split in an
+            order drawn from `seed`. What only valid and test have comes last.
+
+    Raises:
+        ValueError: unknown order.
+    """
+    if order not in ALL_ORDERS:
+        raise ValueError(f"order: expected one of {', '.join(ALL_ORDERS)}, got {order!r}")
+    if order == "appearance":
+        return corpus
+    if order == "frequency":
+        return by_frequency(corpus)
+    counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
+    known, new = counts.nonzero().squeeze(1), (counts == 0).nonzero().squeeze(1)
+    if order == "random":
+        ranked = torch.randperm(known.numel(), generator=torch.Generator().manual_seed(seed))
+    else:
+        ranked = torch.argsort(counts[known], stable=True)
+    return _renumbered(corpus, torch.cat([known[ranked], new]))
+
+
+def _renumbered(corpus: Corpus, order: Tensor) -> Corpus:
+    """The corpus with token order[i], of its ids so far, as number i."""
     ranks = torch.argsort(order)
     streams = {split: ranks[getattr(corpus, split)] for split in SPLITS}
     return dataclasses.replace(corpus, vocabulary=[corpus.vocabulary[i] for i in order.tolist()], **streams)

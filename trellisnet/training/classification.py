@@ -3,6 +3,7 @@
 A task folder adds its data, how its pixels are normalised, and whether they are permuted.
 """
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trellisnet.baselines import TCN
 from trellisnet.data.pixels import Images, normalise, permutation
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
 from trellisnet.training.config import setting
 from trellisnet.training.engine import Splits
-from trellisnet.training.network import NetworkConfig
+from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule
 from trellisnet.training.tasks import Classification
 
@@ -29,7 +31,12 @@ PRESETS = {
     "default": {},
     "paper": {"name": "paper", **PAPER},
     "8m": {"name": "8m", **PAPER, "nhid": 990},
-}
+    # The defaults of the script of the TCN's authors for MNIST.
+    "tcn": {
+        "name": "tcn", "model": "tcn", "nhid": 25, "nlevels": 8, "ksize": 7, "dropout": 0.0, "dropouti": 0.0,
+        "dropouth": 0.05, "wdrop": 0.0, "lr": 2e-3, "clip": 0.0, "epochs": 20, "when": [10],
+    },
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -59,13 +66,18 @@ class ClassificationConfig(NetworkConfig):
     aux: float = setting(0.0, "no effect: the authors' script computes auxiliary outputs here and never uses them")
     aux_freq: float = setting(1e4, "no effect, see --aux")
 
+    model: str = setting(TRELLISNET, "network in front of the linear map", choices=(TRELLISNET, TCN.model_name))
+
     permute: bool = setting(True, "permute the pixels, all images alike")
     permutation_seed: int = setting(0, "which permutation; independent of --seed")
     validation: bool = setting(True, "hold out the last 5,000 training images and choose the epoch by them")
 
     def channels(self) -> int:
-        """H, the hidden channels with those of the output: as in the authors' code as many as there are classes."""
-        return self.nhid + self.classes
+        """H, the hidden channels with those of the output: as in the authors' code as many as there are classes.
+
+        Of a TCN all are the output.
+        """
+        return self.nhid + (self.classes if self.model == TRELLISNET else 0)
 
     def validate(self) -> None:
         super().validate()
@@ -78,9 +90,9 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
     return TrellisClassifier(
         channels,
         num_classes,
-        config.nhid + num_classes,
+        config.channels(),
         config.nlevels,
-        output_size=num_classes,
+        output_size=num_classes if config.model == TRELLISNET else None,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,
         **config.core_options(),
@@ -121,6 +133,7 @@ def setup(
         seed=config.seed,
     )
     parts = {"train": images.train, "valid": images.valid, "test": images.test}
+    score_mc = functools.partial(task.evaluate_mc, passes=config.mc_dropout)
     parts = {name: part and tuple(tensor.to(device) for tensor in part) for name, part in parts.items()}
     splits = Splits(
         **parts,
@@ -128,10 +141,12 @@ def setup(
         sha256=images.sha256,
         sizes=tuple(len(part[1]) if part else 0 for part in parts.values()),
         vocabulary=hashlib.sha256(order.numpy()).hexdigest(),
+        everything={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
         choices={"permutation": order.tolist()} if config.permute else {},
     )
     facts = {"training images": len(images.train.labels), "pixels": length}
     if not config.eval:
         facts["steps an epoch"] = len(task.batches(splits.train))
     facts["order"] = f"permuted, seed {config.permutation_seed}" if config.permute else "row by row"
-    return task, splits, Schedule(config.lr, when=config.when), facts
+    schedule = Schedule(config.lr, when=config.when, decay=config.decay, decay_from=config.decay_from)
+    return task, splits, schedule, facts

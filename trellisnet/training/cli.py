@@ -115,7 +115,7 @@ class _Program:
             return "nothing was written"
         if not (self.folder / "last.pt").is_file():
             return "no checkpoint had been written yet"
-        command = shlex.join(["python", f"{self.cls.task}/train.py", "--resume", str(self.folder / "last.pt")])
+        command = shlex.join(["python", self.cls.program(), "--resume", str(self.folder / "last.pt")])
         return f"the last checkpoint is kept; go on from it with: {command}"
 
     def run(self, argv: list[str], interrupts: Interrupts) -> None:
@@ -149,7 +149,7 @@ class _Program:
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
         for notice in config.notices():
             _say(notice)
-        command = command_line(f"{config.task}/train.py", argv)
+        command = command_line(config.program(), argv)
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
             outcome = _score(task, splits, config, config.marks() if untrained else {})

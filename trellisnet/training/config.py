@@ -95,13 +95,31 @@ class RunConfig:
     max_eval_tokens: int = setting(0, "score only so many tokens of each split (marks the result partial); 0: all")
     batch_size: int = setting(16, "rows of a training batch")
     eval_batch_size: int = setting(10, "rows for validation and test")
+    momentum: float = setting(0.0, "of the optimiser, if it has one")
     when: list[int] = setting([-1], "divide the learning rate by 10 after these epochs")
+    decay: float = setting(1.0, "divide the learning rate by this after every epoch from --decay_from on")
+    decay_from: int = setting(1, "see --decay")
     anneal: int = setting(0, "plateau patience in epochs; 0: no annealing on plateaus")
     accumulate: int = setting(1, "compute every batch in so many slices of its rows, one update for all")
     checkpoint_minutes: float = setting(10.0, "write last.pt also within an epoch, every so many minutes; 0: never")
     checkpoint_steps: int = setting(0, "and after every so many updates; 0: never")
     tensorboard: bool = setting(False, "write the numbers of metrics.jsonl for TensorBoard too")
     log_interval: int = setting(100, "batches between log lines", flag="--log-interval")
+
+    @classmethod
+    def program(cls) -> str:
+        """The program's path in the project."""
+        return f"{cls.task}/train.py"
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """What `--preset` may be."""
+        return list(cls.presets)
+
+    @classmethod
+    def preset_of(cls, given: dict[str, Any]) -> str:
+        """The preset that given settings start from."""
+        return given.get("preset", "default")
 
     def validate(self) -> None:
         """Raise UserError at the first setting that makes no sense, naming its flag."""
@@ -121,6 +139,8 @@ class RunConfig:
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate}: more slices than the --batch_size {self.batch_size} rows")
         self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
+        self.check_at_least(1, "decay", "decay_from")
+        self.check_rates("momentum")
         if self.seed >= 2**63:
             raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if self.eval and self.resume:
@@ -203,7 +223,7 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
     """A parser with one flag a setting; what is not given on the command line is not in its result."""
     hints = typing.get_type_hints(cls)
     parser = _Parser(
-        prog=f"{cls.task}/train.py",
+        prog=cls.program(),
         description=f"{cls.__doc__} Presets: {', '.join(cls.presets)}.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -220,7 +240,7 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         elif field.name == "resume":
             options |= {"nargs": "?", "const": RUN_FOLDER, "metavar": "FILE"}
         elif field.name == "preset":
-            options["choices"] = list(cls.presets)
+            options["choices"] = cls.preset_names()
         elif isinstance(kind, types.GenericAlias):
             options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "N"}
         else:
@@ -249,15 +269,17 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
         )
     flags = vars(namespace)
     given = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
+    if "preset" in given:
+        given["preset"] = cls.preset_of(given)
     return from_settings(cls, given), given
 
 
 def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
     """`given` over the preset it names (or `default`) over the defaults of `cls`, validated."""
-    preset = given.get("preset", "default")
+    preset = cls.preset_of(given)
     if preset not in cls.presets:
         raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {preset!r}")
-    config = cls(**{**cls.presets[preset], **given})
+    config = cls(**{**cls.presets[preset], **given, "preset": preset})
     config.validate()
     return config
 

@@ -35,6 +35,7 @@ class Task(Protocol):
 
     def batches(self, data: Any, epoch: int) -> Sequence[Any]: ...
     def size(self, batch: Any) -> int: ...
+    def rate(self, batch: Any) -> float: ...  # factor of the learning rate for this batch
     def loss(self, *batch: Any, state: Any = None) -> tuple[dict[str, Tensor], Any]: ...
     def evaluate(self, data: Any, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]: ...
     def training_score(self, means: dict[str, float]) -> float: ...
@@ -92,7 +93,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score one split by `method` (default: `Task.evaluate`); adds the scores, and `partial` if it was cut short.
 
-    `name` is "valid" or "test", or one of these with "_all".
+    `name` is "valid" or "test", or one of these and, after an underscore, how it is evaluated.
 
     Raises:
         RunError: the loss or the score is not finite.
@@ -101,7 +102,7 @@ def evaluate(
     progress = lambda it, total: bar(it, total, desc=name, unit=task.batch_name)  # noqa: E731
     with config.autocast(next(task.model.parameters()).device):
         result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
-    result |= task.scores(result, name.removesuffix("_all"))
+    result |= task.scores(result, name.split("_")[0])
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
         raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; lower --lr or --clip")
@@ -113,7 +114,7 @@ def evaluate(
 def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     """A result of :func:`evaluate` in words."""
     main = result[task.score_name]
-    others = [key for key in task.scores(result, name.removesuffix("_all")) if result[key] != main]
+    others = [key for key in task.scores(result, name.split("_")[0]) if result[key] != main]
     scores = "  ".join(f"{key} {result[key]:.{task.digits}f}" for key in [task.score_name, *others])
     marks = {"partial": "partial", "init_tail": "tail vectors not trained"}
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
@@ -300,8 +301,6 @@ class Trainer:
         """Train on what is left of the epoch; False if it was cut short by `max_steps`."""
         task, model, config = self.task, self.task.model, self.config
         model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr
         self.meter, saved = _Meter(task.measured), time.monotonic()
         told = self.epoch > 0
         progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
@@ -348,6 +347,8 @@ class Trainer:
             carried.append(state)
         if config.clip > 0:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr * self.task.rate(batch)
         self.optimizer.step()
         self.carry = None if carried[0] is None else tuple(torch.cat(parts) for parts in zip(*carried, strict=True))
         self.batch += 1

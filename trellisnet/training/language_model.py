@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
-from trellisnet.data.corpus import SPLITS, Corpus, batchify
+from trellisnet.baselines import RHN, SparseEmbedding, rhn, sparse, tcn
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
 from trellisnet.training.engine import Splits
-from trellisnet.training.network import NetworkConfig
+from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule
 from trellisnet.training.tasks import LanguageModeling
 
@@ -32,21 +34,35 @@ class LanguageModelConfig(NetworkConfig):
 
     emsize: int = setting(400, "embedding width")
     nout: int = setting(400, "output channels; equal to --emsize when tied")
+    sparse_mode: str = setting("direct", "which layers of a sparse LSTM are reduced", choices=sparse.MODES)
+    sparse_fract: float = setting(1.0, "to which fraction of their inputs or outputs")
+    emb_blocks: int = setting(1, "column blocks of a sparse embedding, shorter for words with low ids; 1: dense")
+    emb_density: float = setting(1.0, "share of a sparse embedding's numbers that are there")
+    vocab_order: str = setting(
+        "auto", "order of the ids; auto: frequency_up with --emb_blocks, else appearance", choices=("auto", *ALL_ORDERS)
+    )
     tied: bool = setting(True, "tie the output to the input embedding")
     wnorm: bool = setting(False, "weight normalisation")
     n_experts: int = setting(0, "softmaxes in a mixture; 0: one plain softmax")
     mos_epsilon: float = setting(-1.0, "added to the mixture's probabilities; -1: 1e-8 to score loaded weights, else 0")
 
     asgd: bool = setting(False, "switch to averaged SGD on the first plateau instead of annealing")
+    nonmono: int = setting(0, "the same with a patience of so many epochs, whatever --anneal is; 0: not")
+    anneal_by: float = setting(0.0, "divide the learning rate by this on a plateau; 0: the task's own divisor")
+    anneal_recent: int = setting(
+        0, "instead of --anneal: a plateau is a loss not below the worst of so many epochs before; 0: by --anneal"
+    )
 
     dropout: float = setting(0.0, "output dropout, one mask a sequence")
     dropouti: float = setting(0.0, "input dropout, one mask a sequence")
     dropoutl: float = setting(0.0, "dropout of the mixture's latent vectors, one mask a sequence")
     emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
+    emb_dropout_rows: bool = setting(False, "drop words in every row of a batch on its own")
 
     horizon: int = setting(58, "unscored positions of a window; length of a window when the state is carried")
     seq_len: int = setting(0, "length of a window, the unscored positions included")
     repack: bool = setting(False, "carry the state from window to window")
+    random_length: bool = setting(False, "train on carried windows of random length about --horizon")
     aux: float = setting(0.0, "weight of the auxiliary losses; 0: none")
     aux_freq: float = setting(20.0, "auxiliary loss after every so many layers")
     alpha: float = setting(0.0, "activation regularisation (AR)")
@@ -58,6 +74,24 @@ class LanguageModelConfig(NetworkConfig):
         self.check_at_least(1, "emsize", "nout", "horizon")
         self.check_at_least(0, "seq_len", "alpha", "beta", "n_experts")
         self.check_rates("dropoutl", "dropout", "dropouti", "emb_dropout")
+        self.check_at_least(0, "nonmono", "anneal_recent")
+        self.check_at_least(1, "emb_blocks")
+        if not 0 < self.sparse_fract <= 1:
+            raise UserError(f"--sparse_fract: expected a fraction in (0, 1], got {self.sparse_fract}")
+        blocks = min(self.emb_blocks, self.emsize)
+        if not 1 / blocks <= self.emb_density <= 1:
+            raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
+        if self.anneal_by and self.anneal_by < 1:
+            raise UserError(f"--anneal_by: expected 0 or at least 1, got {self.anneal_by}")
+        if self.model == RHN.model_name and self.nout != self.nhid:
+            raise UserError(
+                f"--nout {self.nout}: the state of a recurrent highway network is its output; pass --nout {self.nhid}, "
+                "and when tied --emsize too"
+            )
+        if self.model == tcn.TCN.model_name and self.repack:
+            raise UserError("--repack: a TCN carries no state; pass --no-repack and a --seq_len above --horizon")
+        if self.random_length and (not self.repack or self.task_seq_len()):
+            raise UserError("--random_length: needs windows that lie end to end: pass --repack --seq_len 0")
         if self.tied and not self.n_experts and self.nout != self.emsize:
             raise UserError(
                 f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; "
@@ -81,8 +115,25 @@ class LanguageModelConfig(NetworkConfig):
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
 
     def channels(self) -> int:
-        """H, the hidden channels with those of the output."""
-        return self.nhid + self.nout
+        """H, the hidden channels with those of the output; of other networks than TrellisNet their width."""
+        return self.nhid + (self.nout if self.model == TRELLISNET else 0)
+
+    def elementwise_input_dropout(self) -> float:
+        return self.dropouti
+
+    def embedding_init(self) -> Callable[[Tensor], Any] | None:
+        """How the authors of the network draw the embedding; None: U(±0.1)."""
+        if self.model == RHN.model_name:
+            return functools.partial(nn.init.uniform_, a=-rhn.INIT_RANGE, b=rhn.INIT_RANGE)
+        if self.model == tcn.TCN.model_name and self.token == "words":
+            return functools.partial(nn.init.normal_, std=tcn.INIT_STD)
+        return None
+
+    def order(self) -> str:
+        """The order of the ids: a sparse embedding needs the rare words first."""
+        if self.vocab_order != "auto":
+            return self.vocab_order
+        return "frequency_up" if self.emb_blocks > 1 else "appearance"
 
     def log_epsilon(self) -> float:
         """What is added to a mixture's probabilities: the authors' 1e-8 to score loaded weights, else nothing."""
@@ -100,7 +151,7 @@ class LanguageModelConfig(NetworkConfig):
 
     def data_options(self) -> dict[str, Any]:
         """What the task's `data.load` is told beyond the folder."""
-        return {}
+        return {"order": self.order()}
 
     def bands(self, vocab_size: int) -> list[int] | None:
         """Cut-offs of the split softmax for a vocabulary; None for a plain one."""
@@ -112,7 +163,29 @@ class LanguageModelConfig(NetworkConfig):
 
 
 def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel:
-    """The language model of a configuration."""
+    """The language model of a configuration.
+
+    Raises:
+        UserError: sizes that the network cannot have.
+    """
+    try:
+        model = _build(config, vocab_size)
+    except ValueError as e:
+        if config.model == TRELLISNET or isinstance(e, UserError):
+            raise
+        raise UserError(f"--model {config.model}: {e}") from e
+    if config.model == RHN.model_name:
+        config.embedding_init()(model.head.bias)
+    return model
+
+
+def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel:
+    options = config.core_options()
+    if config.emb_blocks > 1:
+        sizes = {"blocks": config.emb_blocks, "density": config.emb_density}
+        options["embedding"] = functools.partial(SparseEmbedding, **sizes)
+    if config.model != TRELLISNET and config.n_experts:
+        options["mixture"] = {"prior_bias": False, "dropout_after_tanh": True}
     return TrellisLanguageModel(
         vocab_size,
         config.emsize,
@@ -125,9 +198,11 @@ def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguage
         latent_dropout=config.dropoutl,
         log_epsilon=config.log_epsilon(),
         embedding_dropout=config.emb_dropout,
-        input_dropout=config.dropouti,
+        embedding_dropout_per_row=config.emb_dropout_rows,
+        embedding_init=config.embedding_init(),
+        input_dropout=0.0 if config.model == tcn.TCN.model_name else config.dropouti,
         output_dropout=config.dropout,
-        **config.core_options(),
+        **options,
     )
 
 
@@ -157,6 +232,7 @@ def setup(
         aux_every=int(config.aux_freq),
         alpha=config.alpha,
         beta=config.beta,
+        length_seed=config.seed if config.random_length else None,
     )
     sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
     try:
@@ -169,22 +245,30 @@ def setup(
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     schedule = Schedule(
         config.lr,
-        config.patience(),
-        factor=config.plateau_factor,
+        config.nonmono or config.patience(),
+        recent=config.anneal_recent,
+        factor=config.anneal_by or config.plateau_factor,
         floor=config.plateau_floor,
         when=config.when,
         when_floor=config.when_floor,
-        asgd=config.asgd,
+        decay=config.decay,
+        decay_from=config.decay_from,
+        asgd=config.asgd or config.nonmono > 0,
     )
     tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
     score_all = functools.partial(task.evaluate_all, batch_size=config.eval_batch_size)
-    every = {f"{split}_all": (score_all, getattr(corpus, split).to(device)) for split in ("valid", "test")}
+    every = {}
+    for split in ("valid", "test"):
+        if config.eval_all:
+            every[f"{split}_all"] = score_all, getattr(corpus, split).to(device)
+        if config.mc_dropout:
+            every[f"{split}_mc"] = functools.partial(task.evaluate_mc, passes=config.mc_dropout), rows[split]
     splits = Splits(
         **rows,
         label=corpus.label,
         sha256=corpus.sha256,
         sizes=tokens,
-        everything=every if config.eval_all else {},
+        everything=every,
         vocabulary=corpus.vocabulary_sha256,
     )
     facts = {"training tokens": tokens[0], config.token: len(corpus.vocabulary)}

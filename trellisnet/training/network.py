@@ -1,12 +1,14 @@
-"""The settings of the trellis itself, which all tasks share."""
+"""The settings of the trellis itself, and of the networks that can stand in its place, which all tasks share."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
 from trellisnet import ops
+from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
 from trellisnet.training.config import RunConfig, setting
@@ -14,12 +16,31 @@ from trellisnet.training.config import RunConfig, setting
 MEASURED = 100  # channels from which on the route of the products is measured
 ROWS = 512  # of the products that are measured
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TRELLISNET = "trellisnet"
+MODELS = (TRELLISNET, *(network.model_name for network in (AWDLSTM, TCN, RHN, SparseStack)))
+
+# Settings that a network does not read. With another value than the preset's they would be ignored in silence.
+_TRELLIS = frozenset("dilation wnorm temporalwdrop activation mixed_group inject_every recompute aux".split())
+_SPARSE = frozenset("sparse_mode sparse_fract".split())
+UNREAD = {
+    TRELLISNET: _SPARSE | {"gate_bias"},
+    "awd-lstm": _TRELLIS | _SPARSE | {"ksize", "gate_bias"},
+    "tcn": _TRELLIS | _SPARSE | {"wdrop", "gate_bias"},
+    "rhn": _TRELLIS | _SPARSE | {"ksize", "wdrop"},
+    "sparse-lstm": _TRELLIS | {"ksize", "gate_bias"},
+}
 
 
 @dataclass(kw_only=True)
 class NetworkConfig(RunConfig):
-    """Settings of a TrellisNet, under the authors' names where they have one."""
+    """Settings of a network, under the authors' names of TrellisNet where they have one.
 
+    Another `model` has presets of its own: `--model rhn` means the preset `rhn`, and `--model rhn --preset small` the
+    preset `rhn-small`.
+    """
+
+    model: str = setting(TRELLISNET, "network between embedding and head", choices=MODELS)
+    mc_dropout: int = setting(0, "also score by the mean of so many passes with dropout (Monte Carlo); 0: not")
     nhid: int = setting(1000, "hidden channels without the output channels")
     nlevels: int = setting(58, "layers")
     ksize: int = setting(2, "kernel size")
@@ -31,14 +52,52 @@ class NetworkConfig(RunConfig):
     activation: str = setting("lstm", "gates of a layer", choices=tuple(ops.GATES))
     mixed_group: int = setting(0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel")
     inject_every: int = setting(1, "inject the input every so many layers")
-
     recompute: bool = setting(False, "compute layers again in the backward pass instead of keeping them: less memory")
     recompute_every: int = setting(0, "with --recompute: keep every so many layers; 0: the root of their number")
+    gate_bias: float = setting(-2.0, "where the biases of a recurrent highway network's transform gates start")
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """What `--preset` may be: also the names that a model's presets have after its own."""
+        short = [name.removeprefix(f"{values.get('model')}-") for name, values in cls.presets.items()]
+        return list(dict.fromkeys([*cls.presets, *short]))
+
+    @classmethod
+    def preset_of(cls, given: dict[str, Any]) -> str:
+        """The preset that given settings start from: one of the model's own.
+
+        Raises:
+            UserError: a preset of another model.
+        """
+        preset, model = given.get("preset", "default"), given.get("model", TRELLISNET)
+        if model == TRELLISNET:
+            return preset
+        own = model if preset == "default" else f"{model}-{preset}"
+        if own in cls.presets:
+            return own
+        if cls.presets.get(preset, {}).get("model") == model:
+            return preset
+        names = [name for name, values in cls.presets.items() if values.get("model") == model]
+        known = f"has {', '.join(names)}" if names else f"has none in {cls.task}"
+        raise UserError(f"--preset {preset}: is no preset of --model {model}, which {known}")
 
     def validate(self) -> None:
         super().validate()
         self.check_at_least(0, "recompute_every")
+        preset = self.presets[self.preset]
+        if self.model != preset.get("model", TRELLISNET):
+            raise UserError(f"--model {self.model}: --preset {self.preset} is of {preset['model']}; leave one out")
+        for field in dataclasses.fields(self):
+            if field.name in UNREAD[self.model]:
+                default = field.default_factory() if callable(field.default_factory) else field.default
+                if getattr(self, field.name) != preset.get(field.name, default):
+                    raise UserError(f"--{field.name}: --model {self.model} has nothing of the kind; leave it out")
+        if self.model != TRELLISNET and self.backend not in ("auto", "reference"):
+            raise UserError(f"--backend {self.backend}: is of TrellisNet; --model {self.model} needs auto or reference")
+        if self.model == TCN.model_name and self.nlevels > 30:
+            raise UserError(f"--nlevels {self.nlevels}: a TCN's dilation doubles with every block; 30 are the most")
         self.check_at_least(1, "nhid", "nlevels", "inject_every")
+        self.check_at_least(0, "mc_dropout")
         self.check_at_least(2, "ksize")
         self.check_at_least(0, "mixed_group")
         self.check_rates("dropouth", "wdrop")
@@ -46,11 +105,13 @@ class NetworkConfig(RunConfig):
             raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
 
     def core_options(self) -> dict[str, Any]:
-        """Keywords of :class:`trellisnet.TrellisNet`.
+        """The class of the core, `network`, and its keywords.
 
         Raises:
             UserError: the channels do not make equal groups, or the input does not reach the output through them.
         """
+        if self.model != TRELLISNET:
+            return {"hidden_dropout": self.dropouth, **self._baseline_options()}
         hidden_size = self.channels()
         if self.mixed_group and hidden_size % self.mixed_group:
             more = -hidden_size % self.mixed_group
@@ -96,8 +157,28 @@ class NetworkConfig(RunConfig):
                 raise
             return ops.resolve_gates("auto", *settings)
 
+    def _baseline_options(self) -> dict[str, Any]:
+        match self.model:
+            case "awd-lstm":
+                return {"network": AWDLSTM, "weight_dropout": self.wdrop}
+            case "tcn":
+                network = functools.partial(TCN, input_dropout=self.elementwise_input_dropout())
+                return {"network": network, "kernel_size": self.ksize}
+            case "rhn":
+                return {"network": RHN, "gate_bias": self.gate_bias}
+        return {
+            "network": SparseStack, "weight_dropout": self.wdrop, "mode": self.sparse_mode,
+            "fraction": self.sparse_fract,
+        }  # fmt: skip
+
+    def elementwise_input_dropout(self) -> float:
+        """The rate of dropping single numbers of the core's input, for a core that does it itself."""
+        return 0.0
+
     def notices(self) -> list[str]:
         """What the user should know of the choices that were made."""
+        if self.model != TRELLISNET:
+            return []
         if self.backend == "reference" and (reason := ops.not_fused(self.activation, self.mixed_group or None)):
             return [f"backend reference, slower than fused: {reason}"]
         return []
@@ -113,6 +194,8 @@ class NetworkConfig(RunConfig):
             UserError: what was asked for cannot run here.
         """
         config, dtype = super().chosen(device), COMPUTE[self.precision]
+        if self.model != TRELLISNET:  # torch's own operators
+            return dataclasses.replace(config, backend="reference")
         try:
             backend = ops.resolve(self.backend, self.activation, self.mixed_group or None)
             if self.recompute and backend == "reference":

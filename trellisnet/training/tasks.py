@@ -9,6 +9,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
 
 STREAMED = 1024  # positions × rows that a streamed evaluation computes at a time: enough for fast products
+SHORTEST, DEVIATION = 5, 5.0  # of windows of random length
 
 Losses = dict[str, Tensor]
 Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known length, e.g. in a progress bar
@@ -53,6 +55,9 @@ class LanguageModeling:
         aux_weight: λ of Eq. 23, the weight of the summed auxiliary losses; 0 or less: none.
         aux_every: ℓ of Appendix B.2: layers ℓ, 2ℓ, … predict too, counted from the bottom as in the authors' code.
         alpha, beta: weights of AR and TAR.
+        length_seed: train on windows of random length (Merity et al., 2018, section 5): normally distributed about
+            `horizon`, or in one of twenty about half of it, with deviation 5, at least 5; others for every epoch, drawn
+            from this seed. The learning rate of an update is scaled by the length. Only with `repackage`.
 
     Raises:
         ValueError: settings that fit no window.
@@ -74,6 +79,7 @@ class LanguageModeling:
         aux_every: int | None = None,
         alpha: float = 0.0,
         beta: float = 0.0,
+        length_seed: int | None = None,
     ):
         if horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {horizon}")
@@ -81,6 +87,8 @@ class LanguageModeling:
             raise ValueError(f"seq_len: expected 0 or more, got {seq_len}")
         if aux_weight > 0 and aux_every is None:
             raise ValueError("aux_every: expected a number of layers when aux_weight > 0, got None")
+        if length_seed is not None and (seq_len > 0 or not repackage):
+            raise ValueError("length_seed: windows of random length need repackage and seq_len = 0")
         if repackage and seq_len > 0:
             warnings.warn(
                 f"repackaging with seq_len = {seq_len}: training windows overlap by {horizon} positions although the "
@@ -95,6 +103,7 @@ class LanguageModeling:
         self.aux_every = aux_every
         self.alpha = alpha
         self.beta = beta
+        self.length_seed = length_seed
 
     def _has_history(self, training: bool) -> bool:
         """Whether windows overlap and leave their first `horizon` positions unscored: the authors' two rules."""
@@ -134,10 +143,29 @@ class LanguageModeling:
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        starts = self._starts(rows, True)
-        if not starts:
+        if self.length_seed is not None:
+            spans = self._random_spans(rows.size(1), epoch)
+            found = _Lazy(spans, lambda span: (rows[:, slice(*span)].long(), rows[:, span[0] + 1 : span[1] + 1].long()))
+        else:
+            found = _Lazy(self._starts(rows, True), lambda start: self._cut(rows, start, True))
+        if not found:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
-        return _Lazy(starts, lambda start: self._cut(rows, start, True))
+        return found
+
+    def _random_spans(self, length: int, epoch: int) -> list[tuple[int, int]]:
+        """Begin and end of the inputs of every window; like the authors', a last one of a single step is left out."""
+        draw = np.random.default_rng([self.length_seed, epoch])
+        spans, start = [], 0
+        while start < length - 2:
+            about = self.horizon if draw.random() < 0.95 else self.horizon / 2
+            end = min(start + max(SHORTEST, int(draw.normal(about, DEVIATION))), length - 1)
+            spans.append((start, end))
+            start = end
+        return spans
+
+    def rate(self, batch: tuple[Tensor, Tensor]) -> float:
+        """Factor of the learning rate for a window: its share of `horizon` if lengths are random, else 1."""
+        return 1.0 if self.length_seed is None else batch[0].size(1) / self.horizon
 
     def size(self, batch: tuple[Tensor, Tensor]) -> int:
         """Scored tokens of a training window."""
@@ -183,18 +211,23 @@ class LanguageModeling:
         if self.beta:
             beta = temporal_activation_regularization(out.raw_output, self.beta)
         losses = {"loss": raw + aux + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
-        return losses, self._carried(out.state)
+        return losses | self._measure(out.output.detach(), targets), self._carried(out.state)
+
+    def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What is measured of a window beside its losses: a 0-dim mean for every further name in `measured`."""
+        return {}
 
     def _carried(self, state: State) -> State | None:
-        h, c = state  # views of whole sequences; the copies let those go
-        return (h.detach().clone(), c.detach().clone()) if self.repackage else None
+        # They are views of whole sequences; the copies let those go.
+        return tuple(part.detach().clone() for part in state) if self.repackage else None
 
     def streams(self) -> bool:
         """Whether :meth:`evaluate` reads every row once, as a stream, instead of in overlapping windows.
 
         It does if that is exact: if nothing that a window scores depends on what lies before the window.
         """
-        return self._has_history(False) and self.horizon >= getattr(self.model.core, "reach", math.inf)
+        reach = getattr(self.model.core, "reach", math.inf)  # only TrellisNet has streams
+        return self._has_history(False) and self.horizon >= reach and self.measured == ("loss",)
 
     def _stream(self, rows: Tensor, first: int, last: int, progress: Progress | None) -> dict:
         """Mean loss of the targets of positions first to last − 1 of rows (N, L), read as one stream."""
@@ -242,17 +275,20 @@ class LanguageModeling:
             windows = progress(windows, len(starts))
         with _evaluating(self.model):
             total, tokens, state = 0.0, 0, None
+            further = dict.fromkeys(self.measured[1:], 0.0)
             for _, inputs, targets in windows:
                 out = self.model(inputs, state, start=skip)
                 state = self._carried(out.state)
                 targets = targets[:, skip:]
                 total += self.model.loss(out.output, targets).item() * targets.numel()
+                for name, mean in self._measure(out.output, targets).items():
+                    further[name] += mean.item() * targets.numel()
                 tokens += targets.numel()
                 if max_tokens is not None and tokens >= max_tokens:
                     break
         if not tokens:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
-        return {"loss": total / tokens, "tokens": tokens}
+        return {"loss": total / tokens, "tokens": tokens} | {name: sum_ / tokens for name, sum_ in further.items()}
 
     @torch.no_grad()
     def evaluate_all(
@@ -295,6 +331,48 @@ class LanguageModeling:
             raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
         return {"loss": total / tokens, "tokens": tokens}
 
+    @torch.no_grad()
+    def evaluate_mc(
+        self, rows: Tensor, *, passes: int, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> dict:
+        """Loss of the mean probability of every target over passes with dropout (Monte Carlo dropout; Gal & Ghahramani,
+        2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
+
+        Every pass draws one set of masks for its rows and keeps it from the first window to the last. A network whose
+        dropout is not one mask a sequence draws as in training instead.
+
+        Args:
+            rows: int64 (N, L).
+            passes: how many samples.
+            max_tokens: every pass stops after the window in which so many tokens have been scored.
+            progress: wraps the passes.
+
+        Returns:
+            as :meth:`evaluate`, and the number of `passes`.
+
+        Raises:
+            ValueError: the rows are shorter than one window.
+        """
+        skip, total = self.horizon if self._has_history(False) else 0, None
+        for _ in progress(range(passes), passes) if progress is not None else range(passes):
+            masks, losses, state, tokens = self.model.draw_masks(rows.size(0)), [], None, 0
+            latent = None if masks is None else masks.latent
+            with _evaluating(self.model):
+                self.model.train(masks is None)
+                for _, inputs, targets in self.windows(rows, training=False):
+                    out = self.model(inputs, state, start=skip, masks=masks)
+                    state, targets = self._carried(out.state), targets[:, skip:]
+                    options = {"latent_mask": latent, "draw": masks is None, "reduction": "none"}
+                    losses.append(self.model.loss(out.output, targets, **options).flatten().double())
+                    tokens += targets.numel()
+                    if max_tokens is not None and tokens >= max_tokens:
+                        break
+            if not losses:
+                raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+            log_p = -torch.cat(losses)
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+        return {"loss": math.log(passes) - total.mean().item(), "tokens": tokens, "passes": passes}
+
     @staticmethod
     def score(loss: float) -> float:
         """Perplexity of a mean loss in nats."""
@@ -317,7 +395,7 @@ class LanguageModeling:
 class _Lazy(Sequence):
     """Batches that are made when they are looked at: `make` of every start."""
 
-    def __init__(self, starts: range, make: Callable[[int], tuple[Tensor, Tensor]]):
+    def __init__(self, starts: Sequence[Any], make: Callable[[Any], tuple[Tensor, Tensor]]):
         self._starts, self._make = starts, make
 
     def __len__(self) -> int:
@@ -325,6 +403,31 @@ class _Lazy(Sequence):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._make(self._starts[index])
+
+
+class Reciting(LanguageModeling):
+    """Language modelling scored by accuracy: the share of tokens to which the model gives the highest probability.
+
+    Of the training text, while training, that says how well it is learned by heart ("learning to recite": Demeester et
+    al., 2018, "Predefined Sparseness in Recurrent Sequence Models", section 4.2).
+    """
+
+    score_name = "accuracy"
+    digits = 4
+    measured = ("loss", "accuracy")
+
+    def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            likeliest = self.model.log_prob(output, draw=False).argmax(-1)
+        return {"accuracy": (likeliest == targets).float().mean()}
+
+    def training_score(self, means: dict[str, float]) -> float:
+        """Accuracy while training, before each update."""
+        return means["accuracy"]
+
+    def scores(self, result: dict, split: str) -> dict[str, float]:
+        """Accuracy and perplexity of a result of :meth:`evaluate`."""
+        return {"accuracy": result["accuracy"], "ppl": self.score(result["loss"])}
 
 
 class CharacterModeling(LanguageModeling):
@@ -411,6 +514,10 @@ class Classification:
         """Sequences of a batch."""
         return batch[1].numel()
 
+    def rate(self, batch: tuple[Tensor, Tensor]) -> float:
+        """Factor of the learning rate for a batch: always 1."""
+        return 1.0
+
     def loss(
         self, inputs: Tensor, targets: Tensor, state: None = None, masks: Masks | None = None
     ) -> tuple[Losses, None]:
@@ -457,6 +564,39 @@ class Classification:
                 if max_tokens is not None and examples >= max_tokens:
                     break
         return {"loss": total / examples, "accuracy": right / examples, "examples": examples}
+
+    @torch.no_grad()
+    def evaluate_mc(
+        self,
+        data: tuple[Tensor, Tensor],
+        *,
+        passes: int,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict:
+        """Loss and accuracy of the mean probabilities over passes with dropout as in training (Monte Carlo dropout).
+
+        Args:
+            data: sequences (n, L, C) and their classes, int64 (n,).
+            passes: how many samples.
+            max_tokens, progress: as in :meth:`evaluate`, which also tells of the result.
+        """
+        sequences, classes = data
+        starts = range(0, len(classes), self.eval_batch_size)
+        total, right, examples = 0.0, 0, 0
+        with _evaluating(self.model):
+            self.model.train()
+            for start in progress(starts, len(starts)) if progress is not None else starts:
+                part = slice(start, start + self.eval_batch_size)
+                inputs, targets = self.prepare(sequences[part]), classes[part]
+                samples = [F.log_softmax(self.model(inputs).logits, dim=1) for _ in range(passes)]
+                log_p = torch.stack(samples).double().logsumexp(0) - math.log(passes)  # (n, classes)
+                total += F.nll_loss(log_p, targets, reduction="sum").item()
+                right += (log_p.argmax(1) == targets).sum().item()
+                examples += targets.numel()
+                if max_tokens is not None and examples >= max_tokens:
+                    break
+        return {"loss": total / examples, "accuracy": right / examples, "examples": examples, "passes": passes}
 
     def training_score(self, means: dict[str, float]) -> float:
         """Accuracy while training, dropout on."""

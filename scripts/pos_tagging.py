@@ -1,0 +1,319 @@
+"""Part-of-speech tagging with a sparse embedding (Demeester et al., 2018, "Predefined Sparseness in Recurrent Sequence
+Models", section 4.3): a bidirectional LSTM that names the tag of every word.
+
+    python scripts/pos_tagging.py --train train.conll --valid dev.conll --test test.conll --emsize 20 --nhid 10 \\
+        --emb_blocks 20 --emb_density 0.25 --epochs 50 --dropouti 0.2 --wdrop 0.2
+    python scripts/pos_tagging.py --data synthetic --epochs 5
+
+The files have a word and its tag on every line, first and last of its columns, and a blank line after every sentence.
+The text of the paper is licensed (LDC99T42) and not here; the synthetic one is drawn from a chain of tags. The flags of
+all training programs work here too: run folders, --resume, --metrics, --eval.
+
+Letters: N sentences of a batch, L their length, V words, E embedding width, H hidden width of a direction.
+"""
+
+import functools
+import hashlib
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from trellisnet.baselines import SparseEmbedding  # noqa: E402
+from trellisnet.baselines.lstm import WeightDropLSTM  # noqa: E402
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS, read_text  # noqa: E402
+from trellisnet.errors import UserError  # noqa: E402
+from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
+from trellisnet.training import cli  # noqa: E402
+from trellisnet.training.config import RunConfig, setting  # noqa: E402
+from trellisnet.training.engine import Splits  # noqa: E402
+from trellisnet.training.optim import Schedule  # noqa: E402
+
+PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
+Sentence = list[tuple[str, str]]
+
+
+@dataclass(kw_only=True)
+class Config(RunConfig):
+    """Tag parts of speech with a bidirectional LSTM on a sparse embedding."""
+
+    task: ClassVar[str] = "pos_tagging"
+
+    name: str = setting("pos", "name of the run; its folder is runs/pos_tagging/<name> unless --out is given")
+    data: str = setting("", "'synthetic' for sentences drawn from a chain of tags, instead of files")
+    train: str = setting("", "file of tagged sentences")
+    valid: str = setting("", "file of tagged sentences")
+    test: str = setting("", "file of tagged sentences")
+    emsize: int = setting(100, "embedding width")
+    nhid: int = setting(50, "hidden width of either direction")
+    emb_blocks: int = setting(1, "column blocks of the embedding, shorter for rarer words; 1: dense")
+    emb_density: float = setting(1.0, "share of the embedding's numbers that are there")
+    vocab_order: str = setting(
+        "frequency_up", "order of the words; the first ones get short vectors", choices=ALL_ORDERS
+    )
+    dropout: float = setting(0.0, "dropout before either linear map, elementwise")
+    dropouti: float = setting(0.0, "input dropout, one mask a sentence")
+    emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
+    wdrop: float = setting(0.0, "DropConnect on the recurrent matrix of either direction")
+    optim: str = setting("Adam", "optimiser: a class of torch.optim")
+    epochs: int = setting(300, "epochs to train in all")
+    batch_size: int = setting(20, "sentences of a training batch")
+    eval_batch_size: int = setting(100, "sentences evaluated at a time")
+    seed: int = setting(1982, "seed of all random numbers")
+
+    @classmethod
+    def program(cls) -> str:
+        return "scripts/pos_tagging.py"
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_at_least(1, "emsize", "nhid", "emb_blocks")
+        self.check_rates("dropout", "dropouti", "emb_dropout", "wdrop")
+        blocks = min(self.emb_blocks, self.emsize)
+        if not 1 / blocks <= self.emb_density <= 1:
+            raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
+        if self.data not in ("", "synthetic"):
+            raise UserError(f"--data {self.data}: expected synthetic; name files with --train, --valid and --test")
+        if not (self.data or self.resume or (self.train and self.valid and self.test)):
+            raise UserError("--train, --valid and --test: all three files are needed; or try --data synthetic")
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def sentences(text: str, name: str = "text") -> list[Sentence]:
+    """Tagged sentences of a text: a word and its tag on a line, blank lines between sentences, also a last one without.
+
+    Raises:
+        UserError: a line with one column only, or no sentence at all.
+    """
+    found, sentence = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        columns = line.split()
+        if len(columns) == 1:
+            raise UserError(f"{name}, line {number}: expected a word and its tag, got {line.strip()[:40]!r}")
+        if columns:
+            sentence.append((columns[0], columns[-1]))
+        elif sentence:
+            found.append(sentence)
+            sentence = []
+    found += [sentence] if sentence else []
+    if not found:
+        raise UserError(f"{name}: holds no sentence")
+    return found
+
+
+def synthetic(seed: int = 2018) -> list[list[Sentence]]:
+    """Train, valid and test sentences from a chain of tags; every third word can have either of two of them."""
+    draw = random.Random(seed).random
+    tags = [f"T{i}" for i in range(8)]
+
+    def sentence() -> Sentence:
+        made, tag = [], 0
+        for _ in range(3 + int(12 * draw())):
+            tag = (tag + 1 + int(3 * draw() ** 2)) % len(tags)
+            rank = int(60 * draw() ** 2)  # frequent and rare words
+            word = f"w{rank}" if rank % 3 == 0 and tag < 2 else f"w{rank}-{tag}"
+            made.append((word, tags[tag]))
+        return made
+
+    return [[sentence() for _ in range(n)] for n in (1500, 200, 200)]
+
+
+def ordered(counts: Counter[str], order: str, seed: int = 0) -> list[str]:
+    """The words in their order of appearance, frequency (either way, ties by appearance) or a random one."""
+    words = list(counts)
+    if order == "random":
+        random.Random(seed).shuffle(words)
+    elif order != "appearance":
+        words.sort(key=counts.__getitem__, reverse=order == "frequency")
+    return words
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Sentences as ids: words and tags (n, longest), and lengths (n,), int64."""
+
+    words: Tensor
+    tags: Tensor
+    lengths: Tensor
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = self.lengths[rows]
+        L = int(lengths.max())
+        return self.words[rows, :L], self.tags[rows, :L], lengths
+
+
+def encode(data: list[Sentence], words: dict[str, int], tags: dict[str, int], device: torch.device) -> Tagged:
+    """Words that are not known become `<unk>`, tags that are not known count as wrong."""
+    lengths = torch.tensor([len(sentence) for sentence in data])
+    shape = len(data), int(lengths.max())
+    ids, targets = torch.full(shape, words[PAD]), torch.full(shape, NO_TAG)
+    for i, sentence in enumerate(data):
+        ids[i, : len(sentence)] = torch.tensor([words.get(word, words[UNKNOWN]) for word, _ in sentence])
+        targets[i, : len(sentence)] = torch.tensor([tags.get(tag, len(tags)) for _, tag in sentence])
+    return Tagged(ids.to(device), targets.to(device), lengths.to(device))
+
+
+# -- model and task ----------------------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Embedding, an LSTM in each direction, linear map, tanh, linear map.
+
+    Args:
+        vocab_size: V. n_tags: classes. embedding_size: E. hidden_size: H of either direction.
+        emb_blocks, emb_density: of the :class:`trellisnet.baselines.sparse.SparseEmbedding`.
+        dropout, input_dropout, embedding_dropout, weight_dropout: rates, see the flags of :class:`Config`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_tags: int,
+        embedding_size: int,
+        hidden_size: int,
+        *,
+        emb_blocks: int = 1,
+        emb_density: float = 1.0,
+        dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.dropout, self.input_dropout, self.embedding_dropout = dropout, input_dropout, embedding_dropout
+        self.embedding = SparseEmbedding(vocab_size, embedding_size, blocks=emb_blocks, density=emb_density)
+        self.forwards, self.backwards = (
+            WeightDropLSTM(embedding_size, hidden_size, weight_dropout=weight_dropout) for _ in range(2)
+        )
+        self.hidden = nn.Linear(2 * hidden_size, hidden_size)
+        self.head = nn.Linear(hidden_size, n_tags)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Word ids (N, L) and lengths (N,) → logits (N, L, n_tags); those behind a sentence's end mean nothing."""
+        x = self.embedding(words)  # (N, L, E)
+        rows = (self.embedding.num_embeddings, 1)
+        kept = dropout_scale(x, rows, self.embedding_dropout, self.training, None, "embedding")
+        x = x if kept is None else x * F.embedding(words, kept)
+        channels = (x.size(0), 1, x.size(2))
+        x = scaled(x, dropout_scale(x, channels, self.input_dropout, self.training, None, "input"))
+        # Every sentence read from its own end: padding stays behind it in either direction.
+        at = torch.arange(x.size(1), device=x.device).expand(x.shape[:2])
+        back = torch.where(at < lengths[:, None], lengths[:, None] - 1 - at, at).unsqueeze(2)
+        ahead, _ = self.forwards(x)
+        behind, _ = self.backwards(x.gather(1, back.expand_as(x)))
+        y = torch.cat([ahead, behind.gather(1, back.expand_as(behind))], dim=2)  # (N, L, 2H)
+        drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
+        return self.head(drop(self.hidden(drop(y)).tanh()))
+
+
+class Tagging:
+    """One class for every word, scored by accuracy: the task of :func:`trellisnet.training.engine.fit`."""
+
+    score_name, digits = "accuracy", 4
+    batch_name, unit, count = "batch", "tok", "tokens"
+    measured = ("loss", "accuracy")
+
+    def __init__(self, model: Tagger, *, batch_size: int, eval_batch_size: int, seed: int):
+        self.model, self.batch_size, self.eval_batch_size, self.seed = model, batch_size, eval_batch_size, seed
+
+    def batches(self, data: Tagged, epoch: int = 0) -> Sequence[tuple[Tensor, ...]]:
+        """The batches of an epoch, shuffled by seed and epoch; the last one may be smaller."""
+        order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(data.lengths)))
+        return [data.batch(rows.to(data.words.device)) for rows in order.split(self.batch_size)]
+
+    def size(self, batch: tuple[Tensor, ...]) -> int:
+        """Words of a batch."""
+        return int(batch[2].sum())
+
+    def rate(self, batch: tuple[Tensor, ...]) -> float:
+        """Factor of the learning rate: always 1."""
+        return 1.0
+
+    def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss, and how many words are tagged rightly."""
+        logits = self.model(words, lengths).flatten(0, 1)
+        known = tags.flatten().masked_fill(tags.flatten() >= logits.size(1), NO_TAG)
+        return F.cross_entropy(logits, known, reduction="sum"), (logits.argmax(1) == tags.flatten()).sum()
+
+    def loss(self, words: Tensor, tags: Tensor, lengths: Tensor, state: None = None) -> tuple[dict[str, Tensor], None]:
+        """Mean loss of the words of a batch, and their accuracy."""
+        loss, right = (part / lengths.sum() for part in self._sums(words, tags, lengths))
+        return {"loss": loss, "raw": loss, "accuracy": right}, None
+
+    @torch.no_grad()
+    def evaluate(self, data: Tagged, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]:
+        """Mean loss and accuracy of all words, in evaluation mode; the model's mode is put back."""
+        training, starts = self.model.training, range(0, len(data.lengths), self.eval_batch_size)
+        self.model.eval()
+        loss = right = tokens = 0.0
+        for start in progress(starts, len(starts)) if progress is not None else starts:
+            batch = data.batch(slice(start, start + self.eval_batch_size))
+            of_batch = self._sums(*batch)
+            loss, right, tokens = loss + of_batch[0].item(), right + of_batch[1].item(), tokens + self.size(batch)
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+        self.model.train(training)
+        return {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
+
+    def training_score(self, means: dict[str, float]) -> float:
+        """Accuracy while training."""
+        return means["accuracy"]
+
+    def scores(self, result: dict[str, Any], split: str) -> dict[str, float]:
+        """The accuracy of a result."""
+        return {"accuracy": result["accuracy"]}
+
+    @staticmethod
+    def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
+        """Whether a validation result is to be preferred to the best one so far."""
+        return (result["accuracy"], -result["loss"]) > (best["accuracy"], -best["loss"])
+
+
+def setup(config: Config, device: torch.device) -> tuple[Tagging, Splits, Schedule, dict[str, Any]]:
+    """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    if config.data:
+        parts = synthetic()
+    else:
+        parts = [sentences(read_text(Path(path)), path) for path in (config.train, config.valid, config.test)]
+    counts = Counter({PAD: 0, UNKNOWN: 0})
+    counts.update(word for sentence in parts[0] for word, _ in sentence)
+    words = {word: i for i, word in enumerate(ordered(counts, config.vocab_order))}
+    tags = {tag: i for i, tag in enumerate(dict.fromkeys(tag for sentence in parts[0] for _, tag in sentence))}
+    model = Tagger(
+        len(words), len(tags), config.emsize, config.nhid, emb_blocks=config.emb_blocks, emb_density=config.emb_density,
+        dropout=config.dropout, input_dropout=config.dropouti, embedding_dropout=config.emb_dropout,
+        weight_dropout=config.wdrop,
+    ).to(device)  # fmt: skip
+    task = Tagging(model, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+    data = {split: encode(part, words, tags, device) for split, part in zip(SPLITS, parts, strict=True)}
+    splits = Splits(
+        **data,
+        label="synthetic" if config.data else "tagged sentences",
+        sha256=hashlib.sha256(repr(parts).encode()).hexdigest(),
+        sizes=tuple(int(part.lengths.sum()) for part in data.values()),
+    )
+    facts = {"training tokens": splits.sizes[0], "words": len(words), "tags": len(tags)}
+    return task, splits, Schedule(config.lr, when=config.when, decay=config.decay, decay_from=config.decay_from), facts
+
+
+main = functools.partial(cli.main, Config, setup)
+
+if __name__ == "__main__":
+    sys.exit(main())

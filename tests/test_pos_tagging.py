@@ -1,0 +1,113 @@
+"""scripts/pos_tagging.py and scripts/bench_sparse.py: tagging with a sparse embedding; ways to a sparse layer."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trellisnet.errors import UserError
+from trellisnet.models import count_parameters
+from trellisnet.training.config import PROJECT
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for what annotations mean
+    spec.loader.exec_module(module)
+    return module
+
+
+pos, bench = script("pos_tagging"), script("bench_sparse")
+SMALL = "--emsize 8 --nhid 6 --threads 1 --lr 0.02".split()
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def call(*argv, base=("--data", "synthetic", *SMALL)):
+        metrics = tmp_path / "metrics.json"
+        metrics.unlink(missing_ok=True)
+        threads = torch.get_num_threads()
+        code = pos.main([str(a) for a in (*base, "--out", tmp_path / "run", "--metrics", metrics, *argv)])
+        torch.set_num_threads(threads)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err, json.loads(metrics.read_text()) if metrics.exists() else None
+
+    return call
+
+
+@pytest.mark.parametrize(("emsize", "blocks", "density", "others"), [(5, 1, 1.0, 2_109), (20, 20, 0.25, 3_309)])
+def test_the_papers_sizes(emsize, blocks, density, others):
+    model = pos.Tagger(1000, 49, emsize, 10, emb_blocks=blocks, emb_density=density)
+    assert count_parameters(model.embedding) == 5_000
+    assert count_parameters(model) == 5_000 + others
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    model, words = pos.Tagger(30, 4, 6, 5), torch.randint(30, (3, 9))
+    lengths = torch.tensor([9, 4, 1])
+    together = model(words, lengths)
+    for i, n in enumerate(lengths.tolist()):
+        assert_close(together[i, :n], model(words[i : i + 1, :n], lengths[i : i + 1])[0])
+    assert not torch.equal(model(words[:, :5], torch.tensor([5, 4, 1]))[0], together[0, :5])  # it reads both ways
+
+
+def test_files_are_read_with_and_without_a_last_blank_line():
+    text = "the\tDT\ncat\tNN\n\n\nit\tPRP\nruns\tVBZ"
+    expected = [[("the", "DT"), ("cat", "NN")], [("it", "PRP"), ("runs", "VBZ")]]
+    assert pos.sentences(text) == pos.sentences(text + "\n\n") == expected
+    assert pos.sentences("1 the _ DT\n") == [[("1", "DT")]]
+    for bad, message in (
+        ("the\tDT\ncat\n", "f, line 2: expected a word and its tag, got 'cat'"),
+        ("\n\n", "f: holds no"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pos.sentences(bad, "f")
+
+
+def test_padding_and_unknown_words_come_first_from_rare_to_frequent():
+    counts = pos.Counter({"<pad>": 0, "<unk>": 0, "a": 3, "b": 1, "c": 3, "d": 2})
+    assert pos.ordered(counts, "frequency_up") == ["<pad>", "<unk>", "b", "d", "a", "c"]
+    assert pos.ordered(counts, "frequency")[:2] == ["a", "c"]
+    assert pos.ordered(counts, "appearance") == list(counts)
+    assert sorted(pos.ordered(counts, "random")) == sorted(counts)
+
+
+def test_it_learns_and_its_weights_score_the_same(run, tmp_path):
+    flags = "--emb_blocks 4 --emb_density 0.5 --dropouti 0.1 --wdrop 0.1 --epochs 2".split()
+    code, _, err, metrics = run(*flags)
+    assert (code, err) == (0, "")
+    assert metrics["test"]["accuracy"] > 0.7
+    assert "pos_tagging.py" in metrics["command"]
+    scored = run(*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")[3]
+    assert scored["test"] == metrics["test"]
+    assert run("--resume", "--epochs", "3", base=())[3]["epochs"] == 3
+
+
+def test_files_from_the_command_line(run, tmp_path):
+    files = []
+    for split, part in zip(("train", "valid", "test"), pos.synthetic(), strict=True):
+        path = tmp_path / f"{split}.conll"
+        path.write_text("\n\n".join("\n".join(f"{w}\t{t}" for w, t in sentence) for sentence in part[:60]))
+        files += [f"--{split}", path]
+    code, _, err, metrics = run(*files, "--epochs", "1", base=SMALL)
+    assert (code, err, metrics["corpus"]) == (0, "", "tagged sentences")
+    for argv, message in (
+        (files[:4], "--train, --valid and --test: all three files are needed"),
+        (["--data", tmp_path], "expected synthetic; name files with --train"),
+        ([*files, "--emb_blocks", "4", "--emb_density", "0.1"], "--emb_density: expected 1/4 to 1"),
+        ([*files[:5], tmp_path / "nothing"], "nothing: cannot be read"),
+    ):
+        code, _, err, _ = run(*argv, "--overwrite", base=SMALL)
+        assert (code, err.count("\n")) == (2, 1)
+        assert message in err
+
+
+def test_three_ways_of_computing_a_sparse_layer_agree(capsys):
+    """It refuses to time what is wrong."""
+    assert bench.main(["--quick"]) == 0
+    assert "40 → 60, 5 parts: parts " in capsys.readouterr().out

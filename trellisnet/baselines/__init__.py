@@ -1,0 +1,8 @@
+"""The networks that TrellisNet is compared with: sequence cores that :mod:`trellisnet.models` takes in its place."""
+
+from trellisnet.baselines.lstm import AWDLSTM
+from trellisnet.baselines.rhn import RHN
+from trellisnet.baselines.sparse import SparseEmbedding, SparseLSTM, SparseStack
+from trellisnet.baselines.tcn import TCN
+
+__all__ = ["AWDLSTM", "RHN", "TCN", "SparseEmbedding", "SparseLSTM", "SparseStack"]

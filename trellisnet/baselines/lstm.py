@@ -1,0 +1,207 @@
+"""AWD-LSTM: a stack of LSTMs with dropped recurrent weights (Merity, Keskar & Socher, 2018, "Regularizing and
+Optimizing LSTM Language Models", arXiv:1708.02182).
+
+The cells are `torch.nn.LSTM`; what is added is where dropout goes. The rest of the paper's recipe is elsewhere:
+embedding dropout and the locked dropouts around the stack in :mod:`trellisnet.models`, AR, TAR and windows of random
+length in :mod:`trellisnet.training.tasks`, non-monotone averaging in :mod:`trellisnet.training.optim`.
+
+Letters: N batch, L length, H hidden width of a layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trellisnet.core import TrellisOutput
+from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
+
+
+class WeightDropLSTM(nn.LSTM):
+    """One layer of `torch.nn.LSTM`, batch first, with DropConnect on its recurrent matrix (section 2 of the paper).
+
+    The matrix of a forward pass is a value of that pass, dropped by one mask that is the same at all time steps. It is
+    handed to torch's function beside the other weights, not put in the place of the parameter: so there is nothing that
+    evaluation, a copy or an exception could leave behind. The function is told to prepare a backward pass whenever
+    there are gradients, also in evaluation mode, which cuDNN would otherwise refuse.
+
+    Args:
+        input_size, hidden_size: as in `torch.nn.LSTM`.
+        weight_dropout: probability of dropping a recurrent weight.
+
+    Raises:
+        ValueError: a rate out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        weight_dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(input_size, hidden_size, batch_first=True, device=device, dtype=dtype)
+        self.weight_dropout = check_rate("weight_dropout", weight_dropout)
+
+    def draw_masks(self) -> Tensor | None:
+        """A mask for the recurrent matrix, (4H, H); None if nothing is dropped."""
+        return draw_mask(self.weight_hh_l0, self.weight_hh_l0.shape, self.weight_dropout)
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None = None, masks: Masks | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run the layer.
+
+        Args:
+            x: (N, L, input_size).
+            state: (h, c), (N, H) each; None for zeros.
+            masks: explicit masks, of which `weight_h` (4H, H) is read; None draws in training mode.
+
+        Returns:
+            outputs (N, L, H) and (h, c) of the last step.
+
+        Raises:
+            ValueError: a mask of another shape.
+        """
+        weight = self.weight_hh_l0
+        scale = dropout_scale(weight, weight.shape, self.weight_dropout, self.training, masks, "weight_h")
+        if state is None:
+            zeros = x.new_zeros(x.size(0), self.hidden_size)
+            state = zeros, zeros
+        weights = [self.weight_ih_l0, scaled(weight, scale), self.bias_ih_l0, self.bias_hh_l0]
+        h, c = (part.to(x.dtype).unsqueeze(0) for part in state)
+        # has_biases, num_layers, dropout, train, bidirectional, batch_first
+        x, h, c = torch.lstm(x, (h, c), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
+        return x, (h.squeeze(0), c.squeeze(0))
+
+
+class AWDLSTM(nn.Module):
+    """A stack of LSTMs: layers of `hidden_size`, the last one of `output_size`, locked dropout in between.
+
+    Args:
+        input_size: channels of x.
+        hidden_size: width of all layers but the last.
+        num_layers: layers.
+        output_size: width of the last layer. Default: hidden_size.
+        hidden_dropout: probability of dropping a channel between two layers, one mask a sequence (the authors'
+            `dropouth`).
+        weight_dropout: probability of dropping a recurrent weight (`wdrop`).
+        layer: further keywords go to :meth:`make_layer` (device, dtype).
+
+    Weights start from torch's U(±1/√H).
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    model_name = "awd-lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        output_size: int | None = None,
+        hidden_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        **layer: Any,
+    ):
+        super().__init__()
+        output_size = hidden_size if output_size is None else output_size
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, value in (sizes | {"output_size": output_size}).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.output_size = output_size
+        self.hidden_dropout = check_rate("hidden_dropout", hidden_dropout)
+        self.weight_dropout = check_rate("weight_dropout", weight_dropout)
+        self.widths = [input_size, *[hidden_size] * (num_layers - 1), output_size]
+        self.layers = nn.ModuleList(self.make_layer(i, **layer) for i in range(num_layers))
+
+    def make_layer(self, i: int, **options: Any) -> nn.Module:
+        """Layer i, from 0: a module that is called like :class:`WeightDropLSTM`."""
+        return WeightDropLSTM(self.widths[i], self.widths[i + 1], weight_dropout=self.weight_dropout, **options)
+
+    def draw_masks(self, batch_size: int) -> dict[str, Any]:
+        """Masks as in training: `weight_h`, one entry for each layer; `hidden`, (N, 1, H) for each gap between two."""
+        like, p = next(self.parameters()), self.hidden_dropout
+        hidden = tuple(draw_mask(like, (batch_size, 1, width), p) for width in self.widths[1:-1])
+        return {"weight_h": tuple(layer.draw_masks() for layer in self.layers), "hidden": hidden}
+
+    def _masks_of(self, masks: Masks | None, i: int) -> Masks | None:
+        """What layer i reads of the masks: its recurrent weights, and the outputs of the layer below it."""
+        if masks is None:
+            return None
+        each = [None] * self.num_layers
+        weight_h, hidden = (each if part is None else part for part in (masks.weight_h, masks.hidden))
+        return Masks(weight_h=weight_h[i], hidden=hidden[i - 1] if i else None)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Sequence[Tensor] | None = None,
+        *,
+        start: int = 0,
+        aux_every: int | None = None,
+        last_only: bool = False,
+        masks: Masks | None = None,
+    ) -> TrellisOutput:
+        """Run the stack over a segment.
+
+        Args:
+            x: (N, L, input_size), L ≥ 1.
+            state: h and c of every layer in turn, (N, H) each, carried from the segment before; None for zeros.
+            start: the first time step whose outputs are wanted; all are computed.
+            aux_every: None only; no layer but the last has outputs for the head.
+            last_only: the last time step alone.
+            masks: explicit masks as of :meth:`draw_masks`.
+
+        Returns:
+            outputs of the last layer, (N, L − start, output_size), before dropout; the state, not detached; no aux.
+
+        Raises:
+            ValueError: a shape or setting that does not fit.
+        """
+        check_call(x, self.input_size, start, aux_every)
+        shapes = [(x.size(0), width) for width in self.widths[1:] for _ in "hc"]
+        check_state(state, shapes)
+        carried = []
+        for i, layer in enumerate(self.layers):
+            own = self._masks_of(masks, i)
+            if i:
+                channels = (x.size(0), 1, x.size(2))
+                x = scaled(x, dropout_scale(x, channels, self.hidden_dropout, self.training, own, "hidden"))
+            x, after = layer(x, None if state is None else tuple(state[2 * i : 2 * i + 2]), own)  # (N, L, H)
+            carried += after
+        return TrellisOutput(x[:, -1:] if last_only else x[:, start:], tuple(carried), [])
+
+
+def check_call(x: Tensor, input_size: int, start: int, aux_every: int | None) -> None:
+    """Refuse what no core here can do with its arguments.
+
+    Raises:
+        ValueError: x is not (N, L ≥ 1, input_size), `start` lies outside it, or auxiliary outputs are wanted.
+    """
+    if x.dim() != 3 or x.size(2) != input_size or x.size(1) < 1:
+        raise ValueError(f"x: expected (N, L ≥ 1, {input_size}), got {tuple(x.shape)}")
+    if not 0 <= start < x.size(1):
+        raise ValueError(f"start: expected 0 to {x.size(1) - 1}, got {start}")
+    if aux_every is not None:
+        raise ValueError(f"aux_every: expected None, for only TrellisNet has auxiliary outputs, got {aux_every}")
+
+
+def check_state(state: Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Compare a carried state with the shapes of its parts.
+
+    Raises:
+        ValueError: another number of parts, or a part of another shape.
+    """
+    if state is not None and [tuple(part.shape) for part in state] != list(shapes):
+        raise ValueError(f"state: expected {list(shapes)}, got {[tuple(part.shape) for part in state]}")
