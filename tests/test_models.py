@@ -130,3 +130,17 @@ def test_bad_inputs_are_named():
         module.loss(torch.zeros(1, 1, 6), torch.zeros(1, 1, dtype=torch.int64), latent_mask=torch.ones(1, 1, 6))
     with pytest.raises(ValueError, match=r"masks.embedding: expected shape \(30, 1\), got \(30,\)"):
         module(tokens(), masks=Masks(embedding=torch.ones(30)))
+
+
+def test_losses_take_a_latent_mask_for_each_output():
+    module = TrellisLanguageModel(7, 4, 8, 3, output_size=4, n_experts=2, latent_dropout=0.5, gemm="mm")
+    assert module.head.gemm == "mm"
+    outputs, target = torch.randn(3, 2, 5, 4), torch.randint(7, (2, 5))
+    masks = [torch.randint(2, (2, 1, 8)), None, torch.randint(2, (2, 1, 8))]
+    expected = [module.loss(o, target, latent_mask=m, draw=False) for o, m in zip(outputs, masks, strict=True)]
+    total, each = module.losses(outputs, target, [1.0, 0.5, 0.25], latent_masks=masks, draw=False)
+    assert_close(each, torch.stack(expected))
+    assert_close(total, expected[0] + 0.5 * expected[1] + 0.25 * expected[2])
+    plain = TrellisLanguageModel(7, 4, 8, 3, output_size=4)
+    with pytest.raises(ValueError, match="latent_mask: only a mixture"):
+        plain.losses(outputs, target, [1.0, 1.0, 1.0], latent_masks=masks)

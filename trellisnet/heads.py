@@ -6,21 +6,78 @@ Letters: V classes, K experts, E embedding width, P positions; `...` any leading
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trellisnet.ops.cross_entropy import cross_entropy
 from trellisnet.regularization import check_rate, scaled
 
 INIT_RANGE = 0.1
 REDUCTIONS = ("mean", "sum", "none")
-# So many logits exist at a time (16 MB in fp32; the backward pass holds a few such tensors).
+# Logits that a mixture's log_prob makes at a time (16 MB in fp32; the backward pass holds a few such tensors).
 CHUNK_LOGITS = 2**22
 
 
-class _Softmax(nn.Module):
+class _Head(nn.Module):
+    """The losses that all heads have in common. A head says what `_losses` are.
+
+    No loss keeps as many numbers as positions × V: see :mod:`trellisnet.ops.cross_entropy`.
+    """
+
+    def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None, **latent: Any) -> tuple[Tensor | None, Tensor]:
+        """Σ scale · loss (None without a scale) and the losses (P,) of x (..., in_features) with P targets (...)."""
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, target: Tensor, reduction: str = "mean", **latent: Any) -> Tensor:
+        """Negative log-likelihood in nats.
+
+        Args:
+            x: (..., in_features).
+            target: class ids, int64, (...).
+            reduction: "mean", "sum" (0-dim results) or "none" (shape of target), whose gradient takes longer.
+            latent: of a mixture, as in :meth:`MixtureOfSoftmaxes.log_prob`.
+
+        Raises:
+            ValueError: unknown reduction, or shapes that do not fit.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if x.shape[:-1] != target.shape:
+            raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
+        if reduction == "none":
+            return self._losses(x, target, None, **latent)[1].view(target.shape)
+        total, _ = self._losses(x, target, _repeated(1.0, x, target), **latent)
+        return total / target.numel() if reduction == "mean" else total
+
+    def losses(self, x: Tensor, target: Tensor, weights: Sequence[float], **latent: Any) -> tuple[Tensor, Tensor]:
+        """Mean losses of several features of the same positions: in one go, and with one gradient of the matrix.
+
+        Args:
+            x: (S, ..., in_features).
+            target: class ids, int64, (...).
+            weights: S numbers.
+            latent: as in :meth:`loss`.
+
+        Returns:
+            The sum of the losses by `weights`, and the losses (S,). What is to be differentiated is the sum: the
+            gradient of the others takes longer.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        expected = (len(weights), *target.shape)
+        if x.shape[:-1] != expected:
+            raise ValueError(f"x: expected shape {(*expected, self.in_features)}, got {tuple(x.shape)}")
+        scale = torch.cat([_repeated(weight, x, target) for weight in weights])
+        total, each = self._losses(x, target.expand(expected), scale, **latent)
+        return total / target.numel(), each.view(len(weights), -1).mean(1)
+
+
+class _Softmax(_Head):
     """What all heads own or share: the matrix (n_classes, in_features) and the bias (n_classes,) of a softmax.
 
     The matrix is the parameter `weight`; or it is that of a module, `weight_of`, which puts it together anew for every
@@ -65,13 +122,6 @@ class _Softmax(nn.Module):
         return self.weight_of.weight if "weight_of" in self._modules else self.weight
 
 
-def _check_loss(x: Tensor, target: Tensor, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if x.shape[:-1] != target.shape:
-        raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
-
-
 def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -> Tensor:
     """function(*tensors) over chunks of positions, each of which takes so many logits.
 
@@ -94,11 +144,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
-def _reduced(loss: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """The losses of all positions (P,) as the caller wants them."""
-    if reduction == "none":
-        return loss.view(target.shape)
-    return loss.mean() if reduction == "mean" else loss.sum()
+def _repeated(weight: float, x: Tensor, target: Tensor) -> Tensor:
+    """A weight for every target, in float32 at least."""
+    return x.new_full((target.numel(),), weight, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class LinearSoftmax(_Softmax):
@@ -110,6 +158,7 @@ class LinearSoftmax(_Softmax):
         weight: parameter (V, in_features) to share, e.g. the embedding of a tied model, or a module that has such a
             `weight`. Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
+        gemm: how the products of losses are made, one of `trellisnet.ops.GEMMS`.
 
     Raises:
         ValueError: a shared parameter has another shape.
@@ -122,10 +171,12 @@ class LinearSoftmax(_Softmax):
         *,
         weight: nn.Parameter | nn.Module | None = None,
         bias: nn.Parameter | None = None,
+        gemm: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(n_classes, in_features, weight, bias, device, dtype)
+        self.gemm = gemm
         self.in_features = in_features
         self.n_classes = n_classes
 
@@ -140,29 +191,16 @@ class LinearSoftmax(_Softmax):
         """Log-probabilities in nats, (..., in_features) → (..., V)."""
         return F.log_softmax(self.logits(x), dim=-1)
 
-    def loss(self, x: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """Negative log-likelihood in nats.
-
-        Args:
-            x: (..., in_features).
-            target: class ids, int64, (...).
-            reduction: "mean", "sum" (0-dim results) or "none" (shape of target).
-
-        Raises:
-            ValueError: unknown reduction, or x and target do not fit.
-        """
-        _check_loss(x, target, reduction)
-        logits = self.logits(x.reshape(-1, x.size(-1)))  # (positions, V)
-        loss = F.cross_entropy(logits, target.reshape(-1), reduction=reduction)
-        return loss.view(target.shape) if reduction == "none" else loss
+    def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        x = x.reshape(-1, 1, self.in_features)
+        return cross_entropy(x, self.matrix(), self.bias, target.reshape(-1), scale, gemm=self.gemm)
 
 
 class MixtureOfSoftmaxes(_Softmax):
     """Mixture of softmaxes p = Σ_k π_k softmax(W tanh(z_k) + b) (Yang et al., 2018), in log space.
 
     π = softmax(prior(x)); z = latent(x), K latent vectors of width E. As in the authors' code the prior has a bias and
-    latent dropout acts *before* the tanh. Logits are computed a chunk of positions at a time and again in the backward
-    pass, so that P·K·V numbers never exist at once.
+    latent dropout acts *before* the tanh. P·K·V numbers never exist at once.
 
     Args:
         in_features: width of x.
@@ -177,6 +215,7 @@ class MixtureOfSoftmaxes(_Softmax):
             words a little more than they have.
         prior_bias, dropout_after_tanh: whether the prior has a bias, and whether latent dropout follows the tanh. The
             defaults are TrellisNet's; Yang et al. have no bias and drop after the tanh.
+        gemm: how the products of losses are made, one of `trellisnet.ops.GEMMS`.
 
     Raises:
         ValueError: a setting out of range, or a shared parameter of another shape.
@@ -195,6 +234,7 @@ class MixtureOfSoftmaxes(_Softmax):
         log_epsilon: float = 0.0,
         prior_bias: bool = True,
         dropout_after_tanh: bool = False,
+        gemm: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -211,6 +251,7 @@ class MixtureOfSoftmaxes(_Softmax):
         self.log_epsilon = log_epsilon
         self.dropout_after_tanh = dropout_after_tanh
         self.prior = nn.Linear(in_features, n_experts, bias=prior_bias, device=device, dtype=dtype)
+        self.gemm = gemm
         self.latent = nn.Linear(in_features, n_experts * embedding_size, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
@@ -255,32 +296,12 @@ class MixtureOfSoftmaxes(_Softmax):
         log_p = _in_chunks(mixture, self.n_experts * self.n_classes, *self._mix(x, latent_mask, draw))
         return log_p.view(*x.shape[:-1], self.n_classes)
 
-    def loss(
-        self,
-        x: Tensor,
-        target: Tensor,
-        reduction: str = "mean",
-        *,
-        latent_mask: Tensor | None = None,
-        draw: bool = True,
-    ) -> Tensor:
-        """Negative log-likelihood in nats of `target` (...), int64; other arguments as in :meth:`log_prob`.
-
-        Raises:
-            ValueError: unknown reduction, or shapes that do not fit.
-        """
-        _check_loss(x, target, reduction)
-        matrix = self.matrix()
-
-        def nll(log_prior: Tensor, z: Tensor, target: Tensor) -> Tensor:
-            logits = _linear(z, matrix, self.bias).flatten(0, 1)  # (P·K, V)
-            each = F.cross_entropy(logits, target.repeat_interleave(self.n_experts), reduction="none")
-            log_p = torch.logsumexp(log_prior - each.view_as(log_prior), dim=1)  # (P,)
-            return -self._add_epsilon(log_p)
-
-        mixed = self._mix(x, latent_mask, draw)
-        loss = _in_chunks(nll, self.n_experts * self.n_classes, *mixed, target.reshape(-1))
-        return _reduced(loss, target, reduction)
+    def _losses(
+        self, x: Tensor, target: Tensor, scale: Tensor | None, latent_mask: Tensor | None = None, draw: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        log_prior, z = self._mix(x, latent_mask, draw)
+        options = {"log_prior": log_prior, "log_epsilon": self.log_epsilon, "gemm": self.gemm}
+        return cross_entropy(z, self.matrix(), self.bias, target.reshape(-1), scale, **options)
 
 
 class SplitSoftmax(_Softmax):
@@ -298,6 +319,7 @@ class SplitSoftmax(_Softmax):
         weight: parameter (V, in_features) to share, e.g. the embedding of a tied model, or a module that has such a
             `weight`. Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
+        gemm: how the products of losses are made, one of `trellisnet.ops.GEMMS`.
 
     Raises:
         ValueError: cut-offs that do not increase or reach V, or a shared parameter of another shape.
@@ -311,10 +333,12 @@ class SplitSoftmax(_Softmax):
         *,
         weight: nn.Parameter | nn.Module | None = None,
         bias: nn.Parameter | None = None,
+        gemm: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(n_classes, in_features, weight, bias, device, dtype)
+        self.gemm = gemm
         borders = [0, *cutoffs, n_classes]
         if len(borders) < 3 or any(low >= high for low, high in pairwise(borders)):
             raise ValueError(f"cutoffs: expected increasing numbers between 0 and {n_classes}, got {list(cutoffs)}")
@@ -342,31 +366,18 @@ class SplitSoftmax(_Softmax):
         bands = [of_band[-i].unsqueeze(-1) + band for i, band in enumerate(bands, 1)]
         return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
 
-    def loss(self, x: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        """Negative log-likelihood in nats; a band is computed only at the positions whose target lies in it.
-
-        Args:
-            x: (..., in_features).
-            target: class ids, int64, (...).
-            reduction: "mean", "sum" (0-dim results) or "none" (shape of target).
-
-        Raises:
-            ValueError: unknown reduction, or x and target do not fit.
-        """
-        _check_loss(x, target, reduction)
-
-        def nll(weight: Tensor, bias: Tensor, x: Tensor, target: Tensor) -> Tensor:
-            def of_chunk(x: Tensor, target: Tensor) -> Tensor:
-                return F.cross_entropy(_linear(x, weight, bias), target, reduction="none")
-
-            return _in_chunks(of_chunk, bias.numel(), x, target)
-
-        x, flat = x.reshape(-1, x.size(-1)), target.reshape(-1)  # (P, in_features), (P,)
+    def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        # A band is computed only at the positions whose target lies in it.
+        x, flat = x.reshape(-1, 1, self.in_features), target.reshape(-1)  # (P, 1, in_features), (P,)
         band = sum((flat >= cutoff).long() for cutoff in self.cutoffs)  # 0: the short list
         head, *bands = self._parts()
-        loss = nll(*head, x, torch.where(band > 0, head[1].numel() - band, flat))
+        entry = torch.where(band > 0, head[1].numel() - band, flat)
+        total, losses = cross_entropy(x, *head, entry, scale, gemm=self.gemm)
         for i, part in enumerate(bands, 1):
             at = (band == i).nonzero().squeeze(1)
             if at.numel():
-                loss = loss.index_add(0, at, nll(*part, x[at], flat[at] - self.cutoffs[i - 1]))
-        return _reduced(loss, target, reduction)
+                of_band = None if scale is None else scale[at]
+                more, each = cross_entropy(x[at], *part, flat[at] - self.cutoffs[i - 1], of_band, gemm=self.gemm)
+                total = None if scale is None else total + more
+                losses = losses.index_add(0, at, each)
+        return total, losses

@@ -121,6 +121,7 @@ class TrellisLanguageModel(nn.Module):
         self.core = network(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
         if tied:
             factory["weight"] = self.embedding.weight if type(self.embedding) is nn.Embedding else self.embedding
+        factory["gemm"] = core.get("gemm", "auto")
         if n_experts:
             self.head = MixtureOfSoftmaxes(
                 output_size,
@@ -257,6 +258,38 @@ class TrellisLanguageModel(nn.Module):
             ValueError: shapes that do not fit, or a latent mask for a plain softmax.
         """
         return self.head.loss(output, target, reduction, **self._latent(latent_mask, draw))
+
+    def losses(
+        self,
+        outputs: Sequence[Tensor],
+        target: Tensor,
+        weights: Sequence[float],
+        *,
+        latent_masks: Sequence[Tensor | None] | None = None,
+        draw: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean losses of several outputs against the same targets, in nats: in one go, with one gradient of the head.
+
+        Args:
+            outputs: S of them, (N, L, output_size) each: `output` and `aux` of :meth:`forward`.
+            target: int64 (N, L).
+            weights: S numbers.
+            latent_masks: for each output, as in :meth:`loss`; None among others: nothing is dropped there.
+            draw: as in :meth:`loss`.
+
+        Returns:
+            The sum of the losses by `weights`, which is what to differentiate, and the losses (S,).
+
+        Raises:
+            ValueError: shapes that do not fit, or a latent mask for a plain softmax.
+        """
+        x = torch.stack(list(outputs))
+        given = [mask for mask in latent_masks or () if mask is not None]
+        latent = self._latent(given[0] if given else None, draw)
+        if given:
+            kept = x.new_full(given[0].shape, 1 - self.head.dropout)  # what the scale makes one of
+            latent["latent_mask"] = torch.stack([kept if mask is None else mask.to(x) for mask in latent_masks])
+        return self.head.losses(x, target, weights, **latent)
 
     def _latent(self, latent_mask: Tensor | None, draw: bool) -> dict[str, Any]:
         if self.n_experts:

@@ -192,25 +192,27 @@ class LanguageModeling:
         skip = self.horizon if self._has_history(self.model.training) else 0
         if inputs.size(1) <= skip:
             raise ValueError(f"a window of {inputs.size(1)} tokens holds nothing to score after the first {skip}")
-        with_aux = self.aux_weight > 0
-        aux_every = self.aux_every if with_aux else None
+        aux_every = self.aux_every if self.aux_weight > 0 else None
         out = self.model(inputs, state, start=skip, aux_every=aux_every, masks=masks)
         targets = targets[:, skip:]
 
-        def head(output: Tensor, latent_mask: Tensor | None) -> Tensor:
-            return self.model.loss(output, targets, latent_mask=latent_mask, draw=masks is None)
-
-        raw = head(out.output, masks.latent if masks else None)
-        aux = alpha = beta = raw.new_zeros(())
-        if with_aux and out.aux:
-            latent_aux = masks.latent_aux if masks else None
-            each = [None] * len(out.aux) if latent_aux is None else latent_aux.unbind(1)
-            aux = self.aux_weight * sum(head(a, mask) for a, mask in zip(out.aux, each, strict=True))
+        latent, latent_aux = (masks.latent, masks.latent_aux) if masks else (None, None)
+        draw = masks is None
+        if out.aux:
+            weights = [1.0] + [self.aux_weight] * len(out.aux)
+            masked = [latent, *([None] * len(out.aux) if latent_aux is None else latent_aux.unbind(1))]
+            outputs = [out.output, *out.aux]
+            loss, each = self.model.losses(outputs, targets, weights, latent_masks=masked, draw=draw)
+            raw, aux = each[0], self.aux_weight * each[1:].sum()
+        else:
+            loss = raw = self.model.loss(out.output, targets, latent_mask=latent, draw=draw)
+            aux = raw.new_zeros(())
+        alpha = beta = raw.new_zeros(())
         if self.alpha:
             alpha = activation_regularization(out.output, self.alpha)
         if self.beta:
             beta = temporal_activation_regularization(out.raw_output, self.beta)
-        losses = {"loss": raw + aux + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
+        losses = {"loss": loss + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
         return losses | self._measure(out.output.detach(), targets), self._carried(out.state)
 
     def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,191 @@
+r"""The loss of a softmax over a linear map, or of a mixture of them, without all its logits.
+
+Expert k of a mixture (Yang et al., 2018) has the logits a_k = W x_k + b. With a target y the loss and its gradient are
+
+.. math::
+    \ell = -\log\Bigl(\varepsilon + \sum_k \pi_k\, \mathrm{softmax}(a_k)_y\Bigr), \qquad
+    \frac{\partial \ell}{\partial a_k} = \rho_k\,(\mathrm{softmax}(a_k) - \mathrm{onehot}(y)), \qquad
+    \rho_k = -\frac{\partial \ell}{\partial \log \pi_k} = \pi_k\, \mathrm{softmax}(a_k)_y\, e^{\ell},
+
+and a plain softmax is the mixture of one, ρ = 1. So the logits of a few positions tell all that is ever needed of these
+positions, if it is known beforehand how their losses will be summed: the loss, and the gradient of that sum. Both are
+made in the forward pass, a chunk of positions at a time, by the three products of an ordinary backward pass; to make
+logits again would take a fourth. That is left to the gradient of anything else than the sum.
+
+Letters: P positions, K experts, E width of x, V classes, R rows of a product: K for each position of a chunk.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trellisnet.ops import gemm as products
+
+# Logits of a chunk: 8 MB in fp32. But every chunk reads the matrix W twice and adds to its gradient, so that it has a
+# few rows at least; and, on a CPU, a multiple of BUCKET: oneDNN keeps a megabyte for every number of rows it has met.
+CHUNK, CHUNK_GPU = 1 << 21, 1 << 24
+ROWS, BUCKET = 128, 32
+
+
+class _Setting(NamedTuple):
+    compute: torch.dtype  # of the products
+    product: products.Product
+    positions: int  # of a chunk
+    bucket: int  # rows of a product are a multiple of it
+    log_epsilon: float
+    keep: bool  # what a backward pass needs
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, log_prior: Tensor | None = None, log_epsilon: float = 0.0
+) -> Tensor:
+    """The losses (P,) as they are defined, all logits at once; arguments as in :func:`cross_entropy`."""
+    log_p = F.log_softmax(F.linear(x, weight, bias), dim=-1)  # (P, K, V)
+    if log_prior is not None:
+        log_p = log_p + log_prior.unsqueeze(-1)
+    p = log_p.logsumexp(dim=1).exp() + log_epsilon  # (P, V)
+    return -p.log().gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def _log_softmax(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of logits (R, V), and its logarithm at y (R, 1)."""
+    p = torch.softmax(logits, dim=1)
+    # The largest probability is 1 / Σ exp(a − max a): the logarithm of the sum without exponentials of its own.
+    log_sum = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+    return p, logits.gather(1, y) - log_sum
+
+
+def _losses(setting: _Setting, x, weight, bias, target, log_prior, scale, wanted=(True, True)) -> tuple[Tensor, tuple]:
+    """The losses (P,), and with a `scale` the gradients of Σ scale · loss: of x, weight, bias and log_prior.
+
+    Args:
+        wanted: whether the gradients of x and weight are, which take a product each.
+    """
+    (P, K, E), compute = x.shape, setting.compute
+    sums = torch.float64 if compute == torch.float64 else torch.float32  # softmax, losses, and sums over chunks
+    w, b = weight.to(compute), bias.to(sums)
+    loss = x.new_empty(P, dtype=sums)
+    dx = dweight = dbias = dlog_prior = None
+    if scale is not None:
+        dx = torch.empty_like(x) if wanted[0] else None
+        dbias = torch.zeros_like(bias, dtype=sums)
+        dlog_prior = None if log_prior is None else torch.empty_like(log_prior)
+    for start in range(0, P, setting.positions):
+        at = slice(start, min(start + setting.positions, P))
+        R = (at.stop - start) * K
+        padding = (0, 0, 0, -R % setting.bucket)
+        rows = F.pad(x[at].reshape(R, E).to(compute), padding)
+        y = F.pad(target[at].repeat_interleave(K).unsqueeze(1), padding)
+        p, log_p = _log_softmax(setting.product(rows, w).to(sums).add_(b), y)
+        log_p = log_p[:R].view(-1, K)
+        if log_prior is not None:
+            log_p = log_p + log_prior[at]
+        mixed = log_p.logsumexp(dim=1, keepdim=True)
+        if setting.log_epsilon:
+            mixed = torch.logaddexp(mixed, mixed.new_full((), math.log(setting.log_epsilon)))
+        loss[at] = -mixed.squeeze(1)
+        if scale is None:
+            continue
+        rho = (log_p - mixed).exp() * scale[at].unsqueeze(1)  # (R/K, K)
+        if dlog_prior is not None:
+            dlog_prior[at] = -rho
+        rho = F.pad(rho.view(R, 1), padding)
+        p.scatter_(1, y, p.gather(1, y) - 1)
+        dbias.addmv_(p.t(), rho.squeeze(1))
+        p = p.to(compute)
+        # ρ belongs to rows, so that either product can be multiplied by it where it is narrow.
+        if dx is not None:
+            dx[at] = (setting.product(p, w.t()) * rho)[:R].view(-1, K, E)
+        if wanted[1]:
+            rows = (rows * rho).to(compute)
+            if dweight is None:  # no zeros to add to: that costs as much as many rows of the product
+                dweight = torch.mm(p.t(), rows).to(sums)
+            else:
+                products.add_product(dweight, p.t(), rows.t(), products.ROUTES["mm"])
+    return loss, (dx, dweight, dbias, dlog_prior)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(setting, x, weight, bias, target, log_prior, scale) → Σ scale · loss, losses (P,)."""
+
+    @staticmethod
+    def forward(ctx: Any, setting: _Setting, x, weight, bias, target, log_prior, scale):
+        ctx.setting, ctx.wanted = setting, ctx.needs_input_grad[1:3]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, target, log_prior, scale)
+        summed = scale if setting.keep else None
+        loss, ctx.gradients = _losses(setting, x, weight, bias, target, log_prior, summed, ctx.wanted)
+        return None if scale is None else (loss * scale).sum(), loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtotal, dloss):
+        if dtotal is None and dloss is None:
+            return (None,) * 7
+        x, weight, bias, target, log_prior, scale = ctx.saved_tensors
+
+        def again(scale: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.autocast(x.device.type, enabled=False):
+                return _losses(ctx.setting, x, weight, bias, target, log_prior, scale, ctx.wanted)[1]
+
+        if dloss is None:
+            # What was made beforehand is multiplied in place and given away; another backward pass makes it again.
+            gradients, ctx.gradients = ctx.gradients or again(scale), None
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(dtotal)
+        else:
+            gradients = again(dloss if dtotal is None else dloss + dtotal * scale)
+        dx, dweight, dbias, dlog_prior = gradients
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return None, dx, dweight, dbias.to(bias.dtype), None, dlog_prior, None
+
+
+def cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    scale: Tensor | None = None,
+    *,
+    log_prior: Tensor | None = None,
+    log_epsilon: float = 0.0,
+    gemm: str = "auto",
+) -> tuple[Tensor | None, Tensor]:
+    """Negative log-likelihood in nats, −log(log_epsilon + Σ_k prior_k · softmax(W x_k + b)[target]).
+
+    Differentiable, once, in x, weight, bias and log_prior. The gradient of the sum is made together with it; that of
+    the single losses takes their logits a second time. Within `torch.autocast` the products are in its type; softmax
+    and losses, and the gradients of weight and bias until they are complete, are in float32 at least.
+
+    Args:
+        x: features, (P, K, E); K = 1 without a mixture.
+        weight: W, (V, E).
+        bias: b, (V,).
+        target: classes, int64 (P,).
+        scale: weights of the positions in the sum, (P,), without a gradient. None: no sum is wanted.
+        log_prior: logarithms of the prior of every expert, (P, K). None: zero, of a single expert.
+        log_epsilon: added to the probability.
+        gemm: how products are made, one of `trellisnet.ops.GEMMS`.
+
+    Returns:
+        The sum of scale · loss, 0-dim (or None), and the losses (P,): float64 if weight is, else float32.
+
+    Raises:
+        ValueError: an unknown gemm, or one that cannot run here.
+    """
+    K, V, device = x.size(1), weight.size(0), x.device.type
+    compute = weight.dtype
+    if torch.is_autocast_enabled(device) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device)
+    chunk, bucket = (CHUNK, BUCKET) if device == "cpu" else (CHUNK_GPU, 1)
+    rows = max(ROWS, chunk // V)
+    rows += -rows % bucket
+    product = products.resolve(gemm, x.device, compute)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, log_prior))
+    setting = _Setting(compute, product, max(1, rows // K), bucket, log_epsilon, keep)
+    with torch.autocast(device, enabled=False):
+        return _CrossEntropy.apply(setting, x, weight, bias, target, log_prior, scale)
