@@ -1,5 +1,6 @@
 """What a run leaves behind: its folder, log, metrics, and where they came from."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 
 import trellisnet
 from trellisnet.errors import UserError
-from trellisnet.serialization import atomic_write
+from trellisnet.serialization import atomic_write, lock
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
 try:
@@ -105,8 +106,35 @@ def write_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
         raise UserError(f"--metrics {path}: cannot be written ({e.strerror})") from e
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder for a while; one that dies lets them in.
+
+    Raises:
+        UserError: another process is at work there, or it is no folder that can be used.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(path, wait=False)
+    except BlockingIOError as e:
+        raise UserError(f"{path}: another process is at work there; wait for it, or choose another --out") from e
+    except OSError as e:
+        raise _unwritable(path, e) from e
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out")
+
+
 class RunFolder:
     """The folder of a run: config.json, log.txt, metrics.jsonl, last.pt, best.pt, weights.pkl.
+
+    While a run has epochs before it, last.previous.pt is the last.pt before this one.
 
     Args:
         path: the folder; it is made if missing.
@@ -118,7 +146,8 @@ class RunFolder:
         UserError: the folder holds something and neither was asked for, or it cannot be written.
     """
 
-    FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json", "last.pt", "best.pt", "weights.pkl")
+    FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json")
+    FILES += ("last.pt", "last.previous.pt", "best.pt", "weights.pkl")
 
     def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False, tensorboard: bool = False):
         self.path = path
@@ -142,7 +171,7 @@ class RunFolder:
             self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e.strerror}); choose another folder with --out") from e
+            raise _unwritable(path, e) from e
         if tensorboard:
             self._board = SummaryWriter(str(path))
 
