@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -168,6 +169,7 @@ class RunFolder:
                 self._clear()
             for left in self._left():
                 left.unlink(missing_ok=True)
+            tempfile.TemporaryFile(dir=path).close()  # its files may be writable where no checkpoint can be made
             self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
