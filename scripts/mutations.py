@@ -232,7 +232,7 @@ class Run:
         if code == 2 and lines[-1].startswith("error: "):
             return kind, DETECTED
         if code or self._weights() != self.expected:
-            return f"{kind} of {path.name}", UNNOTICED
+            return f"{kind} of {path.name}, exit code {code}: {lines[-1:]}", UNNOTICED
         return kind, DETECTED if any(line.startswith("NOTICE: ") for line in lines) else HARMLESS
 
 

@@ -173,8 +173,9 @@ def aim(job: Job, process: subprocess.Popen, rng: random.Random) -> None:
 
 def reference(folder: Path, seed: int, epochs: int) -> dict[str, str]:
     """The outcome of a run that nothing is done to."""
-    job = Job(folder / f"whole-{seed}", seed, epochs)
-    job.finish()
+    job = Job(folder / f"whole-{seed}-{epochs}", seed, epochs)
+    if not job.last.exists():
+        job.finish()
     return job.outcome()
 
 
