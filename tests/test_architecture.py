@@ -1,6 +1,8 @@
 """The house: imports point one way, importing does nothing, and what runs needs only what setup.py names."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 
@@ -90,3 +92,35 @@ def test_no_function_is_written_twice_in_the_task_folders():
                 other = seen.setdefault(body, path.parent.name)
                 assert other == path.parent.name, f"{path.parent.name} and {other} both have {node.name}"
     assert len(seen) > 5
+
+
+SCRIPTS = [*sorted((PROJECT / "scripts").glob("*.sh")), PROJECT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((PROJECT / "scripts").glob("*.py"))], ids=lambda p: p.name)
+def test_nothing_is_handed_to_a_shell_or_an_unpickler(path):
+    if path.name == "payloads.py":  # makes hostile files
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert called not in ("eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads"), path
+            assert keywords.get("shell", "False") == "False", path
+            assert called != "torch.load" or keywords["weights_only"] == "True", path
+            assert called != "np.load" or keywords["allow_pickle"] == "False", path
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_shell_scripts_evaluate_nothing(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\beval\b|\bsh -c\b|`", re.sub(r"(?m)^#.*", "", text))
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_finds_nothing():
+    # 1090, 1091: files that are sourced; 2154: what these set.
+    command = ["shellcheck", "--shell=bash", "--exclude=1090,1091,2154", "--severity=warning", *map(str, SCRIPTS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

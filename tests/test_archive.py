@@ -174,6 +174,14 @@ def test_a_bomb_that_lies_about_its_size_is_stopped(tmp_path):
     assert left(tmp_path / "out") == []
 
 
+def test_a_header_of_any_size_is_not_read(tmp_path):
+    info = tarfile.TarInfo("a")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5_000_000
+    content = info.tobuf(tarfile.GNU_FORMAT) + bytes(info.size) + bytes(1024)
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content))
+    assert "(a header of 5,000,000 bytes)" in refusal(tmp_path / "a.tar.gz", tmp_path / "out", {"a": "a"})
+
+
 def test_an_encrypted_member_is_refused(tmp_path):
     path = made(tmp_path / "a.zip", {"a": b"x"})
     content = bytearray(path.read_bytes())

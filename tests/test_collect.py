@@ -258,6 +258,43 @@ def test_rows_of_other_tables_are_in_their_script():
     assert list(collect.COMPARED) == script.split("\nrows ", 1)[1].splitlines()[0].split()
 
 
+FAULTS = {
+    "command": "python scripts/torture.py --soak 9 --json x.json", "seed": 1, "commit": "0123456789ab", "machine": "M",
+    "torch": "2", "clocks": {"runs": 1}, "locks": {"refused": 2},
+    "kills": {"killed in step": 40, "killed in evaluation": 30, "killed in checkpoint": 20, "terminated": 10,
+              "seconds to terminate": 0.5, "runs": 1, "epochs": 12},
+    "disk": {"too large": 1, "no room": 150, "read-only": 2},
+    "payloads": {"files": 231, "opened": 889, "executed": 0, "bytes": 7.3e7},
+    "soak": {"minutes": 9.0, "resident at the start": 3e8, "resident at the end": 3.01e8, "epochs": 5, "steps": 6789},
+    "mutations": [
+        {"target": "weights", "tried": 1200, "summed": True, "detected": 900, "harmless": 300, "unnoticed": 0},
+        {"target": "old", "tried": 9, "summed": False, "detected": 4, "harmless": 3, "unnoticed": 2},
+    ],
+}  # fmt: skip
+
+
+def test_faults(root):
+    folder = root()
+    path = folder / "results" / "torture" / "full.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(FAULTS))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    for part in (
+        "`python scripts/torture.py --soak 9` on M, torch 2, commit `0123456789ab`, seed 1.",
+        "- Kills survived: 90 (40 in step, 30 in evaluation, 20 in checkpoint) in 1 run(s) of 12 epochs; and 10 times",
+        "- Writes that failed: 150 for want of room, 1 for a limit on the size of files; folders that may not",
+        "231, opened 889 times; 0 ran code, and memory grew by 73 MB",
+        "in 9 minutes of training (6,789 updates, 5 epochs, each evaluated and saved) from 300.0 to 301.0 MB",
+        "| weights | 1,200 | 900 | 300 | 0 |",
+        "| old, which has no checksums | 9 | 4 | 3 | 2 |",
+    ):
+        assert part in text
+    for change in ({"commit": "0-dirty"}, {"commit": None}, {"soak": None}, {"mutations": [{}]}, {"kills": {}}):
+        path.write_text(json.dumps(FAULTS | change))
+        assert collect.main(["--root", str(folder)]) == 2
+
+
 @pytest.mark.parametrize("number", collect.TABLES)
 def test_every_row_of_a_table_is_in_its_script(number):
     script = (PROJECT / "scripts" / f"table{number}.sh").read_text()

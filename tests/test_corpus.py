@@ -133,3 +133,14 @@ def test_an_encoded_corpus_is_kept_under_its_content(tmp_path, monkeypatch):
     assert torch.equal(cached(tmp_path / "cache", texts, words, label="one").train, first.train)
     (tmp_path / "blocked").write_text("")
     assert torch.equal(cached(tmp_path / "blocked" / "cache", texts, words, label="one").train, first.train)
+
+
+def test_the_cache_of_another_text_is_not_taken(tmp_path):
+    texts = [["a b\nc\n", "b\n", "c d\n"], ["b a\nc\n", "b\n", "c d\n"]]
+    for text in texts:
+        cached(tmp_path, text, words, label="x")
+    one, two = sorted(tmp_path.iterdir())
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    assert [cached(tmp_path, text, words, label="x").vocabulary[0] for text in texts] == ["a", "b"]

@@ -189,6 +189,18 @@ def test_a_damaged_cache_is_made_again(paths, tmp_path, name, damage):
     assert path.read_bytes() == content
 
 
+def test_the_cache_of_another_text_is_not_taken(paths, tmp_path):
+    cache = tmp_path / "cache"
+    encode_files(paths, cache, label="x")
+    encode_files(paths, cache, order="frequency", label="x")
+    one, two = cache.iterdir()
+    one.rename(cache / "x")
+    two.rename(one)
+    (cache / "x").rename(two)
+    for order in ("appearance", "frequency"):
+        same(encode_files(paths, cache, order=order, label="x"), reference(TEXTS, order))
+
+
 def test_counts_are_compared_too(paths, tmp_path):
     encode_files(paths, tmp_path / "cache", label="x")
     (folder,) = (tmp_path / "cache").iterdir()

@@ -1,7 +1,9 @@
 """The engine, driven with a task of its own: it must not know language models."""
 
+import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -25,10 +27,10 @@ class Regression:
     batch_name, unit, count = "batch", "pt", "points"
     measured = ("loss",)
 
-    def __init__(self, spoil_at=None):
+    def __init__(self, spoil_at=(), spoil="loss"):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1)).double()
-        self.spoil_at, self.calls = spoil_at, 0
+        self.spoil_at, self.spoil, self.calls = spoil_at, spoil, 0
 
     def batches(self, data, epoch):
         return [(data[i : i + 10],) for i in range(0, len(data), 10)]
@@ -45,9 +47,14 @@ class Regression:
     def loss(self, x, state=None):
         self.calls += 1
         loss = self._error(x) + (0 if state is None else 0 * state[0].sum())
-        if self.calls == self.spoil_at:
-            loss = loss * math.nan
-        return {"loss": loss, "raw": loss}, (x[-1],)
+        carry = x[-1]
+        if self.calls in self.spoil_at:
+            if self.spoil == "loss":
+                loss = loss * math.inf
+            elif self.spoil == "gradient":
+                loss = loss + (self.model[0].weight.flatten()[:1] * 0).sqrt().sum()  # 0, of infinite slope
+            carry = carry * math.nan
+        return {"loss": loss, "raw": loss}, (carry,)
 
     @torch.no_grad()
     def evaluate(self, data, *, max_tokens=None, progress=None):
@@ -191,12 +198,76 @@ def test_checkpoints_of_an_earlier_version_are_continued(tmp_path):
     assert result.test == whole.test
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(RunError, match=r"training loss became nan by step 8 \(epoch 2, batch 2\)"):
-        run(tmp_path / "run", task=Regression(spoil_at=8))
+SPOILT = {
+    "loss": "the training loss became inf by step 8",
+    "gradient": "the gradient is not finite by step 8",
+    "carry": "the carried state is not finite by step 8",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, spoil):
+    task = Regression(spoil_at=[8], spoil=spoil)
+    with pytest.raises(RunError) as raised:
+        run(tmp_path / "run", task=task, log_interval=100)  # whatever is logged: it is found in its step
+    said = str(raised.value)
+    assert said.startswith(f"{SPOILT[spoil]} (epoch 2, batch 2), after 10 points of the epoch; the largest gradient ")
+    number = r"[\d.e+-]+" if spoil == "carry" else "(inf|nan)"
+    assert re.search(f"gradient norm is {number}, of [02].(weight|bias); lower --lr or --clip, or let it pass", said)
     kept = checkpoint.load(tmp_path / "run" / "last.pt")
     assert kept["epoch"] == 1
-    assert all(torch.isfinite(p).all() for p in kept["model"].values())
+    assert all(torch.isfinite(p).all() for p in (*kept["model"].values(), *task.model.parameters()))
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_steps_that_are_not_finite_can_be_skipped(tmp_path, spoil):
+    """As if they were not in the data, but for the random numbers; a continued run skips no more than are allowed."""
+    spoilt = lambda *at: Regression(spoil_at=at, spoil=spoil)  # noqa: E731
+    options = {"skip_bad_steps": 2, "optim": "Adam"}
+    whole, result, said = run(tmp_path / "whole", task=spoilt(3, 8), **options)
+    assert (result.steps, result.epochs) == (22, 4)
+    assert all(torch.isfinite(p).all() for p in whole.model.parameters())
+    skipped = [line for line in said if line.startswith("skipped: ")]
+    assert len(skipped) == 2
+    assert skipped[1].startswith(f"skipped: {SPOILT[spoil].replace('step 8', 'step 7')} (epoch 2, batch 2), after 10 ")
+    assert skipped[1].endswith("(2 of 2)")
+    assert skipped[1] in (tmp_path / "whole" / "log.txt").read_text()
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["epoch"], r["batch"], r["step"]) for r in records if r["event"] == "skipped"] == [(1, 3, 2), (2, 2, 6)]
+
+    run(tmp_path / "parts", task=spoilt(3), max_steps=4, **options)  # calls 1 to 5
+    last = checkpoint.load(tmp_path / "parts" / "last.pt")
+    assert (last["skipped"], last["step"], last["batch"]) == (1, 4, 5)
+    shutil.copytree(tmp_path / "parts", tmp_path / "stopped")
+    with pytest.raises(RunError, match=r"1 skipped before it\); lower"):
+        run(tmp_path / "stopped", task=spoilt(3), resume="last.pt", skip_bad_steps=1, optim="Adam")
+    parts, again, _ = run(tmp_path / "parts", task=spoilt(3), resume="last.pt", **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert (again.test, again.steps) == (result.test, result.steps)
+
+
+def test_an_epoch_of_nothing_but_skipped_steps_ends(tmp_path):
+    _, result, said = run(tmp_path / "run", task=Regression(spoil_at=range(7, 13)), skip_bad_steps=6)
+    assert (result.steps, result.epochs) == (18, 4)
+    assert len([line for line in said if line.startswith("skipped: ")]) == 6
+
+
+def test_the_checkpoint_before_the_last_is_kept_until_all_is_done(tmp_path):
+    run(tmp_path / "run", max_steps=8)
+    assert checkpoint.load(tmp_path / "run" / "last.previous.pt")["step"] == 6
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 8
+    run(tmp_path / "run", resume="last.pt")
+    assert not (tmp_path / "run" / "last.previous.pt").exists()
+
+
+def test_best_and_last_exchanged_are_told_apart(tmp_path):
+    run(tmp_path / "run", max_steps=8)
+    last, best = (tmp_path / "run" / name for name in ("last.pt", "best.pt"))
+    last.rename(tmp_path / "x")
+    best.rename(last)
+    (tmp_path / "x").rename(best)
+    with pytest.raises(UserError, match=r"best.pt: was not written at the end of its epoch; put the files back"):
+        run(tmp_path / "run", resume="last.pt")
 
 
 def test_a_full_disk_fails_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):

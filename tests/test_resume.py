@@ -13,6 +13,7 @@ import torch
 from trellisnet.data import synthetic
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
+from trellisnet.training.runlog import alone
 from word_ptb.train import main
 
 MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 50
@@ -24,6 +25,23 @@ MODES = {
     "repack": "--repack --seq_len 0 --horizon 10 --lr 5",
     "mixture": "--n_experts 2 --lr 5 --accumulate 2",
 }
+# Runs main, and a second signal comes while the first one's checkpoint is written.
+TWICE = """
+import os, signal, sys
+from trellisnet.training.engine import Trainer
+from word_ptb.train import main
+step, save = Trainer._step, Trainer._save
+def signalled(self, batch):
+    out = step(self, batch)
+    if self.step == 13:
+        os.kill(os.getpid(), signal.SIGINT)
+    return out
+def saved(self, best):
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(self, best)
+Trainer._step, Trainer._save = signalled, saved
+sys.exit(main(sys.argv[1:]))
+"""
 # Runs main with a signal to itself after a number of updates, in the middle of the loop.
 CHILD = """
 import os, sys
@@ -148,3 +166,91 @@ def test_slices_of_a_batch_give_its_gradient(tmp_path, windows):
     a, b = (outcome(tmp_path / slices)[1]["model"] for slices in ("1", "3"))
     for name in a:
         assert (a[name] - b[name]).abs().max() <= 1e-6 * max(1.0, a[name].abs().max().item())
+
+
+def test_a_second_signal_does_not_interrupt_the_checkpoint(tmp_path):
+    command = [sys.executable, "-c", TWICE, *MODEL, "--lr", "5", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith("interrupted; the last checkpoint is kept")
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 13
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """A run that was cut short in its second epoch, with best.pt, last.previous.pt and last.pt; and the whole one."""
+    argv = [*MODEL, "--lr", "5", "--checkpoint_steps", "7"]
+    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    steps = checkpoint.load(tmp_path / "whole" / "last.pt")["step"] // 3
+    assert main([*argv, "--out", str(tmp_path / "run"), "--max_steps", str(steps + 9)]) == 0
+    return tmp_path / "run", outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("gone", [["last.pt"], ["last.pt", "last.previous.pt"]])
+@pytest.mark.parametrize("damage", ["spoilt", "cut", "missing"])
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(cut, capsys, gone, damage):
+    folder, whole = cut
+    assert len({checkpoint.load(folder / name)["step"] for name in ("last.pt", "last.previous.pt", "best.pt")}) == 3
+    for name in gone:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 4
+        (folder / name).unlink()  # the names may stand for one file
+        if damage != "missing":
+            (folder / name).write_bytes(content if damage == "spoilt" else content[:1000])
+    capsys.readouterr()
+    assert main(["--resume", str(folder / "last.pt"), "--max_steps", "0"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTICE: ")]
+    instead = "best.pt" if len(gone) == 2 else "last.previous.pt"
+    assert line.startswith(f"NOTICE: {folder / 'last.pt'}: ")
+    assert f"; going on from {instead}, step " in line
+    assert line in (folder / "log.txt").read_text()
+    assert_same(outcome(folder), whole)
+
+
+def test_nothing_whole_is_told_in_one_line(cut, capsys):
+    folder, _ = cut
+    for name in ("last.pt", "last.previous.pt", "best.pt"):
+        (folder / name).unlink()
+        (folder / name).write_bytes(b"x" * 5000)
+    capsys.readouterr()
+    assert main(["--resume", str(folder / "last.pt")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {folder / 'last.pt'}: not a checkpoint of a run")
+    assert err.count("\n") == 1
+
+
+def test_a_checkpoint_beside_the_settings_of_another_run_is_refused(cut, capsys):
+    folder, _ = cut
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["seed"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["--resume", str(folder / "last.pt")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder / 'config.json'}: says seed 7, the checkpoint beside it 1111; put the files of one run "
+        "together, or delete this one if it is damaged\n"
+    )
+    (folder / "config.json").write_text("{")
+    assert main(["--resume", str(folder / "last.pt"), "--max_steps", "1"]) == 0
+
+
+def test_one_process_a_folder(tmp_path, capsys):
+    argv = [*MODEL, "--lr", "5", "--max_steps", "3", "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    capsys.readouterr()
+    with alone(tmp_path / "run"):
+        for flags in (argv, [*argv, "--overwrite"], ["--resume", str(tmp_path / "run" / "last.pt")]):
+            assert main(flags) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"error: {tmp_path / 'run'}: another process is at work there; wait for it")
+            assert err.count("\n") == 1
+    assert main(["--resume", str(tmp_path / "run" / "last.pt"), "--max_steps", "4"]) == 0
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_deterministic_runs_are_equal_to_the_bit(tmp_path, threads):
+    argv = [*MODEL, "--lr", "5", "--max_steps", "12", "--deterministic", "--threads", threads]
+    for out in ("a", "b"):
+        code = f"import sys; from word_ptb.train import main; sys.exit(main({[*argv, '--out', str(tmp_path / out)]}))"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert_same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))

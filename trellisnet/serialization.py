@@ -1,6 +1,8 @@
-"""Files that survive: atomic writes, and reading tensors without ever running code from the file."""
+"""Files that survive: atomic writes, locks, sums, and reading tensors without ever running code from the file."""
 
 import contextlib
+import errno
+import hashlib
 import os
 import pickle
 import pickletools
@@ -10,6 +12,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,10 +21,44 @@ import torch
 
 from trellisnet.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # What torch and zipfile raise on damaged input is not documented; these are the kinds seen on altered files.
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
 _PART = 2**20  # elements
+_ZIP = b"PK\3\4"  # what torch knows a zip container by
+_BUSY = (errno.EAGAIN, errno.EACCES)  # of a lock that somebody else has
+
+
+def lock(folder: str | os.PathLike, *, wait: bool) -> int | None:
+    """Take the lock of a folder, which lasts until the descriptor is closed: a killed process leaves none behind.
+
+    Args:
+        folder: an existing one.
+        wait: until whoever has the lock lets go of it.
+
+    Returns:
+        the descriptor; None where there are no locks (on some network file systems, and on Windows).
+
+    Raises:
+        BlockingIOError: somebody else has it.
+        OSError: no such folder, or one that may not be read.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as e:
+        os.close(descriptor)
+        if e.errno in _BUSY:
+            raise BlockingIOError(e.errno, e.strerror) from e
+        return None
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -48,6 +85,22 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def keep(path: Path, previous: Path) -> None:
+    """Give a file that is about to be replaced a second name, in the place of what had that; nothing is copied.
+
+    While the next file is written the two names stand for one file, so that there is never a third on the disk.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if path.is_file():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without hard links: until the next file is whole there is only the previous one
+            os.replace(path, previous)
 
 
 def _umask() -> int:
@@ -116,12 +169,16 @@ def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
 def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
     """:func:`load` of an open file; `name` is for the message, and with `mmap` its path."""
     try:
-        _check_members(file)
-        _check_claims(file)
-        mmap = mmap and zipfile.is_zipfile(file)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        zipped = file.read(len(_ZIP)) == _ZIP
+        (_check_members if zipped else _check_claims)(file, size)
         file.seek(0)
         with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
-            return torch.load(name if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+            source = name if mmap and zipped else file
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+        _check_content(content, size)
+        return content
     except pickle.UnpicklingError as e:
         if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
             raise UserError(
@@ -133,30 +190,56 @@ def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = Fal
         raise UserError(f"{name}: not {what}, or a damaged one ({_reason(e)})") from e
 
 
-def _check_members(file: BinaryIO) -> None:
-    """Compare the members of a zip container with their checksums, which torch does not; the older one has none."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+def _check_members(file: BinaryIO, size: int) -> None:
+    """Compare the members of a zip container with their checksums, which torch does not.
+
+    Nothing in it is compressed, so that together they are no larger than the file of `size` bytes.
+    """
+    with zipfile.ZipFile(file) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > size:
+            raise zipfile.BadZipFile(f"claims {claimed:,} bytes in a file of {size:,}")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
-def _check_claims(file: BinaryIO) -> None:
+def _check_claims(file: BinaryIO, size: int) -> None:
     """Refuse an older container that claims more numbers than it has bytes, before memory is taken for them.
 
     It is a row of pickles followed by raw numbers. The fourth pickle describes the tensors; no size, stride or offset
-    in it can exceed the size of the file. (The newer container is compared with the sizes of its members by torch.)
+    in it can exceed the size of the file. It has no checksums.
     """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if zipfile.is_zipfile(file):
-        return
     file.seek(0)
     for pickled in range(4):
         for _, argument, _ in pickletools.genops(file):
             if pickled == 3 and isinstance(argument, int) and argument > size:
                 raise EOFError(f"claims {argument:,} numbers in a file of {size:,} bytes")
+
+
+def _check_content(content: Any, size: int) -> None:
+    """Refuse content that is more than what a file of `size` bytes can hold, or that carries more than its values.
+
+    Such are tensors that repeat the numbers of their storage, containers that hold one another over and over, and
+    attributes, which may hide the methods of what has them.
+    """
+    waiting, parts = [content], 0
+    while waiting:
+        value = waiting.pop()
+        parts += 1
+        if parts > size:  # none takes less than a byte
+            raise ValueError("its parts hold one another over and over")
+        if getattr(value, "__dict__", {}).keys() - ({"_metadata"} if isinstance(value, OrderedDict) else set()):
+            raise ValueError(f"a {type(value).__name__} in it has attributes")
+        if isinstance(value, dict):
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            stored = value.untyped_storage().nbytes()
+            if not value.numel() * value.element_size() <= stored <= size:
+                raise ValueError(f"a tensor in it claims {value.numel():,} numbers")
 
 
 def _reason(error: Exception) -> str:
@@ -168,3 +251,37 @@ def _reason(error: Exception) -> str:
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is infinite or NaN, found out a part at a time: torch.isfinite makes copies of its input."""
     return all(part.isfinite().all() for part in tensor.detach().flatten().split(_PART))
+
+
+def sha256_of(content: Any) -> str:
+    """Digest of nested dicts, lists and tuples of tensors and plain values, taken without copying what is on the CPU.
+
+    Types count (1, 1.0 and True differ) and so does the order of a dict, but not what kind of dict it is. Tensors count
+    by dtype, shape and bytes, wherever they are.
+
+    Raises:
+        TypeError: something else is in it.
+    """
+    digest = hashlib.sha256()
+    _add(digest, content)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Every value begins with a line that says what follows, so that no two contents come to the same bytes."""
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}\n".encode())
+        for key, item in value.items():
+            _add(digest, key)
+            _add(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}\n".encode())
+        for item in value:
+            _add(digest, item)
+    elif value is None or type(value) in (bool, int, float, str):
+        digest.update(f"{value!a}\n".encode())  # exact for a float, and one line for a str
+    else:
+        raise TypeError(f"expected tensors and plain values, not {type(value)}")

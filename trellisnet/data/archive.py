@@ -21,6 +21,8 @@ from trellisnet import serialization
 from trellisnet.errors import UserError, unwritable
 
 _BLOCK = 1 << 16  # bytes
+_HEADER = 1 << 20  # bytes of a header of a tar archive; they are read at once
+_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _ZIP = (b"PK\3\4", b"PK\5\6")  # the second: of an empty one. An uncompressed tar may well end like a zip.
 
 # What the libraries raise on damaged input is only partly documented.
@@ -33,6 +35,15 @@ class _Member:
     name: str
     regular: bool  # a file, not a folder, link or device
     open: Callable[[], IO[bytes]]
+
+
+class _TarInfo(tarfile.TarInfo):
+    """Refuses headers that would be read into memory whatever their size."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _LONG and self.size > _HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)
 
 
 def extract(archive: Path, members: dict[str, str], folder: Path, *, max_size: int) -> list[Path]:
@@ -94,7 +105,7 @@ def _members(file: BinaryIO, stack: contextlib.ExitStack) -> list[_Member]:
     if start in _ZIP:
         unzipped = stack.enter_context(zipfile.ZipFile(file))
         return [_Member(info.filename, _is_regular(info), partial(unzipped.open, info)) for info in unzipped.infolist()]
-    untarred = stack.enter_context(tarfile.TarFile.open(fileobj=file, mode="r:*"))
+    untarred = stack.enter_context(tarfile.TarFile.open(fileobj=file, mode="r:*", tarinfo=_TarInfo))
     found = [_Member(info.name, info.isreg(), partial(untarred.extractfile, info)) for info in untarred.getmembers()]
     while untarred.fileobj.read(_BLOCK):  # the checksum of a compressed one comes after its last member
         pass

@@ -20,7 +20,7 @@ from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
 CACHE = PROJECT / "data" / "cache"
-_FORMAT = 1  # of what is cached; another one is needed whenever other ids would be made of the same text
+_FORMAT = 2  # of what is cached; another one is needed whenever other ids would be made of the same text
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
 ORDERS = ("appearance", "frequency")
@@ -154,21 +154,20 @@ def cached(folder: Path, texts: list[str], tokenize: Callable[[str], Iterable[st
     """
     sha256 = digest(texts)
     borders = "-".join(str(len(text)) for text in texts)
-    path = (
-        folder / f"{tokenize.__name__}-{hashlib.sha256(f'{_FORMAT}-{sha256}-{borders}'.encode()).hexdigest()[:32]}.pt"
-    )
+    key = f"{tokenize.__name__}-{hashlib.sha256(f'{_FORMAT}-{sha256}-{borders}'.encode()).hexdigest()[:32]}"
+    path = folder / f"{key}.pt"
     if path.is_file():
-        try:
-            content = serialization.load(path, "an encoded corpus")
-            streams = [content[split].to(torch.int64) for split in SPLITS]
-            return Corpus(content["vocabulary"], *streams, sha256=sha256, label=label)
-        except (UserError, KeyError, TypeError, AttributeError):
-            pass  # damaged: made again below
+        with contextlib.suppress(UserError, KeyError, TypeError, RuntimeError):  # damaged: made again below
+            file = serialization.load(path, "an encoded corpus")
+            content = file["content"]
+            if file["sha256"] == serialization.sha256_of([key, content]):
+                streams = [content[split].to(torch.int64) for split in SPLITS]
+                return Corpus(content["vocabulary"], *streams, sha256=sha256, label=label)
     corpus = encode(map(tokenize, texts), sha256=sha256, label=label)
-    streams = {split: getattr(corpus, split).to(torch.int32) for split in SPLITS}
+    content = {"vocabulary": corpus.vocabulary} | {split: getattr(corpus, split).to(torch.int32) for split in SPLITS}
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        serialization.save(path, {"vocabulary": corpus.vocabulary, **streams})
+        serialization.save(path, {"sha256": serialization.sha256_of([key, content]), "content": content})
     return corpus
 
 

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trellisnet import serialization
 from trellisnet.data.corpus import EMPTY, EOS, NOT_UTF8, ORDERS, SPLITS, UNREADABLE, ZERO_BYTES, Corpus
 from trellisnet.errors import UserError, unwritable
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _FORMAT = 1  # part of the key: another one is needed whenever other ids or other files would be written
 _BLOCK = 1 << 16  # bytes; what is made of a block should fit into the cache of the processor
@@ -70,7 +66,7 @@ def encode_files(paths: Sequence[Path], cache: Path, *, order: str = "appearance
     sha256 = total.hexdigest()
     key = hashlib.sha256(f"{_FORMAT} {order} {sha256} {sizes}".encode()).hexdigest()
     folder = cache / f"words-{key[:32]}"
-    content = _load(folder)
+    content = _load(folder, sha256, order)
     if content is None:
         try:
             content = _build(paths, sizes, sha256, order, folder)
@@ -91,10 +87,12 @@ def _read(path: Path, total) -> Iterator[bytes]:
         raise UserError(UNREADABLE.format(path, e.strerror)) from e
 
 
-def _load(folder: Path) -> tuple[list[str], list[Tensor]] | None:
-    """Vocabulary and streams of a cache; None if it is missing or damaged."""
+def _load(folder: Path, sha256: str, order: str) -> tuple[list[str], list[Tensor]] | None:
+    """Vocabulary and streams of a cache; None if it is missing, damaged, or that of another text or order."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if (meta["format"], meta["text_sha256"], meta["order"]) != (_FORMAT, sha256, order):
+            return None
         if any(_sum(folder / name) != meta["sha256"][name] for name in (_VOCABULARY, *_STREAMS.values())):
             return None
         content = _open(folder)
@@ -143,7 +141,7 @@ def _build(
         try:
             os.rename(new, folder)
         except OSError:
-            content = _load(folder)
+            content = _load(folder, sha256, order)
             if content is None:
                 raise
     return content
@@ -167,14 +165,11 @@ def _workspace(cache: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Hold the lock of a folder, which a kill releases too; whether it could be had."""
-    descriptor, held = None, False
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or a file system without locks
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
+    descriptor = None
+    with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+        descriptor = serialization.lock(folder, wait=wait)
     try:
-        yield held
+        yield descriptor is not None
     finally:
         if descriptor is not None:
             os.close(descriptor)

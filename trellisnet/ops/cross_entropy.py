@@ -94,7 +94,9 @@ def _losses(setting: _Setting, x, weight, bias, target, log_prior, scale, wanted
             dlog_prior[at] = -rho
         rho = F.pad(rho.view(R, 1), padding)
         p.scatter_(1, y, p.gather(1, y) - 1)
-        dbias.addmv_(p.t(), rho.squeeze(1))
+        # Summed in blocks: a product of all rows at once would add them up one by one, and lose digits.
+        block = BUCKET if rows.size(0) % BUCKET == 0 else rows.size(0)
+        dbias += torch.bmm(rho.view(-1, 1, block), p.view(-1, block, p.size(1))).sum((0, 1))
         p = p.to(compute)
         # ρ belongs to rows, so that either product can be multiplied by it where it is narrow.
         if dx is not None:

@@ -18,6 +18,7 @@ a dict of tensors and plain values:
     best        {epoch, valid}: the best validation result, or None
     seconds     wall time of training so far
     running     sums of the unfinished epoch's losses
+    skipped     steps skipped so far because their loss or gradient was not finite; not in older checkpoints
     rng         states of the random number generators of torch (CPU and CUDA), numpy and python
 
 Format 1 differs from it in this: its content is what torch.save makes of this dict, as a tensor of bytes.
@@ -34,12 +35,13 @@ import torch
 
 from trellisnet import serialization
 from trellisnet.errors import UserError
+from trellisnet.serialization import sha256_of
 
 FORMAT = 2
 WHAT = "a checkpoint of a run (last.pt or best.pt)"
 _KEYS = frozenset(
     """task settings command data model average optimizer schedule epoch batch carry step best seconds running
-    rng""".split()
+    skipped rng""".split()
 )
 
 
@@ -63,40 +65,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def sha256_of(content: Any) -> str:
-    """Digest of nested dicts, lists and tuples of tensors and plain values, taken without copying what is on the CPU.
-
-    Types count (1, 1.0 and True differ) and so does the order of a dict, but not what kind of dict it is. Tensors count
-    by dtype, shape and bytes, wherever they are.
-
-    Raises:
-        TypeError: something else is in it.
-    """
-    digest = hashlib.sha256()
-    _add(digest, content)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any) -> None:
-    """Every value begins with a line that says what follows, so that no two contents come to the same bytes."""
-    if isinstance(value, torch.Tensor):
-        digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    elif isinstance(value, dict):
-        digest.update(f"dict {len(value)}\n".encode())
-        for key, item in value.items():
-            _add(digest, key)
-            _add(digest, item)
-    elif isinstance(value, list | tuple):
-        digest.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)}\n".encode())
-        for item in value:
-            _add(digest, item)
-    elif value is None or type(value) in (bool, int, float, str):
-        digest.update(f"{value!a}\n".encode())  # exact for a float, and one line for a str
-    else:
-        raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value)}")
 
 
 def save(path: str | os.PathLike, content: dict[str, Any]) -> None:
@@ -135,6 +103,7 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not {WHAT}, or a damaged one")
     content.setdefault("task", None)
+    content.setdefault("skipped", 0)
     if content.keys() != _KEYS:
         raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {sorted(content.keys() ^ _KEYS)})")
     return content

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import (
     RunFolder,
+    alone,
     check_metrics_path,
     command_line,
     environment,
@@ -52,7 +54,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
     argv = sys.argv[1:] if argv is None else list(argv)
     program = _Program(cls, setup)
     try:
-        with Interrupts() as interrupts, _plain_warnings():
+        with Interrupts() as interrupts, _plain_warnings(), program.stack:
             program.run(argv, interrupts)
     except UserError as e:
         return _complain(f"error: {e}", EXIT_USER)
@@ -108,6 +110,7 @@ class _Program:
         self.cls = cls
         self.setup = setup
         self.folder: Path | None = None  # of the run, once there is one
+        self.stack = contextlib.ExitStack()  # what the run holds: the lock of its folder
 
     def way_on(self) -> str:
         """What is kept and how to go on with it."""
@@ -122,9 +125,11 @@ class _Program:
         """Parse, set up, train or score, write the metrics."""
         started = time.monotonic()
         config, given = parse(self.cls, argv)
-        resumed = None
+        resumed, spoilt = None, None
         if config.resume:
-            config, resumed = _resume(self.cls, config, given)
+            path = _checkpoint_path(config)
+            self.stack.enter_context(alone(path.parent))
+            config, resumed, spoilt = _resume(self.cls, path, given)
         if config.metrics:
             check_metrics_path(config.metrics, None if config.eval else config.folder())
         if config.threads:
@@ -147,7 +152,8 @@ class _Program:
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
-        for notice in config.notices():
+        notices = [*config.notices(), *([spoilt] if spoilt else [])]
+        for notice in notices:
             _say(notice)
         command = command_line(config.program(), argv)
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
@@ -155,6 +161,7 @@ class _Program:
             outcome = _score(task, splits, config, config.marks() if untrained else {})
             outcome["seconds"] = time.monotonic() - started
         else:
+            facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
             outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
         if config.metrics:
@@ -184,6 +191,8 @@ class _Program:
     ) -> Result:
         # Everything that can be wrong with the settings is found before an earlier run is deleted.
         optimizer = make_optimizer(task.model.parameters(), config)
+        if resumed is None:
+            self.stack.enter_context(alone(config.folder()))
         folder = RunFolder(
             config.folder(), fresh=resumed is None, overwrite=config.overwrite, tensorboard=config.tensorboard
         )
@@ -194,8 +203,7 @@ class _Program:
                 data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
-            notices = {"notice": "; ".join(config.notices())} if config.notices() else {}
-            folder.log_head(command, env, {**facts, **notices, "data": f"{splits.label}, sha256 {splits.sha256}"})
+            folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
             return fit(
                 task,
                 splits,
@@ -211,26 +219,92 @@ class _Program:
             )
 
 
-def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
-    """Settings and content of the checkpoint to continue; given flags must agree with it.
+def _checkpoint_path(config: RunConfig) -> Path:
+    """The checkpoint to continue from.
 
     Raises:
-        UserError: no checkpoint, or a flag that would change what the run computes.
+        UserError: it lies in no folder, or not in the one that was named.
     """
     path = config.folder() / "last.pt" if config.resume == RUN_FOLDER else Path(config.resume)
     if config.out and path.absolute().parent != Path(config.out).absolute():
         raise UserError(f"--out {config.out}: --resume {path} continues in its own folder; leave one of the two out")
-    content = checkpoint.load(path)
-    best = path.with_name("best.pt")
-    if path.name == "last.pt" and best.is_file() and _is_ahead(best, content):
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: no such file; expected {checkpoint.WHAT}")
+    return path
+
+
+def _newest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of a checkpoint, and what to tell the user of it.
+
+    A kill may have left last.pt behind best.pt: then the run goes on from that. In the place of a last.pt that is
+    damaged comes the newest of the others.
+
+    Raises:
+        UserError: there is none.
+    """
+    content, spoilt, newest, others = None, None, path, []
+    try:
+        content = checkpoint.load(path)
+    except UserError as e:
+        spoilt = e
+    if path.name == "last.pt":
+        others = ["best.pt"] if content is not None else ["last.previous.pt", "best.pt"]
+    for other in filter(Path.is_file, map(path.with_name, others)):
+        with contextlib.suppress(UserError):  # a damaged best.pt is told of when it is needed
+            later = checkpoint.load(other, mmap=True)
+            if content is None or _is_ahead(later, content):
+                content, newest = later, other
+    if content is None:
+        raise spoilt
+    if newest != path:
         content.clear()  # both would not fit where one just does
-        content = checkpoint.load(best)
+        content = checkpoint.load(newest)
+    notice = f"NOTICE: {spoilt}; going on from {newest.name}, step {content['step']}" if spoilt else None
+    return content, notice
+
+
+def _is_ahead(later: dict[str, Any], content: dict[str, Any]) -> bool:
+    """Whether the one checkpoint was written after the other."""
+    try:
+        return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
+    except TypeError:  # damaged counts are found when the checkpoint is put back
+        return False
+
+
+def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) -> None:
+    """Refuse a checkpoint that lies beside the config.json of another run; an unreadable or missing one says nothing.
+
+    Raises:
+        UserError: they differ in what a continued run keeps.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        differ = [name for name in settings if name in told and told[name] != settings[name]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    differ = [name for name in differ if name not in cls.resumable]
+    if differ:
+        name = differ[0]
+        raise UserError(
+            f"{path}: says {name} {told[name]}, the checkpoint beside it {settings[name]}; put the files of one run "
+            "together, or delete this one if it is damaged"
+        )
+
+
+def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any], str | None]:
+    """Settings and content of the checkpoint to continue, and what to tell of it; given flags must agree with it.
+
+    Raises:
+        UserError: no checkpoint, or a flag that would change what the run computes.
+    """
+    content, spoilt = _newest(path)
     if content["task"] not in (None, cls.task):
         owner = content["task"]
         raise UserError(f"{path}: is of a run of {owner}; continue it with python {owner}/train.py --resume {path}")
     if not isinstance(content["settings"], dict):
         raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")
+    _check_config(path.with_name("config.json"), settings, cls)
     kept = from_settings(cls, settings)  # with today's defaults for what an earlier version did not know
     for name, value in given.items():
         if name not in cls.resumable and value != getattr(kept, name):
@@ -239,20 +313,7 @@ def _resume(cls: type[RunConfig], config: RunConfig, given: dict[str, Any]) -> t
                 "continued run keeps its settings: leave the flag out, or start a new run with another --out"
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
-    return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content
-
-
-def _is_ahead(best: Path, content: dict[str, Any]) -> bool:
-    """Whether the run was killed after best.pt was written and before last.pt was.
-
-    Raises:
-        UserError: best.pt is damaged.
-    """
-    later = checkpoint.load(best, mmap=True)
-    try:
-        return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
-    except TypeError:  # damaged counts are found when the checkpoint is put back
-        return False
+    return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, spoilt
 
 
 def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]) -> dict[str, Any]:

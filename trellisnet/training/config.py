@@ -46,21 +46,9 @@ class RunConfig:
     )
     # May differ between a run and its continuation (the data are compared by content).
     resumable: ClassVar[frozenset[str]] = process | frozenset(
-        {
-            "name",
-            "epochs",
-            "max_steps",
-            "device",
-            "cuda",
-            "threads",
-            "gemm",
-            "gates",
-            "recompute",
-            "recompute_every",
-            "log_interval",
-            "data",
-        }
-        | {"checkpoint_minutes", "checkpoint_steps", "tensorboard"}
+        {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "gates", "recompute", "recompute_every"}
+        | {"log_interval", "data"}
+        | {"checkpoint_minutes", "checkpoint_steps", "tensorboard", "skip_bad_steps"}
     )
 
     name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
@@ -100,6 +88,7 @@ class RunConfig:
     decay: float = setting(1.0, "divide the learning rate by this after every epoch from --decay_from on")
     decay_from: int = setting(1, "see --decay")
     anneal: int = setting(0, "plateau patience in epochs; 0: no annealing on plateaus")
+    skip_bad_steps: int = setting(0, "go on after up to so many steps whose loss or gradient is not finite")
     accumulate: int = setting(1, "compute every batch in so many slices of its rows, one update for all")
     checkpoint_minutes: float = setting(10.0, "write last.pt also within an epoch, every so many minutes; 0: never")
     checkpoint_steps: int = setting(0, "and after every so many updates; 0: never")
@@ -135,7 +124,7 @@ class RunConfig:
             if name != "seed" and any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers):
                 raise UserError(f"{flag_of(self, name)}: expected less than 2**31, got {max(numbers, key=abs)}")
         self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval", "accumulate")
-        self.check_at_least(0, "checkpoint_minutes", "checkpoint_steps")
+        self.check_at_least(0, "checkpoint_minutes", "checkpoint_steps", "skip_bad_steps")
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate}: more slices than the --batch_size {self.batch_size} rows")
         self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")

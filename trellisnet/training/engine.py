@@ -186,6 +186,7 @@ class Trainer:
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
         self.best: dict[str, Any] | None = None
+        self.skipped = 0  # steps, see --skip_bad_steps
         # Of this epoch, up to the last log line; and since then.
         self.running = {**dict.fromkeys(task.measured, 0.0), "count": 0, "seconds": 0.0}
         self.meter = _Meter(task.measured)
@@ -220,6 +221,7 @@ class Trainer:
             "best": self.best,
             "seconds": self.seconds,
             "running": self._running(),
+            "skipped": self.skipped,
             "rng": checkpoint.rng_state(),
         }
 
@@ -232,7 +234,7 @@ class Trainer:
         """Put back what :meth:`checkpoint` returned; `content` is emptied, lest callers keep a second set of weights.
 
         Raises:
-            UserError: the data are not those of the run, the content is damaged, or best.pt is missing.
+            UserError: the data are not those of the run, the content is damaged, or best.pt is missing or damaged.
         """
         try:
             self._restore(content)
@@ -268,6 +270,7 @@ class Trainer:
         running["count"] = running.pop("tokens", None) or running.get("count", 0)  # its name in older checkpoints
         self.running = {name: float(running[name]) for name in self.running}
         self.seconds_before = float(content["seconds"])
+        self.skipped = int(content["skipped"])
         checkpoint.set_rng_state(content["rng"])
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -286,12 +289,17 @@ class Trainer:
 
     def _load_best(self) -> dict[str, Any]:
         """best.pt, which must be the one that last.pt tells of; its tensors stay in the file."""
-        best = checkpoint.load(self.folder.file("best.pt"), mmap=True)
+        path = self.folder.file("best.pt")
+        best = checkpoint.load(path, mmap=True)
         if best["best"] != self.best:
+            of = best["best"] and best["best"]["epoch"]
             raise UserError(
-                f"{self.folder.file('best.pt')}: is of epoch {best['best']['epoch']}, last.pt tells of epoch "
-                f"{self.best['epoch']}; put the files of one run together"
+                f"{path}: is of epoch {of}, last.pt tells of epoch {self.best['epoch']}; put the files of one run "
+                "together"
             )
+        # Under each other's names their sums are right, but the weights are not the best.
+        if (best["epoch"], best["batch"]) != (self.best["epoch"], 0):
+            raise UserError(f"{path}: was not written at the end of its epoch; put the files back under their names")
         return best
 
     def _stopped(self) -> bool:
@@ -309,15 +317,19 @@ class Trainer:
                 if self._stopped():
                     break
                 with self.interrupts.held():
-                    self.meter.add(self._step(batch), task.size(batch))
-                if not told and (self.meter.steps == FIRST_STEPS or self.meter.seconds > FIRST_SECONDS):
+                    means = self._step(batch)
+                    if means is not None:
+                        self.meter.add(means, task.size(batch))
+                counted = self.meter.steps  # none if all since the last line were skipped
+                if not told and counted and (counted == FIRST_STEPS or self.meter.seconds > FIRST_SECONDS):
                     told = True
-                    self._tell_duration(self.meter.seconds / self.meter.steps * len(batches))
+                    self._tell_duration(self.meter.seconds / counted * len(batches))
                 progress.update()
-                if self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped():
+                due = self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped()
+                if due and counted:
                     with self.interrupts.held():
                         self._log_steps(len(batches))
-                elif not progress.disable and self.meter.shown + 1 < time.monotonic():
+                elif not progress.disable and counted and self.meter.shown + 1 < time.monotonic():
                     progress.set_postfix_str(self._figures())
                 due = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
                 late = config.checkpoint_minutes and time.monotonic() - saved > 60 * config.checkpoint_minutes
@@ -327,8 +339,15 @@ class Trainer:
                     saved = time.monotonic()
         return self.batch == len(batches)
 
-    def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """One update from one batch, in `accumulate` slices of its rows; returns the means of what is measured."""
+    def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
+        """One update from one batch, in `accumulate` slices of its rows.
+
+        Returns:
+            the means of what is measured; None for a step that was skipped.
+
+        Raises:
+            RunError: the loss or the gradient is not finite, and no more steps may be skipped; nothing was updated.
+        """
         config, model = self.config, self.task.model
         self.optimizer.zero_grad(set_to_none=True)
         pieces = min(config.accumulate, batch[0].size(0))  # the last batch of an epoch may have few rows
@@ -336,45 +355,67 @@ class Trainer:
         states = [None] * len(slices)
         if self.carry is not None:
             states = list(zip(*(part.tensor_split(pieces) for part in self.carry), strict=True))
-        means, carried = dict.fromkeys(self.task.measured, 0.0), []
+        means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
         for part, state in zip(slices, states, strict=True):
             with config.autocast(part[0].device):
                 losses, state = self.task.loss(*part, state=state)
             share = part[0].size(0) / batch[0].size(0)
             (losses["loss"] * share).backward()
+            total = total + losses["loss"].detach() * share
             for name in means:
                 means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
             carried.append(state)
+        self.batch += 1
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
+        finite = torch.stack([value.isfinite().all() for value in (total, norm, *carry)]).tolist()
+        if not all(finite):
+            self._skip(total.item(), "gradient" if not finite[1] else "carried state")
+            return None
         if config.clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr * self.task.rate(batch)
         self.optimizer.step()
-        self.carry = None if carried[0] is None else tuple(torch.cat(parts) for parts in zip(*carried, strict=True))
-        self.batch += 1
+        self.carry = tuple(carry) or None
         self.step += 1
         return means
+
+    def _skip(self, loss: float, other: str) -> None:
+        """Leave out a step whose loss, or the `other`, is not finite: weights, optimizer and carried state stay.
+
+        Raises:
+            RunError: as many steps as `skip_bad_steps` allows have been left out already.
+        """
+        config, task = self.config, self.task
+        before = int(self._running()["count"])  # what the epoch has been trained on, which is a place in its stream
+        norms = {name: p.grad.norm().item() for name, p in task.model.named_parameters() if p.grad is not None}
+        worst = max(norms, key=lambda name: (math.isnan(norms[name]), norms[name]))
+        what = f"training loss became {loss}" if not math.isfinite(loss) else f"{other} is not finite"
+        line = (
+            f"the {what} by step {self.step + 1} (epoch {self.epoch + 1}, {task.batch_name} {self.batch}), after "
+            f"{before:,} {task.count} of the epoch; the largest gradient norm is {norms[worst]:.3g}, of {worst}"
+        )
+        if self.skipped >= config.skip_bad_steps:
+            skipped = f" ({self.skipped} skipped before it)" if self.skipped else ""
+            raise RunError(f"{line}{skipped}; lower --lr or --clip, or let it pass with --skip_bad_steps")
+        self.skipped += 1
+        line = f"skipped: {line} ({self.skipped} of {config.skip_bad_steps})"
+        self.say(line)
+        self.folder.log(line)
+        place = {"epoch": self.epoch + 1, "batch": self.batch, "step": self.step}
+        self.folder.record("skipped", **place, loss=loss, tensor=worst, norm=norms[worst])
 
     def _tell_duration(self, epoch: float) -> None:
         left = epoch * (self.config.epochs - self.epoch)
         self.say(f"about {_duration(epoch)} an epoch, {_duration(left)} for all, evaluation aside")
 
     def _figures(self) -> str:
-        """Loss, score, rate and speed since the last log line.
-
-        Raises:
-            RunError: the loss is not finite.
-        """
+        """Loss, score, rate and speed since the last log line."""
         means, task = self.meter.means(), self.task
-        loss = means["loss"]
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the training loss became {loss} by step {self.step} (epoch {self.epoch + 1}, {task.batch_name} "
-                f"{self.batch}); lower --lr or --clip"
-            )
         score = self._score(task.training_score(means))
-        speed = self.meter.count / self.meter.seconds
-        return f"loss {loss:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} {task.unit}/s"
+        speed = self.meter.count / max(self.meter.seconds, 1e-9)
+        return f"loss {means['loss']:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} {task.unit}/s"
 
     def _score(self, score: float) -> str:
         return f"{self.task.score_name} {score:.{self.task.digits}f}"
@@ -440,7 +481,8 @@ class Trainer:
         """Write last.pt, and before it best.pt and weights.pkl if these weights are the best.
 
         In this order best.pt is never behind what last.pt tells of; if a run is killed in between, best.pt is a whole
-        checkpoint of the later state and the run is continued from it.
+        checkpoint of the later state and the run is continued from it. The last.pt before this one is kept until all
+        epochs are done, in case the disk spoils it.
         """
         if not all(serialization.all_finite(p) for p in self.task.model.parameters()):
             raise RunError(f"the weights are no longer finite numbers at step {self.step}; lower --lr or --clip")
@@ -454,6 +496,7 @@ class Trainer:
                 if best:
                     checkpoint.save(self.folder.file("best.pt"), content)
                     self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+                serialization.keep(self.folder.file("last.pt"), self.folder.file("last.previous.pt"))
                 checkpoint.save(self.folder.file("last.pt"), content)
         except OSError as e:
             raise RunError(f"the checkpoint could not be written ({e.strerror}); make room and continue") from e
@@ -484,6 +527,8 @@ class Trainer:
             self.say(line)
             self.folder.log(line)
         self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **everything)
+        if self.epoch >= self.config.epochs:
+            self.folder.file("last.previous.pt").unlink(missing_ok=True)
         return Result(
             valid=valid,
             test=test,

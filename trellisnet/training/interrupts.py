@@ -15,9 +15,10 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM raise :class:`Interrupted`; inside :meth:`held` only at its end.
+    """While entered, the first SIGINT or SIGTERM raises :class:`Interrupted`; inside :meth:`held` only at its end.
 
-    Only the main thread can take signals; elsewhere, and if it is never entered, nothing changes.
+    Those that follow change nothing: what is then written is written wholly. Only the main thread can take signals;
+    elsewhere, and if it is never entered, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -33,11 +34,14 @@ class Interrupts:
     def __exit__(self, *_) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        self._held, self._pending = False, None
 
     def _handle(self, signum: int, _frame) -> None:
-        if not self._held:
+        if self._held:
+            self._pending = signum
+        else:
+            self._held = True  # for good
             raise Interrupted(signum)
-        self._pending = signum
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -52,4 +56,4 @@ class Interrupts:
             self._held = False
         pending, self._pending = self._pending, None
         if pending is not None:
-            raise Interrupted(pending)
+            self._handle(pending, None)

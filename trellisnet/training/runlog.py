@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import trellisnet
 from trellisnet.errors import UserError
-from trellisnet.serialization import atomic_write
+from trellisnet.serialization import atomic_write, lock
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
 try:
@@ -109,8 +110,35 @@ def write_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
         raise UserError(f"--metrics {path}: cannot be written ({e.strerror})") from e
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder for a while; one that dies lets them in.
+
+    Raises:
+        UserError: another process is at work there, or it is no folder that can be used.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(path, wait=False)
+    except BlockingIOError as e:
+        raise UserError(f"{path}: another process is at work there; wait for it, or choose another --out") from e
+    except OSError as e:
+        raise _unwritable(path, e) from e
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out")
+
+
 class RunFolder:
     """The folder of a run: config.json, log.txt, metrics.jsonl, last.pt, best.pt, weights.pkl.
+
+    While a run has epochs before it, last.previous.pt is the last.pt before this one.
 
     Args:
         path: the folder; it is made if missing.
@@ -122,7 +150,8 @@ class RunFolder:
         UserError: the folder holds something and neither was asked for, or it cannot be written.
     """
 
-    FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json", "last.pt", "best.pt", "weights.pkl")
+    FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json")
+    FILES += ("last.pt", "last.previous.pt", "best.pt", "weights.pkl")
 
     def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False, tensorboard: bool = False):
         self.path = path
@@ -143,10 +172,11 @@ class RunFolder:
                 self._clear()
             for left in self._left():
                 left.unlink(missing_ok=True)
+            tempfile.TemporaryFile(dir=path).close()  # its files may be writable where no checkpoint can be made
             self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
-            raise UserError(f"{path}: cannot be written ({e.strerror}); choose another folder with --out") from e
+            raise _unwritable(path, e) from e
         if tensorboard:
             self._board = SummaryWriter(str(path))
 

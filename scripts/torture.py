@@ -1,0 +1,434 @@
+"""Do to real runs what happens to runs: kills, full disks, clocks that jump, damaged and hostile files.
+
+The runs are those of word_ptb/train.py with a tiny network. Whatever was done to one, in the end it must have, to the
+bit, the weights and the last checkpoint of a run that nothing was done to.
+
+    python scripts/torture.py                          everything but the soak: a quarter of an hour
+    python scripts/torture.py --kills 10 --mutations 0 --no-payloads
+    python scripts/torture.py --soak 30                and half an hour of training, whose memory must stay the same
+"""
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import platform
+import random
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import mutations  # noqa: E402
+import payloads  # noqa: E402
+
+from trellisnet import serialization  # noqa: E402
+from trellisnet.training import checkpoint  # noqa: E402
+from trellisnet.training.runlog import commit, machine  # noqa: E402
+
+PROGRAM = PROJECT / "word_ptb" / "train.py"
+# Dropout, so that random numbers matter; carried state; Adam, which has a state of its own.
+FLAGS = """--data synthetic --emsize 8 --nhid 12 --nout 8 --nlevels 4 --repack --seq_len 0 --horizon 20 --batch_size 25
+--eval_batch_size 10 --aux 0.1 --aux_freq 2 --optim Adam --lr 0.01 --max_eval_tokens 8000 --log-interval 5 --threads 1
+--checkpoint_steps 3""".split()
+COMPARED = "task data model average optimizer schedule epoch batch carry step best skipped draws".split()
+MOMENTS = ("step", "evaluation", "checkpoint")
+LIFE = 0.6  # seconds of training, at most, before a kill within a step
+START = 600.0  # seconds within which a run must have begun, on however busy a machine
+DEADLINE = 30.0  # seconds that a run has to end when it is told to: what schedulers commonly give
+SLACK = 2**23  # bytes by which memory may grow while nothing should
+# Runs the program after some other code.
+AFTER = "\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+CLOCKS = """
+import random, time
+draw, real = random.Random(1), (time.time, time.monotonic)
+def jumping(clock, spans):
+    def now():
+        offset[clock] += draw.choice(spans)
+        return (frozen if draw.random() < 0.2 else clock()) + offset[clock]
+    offset, frozen = {clock: 0.0}, clock()
+    return now
+time.time = jumping(time.time, [0.0, 3600.0, -3600.0, 1e9, -1e9])
+time.monotonic = jumping(time.monotonic, [0.0, 0.0, 0.0, 5.0, 86400.0, -5.0])
+"""
+
+
+class BrokenError(Exception):
+    """Something was lost."""
+
+
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise BrokenError(message)
+
+
+class Job:
+    """A run, and what can be done to it.
+
+    Args:
+        folder: of the run.
+        seed: of its random numbers.
+        epochs: how long it is.
+    """
+
+    def __init__(self, folder: Path, seed: int, epochs: int):
+        self.folder, self.seed, self.epochs = folder, seed, epochs
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pt"
+
+    def command(self, *flags: str, before: str = "") -> list[str]:
+        """What starts the run, or goes on with it if there is a checkpoint; `before` is code that runs first."""
+        begin = [sys.executable, "-c", before + AFTER] if before else [sys.executable]
+        if self.last.exists():
+            return [*begin, str(PROGRAM), "--resume", str(self.last), *flags]
+        length = ["--seed", str(self.seed), "--epochs", str(self.epochs)]
+        return [*begin, str(PROGRAM), *FLAGS, *length, "--out", str(self.folder), "--overwrite", *flags]
+
+    def run(self, *flags: str, before: str = "", limit: Callable[[], None] | None = None) -> tuple[int, list[str]]:
+        """Exit code, and lines on standard error."""
+        done = subprocess.run(
+            self.command(*flags, before=before), capture_output=True, text=True, check=False, preexec_fn=limit
+        )
+        return done.returncode, done.stderr.splitlines()
+
+    @contextlib.contextmanager
+    def started(self, *flags: str) -> Iterator[subprocess.Popen]:
+        """A process that is about to train."""
+        log = self.folder / "log.txt"
+        size = log.stat().st_size if log.exists() and self.last.exists() else 0
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(self.command(*flags), **options) as process:
+            try:
+                wait(lambda: process.poll() is not None or (log.exists() and log.stat().st_size > size), START)
+                yield process
+            finally:
+                process.kill()
+
+    def finish(self) -> None:
+        code, said = self.run()
+        expect(code == 0, f"the run ended with exit code {code}: {said[-1:]}")
+
+    def now(self) -> str:
+        """One of MOMENTS: what the run does, or did when it was killed."""
+        if any(self.folder.glob(".*.tmp")):
+            return "checkpoint"
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            words = (self.folder / "log.txt").read_text().splitlines()[-1].split()
+            if words[0] == "epoch" and words[2] == "window" and len(set(words[3].split("/"))) == 1:
+                return "evaluation"
+        return "step"
+
+    def check(self) -> None:
+        """There is no checkpoint yet, or a whole one."""
+        if self.last.exists():
+            checkpoint.load(self.last)
+
+    def outcome(self) -> dict[str, str]:
+        """Digests of all that a run comes to, times aside."""
+        found = {"weights.pkl": serialization.sha256_of(serialization.load(self.folder / "weights.pkl", "weights"))}
+        for name in ("last.pt", "best.pt"):
+            content = checkpoint.load(self.folder / name)
+            content["draws"] = content["rng"]["torch"]  # no other generator is drawn from
+            found |= {f"{key} of {name}": serialization.sha256_of(content[key]) for key in COMPARED}
+        return found
+
+    def expect_outcome(self, expected: dict[str, str], after: str) -> None:
+        differ = [key for key, digest in self.outcome().items() if digest != expected[key]]
+        expect(not differ, f"after {after} the run ended with other {', '.join(differ)} than the uninterrupted one")
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Until the condition holds; whether it ever did."""
+    end = time.monotonic() + seconds
+    while not (held := condition()) and time.monotonic() < end:
+        time.sleep(0.0005)
+    return held
+
+
+def aim(job: Job, process: subprocess.Popen, rng: random.Random) -> None:
+    """Wait for a random instant: in any step, in evaluation, or while a checkpoint is written."""
+    moment = rng.choice(MOMENTS)
+    if moment == "step":
+        time.sleep(rng.uniform(0, LIFE))
+        return
+    wait(lambda: process.poll() is not None or job.now() == moment, 10 * LIFE)
+    time.sleep(rng.choice([0, rng.uniform(0, 0.002 if moment == "checkpoint" else 0.1)]))
+
+
+def reference(folder: Path, seed: int, epochs: int) -> dict[str, str]:
+    """The outcome of a run that nothing is done to."""
+    job = Job(folder / f"whole-{seed}-{epochs}", seed, epochs)
+    if not job.last.exists():
+        job.finish()
+    return job.outcome()
+
+
+def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
+    """SIGKILL a run at random instants until it finishes, and others after it, until `count` kills have been survived.
+
+    Every tenth signal is a SIGTERM instead, after which the run must have written a checkpoint within DEADLINE.
+    """
+    rng, moments, runs, slowest = random.Random(seed), Counter(), 0, 0.0
+    terms = 0
+    while not runs or moments.total() < count:
+        expected = reference(folder, seed + runs, epochs)
+        job = Job(folder / f"killed-{seed + runs}", seed + runs, epochs)
+        while True:
+            alive = moments.total() < count
+            with job.started() as process:
+                if not alive:
+                    _, said = process.communicate()
+                elif moments.total() % 10 == 9 and job.last.exists():
+                    aim(job, process, rng)
+                    asked = time.monotonic()
+                    process.terminate()
+                    _, said = process.communicate(timeout=10 * DEADLINE)
+                    if process.returncode == 143:
+                        expect(said.count("\n") == 1 and said.startswith("interrupted; "), f"it said: {said}")
+                        expect((seconds := time.monotonic() - asked) < DEADLINE, f"{seconds:.0f} s to end")
+                        slowest, terms = max(slowest, seconds), terms + 1
+                        moments["terminated"] += 1
+                else:
+                    aim(job, process, rng)
+                    process.kill()
+                    _, said = process.communicate()
+                code = process.returncode
+            if code == -signal.SIGKILL:
+                moments[job.now()] += 1
+                job.check()
+            elif code == 0:
+                break
+            else:
+                expect(code == 143, f"a killed run went on with exit code {code}: {said}")
+        job.expect_outcome(expected, f"{dict(moments)} (seed {job.seed})")
+        expect(not list(job.folder.glob(".*.tmp")), "temporary files were left")
+        expect("NOTICE" not in (job.folder / "log.txt").read_text(), "a checkpoint was damaged by a kill")
+        runs += 1
+    kills = {f"killed in {moment}": moments[moment] for moment in MOMENTS}
+    return {**kills, "terminated": terms, "seconds to terminate": round(slowest, 2), "runs": runs, "epochs": epochs}
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+def full(folder: Path, attempts: int, seed: int) -> dict[str, Any]:
+    """A limit on the size of files, then no room at every single write, then a folder that may not be written."""
+    expected = reference(folder, seed, 2)
+    job = Job(folder / "full", seed, 2)
+    code, _ = job.run("--max_steps", "20")
+    expect(code == 0, f"the beginning ended with exit code {code}")
+    size = job.last.stat().st_size // 2
+    before = job.last.read_bytes()
+    code, said = job.run("--max_steps", "0", limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    expect(code == 1, f"a file that is too large: exit code {code}")
+    expect(len(said) == 1 and said[0].startswith("failed: ") and "File too large" in said[0], f"it said {said}")
+    expect(job.last.read_bytes() == before, "a file that is too large spoilt the checkpoint")
+    writes = _no_room(job, attempts)
+    locked = _read_only(job)
+    code, said = job.run("--max_steps", "0")
+    expect(code == 0, f"with room again the run ended with exit code {code}: {said}")
+    job.expect_outcome(expected, "a full disk")
+    return {"too large": 1, "no room": writes, "read-only": locked}
+
+
+def _no_room(job: Job, attempts: int) -> int:
+    """Go on with a run, in this process, whose nth write of a checkpoint fails, for n from 1; how many did."""
+    atomic_write, writes = serialization.atomic_write, 0
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            nonlocal writes
+            writes += 1
+            if writes == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+    @contextlib.contextmanager
+    def failing(path):
+        with atomic_write(path) as file:
+            yield File(file) if Path(path).suffix in (".pt", ".pkl") else file
+
+    serialization.atomic_write = failing
+    try:
+        for number in range(1, attempts + 1):
+            writes = 0
+            code, printed = mutations.call("--resume", job.last, "--max_steps", "0")
+            expect(code == 1 and "No space left on device" in printed, f"write {number}: exit code {code}")
+            expect(not list(job.folder.glob(".*.tmp")), f"write {number}: temporary files were left")
+            job.check()
+    finally:
+        serialization.atomic_write = atomic_write
+    return attempts
+
+
+def _obey_modes() -> None:
+    """Take from this process what lets a superuser write where the modes forbid it."""
+    if os.geteuid() == 0:
+        drop, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+        ctypes.CDLL(None).prctl(drop, override, 0, 0, 0)
+
+
+def _read_only(job: Job) -> int:
+    """A run folder that may not be written, and one that may not be made; 0 where modes forbid nothing."""
+    probe = [sys.executable, "-c", "import sys; open(sys.argv[1] + '/x', 'w')", str(job.folder)]
+    before = job.last.read_bytes()
+    job.folder.chmod(0o555)
+    try:
+        if not subprocess.run(probe, capture_output=True, check=False, preexec_fn=_obey_modes).returncode:
+            (job.folder / "x").unlink()
+            return 0
+        for other in (job, Job(job.folder / "new", job.seed, 1)):
+            code, said = other.run("--max_steps", "0", limit=_obey_modes)
+            expect(code == 2, f"read-only: exit code {code}")
+            expect(
+                len(said) == 1 and said[0].startswith("error: ") and "cannot be written" in said[0], f"it said {said}"
+            )
+    finally:
+        job.folder.chmod(0o755)
+    expect(job.last.read_bytes() == before, "a read-only folder was written")
+    return 2
+
+
+def clocks(folder: Path, seed: int) -> dict[str, Any]:
+    """Clocks that stand still and jump, back too, while a run is cut in two."""
+    expected = reference(folder, seed, 2)
+    job = Job(folder / "clocks", seed, 2)
+    for steps in ("20", "0"):
+        code, said = job.run("--max_steps", steps, "--checkpoint_minutes", "0.1", before=CLOCKS)
+        expect(code == 0, f"jumping clocks: exit code {code}: {said[-1:]}")
+    job.expect_outcome(expected, "jumps of the clock")
+    return {"runs": 1}
+
+
+def locks(folder: Path, seed: int) -> dict[str, Any]:
+    """Two processes in one folder: the second is refused, until the first is dead."""
+    expected = reference(folder, seed, 2)
+    job = Job(folder / "locks", seed, 2)
+    with job.started() as process:
+        wait(job.last.exists, START)
+        process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile
+        fresh = [sys.executable, str(PROGRAM), *FLAGS, "--out", str(job.folder), "--overwrite"]
+        for command in (job.command(), fresh):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            expect(done.returncode == 2, f"a second process was let in: exit code {done.returncode}")
+            said = f"error: {job.folder}: another process is at work there; "
+            expect(done.stderr.startswith(said) and done.stderr.count("\n") == 1, f"it said {done.stderr}")
+    job.finish()
+    job.expect_outcome(expected, "a second process")
+    return {"refused": 2}
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
+    """Train for so long: resident memory after a sixth of the time and at the end, in bytes, and how much was done."""
+    job, end = Job(folder / "soak", seed, 10**6), time.monotonic() + 60 * minutes
+    resident: list[int] = []
+    with job.started() as process:
+        wait(job.last.exists, START)
+        while time.monotonic() < end:
+            time.sleep(min(1.0, minutes))
+            expect(process.poll() is None, f"the run ended with exit code {process.returncode}")
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            resident.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")))
+        process.terminate()
+        process.communicate()
+    part = max(len(resident) // 6, 1)
+    start, stop = max(resident[part : 2 * part] or resident), max(resident[-part:])
+    expect(stop < start + SLACK, f"memory grew from {start:,} to {stop:,} bytes in {minutes:g} minutes")
+    last = checkpoint.load(job.last)
+    counts = {"epochs": last["epoch"], "steps": last["step"]}
+    return {"minutes": minutes, "resident at the start": start, "resident at the end": stop, **counts}
+
+
+def hostile(folder: Path) -> dict[str, Any]:
+    """Open hostile files."""
+    found = payloads.run(folder)
+    expect(not found["executed"], "a file ran code")
+    expect(not found["accepted"], f"accepted: {', '.join(found['accepted'])}")
+    expect(found["bytes"] < payloads.BOMB / 2, f"memory grew by {found['bytes']:,} bytes")
+    return {key: found[key] for key in ("files", "opened", "executed", "bytes")}
+
+
+def damaged(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
+    """Read damaged files."""
+    records = mutations.run(folder, count, seed)
+    expect(not (wrong := mutations.broken(records)), "; ".join(wrong))
+    return records
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 nothing was lost, 1 something was, 2 wrong arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=100, help="signals to survive (default: 100)")
+    parser.add_argument("--epochs", type=int, default=12, help="of every run that is killed (default: 12)")
+    parser.add_argument("--writes", type=int, default=150, help="writes that fail (default: 150)")
+    parser.add_argument("--mutations", type=int, default=1000, help="damaged files to try (default: 1000)")
+    parser.add_argument("--payloads", action=argparse.BooleanOptionalAction, default=True, help="open hostile files")
+    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="train so long and watch the memory")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is done at random (default: 1)")
+    parser.add_argument("--json", help="also write the findings to this file")
+    args = parser.parse_args(argv)
+    if min(args.kills, args.writes, args.mutations, args.soak, args.seed) < 0 or args.epochs < 1:
+        parser.error("expected numbers of 0 or more, and at least one epoch")
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    head = {
+        "command": shlex.join(["python", "scripts/torture.py", *argv]), "seed": args.seed, "commit": commit(),
+        "machine": machine(device), "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+    findings: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="torture-") as name:
+        folder = Path(name)
+        parts: dict[str, Callable[[], Any]] = {
+            "kills": lambda: kill(folder, args.kills, args.seed, args.epochs),
+            "disk": lambda: full(folder, args.writes, args.seed),
+            "clocks": lambda: clocks(folder, args.seed),
+            "locks": lambda: locks(folder, args.seed),
+            "mutations": lambda: damaged(folder / "mutations", args.mutations, args.seed),
+            "payloads": lambda: hostile(folder / "payloads"),
+            "soak": lambda: soak(folder, args.soak, args.seed),
+        }
+        wanted = {"kills": args.kills, "mutations": args.mutations, "payloads": args.payloads, "soak": args.soak}
+        for part, act in parts.items():
+            if not wanted.get(part, args.writes):
+                continue
+            started = time.monotonic()
+            try:
+                findings[part] = act()
+            except BrokenError as e:
+                print(f"failed: {part}: {e}", file=sys.stderr)
+                return 1
+            for record in findings[part] if isinstance(findings[part], list) else [findings[part]]:
+                shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+                                  for key, value in record.items() if value != [])  # fmt: skip
+                print(f"{part}: {shown}", flush=True)
+            print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps({**head, **findings}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""scripts/torture.py in short: it runs, what it does is survived, and it would notice if not."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trellisnet.training.config import PROJECT
+
+SCRIPT = PROJECT / "scripts" / "torture.py"
+
+
+@pytest.fixture
+def torture(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import torture as module
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_a_run_survives_kills_a_full_disk_and_company(torture, tmp_path):
+    found = torture.kill(tmp_path, 2, seed=1, epochs=2)
+    assert sum(found[f"killed in {moment}"] for moment in torture.MOMENTS) == 2
+    assert torture.full(tmp_path, 5, seed=1)["no room"] == 5
+    assert torture.locks(tmp_path, seed=1) == {"refused": 2}
+
+
+def test_a_run_survives_its_clocks(torture, tmp_path):
+    assert torture.clocks(tmp_path, seed=1) == {"runs": 1}
+
+
+def test_damage_is_noticed_or_harmless(torture, tmp_path):
+    records = torture.damaged(tmp_path / "m", 250, seed=3)
+    assert sum(r["tried"] for r in records) == 250
+    for r in records:
+        assert r["tried"] == r["detected"] + r["harmless"] + r["unnoticed"]
+        assert r["detected"]
+    unsummed = {r["target"] for r in records if not r["summed"]}
+    assert unsummed == {"weights, 2019 container"}
+
+
+def test_damage_that_is_not_noticed_is_told(torture, tmp_path):
+    record = {"target": "x", "summed": True, "unnoticed": 2, "how": ["bit flip"]}
+    assert torture.mutations.broken([record]) == ["x: 2 not noticed (bit flip)"]
+    assert torture.mutations.broken([record | {"summed": False}]) == []
+    assert torture.mutations.broken([record | {"summed": False, "how": ["truncation"]}])
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    read = torture.mutations.digest_of(lambda: list(path.read_bytes()))  # of a format without any check
+    target = torture.mutations.Target("x", path, read)
+    assert ("bit flip", "unnoticed") in {torture.mutations.try_one(target, random.Random(i)) for i in range(50)}
+    assert path.read_bytes() == bytes(100)
+
+
+def test_hostile_files_run_nothing_and_take_no_memory(torture, tmp_path):
+    found = torture.hostile(tmp_path / "p")
+    assert found["executed"] == 0
+    assert found["files"] > 200
+
+
+def test_a_payload_would_be_noticed(torture, tmp_path):
+    """They are what an ordinary unpickler runs."""
+    import pickle
+
+    trap = tmp_path / "trap"
+    for name, content in torture.payloads.code(trap).items():
+        if name in ("call of os.system", "call of eval", "call of nested", "a call as a key", "call of subprocess"):
+            pickle.loads(pickle.dumps(content))
+            assert trap.is_dir(), name
+            trap.rmdir()
+
+
+def test_memory_is_watched(torture, tmp_path, monkeypatch):
+    found = torture.soak(tmp_path, 0.05, seed=1)
+    assert found["steps"] > 0
+    assert found["resident at the end"] > 50_000_000
+    monkeypatch.setattr(torture, "SLACK", -(2**40))
+    with pytest.raises(torture.BrokenError, match="memory grew from"):
+        torture.soak(tmp_path / "again", 0.02, seed=1)
+
+
+def test_the_findings_are_written_with_where_they_came_from(tmp_path):
+    path = tmp_path / "t.json"
+    argv = ["--kills", "0", "--writes", "0", "--mutations", "20", "--no-payloads", "--seed", "5", "--json", str(path)]
+    done = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(path.read_text())
+    assert found["command"].startswith("python scripts/torture.py --kills 0 ")
+    assert found["seed"] == 5
+    assert {"commit", "machine", "torch", "python"} <= found.keys()
+    assert sum(r["tried"] for r in found["mutations"]) == 20
+    assert "mutations: target " in done.stdout
+
+
+def test_bad_arguments():
+    command = [sys.executable, str(SCRIPT), "--kills", "-1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected numbers of 0 or more" in done.stderr
+
+
+@pytest.mark.slow
+def test_all_of_it(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--soak", "1", "--json", str(tmp_path / "t.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert (done.returncode, done.stderr) == (0, "")
