@@ -145,7 +145,10 @@ def test_nothing_is_made_for_positions_that_do_not_count(backend, num_layers, di
         options = {"num_layers": num_layers, "dilation": dilation, "output_size": 6, "start": 999, "backend": backend}
         output, *_ = ops.trellis(**inputs, state=state, **options)
         output.sum().backward()
-    assert 0 < watch.largest <= max(largest, fused.BUCKET * 24 if backend == "fused" else 0)
+    if backend == "fused":  # gradients of several layers are collected, of the positions that count
+        sizes = [2 * len(positions) for positions in ops.dependencies(1000, num_layers, dilation, 2)]
+        largest = max(largest, 24 * sum(-(-size // fused.BUCKET) * fused.BUCKET for size in sizes))
+    assert 0 < watch.largest <= largest
 
 
 def image_net(**options):
