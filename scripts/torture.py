@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import platform
 import random
@@ -51,20 +52,6 @@ LIFE = 0.6  # seconds of training, at most, before a kill within a step
 START = 600.0  # seconds within which a run must have begun, on however busy a machine
 DEADLINE = 30.0  # seconds that a run has to end when it is told to: what schedulers commonly give
 SLACK = 2**23  # bytes by which memory may grow while nothing should
-# Runs the program after some other code.
-AFTER = "\nimport runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-CLOCKS = """
-import random, time
-draw, real = random.Random(1), (time.time, time.monotonic)
-def jumping(clock, spans):
-    def now():
-        offset[clock] += draw.choice(spans)
-        return (frozen if draw.random() < 0.2 else clock()) + offset[clock]
-    offset, frozen = {clock: 0.0}, clock()
-    return now
-time.time = jumping(time.time, [0.0, 3600.0, -3600.0, 1e9, -1e9])
-time.monotonic = jumping(time.monotonic, [0.0, 0.0, 0.0, 5.0, 86400.0, -5.0])
-"""
 
 
 class BrokenError(Exception):
@@ -92,19 +79,19 @@ class Job:
     def last(self) -> Path:
         return self.folder / "last.pt"
 
-    def command(self, *flags: str, before: str = "") -> list[str]:
-        """What starts the run, or goes on with it if there is a checkpoint; `before` is code that runs first."""
-        begin = [sys.executable, "-c", before + AFTER] if before else [sys.executable]
+    def flags(self, *more: str) -> list[str]:
+        """What starts the run, or goes on with it if there is a checkpoint."""
         if self.last.exists():
-            return [*begin, str(PROGRAM), "--resume", str(self.last), *flags]
+            return ["--resume", str(self.last), *more]
         length = ["--seed", str(self.seed), "--epochs", str(self.epochs)]
-        return [*begin, str(PROGRAM), *FLAGS, *length, "--out", str(self.folder), "--overwrite", *flags]
+        return [*FLAGS, *length, "--out", str(self.folder), "--overwrite", *more]
 
-    def run(self, *flags: str, before: str = "", limit: Callable[[], None] | None = None) -> tuple[int, list[str]]:
-        """Exit code, and lines on standard error."""
-        done = subprocess.run(
-            self.command(*flags, before=before), capture_output=True, text=True, check=False, preexec_fn=limit
-        )
+    def command(self, *more: str) -> list[str]:
+        return [sys.executable, str(PROGRAM), *self.flags(*more)]
+
+    def child(self, *more: str, limit: Callable[[], None]) -> tuple[int, list[str]]:
+        """Run in a process of its own, which begins with `limit`: exit code, and lines on standard error."""
+        done = subprocess.run(self.command(*more), capture_output=True, text=True, check=False, preexec_fn=limit)
         return done.returncode, done.stderr.splitlines()
 
     @contextlib.contextmanager
@@ -120,9 +107,10 @@ class Job:
             finally:
                 process.kill()
 
-    def finish(self) -> None:
-        code, said = self.run()
-        expect(code == 0, f"the run ended with exit code {code}: {said[-1:]}")
+    def run(self, *more: str) -> None:
+        """Run in this process, to its end."""
+        code, printed = mutations.call(*self.flags(*more))
+        expect(code == 0, f"the run ended with exit code {code}: {printed.splitlines()[-1:]}")
 
     def now(self) -> str:
         """One of MOMENTS: what the run does, or did when it was killed."""
@@ -153,12 +141,17 @@ class Job:
         expect(not differ, f"after {after} the run ended with other {', '.join(differ)} than the uninterrupted one")
 
 
-def wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Until the condition holds; whether it ever did."""
-    end = time.monotonic() + seconds
-    while not (held := condition()) and time.monotonic() < end:
+def wait(condition: Callable[[], bool], seconds: float) -> float:
+    """Until the condition holds; after how many seconds, or inf. While all processes are stopped no time passes."""
+    taken, before = 0.0, time.monotonic()
+    while not condition():
+        if taken > seconds:
+            return math.inf
         time.sleep(0.0005)
-    return held
+        now = time.monotonic()
+        taken += min(now - before, 0.1)
+        before = now
+    return taken
 
 
 def aim(job: Job, process: subprocess.Popen, rng: random.Random) -> None:
@@ -175,7 +168,7 @@ def reference(folder: Path, seed: int, epochs: int) -> dict[str, str]:
     """The outcome of a run that nothing is done to."""
     job = Job(folder / f"whole-{seed}-{epochs}", seed, epochs)
     if not job.last.exists():
-        job.finish()
+        job.run()
     return job.outcome()
 
 
@@ -196,12 +189,12 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
                     _, said = process.communicate()
                 elif moments.total() % 10 == 9 and job.last.exists():
                     aim(job, process, rng)
-                    asked = time.monotonic()
                     process.terminate()
-                    _, said = process.communicate(timeout=10 * DEADLINE)
+                    seconds = wait(lambda p=process: p.poll() is not None, DEADLINE)
+                    expect(seconds < DEADLINE, f"a run that was told to end had not after {DEADLINE:g} s")
+                    _, said = process.communicate()
                     if process.returncode == 143:
                         expect(said.count("\n") == 1 and said.startswith("interrupted; "), f"it said: {said}")
-                        expect((seconds := time.monotonic() - asked) < DEADLINE, f"{seconds:.0f} s to end")
                         slowest, terms = max(slowest, seconds), terms + 1
                         moments["terminated"] += 1
                 else:
@@ -227,22 +220,20 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
-def full(folder: Path, attempts: int, seed: int) -> dict[str, Any]:
+def full(folder: Path, attempts: int, seed: int, epochs: int = 2) -> dict[str, Any]:
     """A limit on the size of files, then no room at every single write, then a folder that may not be written."""
-    expected = reference(folder, seed, 2)
-    job = Job(folder / "full", seed, 2)
-    code, _ = job.run("--max_steps", "20")
-    expect(code == 0, f"the beginning ended with exit code {code}")
+    expected = reference(folder, seed, epochs)
+    job = Job(folder / "full", seed, epochs)
+    job.run("--max_steps", "20")
     size = job.last.stat().st_size // 2
     before = job.last.read_bytes()
-    code, said = job.run("--max_steps", "0", limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    code, said = job.child("--max_steps", "0", limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     expect(code == 1, f"a file that is too large: exit code {code}")
     expect(len(said) == 1 and said[0].startswith("failed: ") and "File too large" in said[0], f"it said {said}")
     expect(job.last.read_bytes() == before, "a file that is too large spoilt the checkpoint")
     writes = _no_room(job, attempts)
     locked = _read_only(job)
-    code, said = job.run("--max_steps", "0")
-    expect(code == 0, f"with room again the run ended with exit code {code}: {said}")
+    job.run("--max_steps", "0")
     job.expect_outcome(expected, "a full disk")
     return {"too large": 1, "no room": writes, "read-only": locked}
 
@@ -271,7 +262,7 @@ def _no_room(job: Job, attempts: int) -> int:
     try:
         for number in range(1, attempts + 1):
             writes = 0
-            code, printed = mutations.call("--resume", job.last, "--max_steps", "0")
+            code, printed = mutations.call(*job.flags("--max_steps", "0"))
             expect(code == 1 and "No space left on device" in printed, f"write {number}: exit code {code}")
             expect(not list(job.folder.glob(".*.tmp")), f"write {number}: temporary files were left")
             job.check()
@@ -297,7 +288,7 @@ def _read_only(job: Job) -> int:
             (job.folder / "x").unlink()
             return 0
         for other in (job, Job(job.folder / "new", job.seed, 1)):
-            code, said = other.run("--max_steps", "0", limit=_obey_modes)
+            code, said = other.child("--max_steps", "0", limit=_obey_modes)
             expect(code == 2, f"read-only: exit code {code}")
             expect(
                 len(said) == 1 and said[0].startswith("error: ") and "cannot be written" in said[0], f"it said {said}"
@@ -308,57 +299,76 @@ def _read_only(job: Job) -> int:
     return 2
 
 
-def clocks(folder: Path, seed: int) -> dict[str, Any]:
+def clocks(folder: Path, seed: int, epochs: int = 2) -> dict[str, Any]:
     """Clocks that stand still and jump, back too, while a run is cut in two."""
-    expected = reference(folder, seed, 2)
-    job = Job(folder / "clocks", seed, 2)
-    for steps in ("20", "0"):
-        code, said = job.run("--max_steps", steps, "--checkpoint_minutes", "0.1", before=CLOCKS)
-        expect(code == 0, f"jumping clocks: exit code {code}: {said[-1:]}")
+    expected = reference(folder, seed, epochs)
+    job, draw, real = Job(folder / "clocks", seed, epochs), random.Random(seed), (time.time, time.monotonic)
+
+    def jumping(clock: Callable[[], float], spans: list[float]) -> Callable[[], float]:
+        offset, frozen = 0.0, clock()
+
+        def now() -> float:
+            nonlocal offset
+            offset += draw.choice(spans)
+            return offset + (frozen if draw.random() < 0.2 else clock())
+
+        return now
+
+    time.time = jumping(time.time, [0.0, 3600.0, -3600.0, 1e9, -1e9])
+    time.monotonic = jumping(time.monotonic, [0.0, 0.0, 0.0, 5.0, 86400.0, -5.0])
+    try:
+        for steps in ("20", "0"):
+            job.run("--max_steps", steps, "--checkpoint_minutes", "1000")
+    finally:
+        time.time, time.monotonic = real
     job.expect_outcome(expected, "jumps of the clock")
     return {"runs": 1}
 
 
-def locks(folder: Path, seed: int) -> dict[str, Any]:
+def locks(folder: Path, seed: int, epochs: int = 2) -> dict[str, Any]:
     """Two processes in one folder: the second is refused, until the first is dead."""
-    expected = reference(folder, seed, 2)
-    job = Job(folder / "locks", seed, 2)
+    expected = reference(folder, seed, epochs)
+    job = Job(folder / "locks", seed, epochs)
     with job.started() as process:
         wait(job.last.exists, START)
         process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile
-        fresh = [sys.executable, str(PROGRAM), *FLAGS, "--out", str(job.folder), "--overwrite"]
-        for command in (job.command(), fresh):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            expect(done.returncode == 2, f"a second process was let in: exit code {done.returncode}")
-            said = f"error: {job.folder}: another process is at work there; "
-            expect(done.stderr.startswith(said) and done.stderr.count("\n") == 1, f"it said {done.stderr}")
-    job.finish()
+        for flags in (job.flags(), [*FLAGS, "--out", job.folder], [*FLAGS, "--out", job.folder, "--overwrite"]):
+            code, printed = mutations.call(*flags)
+            expect(code == 2, f"a second process was let in: exit code {code}")
+            said = printed.splitlines()[-1]
+            expect(said.startswith(f"error: {job.folder}: another process is at work there; "), f"it said {said}")
+    job.run()
     job.expect_outcome(expected, "a second process")
-    return {"refused": 2}
+    return {"refused": 3}
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
-    """Train for so long: resident memory after a sixth of the time and at the end, in bytes, and how much was done."""
-    job, end = Job(folder / "soak", seed, 10**6), time.monotonic() + 60 * minutes
-    resident: list[int] = []
+    """Train for so long: memory near the start and at the end, in bytes, and how much was done."""
+    job, resident = Job(folder / "soak", seed, 10**6), []
     with job.started() as process:
         wait(job.last.exists, START)
-        while time.monotonic() < end:
+        end = time.monotonic() + 60 * minutes
+        while not resident or time.monotonic() < end:
             time.sleep(min(1.0, minutes))
             expect(process.poll() is None, f"the run ended with exit code {process.returncode}")
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             resident.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")))
         process.terminate()
         process.communicate()
-    part = max(len(resident) // 6, 1)
-    start, stop = max(resident[part : 2 * part] or resident), max(resident[-part:])
+    start, stop = drift(resident)
     expect(stop < start + SLACK, f"memory grew from {start:,} to {stop:,} bytes in {minutes:g} minutes")
     last = checkpoint.load(job.last)
     counts = {"epochs": last["epoch"], "steps": last["step"]}
     return {"minutes": minutes, "resident at the start": start, "resident at the end": stop, **counts}
+
+
+def drift(resident: list[int]) -> tuple[int, int]:
+    """The most memory in the second sixth of the time, the first being that of warming up, and in the last."""
+    part = max(len(resident) // 6, 1)
+    return max(resident[part : 2 * part] or resident), max(resident[-part:])
 
 
 def hostile(folder: Path) -> dict[str, Any]:

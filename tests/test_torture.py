@@ -25,20 +25,28 @@ def torture(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_a_run_survives_kills_a_full_disk_and_company(torture, tmp_path):
-    found = torture.kill(tmp_path, 2, seed=1, epochs=2)
+def test_a_run_survives_all_of_it(torture, tmp_path):
+    found = torture.kill(tmp_path, 2, seed=1, epochs=1)
     assert sum(found[f"killed in {moment}"] for moment in torture.MOMENTS) == 2
-    assert torture.full(tmp_path, 5, seed=1)["no room"] == 5
-    assert torture.locks(tmp_path, seed=1) == {"refused": 2}
+    assert torture.full(tmp_path, 5, seed=1, epochs=1)["no room"] == 5
+    assert torture.locks(tmp_path, seed=1, epochs=1) == {"refused": 3}
+    assert torture.clocks(tmp_path, seed=1, epochs=1) == {"runs": 1}
 
 
-def test_a_run_survives_its_clocks(torture, tmp_path):
-    assert torture.clocks(tmp_path, seed=1) == {"runs": 1}
+def test_it_would_notice_a_difference(torture, tmp_path):
+    expected = torture.reference(tmp_path, seed=1, epochs=1)
+    job = torture.Job(tmp_path / "whole-1-1", 1, 1)
+    job.expect_outcome(expected, "nothing")
+    content = torture.checkpoint.load(job.last)
+    content["carry"] = torch.zeros(1)
+    torture.checkpoint.save(job.last, content)
+    with pytest.raises(torture.BrokenError, match="after this the run ended with other carry of last.pt than the unin"):
+        job.expect_outcome(expected, "this")
 
 
 def test_damage_is_noticed_or_harmless(torture, tmp_path):
-    records = torture.damaged(tmp_path / "m", 250, seed=3)
-    assert sum(r["tried"] for r in records) == 250
+    records = torture.damaged(tmp_path / "m", 200, seed=3)
+    assert sum(r["tried"] for r in records) == 200
     for r in records:
         assert r["tried"] == r["detected"] + r["harmless"] + r["unnoticed"]
         assert r["detected"]
@@ -77,33 +85,35 @@ def test_a_payload_would_be_noticed(torture, tmp_path):
             trap.rmdir()
 
 
-def test_memory_is_watched(torture, tmp_path, monkeypatch):
+def test_memory_is_watched(torture, tmp_path):
     found = torture.soak(tmp_path, 0.05, seed=1)
     assert found["steps"] > 0
     assert found["resident at the end"] > 50_000_000
-    monkeypatch.setattr(torture, "SLACK", -(2**40))
-    with pytest.raises(torture.BrokenError, match="memory grew from"):
-        torture.soak(tmp_path / "again", 0.02, seed=1)
+    assert torture.drift([1, 9, 9, *[5] * 3, *[6] * 9, *[7, 8, 7]]) == (5, 8)
 
 
-def test_the_findings_are_written_with_where_they_came_from(tmp_path):
+def test_the_findings_are_written_with_where_they_came_from(torture, tmp_path, capsys):
     path = tmp_path / "t.json"
-    argv = ["--kills", "0", "--writes", "0", "--mutations", "20", "--no-payloads", "--seed", "5", "--json", str(path)]
-    done = subprocess.run([sys.executable, str(SCRIPT), *argv], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    argv = ["--kills", "0", "--writes", "0", "--mutations", "9", "--no-payloads", "--seed", "5", "--json", str(path)]
+    assert torture.main(argv) == 0
     found = json.loads(path.read_text())
     assert found["command"].startswith("python scripts/torture.py --kills 0 ")
     assert found["seed"] == 5
     assert {"commit", "machine", "torch", "python"} <= found.keys()
-    assert sum(r["tried"] for r in found["mutations"]) == 20
-    assert "mutations: target " in done.stdout
+    assert sum(r["tried"] for r in found["mutations"]) == 9
+    assert "mutations: target " in capsys.readouterr().out
 
 
-def test_bad_arguments():
-    command = [sys.executable, str(SCRIPT), "--kills", "-1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "expected numbers of 0 or more" in done.stderr
+def test_what_was_lost_is_told(torture, monkeypatch, capsys):
+    monkeypatch.setattr(torture.payloads, "run", lambda _: {"executed": 1})
+    assert torture.main(["--kills", "0", "--writes", "0", "--mutations", "0"]) == 1
+    assert capsys.readouterr().err == "failed: payloads: a file ran code\n"
+
+
+def test_bad_arguments(torture, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        torture.main(["--kills", "-1"])
+    assert "expected numbers of 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -290,7 +290,11 @@ class Trainer:
     def _load_best(self) -> dict[str, Any]:
         """best.pt, which must be the one that last.pt tells of; its tensors stay in the file."""
         path = self.folder.file("best.pt")
-        best = checkpoint.load(path, mmap=True)
+        try:
+            best = checkpoint.load(path, mmap=True)
+        except UserError as e:
+            weights = self.folder.file("weights.pkl")
+            raise UserError(f"{e}; put a copy of it back, or begin anew from its weights, {weights}") from e
         if best["best"] != self.best:
             of = best["best"] and best["best"]["epoch"]
             raise UserError(
@@ -505,7 +509,10 @@ class Trainer:
         """Score the test data with the best weights, or with the last ones if no epoch was finished."""
         best_epoch = self.best["epoch"] if self.best else None
         if self.best:
-            best = self._load_best()
+            try:
+                best = self._load_best()
+            except UserError as e:  # it was whole when the run began
+                raise RunError(str(e)) from e
             self.task.model.load_state_dict(best["average"] or best["model"])
             del best
             valid = self.best["valid"]
