@@ -49,7 +49,19 @@ def test_every_flag_it_names_exists_and_every_flag_is_named():
     actions = [action for config in CONFIGS for action in build_parser(config)._actions]
     flags = {flag for action in actions for flag in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--flag", "--no-flag"}
-    scripts = {"--check", "--table", "--quick", "--soak", "--train", "--valid", "--test"}
+    scripts = {
+        "--check",
+        "--table",
+        "--quick",
+        "--tasks",
+        "--parts",
+        "--repeats",
+        "--no-memory",
+        "--soak",
+        "--train",
+        "--valid",
+        "--test",
+    }
     assert named <= flags | scripts | {"--cifar"}  # the last is the authors'
     spelled = {flag for flag in flags if not flag.startswith(("--no-", "-h", "--help", "--log_interval"))}
     assert spelled - named == set()
