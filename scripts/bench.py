@@ -11,9 +11,10 @@ that is slower for a while is slower for all. Text and images are random, of the
 `forward` is the core in evaluation mode, `core` its forward and backward pass, `step` a whole training step: loss with
 auxiliary losses, backward, clipping, update. Of language models, `evaluation` is what scoring a token costs, the
 reference in the authors' overlapping windows, the others as `--eval` does it; `generation` is the next token's
-distribution, the reference from the shortest window that has all of the history, the others by one step of a stream.
-Memory is the peak of a process of its own that takes two training steps. `--recompute K …` adds variants that keep what
-every K-th layer reads.
+distribution, the reference from the shortest window that has all of the history, the others by one step of a stream;
+`head` is the loss of the outputs and auxiliary outputs with its gradients, the reference from the whole table of
+log-probabilities. Memory is the peak of a process of its own that takes two training steps, or two such losses.
+`--recompute K …` adds variants that keep what every K-th layer reads.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -70,21 +72,27 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        words = [
-            self.backend,
-            "bf16" * (self.precision == "bf16"),
-            f"recompute {self.recompute}" * bool(self.recompute),
-        ]
+        precision = self.precision.replace("fp32", "")
+        words = [self.backend, precision, f"recompute {self.recompute}" * bool(self.recompute)]
         return " ".join(filter(None, words))
 
 
 REFERENCE = Variant("reference", "fp32")
-VARIANTS = (REFERENCE, Variant("fused", "fp32"), Variant("fused", "bf16"))
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}  # of a device
 # Largest difference from the reference, relative to the norm of what is compared.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-PARTS = ("forward", "core", "step", "evaluation", "generation")
+TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 0.1}
+PARTS = ("forward", "core", "step", "evaluation", "generation", "head")
+OF_LANGUAGE = ("evaluation", "generation", "head")
 TRAINING = ("core", "step")
 STEPS = 32  # that are generated at a time
+
+
+def variants_on(device: torch.device, recompute: Sequence[int] = ()) -> list[Variant]:
+    """The reference, in single precision and on CUDA in what else it may be fastest in, and then the others."""
+    precisions = PRECISIONS[device.type]
+    references = precisions if device.type == "cuda" else precisions[:1]
+    fused = [Variant("fused", precision, every) for every in (0, *recompute) for precision in precisions]
+    return [*(Variant("reference", precision) for precision in references), *fused]
 
 
 class Work:
@@ -97,7 +105,8 @@ class Work:
         config, _ = parse(module.Config, ["--preset", PRESETS[task], *smaller, *flags])
         self.config = config
         # The products and gates that a run here would have.
-        self.chosen = {p: dataclasses.replace(config, precision=p).chosen(device) for p in ("fp32", "bf16")}
+        precisions = PRECISIONS[device.type]
+        self.chosen = {p: dataclasses.replace(config, precision=p).chosen(device) for p in precisions}
         torch.manual_seed(1)
         N = self.config.batch_size
         if task in LANGUAGE:
@@ -127,16 +136,18 @@ class Work:
         self.tokens = N * (self.inputs.size(1) - self.start) if task in LANGUAGE else N
         self._streams: dict[tuple[Variant, int], Any] = {}
 
-    def use(self, variant: Variant) -> contextlib.AbstractContextManager:
-        """Set the backend, and give the context of the precision."""
+    @contextlib.contextmanager
+    def use(self, variant: Variant) -> Iterator[None]:
+        """Set the backend; while it lasts, the precision."""
         core, chosen = self.model.core, self.chosen[variant.precision]
         core.backend, core.gemm, core.gates = variant.backend, chosen.gemm, chosen.gates
         core.recompute, core.recompute_every = bool(variant.recompute), variant.recompute or None
-        return dataclasses.replace(self.config, precision=variant.precision).autocast(self.device)
+        with chosen.float32_products(), chosen.autocast(self.device):
+            yield
 
     def _everything(self, variant: Variant) -> dict[str, Any]:
         """What makes the reference compute all layer-steps, as a plain convolutional network does."""
-        if variant != REFERENCE or self.name in LANGUAGE:
+        if variant.backend != "reference" or self.name in LANGUAGE:
             return {}
         N, L, _ = self.x.shape
         return {"lengths": torch.full((N,), L, device=self.device)}
@@ -157,12 +168,13 @@ class Work:
         torch.manual_seed(3)
         loss = sum((out.float() * torch.randn(out.shape, device=self.device)).sum() for out in outs)
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
+        with self.chosen[variant.precision].float32_products():
+            loss.backward()
         return [out.detach() for out in outs] + [p.grad for p in self.model.core.parameters()]
 
     def parts(self, parts: Sequence[str]) -> list[str]:
         """Those that this task has."""
-        return [part for part in parts if self.name in LANGUAGE or part not in ("evaluation", "generation")]
+        return [part for part in parts if self.name in LANGUAGE or part not in OF_LANGUAGE]
 
     def run(self, part: str, variant: Variant) -> int:
         """Compute a part once; how many tokens (or images) that was for."""
@@ -170,6 +182,8 @@ class Work:
             self.gradients(variant)
         elif part == "step":
             self.step(variant)
+        elif part == "head":
+            self.head(variant)
         else:
             with torch.inference_mode():
                 if part != "forward":
@@ -180,7 +194,7 @@ class Work:
     def evaluation(self, variant: Variant, whole: bool = False) -> float:
         """Score some tokens as an evaluation does; how many. With `whole` a window from its start: their mean loss."""
         N, model = self.config.eval_batch_size, self.model.eval()
-        streamed = variant != REFERENCE and self.task.streams()
+        streamed = variant.backend != "reference" and self.task.streams()
         window = self.config.seq_len if self.task._has_history(False) else self.config.horizon
         skip = self.config.horizon if self.task._has_history(False) else 0
         length = max(1, tasks.STREAMED // N) if streamed and not whole else window
@@ -203,7 +217,7 @@ class Work:
         model, core = self.model.eval(), self.model.core
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with self.use(variant):
-            if variant == REFERENCE:
+            if variant.backend == "reference":
                 x = model.embed(token).expand(1, core.reach + 1, -1)
                 model.log_prob(core(x, lengths=torch.tensor([x.size(1)], device=self.device)).output[:, -1])
                 return 1
@@ -214,6 +228,25 @@ class Work:
             self._streams[variant, 1] = stream
         return STEPS
 
+    def head(self, variant: Variant) -> list[torch.Tensor]:
+        """The loss of outputs and auxiliary outputs, then its gradients: of the outputs and of the head."""
+        model, targets = self.model, self.targets[:, self.start :]
+        model.eval()  # latent dropout would be drawn in another order
+        torch.manual_seed(5)
+        count = 1 + (self.config.nlevels // self.aux_every if self.aux_every else 0)
+        shape = (*targets.shape, model.head.in_features)
+        outputs = [torch.randn(shape, device=self.device, requires_grad=True) for _ in range(count)]
+        weights = [1.0] + [self.config.aux] * (count - 1)
+        self.model.zero_grad(set_to_none=True)
+        with self.use(variant):
+            if variant.backend == "reference":
+                losses = (F.nll_loss(model.log_prob(x).flatten(0, 1), targets.flatten()) for x in outputs)
+                loss = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+            else:
+                loss = model.losses(outputs, targets, weights)[0]
+            loss.backward()
+        return [loss.detach(), *(x.grad for x in outputs), *(p.grad for p in model.head.parameters())]
+
     def step(self, variant: Variant) -> None:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -222,8 +255,9 @@ class Work:
                 loss = self.task.loss(self.inputs, self.targets)[0]["loss"]
             else:
                 logits = self.model(self.inputs, **self._everything(variant)).logits
-                loss = torch.nn.functional.cross_entropy(logits.float(), self.targets)
-        loss.backward()
+                loss = F.cross_entropy(logits.float(), self.targets)
+        with self.chosen[variant.precision].float32_products():
+            loss.backward()
         if self.config.clip > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
@@ -231,7 +265,7 @@ class Work:
     def flops(self, part: str, variant: Variant) -> float:
         """Floating-point operations of the core's products over h: what they must be for these layer-steps."""
         core, (N, L, _) = self.model.core, self.x.shape
-        pruned = variant != REFERENCE
+        pruned = variant.backend != "reference"
         # Below the first layer all is zero, which the fused operator knows.
         layer_steps = core.layer_steps(L, start=self.start) - self.first if pruned else core.num_layers * L
         products = 2 * core.kernel_size * core.hidden_size * core.bias.numel()
@@ -243,8 +277,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gate(work: Work, variants: Sequence[Variant] = VARIANTS, parts: Sequence[str] = PARTS) -> None:
-    """Exit unless every variant computes what the reference does."""
+def gate(work: Work, variants: Sequence[Variant], parts: Sequence[str] = PARTS) -> None:
+    """Exit unless every variant computes what the first of them, the reference, does."""
 
     def compare(ours: torch.Tensor, truth: torch.Tensor) -> None:
         error = ((ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
@@ -252,7 +286,12 @@ def gate(work: Work, variants: Sequence[Variant] = VARIANTS, parts: Sequence[str
             sys.exit(f"error: {work.name}, {variant.name}: differs from the reference by {error:.2g}; nothing is timed")
 
     parts = work.parts(parts)
-    if set(parts) - {"evaluation", "generation"}:
+    if "head" in parts:
+        expected = work.head(variants[0])
+        for variant in variants[1:]:
+            for ours, truth in zip(work.head(variant), expected, strict=True):
+                compare(ours, truth)
+    if set(parts) - set(OF_LANGUAGE):
         expected = work.gradients(REFERENCE)
         for variant in variants[1:]:
             for ours, truth in zip(work.gradients(variant), expected, strict=True):
@@ -285,20 +324,22 @@ def seconds(function: Callable[[], None], device: torch.device) -> float:
 
 def peak_gflops(work: Work, precision: str) -> float:
     """The rate of the fastest product of the shape of a layer's, GFLOP/s."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     core = work.model.core
     M, K, N = 2048, core.kernel_size * core.hidden_size, core.bias.numel()
     a, b = (torch.randn(rows, K, device=work.device).to(dtype) for rows in (M, N))
     best = math.inf
     for route, product in gemm.ROUTES.items():
         if gemm.usable(route, work.device, dtype):
-            best = min(best, *(seconds(lambda p=product: p(a, b), work.device) for _ in range(5)))
+            with work.chosen[precision].float32_products():
+                best = min(best, *(seconds(lambda p=product: p(a, b), work.device) for _ in range(5)))
     return 2 * M * K * N / best / 1e9
 
 
-def memory(task: str, variant: Variant, args: argparse.Namespace) -> int:
-    """Peak of two training steps in a process of their own, bytes."""
-    command = [sys.executable, __file__, "--child", json.dumps(variant), "--tasks", task, "--device", args.device]
+def memory(task: str, part: str, variant: Variant, args: argparse.Namespace) -> int:
+    """Peak of two training steps, or of another part run twice, in a process of their own, bytes."""
+    command = [sys.executable, __file__, "--child", json.dumps([part, *variant])]
+    command += ["--tasks", task, "--device", args.device]
     command += ["--quick"] * args.quick + ["--threads", str(args.threads)] + ["--flags", *args.flags] * bool(args.flags)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -317,9 +358,9 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(args.device)
     prepare(task, device)
     work = Work(task, args.quick, device, args.flags)
-    variants = [*VARIANTS, *(Variant("fused", p, every) for p in ("fp32", "bf16") for every in args.recompute)]
+    variants = variants_on(device, args.recompute)
     gate(work, variants, args.parts)
-    rates = {precision: peak_gflops(work, precision) for precision in ("fp32", "bf16")}
+    rates = {precision: peak_gflops(work, precision) for precision in work.chosen}
     for part in work.parts(args.parts):
         times: dict[Variant, list[float]] = {v: [] for v in variants if not v.recompute or part in TRAINING}
         tokens = {variant: work.run(part, variant) for variant in times}  # once unmeasured
@@ -334,14 +375,20 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "slowest": max(taken), "repeats": args.repeats, "tokens": tokens[variant],
                 "per_second": tokens[variant] / median, "ratio": base * tokens[variant] / median,
             }  # fmt: skip
-            if part not in ("evaluation", "generation"):
+            if part not in OF_LANGUAGE:
                 rate = work.flops(part, variant) / median / 1e9
                 record |= {"gflops": rate, "share_of_peak": rate / rates[variant.precision]}
             yield record
     if args.memory:
+        measured = {"step": "memory"}
+        if "head" in work.parts(args.parts):
+            measured["head"] = "head memory"
         del work
-        for variant in variants:
-            yield {"task": task, "part": "memory", "variant": variant.name, "bytes": memory(task, variant, args)}
+        for part, name in measured.items():
+            for variant in variants:
+                if part == "step" or not variant.recompute:
+                    used = memory(task, part, variant, args)
+                    yield {"task": task, "part": name, "variant": variant.name, "bytes": used}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -349,8 +396,8 @@ def table(records: list[dict[str, Any]]) -> str:
     lines = ["| task | part | variant | seconds (range) | ratio | per second | GFLOP/s | of peak |"]
     lines.append("|---|---|---|--:|--:|--:|--:|--:|")
     for r in records:
-        if r["part"] == "memory":
-            base = next(m["bytes"] for m in records if m["task"] == r["task"] and m["part"] == "memory")
+        if "bytes" in r:
+            base = next(m["bytes"] for m in records if (m["task"], m["part"]) == (r["task"], r["part"]))
             cells = [f"{r['bytes'] / 1e9:.2f} GB", f"1/{base / r['bytes']:.1f}", "", "", ""]
         else:
             span = f"{r['seconds']:.3g} ({r['fastest']:.3g} to {r['slowest']:.3g})"
@@ -364,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     names = [*LANGUAGE, *IMAGES]
     parser.add_argument("--tasks", nargs="+", choices=names, help="default: word_ptb and pmnist; with --quick all")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: only memory")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median counts (default: 3)")
     parser.add_argument("--quick", action="store_true", help="small networks; ends in a minute")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure memory")
@@ -383,10 +430,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.child:
+        part, *variant = json.loads(args.child)
         prepare(args.tasks[0], device)
         work = Work(args.tasks[0], args.quick, device, args.flags)
         for _ in range(2):
-            work.step(Variant(*json.loads(args.child)))
+            work.run(part, Variant(*variant))
         print(peak_memory(device))
         return 0
     records = []

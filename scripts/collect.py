@@ -507,15 +507,15 @@ def speed(folder: Path) -> str:
             rows: dict[tuple[str, str], dict[str, str]] = {}
             for r in found["records"]:
                 cells = rows.setdefault((r["task"], r["part"]), {})
-                if r["part"] == "memory":
-                    first = next(m for m in found["records"] if (m["task"], m["part"]) == (r["task"], "memory"))
+                if "bytes" in r:
+                    first = next(m for m in found["records"] if (m["task"], m["part"]) == (r["task"], r["part"]))
                     ratio = f", 1/{first['bytes'] / r['bytes']:.1f}" if cells else ""
                     cell = f"{r['bytes'] / 1e9:.2f} GB{ratio}"
                 else:
                     ratio = f", **{r['ratio']:.2f}x**" if cells else ""
-                    timed = "gflops" in r  # else a rate, of evaluation or generation
+                    timed = r["part"] not in ("evaluation", "generation")  # else a rate
                     cell = f"{r['seconds']:.3g} s{ratio}" if timed else f"{r['per_second']:.3g} tokens/s{ratio}"
-                    cell += f" ({r['share_of_peak']:.0%})" if timed else ""
+                    cell += f" ({r['share_of_peak']:.0%})" if "gflops" in r else ""
                 cells[r["variant"]] = cell
             for (task, part), cells in rows.items():
                 lines.append(f"| {task} | {part} | {' | '.join(cells.get(v, '') for v in variants)} |")

@@ -45,6 +45,24 @@ def test_it_measures_memory_of_a_language_model(tmp_path):
     assert records[4]["variant"] == records[9]["variant"] == "fused bf16 recompute 2"
 
 
+def test_it_measures_heads_and_their_memory(tmp_path):
+    records = measured(tmp_path, "word_ptb", "--parts", "head")
+    assert [r["part"] for r in records] == ["head"] * 3 + ["memory"] * 3 + ["head memory"] * 3
+    assert all(r["seconds"] > 0 for r in records[:3])
+    assert all(r["bytes"] > 10_000_000 for r in records[3:])
+
+
+@pytest.mark.parametrize(("device", "precisions"), [("cpu", ["fp32"]), ("cuda", ["fp32", "tf32", "bf16"])])
+def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(monkeypatch, device, precisions):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench as module
+
+    variants = module.variants_on(torch.device(device), recompute=[4])
+    assert variants[0] == module.REFERENCE
+    assert [v.precision for v in variants if v.backend == "reference"] == precisions
+    assert {v.precision for v in variants if v.recompute == 4} == set(module.PRECISIONS[device])
+
+
 @pytest.mark.parametrize("task", ["word_ptb", "wt103"])  # streamed, and with repackaging
 def test_it_measures_evaluation_and_generation(tmp_path, task):
     records = measured(tmp_path, task, "--no-memory", "--parts", "evaluation", "generation")
@@ -60,7 +78,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     from trellisnet.ops import fused
 
     work = module.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
-    module.gate(work)
+    module.gate(work, module.variants_on(work.device))
     right = fused._Trellis.apply
 
     def wrong(*args):
@@ -69,7 +87,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(fused._Trellis, "apply", wrong)
     with pytest.raises(SystemExit, match="error: pmnist, fused: differs from the reference by 0.01; nothing is timed"):
-        module.gate(work)
+        module.gate(work, module.variants_on(work.device))
 
 
 def test_bad_arguments():

@@ -9,6 +9,7 @@ from pmnist.train import main as pmnist_main
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import gemm
 from trellisnet.training import network
+from word_ptb.model import Config
 from word_ptb.train import main as word_main
 
 TEXT = "--data synthetic --preset tiny --nhid 8 --max_eval_tokens 200 --log-interval 1".split()
@@ -45,6 +46,22 @@ def test_training_in_bfloat16_follows_training_in_float32(run, tmp_path, main, f
     assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
     weights = torch.load(tmp_path / "bf16" / "weights.pkl", weights_only=True)
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+def test_tf32_is_of_cuda_devices(run):
+    code, _, err, metrics = run(word_main, *TEXT, "--device", "cpu", "--precision", "tf32")
+    assert (code, err) == (2, "error: --precision tf32: is of CUDA devices, and this is cpu; pass fp32 or bf16\n")
+    assert metrics is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_tf32_is_on_when_asked_for_and_no_longer(precision):
+    """Convolutions and other products alike; torch's own setting is TF32 for convolutions alone."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with Config(precision=precision).float32_products():
+        asked = precision == "tf32"
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == asked
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
 def test_bfloat16_works_with_every_head_and_the_reference(run):

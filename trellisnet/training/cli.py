@@ -141,6 +141,7 @@ class _Program:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
         torch.manual_seed(config.seed)
+        self.stack.enter_context(config.float32_products())
         task, splits, schedule, facts = self.setup(config, device)
         untrained = []
         if config.load_weight and resumed is None:

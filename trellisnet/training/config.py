@@ -5,13 +5,14 @@ flag > `--config` file > `--preset` > default. A setting `foo: bool` gives `--fo
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -21,7 +22,7 @@ from trellisnet import ops
 from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
@@ -71,7 +72,9 @@ class RunConfig:
     backend: str = setting("auto", "trellis operator", choices=ops.BACKENDS)
     gemm: str = setting("auto", "products of the fused operator; auto: what is fastest here", choices=ops.GEMMS)
     gates: str = setting("auto", "gates of the fused operator; auto: compiled if built", choices=ops.GATE_KERNELS)
-    precision: str = setting("fp32", "of products and activations; sums and losses are in fp32", choices=PRECISIONS)
+    precision: str = setting(
+        "fp32", "of products and activations (tf32: CUDA); sums and losses are in fp32", choices=PRECISIONS
+    )
     deterministic: bool = setting(False, "bit-equal results from run to run on one machine, at some cost")
 
     optim: str = setting("SGD", "optimiser: a class of torch.optim")
@@ -171,8 +174,29 @@ class RunConfig:
         """The context in which models and losses are computed, for `precision`."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    @contextlib.contextmanager
+    def float32_products(self) -> Iterator[None]:
+        """While it lasts, products of numbers in single precision are just that on CUDA, or in TF32 if `precision` is.
+
+        Left alone, torch takes TF32 for convolutions and not for other products.
+        """
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+
     def chosen(self, device: torch.device) -> Self:
-        """These settings with everything that was left to the machine decided."""
+        """These settings with everything that was left to the machine decided.
+
+        Raises:
+            UserError: what was asked for cannot run here.
+        """
+        if self.precision == "tf32" and device.type != "cuda":
+            raise UserError(f"--precision tf32: is of CUDA devices, and this is {device.type}; pass fp32 or bf16")
         return dataclasses.replace(self, threads=torch.get_num_threads())
 
     def marks(self) -> dict[str, bool]:

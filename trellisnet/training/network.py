@@ -15,7 +15,7 @@ from trellisnet.training.config import RunConfig, setting
 
 MEASURED = 100  # channels from which on the route of the products is measured
 ROWS = 512  # of the products that are measured
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 TRELLISNET = "trellisnet"
 MODELS = (TRELLISNET, *(network.model_name for network in (AWDLSTM, TCN, RHN, SparseStack)))
 
