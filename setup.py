@@ -6,8 +6,9 @@ from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 OPS = HERE / "trellisnet" / "ops"
+SOURCES = ("gates.c", "gates.h", "product.c")
 # As trellisnet/ops/compiled.py has it, so that a library built from another version of its source is not used.
-FINGERPRINT = hashlib.sha256(b"".join((OPS / name).read_bytes() for name in ("gates.c", "gates.h"))).hexdigest()[:16]
+FINGERPRINT = hashlib.sha256(b"".join((OPS / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 TASKS = ["word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"]
 
 setup(
@@ -18,12 +19,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["trellisnet", "trellisnet.*", *TASKS]),
-    package_data={"trellisnet": ["py.typed", "ops/gates.c", "ops/gates.h"]},
+    package_data={"trellisnet": ["py.typed", *(f"ops/{name}" for name in SOURCES)]},
     # An extra that nobody needs: without a compiler the installation goes on, and torch's operations do the same.
     ext_modules=[
         Extension(
-            "trellisnet.ops._gates",
-            sources=["trellisnet/ops/gates.c"],
+            "trellisnet.ops._compiled",
+            sources=[f"trellisnet/ops/{name}" for name in SOURCES if name.endswith(".c")],
             depends=["trellisnet/ops/gates.h"],
             define_macros=[("SOURCE", f'"{FINGERPRINT}"')],
             extra_compile_args=["-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],

@@ -212,7 +212,7 @@ def test_compiled_gates_say_why_they_cannot_run(monkeypatch, tmp_path):
     try:
         assert "has not been built" in compiled.reason_against(cpu, torch.float32, "lstm")
         compiled._library.cache_clear()
-        (tmp_path / f"_gates{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+        (tmp_path / f"_compiled{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
         assert "cannot be loaded" in compiled.reason_against(cpu, torch.float32, "lstm")
     finally:
         compiled._library.cache_clear()

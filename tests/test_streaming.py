@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from trellisnet import TrellisNet
-from trellisnet.ops import streaming
+from trellisnet.ops import compiled, streaming
 
 GEOMETRIES = [(2, (1,)), (3, (1,)), (2, (1, 2, 4)), (3, (2, 1)), (2, (1, 1, 2, 4, 8, 16, 32))]
 
@@ -127,3 +127,33 @@ def test_what_does_not_fit_is_named():
         module.stream(x_of(0), stream)
     with pytest.raises(ValueError, match=r"x_t: expected \(2, 3\), got \(2, 4, 3\)"):
         module.step(x_of(4), stream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 63), (64, 64), (131, 200), (600, 1_025)])
+def test_the_compiled_product(dtype, inputs, outputs):
+    if reason := compiled.reason_against(torch.device("cpu"), dtype, "lstm"):
+        pytest.skip(f"compiled product: {reason}")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    packed = compiled.pack(weight)
+    for n in (1, compiled.FEW):
+        rows = torch.randn(inputs, n, generator=generator).to(dtype).T  # not contiguous
+        exact = rows.double() @ weight.double().T
+        ours = compiled.product(rows, packed)
+        assert ours.dtype == dtype
+        assert_close(ours.double(), exact, atol=1e-6 * inputs, rtol=1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("n", [1, compiled.FEW, compiled.FEW + 1])
+@pytest.mark.parametrize("gates", ["auto", "eager"])
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_steps_by_either_product(n, gates, low):
+    module = net(dtype=torch.float32, gates=gates)
+    x = x_of(20, n).float()
+    stream = None
+    with torch.autocast("cpu", low, enabled=low is not None):
+        stream = module.init_stream(n)
+        for t in range(20):
+            y, stream = module.step(x[:, t], stream)
+    assert_close(y, module(x).output[:, -1], atol=1e-5 if low is None else 3e-2, rtol=0)

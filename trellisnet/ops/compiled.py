@@ -1,7 +1,10 @@
-"""The gates of :mod:`trellisnet.ops.gates` in one pass over memory, from gates.c, where that has been built.
+"""What C does faster than torch's operations, where it has been built: gates, and products of a few rows.
 
-`pip install -e .` builds it if there is a C compiler. Nothing depends on it: it changes speed, and results by rounding.
-It computes LSTM gates on the CPU, products in float32 or bfloat16.
+The gates of :mod:`trellisnet.ops.gates` in one pass over memory (gates.c), LSTM gates on the CPU, products in float32
+or bfloat16; and for the steps of streams products that read their matrix at the speed of memory (product.c).
+
+`pip install -e .` builds the library if there is a C compiler. Nothing depends on it: it changes speed, and results by
+rounding.
 """
 
 import ctypes
@@ -9,14 +12,18 @@ import hashlib
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
-SOURCES = ("gates.c", "gates.h")
+SOURCES = ("gates.c", "gates.h", "product.c")
+FEW = 4  # rows up to which a product is best made here; BLOCK is that of product.c
+BLOCK = 64
 HERE = Path(__file__).parent
 POINTER = ctypes.c_void_p
 
@@ -51,6 +58,12 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+class _Product(ctypes.Structure):
+    """`Product` of product.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("N", "inputs", "outputs")] + [(name, POINTER) for name in "wxy"]
+
+
 def fingerprint(folder: Path = HERE) -> str:
     """Of the source, which setup.py builds in."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
@@ -59,7 +72,7 @@ def fingerprint(folder: Path = HERE) -> str:
 @lru_cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    path = next((p for suffix in EXTENSION_SUFFIXES if (p := HERE / f"_gates{suffix}").exists()), None)
+    path = next((p for suffix in EXTENSION_SUFFIXES if (p := HERE / f"_compiled{suffix}").exists()), None)
     if path is None:
         return "it has not been built (pip install -e . builds it where there is a C compiler)"
     try:
@@ -69,6 +82,8 @@ def _library() -> ctypes.CDLL | str:
             return "it was built from another version of its source (pip install -e . builds it again)"
         for function in (library.trellis_gates_forward, library.trellis_gates_backward):
             function.argtypes, function.restype = [ctypes.POINTER(_Arguments), ctypes.c_int, ctypes.c_int], None
+        library.trellis_product.argtypes = [ctypes.POINTER(_Product), ctypes.c_int, ctypes.c_int]
+        library.trellis_product.restype = None
     except (OSError, AttributeError) as e:
         return f"it cannot be loaded ({e})"
     return library
@@ -128,3 +143,30 @@ def forward(step: Step) -> None:
 def backward(step: Step) -> None:
     """As :func:`trellisnet.ops.gates.backward`."""
     _run("trellis_gates_backward", step)
+
+
+class Packed(NamedTuple):
+    """A matrix (outputs, inputs) as product.c reads it, in float32 or bfloat16."""
+
+    blocks: Tensor
+    outputs: int
+
+
+def pack(weight: Tensor) -> Packed:
+    """`weight` (outputs, inputs), float32 or bfloat16, for :func:`product`."""
+    outputs, inputs = weight.shape
+    weight = F.pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
+    pair = 1 if weight.dtype == torch.float32 else 2
+    blocks = weight.view(-1, BLOCK, weight.size(1) // pair, pair).transpose(1, 2)
+    return Packed(blocks.contiguous(), outputs)
+
+
+def product(rows: Tensor, weight: Packed) -> Tensor:
+    """rows (N, inputs) · weightᵀ, (N, outputs) in the type of the rows; sums are in float32."""
+    x = rows.float()
+    x = (F.pad(x, (0, 1)) if x.size(1) % 2 else x).contiguous()
+    y = x.new_empty(x.size(0), weight.outputs)
+    blocks = weight.blocks
+    arguments = _Product(x.size(0), x.size(1), weight.outputs, blocks.data_ptr(), x.data_ptr(), y.data_ptr())
+    _library().trellis_product(ctypes.byref(arguments), blocks.dtype == torch.bfloat16, torch.get_num_threads())
+    return y.to(rows.dtype)

@@ -14,14 +14,14 @@ layer.
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trellisnet.ops import compiled, mixed_group
 from trellisnet.ops import gemm as products
-from trellisnet.ops import mixed_group
 from trellisnet.ops.fused import gates_of
 from trellisnet.ops.gates import Step
 from trellisnet.ops.pruning import Layer, Read
@@ -34,7 +34,7 @@ class Kernels(NamedTuple):
     weight_x: Tensor  # (GH, k·C), oldest tap first, in the type of the products
     weight_h: Tensor  # (GH, k·H), likewise
     oldest: Tensor  # (GH, (k−1)·H), all taps but the newest
-    newest: Tensor  # (GH, H), packed for products of one row a sequence
+    newest: Any  # (GH, H), packed for products of one row a sequence
     bias: Tensor  # (GH,)
     kernel_size: int
     dilations: tuple[int, ...]  # of every layer
@@ -92,12 +92,18 @@ def prepare(
 
     H, k = weight_h.shape[1:]
     w, product = arranged(weight_h), products.resolve(gemm, device, compute)
-    single = products.for_single_rows(device, compute, product)
+    gate_kernels = gates_of(gates, device, compute, activation) if activation == "lstm" else None
+    oldest, newest = w[:, : (k - 1) * H].contiguous(), w[:, (k - 1) * H :].contiguous()  # strided ones would be copied
+    if gate_kernels is compiled and batch_size <= compiled.FEW:
+        single, newest = compiled.product, compiled.pack(newest)
+    else:
+        single = products.for_single_rows(device, compute, product)
+        newest = products.pack(newest, batch_size, single)
     return Kernels(
         arranged(weight_x),
         w,
-        w[:, : (k - 1) * H].contiguous(),  # strided ones would be copied in every product of one row
-        products.pack(w[:, (k - 1) * H :].contiguous(), batch_size, single),
+        oldest,
+        newest,
         bias.detach().clone(),
         k,
         tuple(dilation[i % len(dilation)] for i in range(num_layers)),
@@ -105,7 +111,7 @@ def prepare(
         inject_every,
         product,
         single,
-        gates_of(gates, device, compute, activation) if activation == "lstm" else None,
+        gate_kernels,
     )
 
 
@@ -141,7 +147,7 @@ def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tenso
     }
 
 
-def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
+def _product(product: products.Product, rows: Tensor, weight: Any) -> Tensor:
     """rows (…, K) · weightᵀ."""
     return product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 

@@ -1,0 +1,87 @@
+/* A few rows times a large matrix: y = x Wᵀ, for the steps of a stream.
+ *
+ * Such a product takes as long as W takes to read. So W is packed (compiled.py) in the order in which it is read: blocks of
+ * 64 outputs, in a block one input after the other (in bfloat16 two, so that a pair makes a word), and every thread reads
+ * its blocks from one end to the other. Rows are float, sums too.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define BLOCK 64 /* outputs: four vectors */
+typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* Blocks first to last of y (N, outputs), of which the last block may be cut short. */
+typedef struct {
+    int64_t N, inputs, outputs; /* inputs: even, the last one may be padding */
+    const void *w;              /* (blocks, inputs, 64) float, or (blocks, inputs / 2, 64, 2) bfloat16 */
+    const float *x;             /* (N, inputs) */
+    float *y;
+} Product;
+
+static inline __attribute__((always_inline)) void store(const Product *p, int64_t n, int64_t block, const vector *sum) {
+    const int64_t left = p->outputs - block * BLOCK;
+    memcpy(p->y + n * p->outputs + block * BLOCK, sum, (left < BLOCK ? left : BLOCK) * sizeof(float));
+}
+
+CLONES static void product_float(const Product *p, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++)
+        for (int64_t n = 0; n < p->N; n++) {
+            const vector *w = (const vector *)((const float *)p->w + block * p->inputs * BLOCK);
+            const float *x = p->x + n * p->inputs;
+            vector a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
+            for (int64_t k = 0; k < p->inputs; k += 2, w += 8) { /* two sums an output: they need not wait */
+                const float u = x[k], v = x[k + 1];
+                a += w[0] * u, b += w[1] * u, c += w[2] * u, d += w[3] * u;
+                e += w[4] * v, f += w[5] * v, g += w[6] * v, h += w[7] * v;
+            }
+            const vector sum[4] = {a + e, b + f, c + g, d + h};
+            store(p, n, block, sum);
+        }
+}
+
+/* The first and the second number of each pair. */
+#define LOW(w) ((vector)((w) << 16))
+#define HIGH(w) ((vector)((w) & 0xffff0000u))
+
+CLONES static void product_bfloat16(const Product *p, int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; block++)
+        for (int64_t n = 0; n < p->N; n++) {
+            const words *w = (const words *)((const uint16_t *)p->w + block * p->inputs * BLOCK);
+            const float *x = p->x + n * p->inputs;
+            vector a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
+            for (int64_t k = 0; k < p->inputs; k += 2, w += 4) {
+                const float u = x[k], v = x[k + 1];
+                a += LOW(w[0]) * u, b += LOW(w[1]) * u, c += LOW(w[2]) * u, d += LOW(w[3]) * u;
+                e += HIGH(w[0]) * v, f += HIGH(w[1]) * v, g += HIGH(w[2]) * v, h += HIGH(w[3]) * v;
+            }
+            const vector sum[4] = {a + e, b + f, c + g, d + h};
+            store(p, n, block, sum);
+        }
+}
+
+/* Blocks are shared out among threads; an output is summed by one of them, so their number changes no result. */
+void trellis_product(const Product *p, int is_bfloat16, int threads) {
+    const int64_t blocks = (p->outputs + BLOCK - 1) / BLOCK;
+    void (*product)(const Product *, int64_t, int64_t) = is_bfloat16 ? product_bfloat16 : product_float;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (p->inputs * p->outputs > 1 << 16)
+    {
+        const int64_t of = omp_get_num_threads(), which = omp_get_thread_num();
+        product(p, blocks * which / of, blocks * (which + 1) / of);
+    }
+#else
+    (void)threads;
+    product(p, 0, blocks);
+#endif
+}
