@@ -74,14 +74,15 @@ def test_a_step_computes_one_position_a_layer(monkeypatch):
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
+            if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm"):
                 products.append(function.overloadpacket.__name__)
             return function(*args, **(kwargs or {}))
 
     stream = module.init_stream(2)
     with Watch():
         module.step(x[:, 0], stream)
-    assert products == ["addmm"] + ["mm"] * 9  # x̃, the old taps of all layers, the newest of every layer but the first
+    # x̃, the old taps of all layers, the newest of every layer but the first
+    assert products == ["addmm_", "mm"] + ["addmm_"] * 8
 
 
 def test_memory_does_not_grow():
@@ -138,11 +139,22 @@ def test_the_compiled_product(dtype, inputs, outputs):
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     packed = compiled.pack(weight)
     for n in (1, compiled.FEW):
-        rows = torch.randn(inputs, n, generator=generator).to(dtype).T  # not contiguous
-        exact = rows.double() @ weight.double().T
-        ours = compiled.product(rows, packed)
-        assert ours.dtype == dtype
-        assert_close(ours.double(), exact, atol=1e-6 * inputs, rtol=1e-6 if dtype == torch.float32 else 2**-8)
+        rows, target = (torch.randn(n, size, generator=generator).to(dtype) for size in (inputs, outputs))
+        exact = target.double() + rows.double() @ weight.double().T
+        compiled.add_product(target, rows, packed)
+        assert_close(target.double(), exact, atol=1e-6 * inputs, rtol=1e-6 if dtype == torch.float32 else 2**-8)
+
+
+def test_the_compiled_product_refuses_what_does_not_fit():
+    if reason := compiled.reason_against(torch.device("cpu"), torch.float32, "lstm"):
+        pytest.skip(f"compiled product: {reason}")
+    packed = compiled.pack(torch.ones(5, 8))
+    with pytest.raises(ValueError, match="rows: expected contiguous"):
+        compiled.add_product(torch.zeros(1, 5), torch.ones(1, 6), packed)
+    with pytest.raises(ValueError, match="rows: expected contiguous"):
+        compiled.add_product(torch.zeros(2, 5), torch.ones(8, 2).T, packed)
+    with pytest.raises(ValueError, match="target: expected contiguous"):
+        compiled.add_product(torch.zeros(1, 5, dtype=torch.bfloat16), torch.ones(1, 8), packed)
 
 
 @pytest.mark.parametrize("n", [1, compiled.FEW, compiled.FEW + 1])

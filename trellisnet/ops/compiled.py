@@ -61,7 +61,9 @@ class _Arguments(ctypes.Structure):
 class _Product(ctypes.Structure):
     """`Product` of product.c."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("N", "inputs", "outputs")] + [(name, POINTER) for name in "wxy"]
+    _fields_ = [(name, ctypes.c_int64) for name in ("N", "inputs", "outputs")] + [
+        (name, POINTER) for name in ("w", "x", "y", "copy")
+    ]
 
 
 def fingerprint(folder: Path = HERE) -> str:
@@ -153,7 +155,7 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Tensor) -> Packed:
-    """`weight` (outputs, inputs), float32 or bfloat16, for :func:`product`."""
+    """`weight` (outputs, inputs), float32 or bfloat16, for :func:`add_product`."""
     outputs, inputs = weight.shape
     weight = F.pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
     pair = 1 if weight.dtype == torch.float32 else 2
@@ -161,12 +163,18 @@ def pack(weight: Tensor) -> Packed:
     return Packed(blocks.contiguous(), outputs)
 
 
-def product(rows: Tensor, weight: Packed) -> Tensor:
-    """rows (N, inputs) · weightᵀ, (N, outputs) in the type of the rows; sums are in float32."""
-    x = rows.float()
-    x = (F.pad(x, (0, 1)) if x.size(1) % 2 else x).contiguous()
-    y = x.new_empty(x.size(0), weight.outputs)
-    blocks = weight.blocks
-    arguments = _Product(x.size(0), x.size(1), weight.outputs, blocks.data_ptr(), x.data_ptr(), y.data_ptr())
+def add_product(target: Tensor, rows: Tensor, weight: Packed) -> None:
+    """target (N, outputs) += rows (N, inputs) · weightᵀ: all three of one type, contiguous; sums are in float32.
+
+    Raises:
+        ValueError: they are not, or of other sizes.
+    """
+    N, inputs, blocks = *rows.shape, weight.blocks
+    even = blocks.size(1) * blocks.size(3)
+    for name, tensor, shape in (("target", target, (N, weight.outputs)), ("rows", rows, (N, even - inputs % 2))):
+        if tensor.shape != shape or tensor.dtype != blocks.dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous {blocks.dtype} {shape}, got {tensor.dtype} {tensor.shape}")
+    copy = rows.new_empty(N, even, dtype=torch.float32)
+    pointers = (tensor.data_ptr() for tensor in (blocks, rows, target, copy))
+    arguments = _Product(N, inputs, weight.outputs, *pointers)
     _library().trellis_product(ctypes.byref(arguments), blocks.dtype == torch.bfloat16, torch.get_num_threads())
-    return y.to(rows.dtype)

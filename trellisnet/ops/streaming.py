@@ -11,8 +11,8 @@ Letters: N batch, T steps of a piece, C input channels, H hidden channels, G gat
 layer.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,14 +34,15 @@ class Kernels(NamedTuple):
     weight_x: Tensor  # (GH, k·C), oldest tap first, in the type of the products
     weight_h: Tensor  # (GH, k·H), likewise
     oldest: Tensor  # (GH, (k−1)·H), all taps but the newest
-    newest: Any  # (GH, H), packed for products of one row a sequence
+    newest: Any  # (GH, H), as `add` reads it
+    weight_x_single: Any  # weight_x likewise
     bias: Tensor  # (GH,)
     kernel_size: int
     dilations: tuple[int, ...]  # of every layer
     activation: str
     inject_every: int
     product: products.Product
-    single: products.Product  # for one row a sequence
+    add: Callable[[Tensor, Tensor, Any], None]  # (target, rows, weight): target += rows · weightᵀ, one row a sequence
     gates: ModuleType | None  # what computes LSTM gates; None: the activation of the reference
 
 
@@ -94,23 +95,26 @@ def prepare(
     w, product = arranged(weight_h), products.resolve(gemm, device, compute)
     gate_kernels = gates_of(gates, device, compute, activation) if activation == "lstm" else None
     oldest, newest = w[:, : (k - 1) * H].contiguous(), w[:, (k - 1) * H :].contiguous()  # strided ones would be copied
+    w_x = arranged(weight_x)
     if gate_kernels is compiled and batch_size <= compiled.FEW:
-        single, newest = compiled.product, compiled.pack(newest)
+        add, pack = compiled.add_product, compiled.pack
     else:
         single = products.for_single_rows(device, compute, product)
-        newest = products.pack(newest, batch_size, single)
+        add = partial(products.add_product, product=single)
+        pack = partial(products.pack, rows=batch_size, product=single)
     return Kernels(
-        arranged(weight_x),
+        w_x,
         w,
         oldest,
-        newest,
+        pack(newest),
+        pack(w_x),
         bias.detach().clone(),
         k,
         tuple(dilation[i % len(dilation)] for i in range(num_layers)),
         activation,
         inject_every,
         product,
-        single,
+        add,
         gate_kernels,
     )
 
@@ -147,7 +151,7 @@ def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tenso
     }
 
 
-def _product(product: products.Product, rows: Tensor, weight: Any) -> Tensor:
+def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
     """rows (…, K) · weightᵀ."""
     return product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 
@@ -234,7 +238,10 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     kernels = stream.kernels
     k, last = kernels.kernel_size, len(kernels.dilations) - 1
     x = torch.cat([stream.x, x.unsqueeze(0)])
-    x_tilde = _x_tilde(kernels, x, k, 1)  # (1, N, GH)
+    x_tilde, low = {}, x.to(kernels.weight_x.dtype)
+    for d in set(kernels.dilations[:: kernels.inject_every]):
+        x_tilde[d] = kernels.bias.to(low.dtype).repeat(1, x.size(1), 1)  # (1, N, GH)
+        kernels.add(x_tilde[d][0], _taps(low, k, d, 1)[0], kernels.weight_x_single)
     above = kernels.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
     old = [torch.cat([rows[j * d] for j in range(k - 1)], dim=1) for rows, d in zip(stream.h, above, strict=True)]
@@ -251,6 +258,6 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
             continue
         new_h.append(torch.cat([stream.h[i - 1][1:], h]))
         new_c.append(torch.cat([stream.c[i - 1][1:], c]))
-        z_h = _product(kernels.single, h, kernels.newest).add_(z_old[i - 1])
-        h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
+        kernels.add(z_old[i - 1, 0], h[0], kernels.newest)
+        h, c = _gates(kernels, z_x, z_old[i - 1], stream.c[i - 1][:1], 1, i == last)
     return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
