@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.6", "numpy>=1.26", "tqdm>=4.60"],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9", "tensorboard>=2.14", "hypothesis>=6.100"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "tensorboard>=2.14", "hypothesis>=6.100"],
         "tensorboard": ["tensorboard>=2.14"],
         "triton": ["triton>=3"],
     },
