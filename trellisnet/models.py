@@ -233,7 +233,7 @@ class TrellisLanguageModel(nn.Module):
         return self.core.stream(F.embedding(tokens, self.embedding.weight), stream)
 
     def step(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """Features of one more token of every text, int64 (N,) → (N, output_size), as :meth:`stream` would give them."""
+        """As :meth:`stream` for one more token of every text: int64 (N,) → features (N, output_size)."""
         return self.core.step(F.embedding(tokens, self.embedding.weight), stream)
 
     def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
