@@ -37,7 +37,7 @@ def encode(prompt: str, model: trained.Trained) -> list[int]:
     if unknown := unknown_tokens(tokens, ids):
         instead = [token for token in (unknown[0].lower(), UNKNOWN) if token in ids]
         advice = f"write {' or '.join(instead)} for it" if instead else "leave it out"
-        shown, more = repr(unknown[0]), f" (nor are {len(unknown) - 1} others)" * (len(unknown) > 1)
+        shown, more = repr(unknown[0]), " (nor are others of it)" * (len(unknown) > 1)
         raise UserError(
             f"--prompt: {shown} is not among the {len(ids):,} {model.config.token} of the vocabulary{more}; {advice}"
         )
