@@ -29,7 +29,7 @@ import wt103.train
 from trellisnet import weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.serialization import atomic_write
-from trellisnet.training.config import PROJECT, Parser
+from trellisnet.training.config import PROJECT, Parser, check_settings
 
 # The program of every task, and how many tokens or images the short score is of.
 PROGRAMS = {
@@ -104,10 +104,9 @@ def copy(run: Path, out: Path, overwrite: bool) -> None:
     if out.resolve() == run.resolve():
         raise UserError(f"{out}: is the folder of the run; name another, such as results/NAME")
     present = [name for name in COPIED if (run / name).is_file()]
-    other = [
-        name for name in present if (out / name).is_file() and (out / name).read_bytes() != (run / name).read_bytes()
-    ]
-    other += [name for name in ("weights.pkl",) if (out / name).exists()]
+    there = [name for name in present if (out / name).is_file()]
+    other = [name for name in there if (out / name).read_bytes() != (run / name).read_bytes()]
+    other += ["weights.pkl"] * (out / "weights.pkl").exists()
     if other and not overwrite:
         raise UserError(f"{out}: holds {other[0]} of another export or run; name another folder or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
@@ -131,6 +130,7 @@ def run(argv: Sequence[str]) -> None:
     if config["task"] not in PROGRAMS:
         raise UserError(f"{args.run}: is of {config['task']}; expected one of {', '.join(PROGRAMS)}")
     task, out = config["task"], args.out
+    check_settings(PROGRAMS[task][0].Config, config["settings"], str(args.run / "config.json"))
     # A file that is too large leaves nothing behind.
     with tempfile.TemporaryDirectory() as temporary:
         small = Path(temporary) / "weights.pkl"

@@ -161,9 +161,11 @@ def trained_tables(root: Path) -> list[Table]:
     of_papers |= {script: (title, rows) for title, script, rows in collect.OTHER_TABLES.values()}
     for script, (title, entries) in of_papers.items():
         title, _, axis = title.partition("; ")[0].rpartition(", ")
-        rows = {name: Row(model, paper, ours(runs / script / name)) for model, _, paper, name in entries}
-        recited = [row for name, row in rows.items() if name.startswith("recite")]  # another score
-        tables.append(Table(script, title or axis, axis, [row for row in rows.values() if row not in recited]))
+        rows, recited = [], []  # these have another score
+        for model, _, paper, name in entries:
+            row = Row(model, paper, ours(runs / script / name) if name else [])
+            (recited if name and name.startswith("recite") else rows).append(row)
+        tables.append(Table(script, title or axis, axis, rows))
         tables.append(Table(f"{script}_recite", "Learning to recite", "training accuracy in percent", recited))
     for folder in sorted(runs.glob("compare-*-minutes")):
         rows = [Row(model, None, ours(folder / name)) for name, model in collect.COMPARED.items()]
@@ -291,11 +293,13 @@ def trellis(
     """Trellises side by side, as the text of an SVG file; the same text on every machine."""
     top, left, lines = 62, 84, []
     for dilation in dilations:
-        shown = "1" if dilation == [1] else ", ".join(map(str, dilation)) + ", … by layer"
-        lines += _panel(f"dilation {shown}", left, top, steps, layers, kernel_size, dilation)
+        shown = (
+            f"dilation {dilation[0]}" if len(dilation) == 1 else f"dilations {', '.join(map(str, dilation))} in turn"
+        )
+        lines += _panel(shown, left, top, steps, layers, kernel_size, dilation)
         left += steps * STEP + 94
     width, bottom = left - 94, top + layers * FLOOR + 100
-    legend = [("now", "Wʰ, newest tap"), ("past", "Wʰ, older tap, the same in every layer")]
+    legend = [("now", "Wʰ, newest tap"), ("past", "Wʰ, older tap (both the same in every layer)")]
     legend += [("input", "x̃ = Wˣ ∗ x + b, into every layer")]
     x = 84 - RADIUS
     for kind, text in legend:

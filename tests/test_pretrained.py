@@ -119,10 +119,13 @@ def test_an_export_scores_what_it_says(export, run_folder, tmp_path, capsys):
 def test_mistakes_are_one_line(export, run_folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_bytes((run_folder / "config.json").read_bytes())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"task": "word_ptb", "settings": {"data": 3}}')
     for arguments, message in [
         ([run_folder, tmp_path / "out", "--max_mb", "0.001"], "its weights take 0.0 MB in float16; see --max_mb"),
         ([tmp_path, tmp_path / "out"], "config.json: cannot be read"),
         ([tmp_path / "empty", tmp_path / "out"], "has no weights.pkl"),
+        ([tmp_path / "odd", tmp_path / "out"], "config.json: data expects str, got 3"),
         ([run_folder, run_folder], "is the folder of the run; name another"),
         ([run_folder], "the following arguments are required: out"),
     ]:
