@@ -36,6 +36,7 @@ setup(
     install_requires=["torch>=2.6", "numpy>=1.26", "tqdm>=4.60"],
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "tensorboard>=2.14", "hypothesis>=6.100"],
+        "plot": ["matplotlib>=3.7"],
         "tensorboard": ["tensorboard>=2.14"],
         "triton": ["triton>=3"],
     },

@@ -8,7 +8,7 @@ and every line ends with `<eos>`. The two differ by two spaces a line, which car
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from trellisnet.data import corpus, download, penn
@@ -32,7 +32,30 @@ def standard(text: str) -> Iterator[str]:
         yield EOS
 
 
+def open_authors(text: str) -> list[str]:
+    """:func:`authors` of a text whose last line goes on."""
+    return list(authors(text))
+
+
+def open_standard(text: str) -> list[str]:
+    """:func:`standard` of a text whose last line goes on: the end of that is not stripped."""
+    *lines, last = text.split("\n")
+    whole = standard("\n".join([*lines, ""])) if lines else ()
+    return [*whole, *last.lstrip().replace(" ", SPACE)]
+
+
+def joined(tokens: Iterable[str], space: str = " ") -> str:
+    """Characters as text: a line feed for `<eos>`, a space for `space`."""
+    return "".join({EOS: "\n", space: " "}.get(token, token) for token in tokens)
+
+
 STREAMS: dict[str, Callable[[str], Iterator[str]]] = {"authors": authors, "standard": standard}
+# From a prompt to its symbols, and back from what a model of the stream has generated.
+PROMPTS: dict[str, Callable[[str], list[str]]] = {"authors": open_authors, "standard": open_standard}
+TEXTS: dict[str, Callable[[Iterable[str]], str]] = {
+    "authors": joined,
+    "standard": functools.partial(joined, space=SPACE),
+}
 
 
 def symbols(texts: list[str]) -> dict[str, dict[str, int]]:

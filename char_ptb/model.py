@@ -1,9 +1,10 @@
 """Settings and model of character-level PTB. Defaults are those of the authors' released script."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from char_ptb.data import STREAMS
+from char_ptb.data import PROMPTS, STREAMS, TEXTS
 from trellisnet.data.corpus import Corpus
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
@@ -91,6 +92,12 @@ class Config(LanguageModelConfig):
 
     def data_options(self) -> dict[str, Any]:
         return {**super().data_options(), "stream": self.stream}
+
+    def spell(self, text: str) -> list[str]:
+        return PROMPTS[self.stream](text)
+
+    def text(self, tokens: Iterable[str]) -> str:
+        return TEXTS[self.stream](tokens)
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> CharacterModeling:
         """Bits per character on the denominator of either stream."""

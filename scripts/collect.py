@@ -246,13 +246,13 @@ def quoted(folder: Path) -> str:
     return "\n".join([f"<!-- output of {name}: begin -->", "```", *lines, "```", f"<!-- output of {name}: end -->"])
 
 
-def row(folder: Path) -> tuple[str, str]:
-    """Size and score of the finished runs in runs/tables/table<number>/<row>: parameters; mean ± spread (n).
+def finished_runs(folder: Path) -> tuple[str, list[float], int, int]:
+    """The finished runs in runs/tables/table<number>/<row>: name and values of their score, parameters, epochs.
 
     Raises:
         BadResultError: a damaged file, or runs of one row that differ in size or length or come from uncommitted code.
     """
-    finished, kinds = [], set()
+    score, finished, kinds = "", [], set()
     for path in sorted(folder.glob("seed-*/metrics.json")):
         try:
             metrics = json.loads(path.read_text())
@@ -268,11 +268,16 @@ def row(folder: Path) -> tuple[str, str]:
                     raise BadResultError(f"{path}: the code of the run was not committed")
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
             raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
-    if not finished:
-        return "", "not run"
     if len(kinds) > 1:
         raise BadResultError(f"{folder}: holds runs that differ in size or number of epochs; keep those of one kind")
-    ((parameters, epochs),) = kinds
+    return score, finished, *(kinds.pop() if kinds else (0, 0))
+
+
+def row(folder: Path) -> tuple[str, str]:
+    """Size and score of the finished runs of a row: parameters; mean ± spread (n). Errors as :func:`finished_runs`."""
+    score, finished, parameters, epochs = finished_runs(folder)
+    if not finished:
+        return "", "not run"
     digits = 4 if score == "bpc" else 2
     spread = f" ± {statistics.stdev(finished):.{digits}f}" if len(finished) > 1 else ""
     result = f"{statistics.mean(finished):.{digits}f}{spread} (n = {len(finished)}, {epochs} epochs)"
@@ -544,7 +549,7 @@ def main(argv: list[str] | None = None) -> int:
     folders = [
         path
         for path in (args.root / "results").glob("*")
-        if path.is_dir() and path.name not in ("memory", "speed", "torture")
+        if path.is_dir() and path.name not in ("figures", "memory", "speed", "torture")
     ]
     folders.sort(key=lambda path: (place(path.name), path.name))
     comparisons = [path for path in folders if path.name.startswith(("table", "precision"))]

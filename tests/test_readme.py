@@ -61,6 +61,8 @@ def test_every_flag_it_names_exists_and_every_flag_is_named():
         "--train",
         "--valid",
         "--test",
+        *"--run --task --prompt --length --samples --temperature --top_k --top_p --width".split(),
+        *"--dtype --by --json --targets".split(),
     }
     assert named <= flags | scripts | {"--cifar"}  # the last is the authors'
     spelled = {flag for flag in flags if not flag.startswith(("--no-", "-h", "--help", "--log_interval"))}

@@ -232,6 +232,10 @@ class TrellisLanguageModel(nn.Module):
         """
         return self.core.stream(F.embedding(tokens, self.embedding.weight), stream)
 
+    def step(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        """As :meth:`stream` for one more token of every text: int64 (N,) → features (N, output_size)."""
+        return self.core.step(F.embedding(tokens, self.embedding.weight), stream)
+
     def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
         """Log-probabilities in nats, (..., output_size) → (..., V); arguments as in :meth:`loss`."""
         return self.head.log_prob(output, **self._latent(latent_mask, draw))

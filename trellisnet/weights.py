@@ -33,6 +33,7 @@ _CRITERION = "criterion."
 _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
 # The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
 _AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of tensors that are loaded
 _METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch looks for names of modules there
 _SIZES = "pass the sizes that it was trained with, which stand in the config.json of its run"
 WHAT = "weights in the authors' layout (a state dict)"
@@ -128,6 +129,32 @@ def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False,
     serialization.save(path, state, legacy=legacy)
 
 
+def round_weights(source: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype) -> None:
+    """Write a weight file again, in today's container, with every number rounded to the nearest of another type.
+
+    What the file says of itself, such as its vocabulary, is kept, and repeated tensors are still written once.
+
+    Args:
+        source: weights in the authors' layout, of any model.
+        path: file to write, atomically.
+        dtype: torch.float16 for half the size of float32.
+
+    Raises:
+        ValueError: the file is no such thing, or holds a number that is too large for `dtype`.
+    """
+    loaded = serialization.load(source, WHAT)
+    _unique(loaded, source, str)
+    rounded: dict[tuple[Any, ...], Tensor] = {}
+    state = OrderedDict()
+    for name, tensor in loaded.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        state[name] = rounded.setdefault(key, tensor.to(dtype))
+        if not serialization.all_finite(state[name]):
+            raise UserError(f"{source}: {name} holds numbers that are too large for {dtype}; choose another type")
+    state._metadata = OrderedDict(getattr(loaded, "_metadata", None) or {})
+    serialization.save(path, state)
+
+
 def load_weights(
     model: Model,
     path: str | os.PathLike,
@@ -136,6 +163,9 @@ def load_weights(
     vocabulary: str | None = None,
 ) -> list[str]:
     """Copy weights in the authors' layout into `model`; either all of them or, on any error, none.
+
+    Files may hold numbers of 16, 32 or 64 bits, which become numbers of the model's own type: the same ones where that
+    holds them, as float32 does those of a float16 file, else the nearest.
 
     Args:
         model: the model, built with the settings that the weights were trained with.
@@ -195,6 +225,8 @@ def load_weights(
                 )
             shapes = tuple(state[name].shape), tuple(parameter.shape)
             raise UserError(f"{path}: {name} has shape {shapes[0]}, the model needs {shapes[1]}; {advice}")
+        if state[name].dtype != parameter.dtype and not serialization.all_finite(state[name].to(parameter.dtype)):
+            raise UserError(f"{path}: {name} holds numbers that are too large for {parameter.dtype}")
     _check_vocabulary(told.get("vocabulary"), vocabulary, path, language)
     with torch.no_grad():
         for name, parameter in expected.items():
@@ -254,7 +286,7 @@ def _unique(state: object, path: str | os.PathLike, first_name: Callable[[str], 
         raise UserError(f"{path}: not {WHAT}; checkpoints of a run (last.pt, best.pt) are continued with --resume")
     unique = {}
     for name, tensor in state.items():
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
             raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
         if not serialization.all_finite(tensor):
             raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,23 @@ def words(text: str) -> Iterator[str]:
     for line in io.StringIO(text):  # lines end at a line feed only, unlike str.splitlines()
         yield from line.split()
         yield EOS
+
+
+def open_words(text: str) -> list[str]:
+    """:func:`words` of a text whose last line goes on: no `<eos>` at its end unless there is a line feed."""
+    tokens = list(words(text))
+    return tokens if text.endswith("\n") else tokens[:-1]
+
+
+def unknown_tokens(tokens: Iterable[str], vocabulary: Iterable[str]) -> list[str]:
+    """Those that are not in the vocabulary, each once."""
+    known = set(vocabulary)
+    return [token for token in dict.fromkeys(tokens) if token not in known]
+
+
+def joined_words(tokens: Iterable[str]) -> str:
+    """Words as text: spaces between them, a line feed for `<eos>`."""
+    return re.sub(" ?\n ?", "\n", " ".join("\n" if token == EOS else token for token in tokens))
 
 
 def encode(splits: Iterable[Iterable[str]], *, sha256: str, label: str) -> Corpus:

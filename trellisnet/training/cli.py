@@ -54,7 +54,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
     argv = sys.argv[1:] if argv is None else list(argv)
     program = _Program(cls, setup)
     try:
-        with Interrupts() as interrupts, _plain_warnings(), program.stack:
+        with Interrupts() as interrupts, plain_warnings(), program.stack:
             program.run(argv, interrupts)
     except UserError as e:
         return _complain(f"error: {e}", EXIT_USER)
@@ -74,7 +74,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
+def plain_warnings() -> Iterator[None]:
     """Show our warnings as one line without a place in the code."""
     with warnings.catch_warnings():
         show = warnings.showwarning

@@ -225,7 +225,7 @@ def flag_of(config: type[RunConfig] | RunConfig, name: str) -> str:
     return field.metadata["flag"] or f"--{name}"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Complains in one line instead of a usage dump, and names the nearest flag."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -235,7 +235,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
     """A parser with one flag a setting; what is not given on the command line is not in its result."""
     hints = typing.get_type_hints(cls)
-    parser = _Parser(
+    parser = Parser(
         prog=cls.program(),
         description=f"{cls.__doc__} Presets: {', '.join(cls.presets)}.",
         argument_default=argparse.SUPPRESS,

@@ -4,7 +4,7 @@ A task folder adds its data, its defaults and its presets.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trellisnet.baselines import RHN, SparseEmbedding, rhn, sparse, tcn
-from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, open_words
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
@@ -156,6 +156,14 @@ class LanguageModelConfig(NetworkConfig):
     def bands(self, vocab_size: int) -> list[int] | None:
         """Cut-offs of the split softmax for a vocabulary; None for a plain one."""
         return None
+
+    def spell(self, text: str) -> list[str]:
+        """The tokens of a text whose last line goes on, such as a prompt."""
+        return open_words(text)
+
+    def text(self, tokens: Iterable[str]) -> str:
+        """Tokens as text, a line feed for `<eos>`."""
+        return joined_words(tokens)
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> LanguageModeling:
         """The task, with `options` of :class:`LanguageModeling`."""

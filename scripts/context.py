@@ -1,0 +1,72 @@
+"""Measure how far back a trained language model looks.
+
+    python scripts/context.py --run runs/word_ptb/small --json context.json
+    python scripts/plot.py context context.json --out context.svg
+
+The loss of the same targets, spread evenly over the validation text, is computed with ever more of the tokens before
+them and nothing else: with 1, 2, 4, … and, of a TrellisNet or a TCN, as many as it can see, and twice as many.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import trained
+
+from trellisnet.errors import UserError
+from trellisnet.evaluation.context import context_lengths, loss_by_context
+from trellisnet.models import count_parameters
+from trellisnet.serialization import atomic_write
+from trellisnet.training.config import Parser
+from trellisnet.training.runlog import environment
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, measure, print and write."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    trained.add_flags(parser)
+    parser.add_argument("--lengths", nargs="+", type=int, help="numbers of visible tokens (default: see above)")
+    parser.add_argument("--longest", type=int, default=256, help="of the lengths by default (default: 256)")
+    parser.add_argument("--targets", type=int, default=2000, help="tokens to predict (default: 2000)")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="(default: valid)")
+    parser.add_argument("--json", help="file to write")
+    args, flags = parser.parse_known_args(argv)
+    for name, least in (("lengths", min(args.lengths or [1])), ("longest", args.longest), ("targets", args.targets)):
+        if least < 1:
+            raise UserError(f"--{name}: expected at least 1, got {least}")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: cannot be written; name a file in a folder that exists")
+    model = trained.load(args, flags)
+    field = getattr(model.model.core, "receptive_field", None)
+    stream, lengths = getattr(model.corpus, args.split), args.lengths or context_lengths(field, args.longest)
+    if stream.numel() <= max(lengths):
+        has = f"{stream.numel():,} {model.config.token}"
+        raise UserError(f"--lengths {max(lengths)}: the {args.split} text has only {has}")
+    with model.config.autocast(model.device):
+        found = loss_by_context(model.model, stream.to(model.device), lengths, targets=args.targets)
+    print(f"{'context':>8}  {'loss':>8}  {'against the longest':>20}")
+    for record in found:
+        difference = record["loss"] - found[-1]["loss"]
+        print(f"{record['context']:8,}  {record['loss']:8.4f}  {difference:+11.4f} ± {record['error']:.4f}")
+    if args.json:
+        env = environment(model.device)
+        config = model.config
+        told = {
+            "task": config.task, "model": config.model, "preset": config.preset, "name": config.name,
+            "params": count_parameters(model.model), "receptive_field": field, "token": config.token,
+            "corpus": model.corpus.label, "data": model.corpus.sha256, "split": args.split, "targets": args.targets,
+            "precision": config.precision, "machine": env["machine"], "torch": env["torch"], "commit": env["commit"],
+            "records": found,
+        }  # fmt: skip
+        with atomic_write(args.json) as file:
+            file.write((json.dumps(told, indent=1, allow_nan=False) + "\n").encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return trained.guarded(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

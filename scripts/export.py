@@ -1,0 +1,169 @@
+"""Make a small file of a run's weights, to be kept in results/ and used with --load_weight.
+
+    python scripts/export.py runs/word_ptb/small results/word_ptb_small
+
+writes into the second folder `weights.pkl`, the weights in the authors' layout rounded to float16 (a model in float32
+loads them as they are); `config.json`, the settings of the run without what is of one machine; `weights.json`, the sum
+of the file and its scores, measured again after rounding, on all of the data and on their beginning; and `log.txt`,
+`metrics.jsonl` and `metrics.json`, where the run's folder has them. Further flags go to the task's train.py: `--data`,
+`--device`, `--eval_batch_size`.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import trained
+
+import char_ptb.train
+import cifar10.train
+import pmnist.train
+import word_ptb.train
+import wt103.train
+from trellisnet import weights
+from trellisnet.errors import RunError, UserError
+from trellisnet.serialization import atomic_write
+from trellisnet.training.config import PROJECT, Parser, check_settings
+
+# The program of every task, and how many tokens or images the short score is of.
+PROGRAMS = {
+    "word_ptb": (word_ptb.train, 5000),
+    "char_ptb": (char_ptb.train, 5000),
+    "wt103": (wt103.train, 5000),
+    "pmnist": (pmnist.train, 256),
+    "cifar10": (cifar10.train, 256),
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LARGEST = 10  # MB
+COPIED = ("log.txt", "metrics.jsonl", "metrics.json")
+# What a run's config.json says of its machine.
+OF_THE_MACHINE = ("command", "device", "threads")
+
+
+def portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config.json as it means the same elsewhere; a folder within the project is named from there."""
+    settings = config["settings"] | dict.fromkeys(("device", "backend", "gemm", "gates"), "auto")
+    settings |= {"threads": 0, "load_weight": "", "max_eval_tokens": 0}
+    data = Path(settings.get("data", "")).absolute()
+    if settings.get("data", "") not in ("", "synthetic") and data.is_relative_to(PROJECT):
+        default = PROJECT / PROGRAMS[config["task"]][0].Config.default_data
+        settings["data"] = "" if data == default else data.relative_to(PROJECT).as_posix()
+    rest = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
+    return {**rest, "settings": settings}
+
+
+def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict[str, Any]:
+    """Scores of the weights in a folder, by `--eval`: what `--metrics` writes.
+
+    Raises:
+        RunError: they could not be scored; what train.py says stands on standard error.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        metrics = Path(temporary) / "metrics.json"
+        command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval"]
+        command += [*flags, "--max_eval_tokens", limit, "--metrics", metrics]
+        if code := PROGRAMS[task][0].main([str(part) for part in command]):
+            raise RunError(f"{folder}: its weights could not be scored (exit code {code})")
+        return json.loads(metrics.read_text())
+
+
+def before(run: Path) -> dict[str, Any] | None:
+    """The scores of a finished run.
+
+    Raises:
+        UserError: its metrics.jsonl is damaged.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        ends = [{key: r[key] for key in ("valid", "test")} for r in records if r["event"] == "result"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: a damaged file ({e})") from e
+    return ends[-1] if ends else None
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def copy(run: Path, out: Path, overwrite: bool) -> None:
+    """Check that `out` is free, or of the same run, and copy what belongs to its results.
+
+    Raises:
+        UserError: something there would be replaced, or there is nothing to export.
+    """
+    if not (run / "weights.pkl").is_file():
+        raise UserError(f"{run}: has no weights.pkl, which a run writes when its first epoch is done")
+    if out.resolve() == run.resolve():
+        raise UserError(f"{out}: is the folder of the run; name another, such as results/NAME")
+    present = [name for name in COPIED if (run / name).is_file()]
+    there = [name for name in present if (out / name).is_file()]
+    other = [name for name in there if (out / name).read_bytes() != (run / name).read_bytes()]
+    other += ["weights.pkl"] * (out / "weights.pkl").exists()
+    if other and not overwrite:
+        raise UserError(f"{out}: holds {other[0]} of another export or run; name another folder or pass --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in present:
+        shutil.copyfile(run / name, out / name)
+    if not (out / "metrics.json").is_file():
+        print(f"NOTICE: {run} has no metrics.json: give {out} what --metrics has written", file=sys.stderr)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, round, score, write."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("out", type=Path, help="folder to write, such as results/NAME")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the file (default: float16)")
+    parser.add_argument("--max_mb", type=float, default=LARGEST, help=f"refuse a larger file (default: {LARGEST})")
+    parser.add_argument("--partial", type=int, default=0, help="tokens or images of the short score")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    args, flags = parser.parse_known_args(argv)
+    config = trained.read_config(args.run)
+    if config["task"] not in PROGRAMS:
+        raise UserError(f"{args.run}: is of {config['task']}; expected one of {', '.join(PROGRAMS)}")
+    task, out = config["task"], args.out
+    check_settings(PROGRAMS[task][0].Config, config["settings"], str(args.run / "config.json"))
+    # A file that is too large leaves nothing behind.
+    with tempfile.TemporaryDirectory() as temporary:
+        small = Path(temporary) / "weights.pkl"
+        if (args.run / "weights.pkl").is_file():
+            weights.round_weights(args.run / "weights.pkl", small, DTYPES[args.dtype])
+            if (size := small.stat().st_size) > args.max_mb * 1e6:
+                raise UserError(f"{args.run}: its weights take {size / 1e6:.1f} MB in {args.dtype}; see --max_mb")
+        copy(args.run, out, args.overwrite)
+        shutil.copyfile(small, out / "weights.pkl")
+    write(out / "config.json", portable(config))
+    measured = score(task, out, [*trained.HERE, *flags])
+    limit = args.partial or PROGRAMS[task][1]
+    short = score(task, out, [*trained.HERE, *flags], limit)
+    splits = ("valid", "test")
+    write(
+        out / "weights.json",
+        {
+            "task": task, "preset": measured["preset"], "params": measured["params"], "dtype": args.dtype,
+            "bytes": size, "sha256": hashlib.sha256((out / "weights.pkl").read_bytes()).hexdigest(),
+            "corpus": measured["corpus"], "data": measured["data"],
+            **{split: measured[split] for split in splits}, "before_rounding": before(args.run),
+            "partial": {"max_eval_tokens": limit, **{split: short[split] for split in splits}},
+            "precision": measured["precision"], "backend": measured["backend"],
+            "machine": measured["machine"], "torch": measured["torch"], "commit": measured["commit"],
+        },
+    )  # fmt: skip
+    print(f"{out / 'weights.pkl'}: {size / 1e6:.2f} MB, {args.dtype}; scores in {out / 'weights.json'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return trained.guarded(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

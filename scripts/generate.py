@@ -1,0 +1,107 @@
+"""Let a trained language model write.
+
+    python scripts/generate.py --run runs/word_ptb/small --prompt "the company said"
+    python scripts/generate.py --task char_ptb --preset small --load_weight weights.pkl --temperature 0.7 --samples 3
+
+The text goes to standard output, a line feed for `<eos>`; how fast it was written to standard error. A prompt is read
+from a zero state, as the first words (or characters) of a text; in it a line feed is `<eos>`, and an empty one stands
+for a single `<eos>`. Words must be of the vocabulary, which the data of the model give. The same seed gives the same
+text on the same machine.
+"""
+
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+
+import torch
+import trained
+
+from trellisnet.data.corpus import EOS, unknown_tokens
+from trellisnet.errors import UserError
+from trellisnet.evaluation.generate import Sampling, generate
+from trellisnet.models import count_parameters
+from trellisnet.training.config import Parser
+
+UNKNOWN = "<unk>"
+
+
+def encode(prompt: str, model: trained.Trained) -> list[int]:
+    """The ids of a prompt.
+
+    Raises:
+        UserError: it holds something that is not in the vocabulary.
+    """
+    ids = {token: i for i, token in enumerate(model.corpus.vocabulary)}
+    tokens = model.config.spell(prompt)
+    if unknown := unknown_tokens(tokens, ids):
+        instead = [token for token in (unknown[0].lower(), UNKNOWN) if token in ids]
+        advice = f"write {' or '.join(instead)} for it" if instead else "leave it out"
+        shown, more = repr(unknown[0]), " (nor are others of it)" * (len(unknown) > 1)
+        raise UserError(
+            f"--prompt: {shown} is not among the {len(ids):,} {model.config.token} of the vocabulary{more}; {advice}"
+        )
+    return [ids[token] for token in tokens]
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` characters; 0: as they are."""
+    lines = [line.strip() for line in text.split("\n")]
+    if width:
+        lines = [textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines]
+    return "\n".join(lines)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse, load, generate, print."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    trained.add_flags(parser)
+    parser.add_argument("--prompt", default="", help="what the text begins with; default: a single <eos>")
+    parser.add_argument("--length", type=int, default=200, help="tokens to generate (default: 200)")
+    parser.add_argument("--samples", type=int, default=1, help="texts, generated side by side (default: 1)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most probable token (default: 1)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the so many most probable tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="and from those that have this probability together")
+    parser.add_argument("--seed", type=int, default=1111, help="of the draws (default: 1111)")
+    parser.add_argument("--width", type=int, default=100, help="of printed lines; 0: not wrapped (default: 100)")
+    args, flags = parser.parse_known_args(argv)
+    for name, least in (("length", 1), ("samples", 1), ("width", 0), ("seed", 0)):
+        if not least <= getattr(args, name) < 2**31:
+            raise UserError(f"--{name}: expected {least} to {2**31 - 1}, got {getattr(args, name)}")
+    try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    except ValueError as e:
+        raise UserError(f"--{e}") from e
+    model = trained.load(args, flags)
+    prompt = encode(args.prompt, model)
+    start = prompt or [model.corpus.vocabulary.index(EOS)]
+    if not prompt:
+        print(f"empty prompt: it starts from {EOS}, the end of a line", file=sys.stderr)
+
+    tokens = torch.tensor([start] * args.samples, device=model.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    with model.config.autocast(model.device):
+        begin = time.perf_counter()
+        drawn = generate(model.model, tokens, args.length, sampling, generator=generator)
+        texts = torch.stack([token.cpu() for token in drawn], dim=1).tolist()
+        seconds = time.perf_counter() - begin
+    for i, ids in enumerate(texts, 1):
+        if args.samples > 1:
+            print(f"--- {i} ---")
+        text = model.config.text(model.corpus.vocabulary[id_] for id_ in [*prompt, *ids])
+        print(wrapped(text, args.width))
+    count, parameters = args.length * args.samples, count_parameters(model.model)
+    print(
+        f"{count:,} {model.config.token} in {seconds:.1f} s, {count / seconds:,.0f} {model.config.token}/s, "
+        f"prompt of {len(start):,} included; {model.config.model}, {parameters:,} parameters, {model.device}",
+        file=sys.stderr,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return trained.guarded(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

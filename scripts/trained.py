@@ -1,0 +1,143 @@
+"""A trained language model for other scripts: from the folder of a run, or from a task's flags and a file of weights.
+
+    --run runs/word_ptb/small                                 its config.json and weights.pkl
+    --task word_ptb --preset small --load_weight weights.pkl  any flags of word_ptb/train.py
+
+Either way the flags of the task's train.py that say where things are and how they are computed can follow: `--data`,
+`--device`, `--threads`, `--precision`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import char_ptb.data  # noqa: E402
+import char_ptb.model  # noqa: E402
+import word_ptb.data  # noqa: E402
+import word_ptb.model  # noqa: E402
+import wt103.data  # noqa: E402
+import wt103.model  # noqa: E402
+from trellisnet import weights  # noqa: E402
+from trellisnet.data.corpus import Corpus  # noqa: E402
+from trellisnet.errors import RunError, UserError  # noqa: E402
+from trellisnet.models import TrellisLanguageModel  # noqa: E402
+from trellisnet.training.cli import EXIT_FAILED, EXIT_OK, EXIT_USER, plain_warnings  # noqa: E402
+from trellisnet.training.config import parse  # noqa: E402
+from trellisnet.training.language_model import LanguageModelConfig, build_model  # noqa: E402
+
+TASKS = {
+    "word_ptb": (word_ptb.model.Config, word_ptb.data.load),
+    "char_ptb": (char_ptb.model.Config, char_ptb.data.load),
+    "wt103": (wt103.model.Config, wt103.data.load),
+}
+# What a run has chosen for its own machine is chosen again here.
+HERE = "--backend auto --gemm auto --gates auto --threads 0 --device auto".split()
+
+
+class Trained(NamedTuple):
+    """A model in evaluation mode and what belongs to it."""
+
+    config: LanguageModelConfig
+    model: TrellisLanguageModel
+    corpus: Corpus
+    device: torch.device
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that :func:`load` reads."""
+    parser.add_argument("--run", help="folder of a run: its config.json and weights.pkl")
+    parser.add_argument(
+        "--task", choices=list(TASKS), help="or a task, --load_weight FILE, and the flags of its train.py"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); name the folder of a run") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not JSON ({e})") from e
+    if not isinstance(content, dict) or not (
+        isinstance(content.get("task"), str) and isinstance(content.get("settings"), dict)
+    ):
+        raise UserError(f"{path}: names no task and settings; it should be the config.json of a run")
+    return content
+
+
+def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
+    """The model that the command line names.
+
+    Args:
+        args: with what :func:`add_flags` has added.
+        flags: those of the task's train.py.
+
+    Raises:
+        UserError: no such model, or no data to take its vocabulary from.
+        RunError: the data could not be written.
+    """
+    task, given = args.task, []
+    if args.run:
+        folder = Path(args.run)
+        task = read_config(folder)["task"]
+        if args.task not in (None, task):
+            raise UserError(f"--task {args.task}: {folder} is a run of {task}; leave one of the two out")
+        if task not in TASKS:
+            raise UserError(f"{folder}: is a run of {task}; expected a language model: {', '.join(TASKS)}")
+        given = ["--config", str(folder / "config.json"), "--load_weight", str(folder / "weights.pkl"), *HERE]
+    elif task is None:
+        raise UserError(
+            "no model: pass --run FOLDER, or --task and --load_weight FILE with the flags it was trained with"
+        )
+    cls, read = TASKS[task]
+    config, _ = parse(cls, [*given, *flags, "--eval"])
+    if not config.load_weight:
+        raise UserError(f"no weights: pass --load_weight FILE, or the folder of a run with --run (task {task})")
+    device = config.torch_device()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config = config.chosen(device)
+    # Only the project's own folder is filled by itself; a folder that the user names is theirs.
+    corpus = read(config.data_folder(), download=config.download and not config.data, **config.data_options())
+    model = build_model(config, len(corpus.vocabulary)).to(device).eval()
+    weights.load_weights(model, config.load_weight, vocabulary=corpus.vocabulary_sha256, **config.load_options())
+    return Trained(config, model, corpus, device)
+
+
+def guarded(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Call a script's function with its arguments; the exit code, as of train.py."""
+    try:
+        with plain_warnings():
+            function(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_USER
+    except RunError as e:
+        print(f"failed: {e}", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:  # whoever read the output has gone away
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
+    except OSError as e:
+        print(f"failed: {e.strerror} ({e.filename})", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as e:  # --help
+        return e.code or EXIT_OK
+    return EXIT_OK

@@ -1,0 +1,67 @@
+"""Loss by context length: the losses of the definition, and the program."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from test_generate import KINDS, V, model
+from trellisnet.evaluation.context import context_lengths, loss_by_context
+from trellisnet.training.config import PROJECT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_loss_of_each_target_from_what_is_visible(kind):
+    module = model(**KINDS[kind])
+    stream = torch.randint(V, (120,), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    found = loss_by_context(module, stream, [4, 1, 30], targets=13)
+    assert [record["context"] for record in found] == [1, 4, 30]
+    module.eval()
+    places = [30 + i * 90 // 13 for i in range(13)]
+    each = {}
+    for n in (1, 4, 30):
+        with torch.no_grad():
+            said = [module.log_prob(module(stream[t - n : t].long()[None]).output[:, -1:]) for t in places]
+        each[n] = -torch.stack([p.flatten()[stream[t].item()] for p, t in zip(said, places, strict=True)])
+    for record in found:
+        difference = each[record["context"]] - each[30]
+        assert record["loss"] == pytest.approx(each[record["context"]].mean().item(), abs=1e-12)
+        assert record["error"] == pytest.approx(difference.std().item() / 13**0.5, abs=1e-12)
+
+
+def test_more_than_the_receptive_field_changes_nothing():
+    module, stream = model(dilation=(1, 2)), torch.randint(V, (300,))
+    field = module.core.receptive_field
+    short, seen, more = loss_by_context(module, stream, [field - 1, field, 3 * field], targets=50)
+    assert_close(seen["loss"], more["loss"], atol=1e-12, rtol=0)
+    assert seen["error"] < 1e-12
+    assert abs(short["loss"] - seen["loss"]) > 1e-6
+
+
+def test_which_lengths_are_worth_measuring():
+    assert context_lengths(None, 32) == [1, 2, 4, 8, 16, 32]
+    assert context_lengths(9) == [1, 2, 4, 8, 9, 18]
+    assert context_lengths(8) == [1, 2, 4, 8, 16]
+    assert context_lengths(300, 100) == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(("lengths", "targets", "size"), [([], 3, 50), ([0], 3, 50), ([3], 0, 50), ([50], 3, 50)])
+def test_what_cannot_be_measured_is_refused(lengths, targets, size):
+    with pytest.raises(ValueError, match="expected"):
+        loss_by_context(model(), torch.zeros(size, dtype=torch.int64), lengths, targets=targets)
+
+
+def test_the_program(monkeypatch, capsys, tmp_path, run_folder):
+    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
+    import context as script
+
+    path = tmp_path / "context.json"
+    assert script.main(["--run", str(run_folder), "--targets", "50", "--json", str(path)]) == 0
+    told = json.loads(path.read_text())
+    assert told["receptive_field"] == 4
+    assert [r["context"] for r in told["records"]] == [1, 2, 4, 8]
+    assert told["records"][2]["loss"] == pytest.approx(told["records"][3]["loss"], abs=1e-5)
+    assert capsys.readouterr().out.count("±") == 4
+    assert script.main(["--run", str(run_folder), "--lengths", "999999"]) == 2
+    assert capsys.readouterr().err.startswith("error: --lengths 999999: ")

@@ -1,0 +1,201 @@
+"""scripts/plot.py: the numbers it reads, and that it draws them (if matplotlib is there)."""
+
+import hashlib
+import json
+import math
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from trellisnet import TrellisNet
+from trellisnet.errors import UserError
+from trellisnet.training.config import PROJECT
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
+    import plot as module
+
+    return module
+
+
+def epoch(number, train, valid, score=math.exp):
+    return {
+        "event": "epoch", "epoch": number, "finished": True, "seconds": 60.0 * number, "train_loss": train,
+        "valid_loss": valid, "train_score": score(train), "valid_score": None if valid is None else score(valid),
+    }  # fmt: skip
+
+
+def written(folder, *records):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+METRICS = {
+    "complete": True, "corpus": "Penn Treebank", "test": {"ppl": 60.0}, "params": 5, "epochs": 3, "commit": "a1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A project with something of every kind."""
+    for row, scores in (("trellisnet", (58.5, 59.5)), ("tcn", (90.0,))):
+        for seed, ppl in enumerate(scores):
+            for table in ("table1", "compare-30-minutes"):
+                folder = tmp_path / "runs" / "tables" / table / row / f"seed-{seed}"
+                folder.mkdir(parents=True)
+                (folder / "metrics.json").write_text(json.dumps(METRICS | {"test": {"ppl": ppl}}))
+    results = tmp_path / "results"
+    for folder in ("speed", "memory", "table6_small", "precision"):
+        (results / folder).mkdir(parents=True)
+    records = [
+        {"task": "word_ptb", "part": part, "variant": variant, "seconds": 2.0 / (i + 1), "ratio": i + 1.0,
+         "per_second": 5.0, **({"gflops": 3.0} if part == "step" else {})}
+        for part in ("step", "generation") for i, variant in enumerate(("reference", "fused"))
+    ]  # fmt: skip
+    records.append({"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 3e9})
+    (results / "speed" / "word_ptb.json").write_text(json.dumps({"machine": "CPU, 2 cores", "records": records}))
+    for task in ("pmnist", "word_ptb"):
+        (results / "memory" / f"{task}.json").write_text(json.dumps({"peak_memory": 4.5e9}))
+    for name, ppl in (("trellisnet", 300.0), ("activation_tanh", 9e5), ("mixed_group_2", 400.0)):
+        content = {"test": {"ppl": ppl}, "steps": 500}
+        (results / "table6_small" / f"{name}.json").write_text(json.dumps(content))
+    for precision in ("fp32", "bf16"):
+        for seed in (1, 2):
+            content = {"test": {"ppl": 100.0 + seed}, "precision": precision, "task": "word_ptb", "preset": "small"}
+            (results / "precision" / f"{precision}-{seed}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_curve_is_what_the_run_has_written(plot, tmp_path):
+    # The second epoch was continued and told twice; an epoch that was cut short does not count.
+    cut = epoch(3, 4.0, 4.0) | {"finished": False}
+    run = written(tmp_path / "a", {"event": "train"}, epoch(1, 6, 5), epoch(2, 9, 9), epoch(2, 5.5, 4.5), cut)
+    curve = plot.curve(run, "a")
+    assert (curve.label, curve.score, curve.epochs, curve.minutes) == ("a", "ppl", [1, 2], [1.0, 2.0])
+    assert curve.train == [math.exp(6), math.exp(5.5)]
+    assert curve.valid == [math.exp(5), math.exp(4.5)]
+    run = written(tmp_path / "b", epoch(1, 1.2, None, lambda loss: loss / math.log(2)))
+    assert plot.curve(run / "metrics.jsonl", "b")[1:] == ("bpc", [1], [1.0], [1.2 / math.log(2)], [])
+    run = written(tmp_path / "c", epoch(1, 1.2, 1.3, lambda loss: 0.5))
+    assert plot.curve(run, "c").score == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read .*; name the folder of a run"),
+        ("", "no epoch is done yet"),
+        ('{"event": "train"}\n', "no epoch is done yet"),
+        ("{", "not the metrics.jsonl of a run, or a damaged one"),
+        ('{"event": "epoch", "finished": true, "epoch": 1}\n', "a damaged one"),
+        ("3\n", "a damaged one"),
+    ],
+)
+def test_what_is_no_curve_is_refused(plot, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        plot.curve(tmp_path, "x")
+
+
+def test_committed_results_have_curves(plot):
+    runs = sorted(path.parent for path in (PROJECT / "results").glob("*/metrics.jsonl"))
+    assert len(runs) > 4
+    for run in runs:
+        curve = plot.curve(run, run.name)
+        assert curve.score == {"w": "ppl", "c": "bpc"}.get(run.name[0] if "cifar" not in run.name else "", "accuracy")
+
+
+def test_labels_tell_runs_apart(plot, tmp_path):
+    paths = [tmp_path / "a" / "seed-1", tmp_path / "b" / "seed-1"]
+    assert plot.labels(paths) == ["a/seed-1", "b/seed-1"]
+    assert plot.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert plot.labels([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
+
+
+def test_tables_are_what_the_files_say(plot, root):
+    tables = {table.name: table for table in plot.tables(root)}
+    assert list(tables) == ["table6_small", "precision", "table1", "compare-30-minutes"]
+    rows = {row.label: row for row in tables["table1"].rows}
+    assert rows["TrellisNet"] == ("TrellisNet", 56.97, [58.5, 59.5])
+    assert rows["Generic TCN"].ours == [90.0]
+    assert rows["TrellisNet-MoS"] == ("TrellisNet-MoS", 54.67, [])
+    assert (tables["table1"].title, tables["table1"].axis) == ("Table 1. Word-level Penn Treebank", "test perplexity")
+    assert [row.ours for row in tables["table6_small"].rows] == [[300.0], [400.0], [9e5]]
+    assert [(row.label, row.ours) for row in tables["precision"].rows] == [("fp32", [101, 102]), ("bf16", [101, 102])]
+    assert plot.memories(root) == [("word_ptb", 4.5), ("pmnist", 4.5)]
+    assert len(plot.speeds(root)) == 5
+    (root / "results" / "table6_small" / "trellisnet.json").write_text('{"test": {}}')
+    with pytest.raises(UserError, match="a field is missing"):
+        plot.tables(root)
+
+
+def test_contexts_of_one_kind_only(plot, tmp_path):
+    content = {"task": "word_ptb", "name": "a", "token": "words", "records": [{"context": 1}]}
+    for name, changes in (("a", {}), ("b", {}), ("c", {"token": "symbols"}), ("d", {"records": []})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | changes))
+    a, b, c, d = (tmp_path / f"{name}.json" for name in "abcd")
+    assert [label for label, _ in plot.contexts([a])] == ["word_ptb a"]
+    assert [label for label, _ in plot.contexts([a, b])] == ["a.json", "b.json"]
+    with pytest.raises(UserError, match="plot them one by one"):
+        plot.contexts([a, c])
+    with pytest.raises(UserError, match="not what scripts/context.py writes"):
+        plot.contexts([d])
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(2, [1]), (2, [1, 2]), (3, [1]), (2, [2, 1])])
+def test_the_trellis_shows_the_receptive_field(plot, kernel_size, dilation):
+    text = plot.trellis(3, kernel_size, [dilation], 10)
+    picture = ElementTree.fromstring(text)
+    assert picture.tag.endswith("svg")
+    inputs = re.findall(r'<rect class="(x[^"]*)"', text)
+    field = TrellisNet(1, 1, 3, kernel_size=kernel_size, dilation=tuple(dilation)).receptive_field
+    assert len(inputs) == 10
+    first = min(i for i, kind in enumerate(inputs) if kind == "x")
+    assert 10 - first == field
+    assert f"y sees {field} inputs" in text
+
+
+def test_the_committed_trellis_is_what_the_script_draws(plot, tmp_path, capsys):
+    assert plot.main(["trellis", "--out", str(tmp_path / "new" / "trellis.svg")]) == 0
+    committed = PROJECT / "results" / "figures" / "trellis.svg"
+    assert (tmp_path / "new" / "trellis.svg").read_text() == committed.read_text()
+    assert "results/figures/trellis.svg" in (PROJECT / "README.md").read_text()
+
+
+def test_without_matplotlib_one_line_says_what_to_install(plot, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main(["curves", str(written(tmp_path, epoch(1, 6, 5)))]) == 2
+    assert (
+        capsys.readouterr().err == "error: plots need matplotlib: pip install -e .[plot], or pip install matplotlib\n"
+    )
+
+
+def test_pictures_are_drawn_and_drawn_again_alike(plot, root, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    run = written(tmp_path / "a", epoch(1, 6, 5), epoch(2, 5.5, 4.5))
+    other = written(tmp_path / "b", epoch(1, 1.2, None, lambda loss: 0.5))
+    record = {"context": 1, "loss": 5.0, "error": 0.1}
+    content = {
+        "task": "word_ptb", "name": "a", "token": "words", "receptive_field": 2, "corpus": "c", "split": "valid",
+        "targets": 9, "records": [record, record | {"context": 2}, record | {"context": 4}],
+    }  # fmt: skip
+    (tmp_path / "context.json").write_text(json.dumps(content))
+    sums = []
+    for _ in range(2):
+        assert plot.main(["curves", str(run), str(other), "--out", "p/curves.svg"]) == 0
+        assert plot.main(["curves", str(run), "--by", "minutes", "--out", "p/curves.png"]) == 0
+        assert plot.main(["context", "context.json", "--out", "p/context.svg"]) == 0
+        assert plot.main(["tables", "--root", str(root), "--out", "p"]) == 0
+        sums.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "p").iterdir()})
+    names = {"speed", "memory", "table6_small", "precision", "table1", "compare-30-minutes", "context", "curves"}
+    assert set(sums[0]) == {f"{name}.svg" for name in names} | {"curves.png"}
+    assert sums[0] == sums[1]
+    assert plot.main(["curves", str(run), "--out", "p/curves.xyz"]) == 2
+    assert "end it in .svg, .png or .pdf" in capsys.readouterr().err

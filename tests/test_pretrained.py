@@ -1,0 +1,210 @@
+"""Small weight files: how scripts/export.py makes them, and that those in results/ score what stands beside them."""
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+
+import pytest
+import torch
+
+from trellisnet import serialization
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.training.config import PROJECT
+from trellisnet.weights import WHAT, load_weights, round_weights, save_weights
+
+FOUND = sorted(path.parent for path in (PROJECT / "results").glob("*/weights.pkl"))
+
+
+@pytest.fixture
+def export(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
+    import export as module
+
+    return module
+
+
+def model(**options):
+    settings = {"output_size": 4, "weight_norm": False, "dtype": torch.float32} | options
+    return TrellisLanguageModel(20, 4, 7, 3, **settings)
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_norm": True}, {"tied": False}, {"n_experts": 2}, {"cutoffs": [5]}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_weights_load_as_the_nearest_numbers(tmp_path, options, dtype):
+    first, second = model(**options), model(**options)
+    save_weights(first, tmp_path / "w.pkl", vocabulary="abc")
+    round_weights(tmp_path / "w.pkl", tmp_path / "small.pkl", dtype)
+    load_weights(second, tmp_path / "small.pkl", vocabulary="abc")
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert q.dtype == torch.float32
+        assert torch.equal(p.to(dtype).float(), q)
+    with pytest.raises(UserError, match="was trained on another vocabulary"):  # what the file says of itself is kept
+        load_weights(second, tmp_path / "small.pkl", vocabulary="def")
+
+
+def test_the_file_has_half_the_size_and_repeated_tensors_once(tmp_path):
+    module = TrellisLanguageModel(5000, 40, 60, 3, output_size=40)
+    save_weights(module, tmp_path / "w.pkl")
+    round_weights(tmp_path / "w.pkl", tmp_path / "small.pkl", torch.float16)
+    numbers = sum(p.numel() for p in module.parameters())
+    assert 2 * numbers < (tmp_path / "small.pkl").stat().st_size < 2.1 * numbers
+    state = serialization.load(tmp_path / "small.pkl", WHAT)
+    assert all(tensor.dtype == torch.float16 for tensor in state.values())
+    assert list(state) == list(serialization.load(tmp_path / "w.pkl", WHAT))
+
+
+def test_numbers_that_are_too_large_are_refused(tmp_path):
+    module = model()
+    with torch.no_grad():
+        module.core.weight_h[0, 0, 0] = 1e6
+    save_weights(module, tmp_path / "w.pkl")
+    with pytest.raises(UserError, match="weight2_raw holds numbers that are too large for torch.float16"):
+        round_weights(tmp_path / "w.pkl", tmp_path / "small.pkl", torch.float16)
+    assert not (tmp_path / "small.pkl").exists()
+    wide = model(dtype=torch.float64)
+    with torch.no_grad():
+        wide.core.weight_h[0, 0, 0] = 1e300
+    save_weights(wide, tmp_path / "wide.pkl")
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    with pytest.raises(UserError, match="weight2_raw holds numbers that are too large for torch.float32"):
+        load_weights(module, tmp_path / "wide.pkl")
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def test_other_types_of_numbers_are_refused(tmp_path):
+    state = {"encoder.weight": torch.zeros(3, 3).to(torch.float8_e4m3fn)}
+    torch.save(state, tmp_path / "w.pkl")
+    with pytest.raises(UserError, match="encoder.weight is of dtype torch.float8_e4m3fn"):
+        load_weights(model(), tmp_path / "w.pkl")
+
+
+# --- the program
+
+
+def test_an_export_scores_what_it_says(export, run_folder, tmp_path, capsys):
+    out = tmp_path / "results" / "tiny"
+    assert export.main([str(run_folder), str(out), "--partial", "150"]) == 0
+    assert re.search(r"weights.pkl: 0.01 MB, float16; scores in", capsys.readouterr().out)
+    told = json.loads((out / "weights.json").read_text())
+    assert told["sha256"] == hashlib.sha256((out / "weights.pkl").read_bytes()).hexdigest()
+    assert told["bytes"] == (out / "weights.pkl").stat().st_size
+    assert told["valid"]["tokens"] > told["partial"]["valid"]["tokens"] >= 150
+    assert "partial" not in told["valid"]
+    ends = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert told["before_rounding"]["valid"] == ends[-1]["valid"]
+    check(export, out, tmp_path, "valid", told["partial"]["valid"], "--max_eval_tokens", "150")
+    check(export, out, tmp_path, "test", told["test"])
+    config = json.loads((out / "config.json").read_text())
+    assert not {"command", "device", "threads"} & set(config)
+    assert config["settings"]["gemm"] == config["settings"]["gates"] == config["settings"]["device"] == "auto"
+    assert (out / "log.txt").read_bytes() == (run_folder / "log.txt").read_bytes()
+
+    capsys.readouterr()
+    assert export.main([str(run_folder), str(out)]) == 2
+    assert re.fullmatch(
+        r"error: .*: holds weights.pkl of another export or run; .*--overwrite\n", capsys.readouterr().err
+    )
+    (out / "log.txt").write_text("of another run")
+    (out / "weights.pkl").unlink()
+    assert export.main([str(run_folder), str(out)]) == 2
+    assert "holds log.txt of another" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(export, run_folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_bytes((run_folder / "config.json").read_bytes())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"task": "word_ptb", "settings": {"data": 3}}')
+    for arguments, message in [
+        ([run_folder, tmp_path / "out", "--max_mb", "0.001"], "its weights take 0.0 MB in float16; see --max_mb"),
+        ([tmp_path, tmp_path / "out"], "config.json: cannot be read"),
+        ([tmp_path / "empty", tmp_path / "out"], "has no weights.pkl"),
+        ([tmp_path / "odd", tmp_path / "out"], "config.json: data expects str, got 3"),
+        ([run_folder, run_folder], "is the folder of the run; name another"),
+        ([run_folder], "the following arguments are required: out"),
+    ]:
+        assert export.main([str(a) for a in arguments]) == 2
+        assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_within_the_project_are_named_from_there(export):
+    def data(folder):
+        return export.portable({"task": "word_ptb", "settings": {"data": folder}, "command": "x"})["settings"]["data"]
+
+    assert data("") == ""
+    assert data("synthetic") == "synthetic"
+    assert data(str(PROJECT / "data" / "penn")) == ""
+    assert data(str(PROJECT / "data" / "wikitext")) == "data/wikitext"
+    assert data("/elsewhere") == "/elsewhere"
+
+
+def test_git_takes_weights_of_results_and_no_other_pickles():
+    def ignored(path):
+        command = ["git", "check-ignore", "-q", "--no-index", path]
+        return subprocess.run(command, cwd=PROJECT, check=False).returncode == 0
+
+    if subprocess.run(["git", "rev-parse"], cwd=PROJECT, capture_output=True, check=False).returncode:
+        pytest.skip("needs the git checkout")
+    assert not ignored("results/word_ptb_small/weights.pkl")
+    assert not ignored("tests/fixtures/lm_plain_k2_tied.pkl")
+    for path in ("weights.pkl", "results/weights.pkl", "results/a/last.pkl", "results/a/b/weights.pkl", "x/y.pkl"):
+        assert ignored(path)
+
+
+# --- those in results/
+
+
+def check(export, folder, tmp_path, split, recorded, *flags):
+    """Score the weights in a folder, and compare."""
+    program, _ = export.PROGRAMS[json.loads((folder / "config.json").read_text())["task"]]
+    command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval", "--no-download"]
+    command += [*data_of(export, folder), *flags, "--metrics", tmp_path / "again.json"]
+    assert program.main([str(part) for part in command]) == 0
+    again = json.loads((tmp_path / "again.json").read_text())
+    tolerance = 1e-4 if again["precision"] == "fp32" else 5e-3
+    assert math.isclose(again[split]["loss"], recorded["loss"], abs_tol=tolerance)
+    for count in ("tokens", "examples"):
+        assert again[split].get(count) == recorded.get(count)
+
+
+def data_of(export, folder):
+    """The flag for the data of a result, which are named from the project; skip without them."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["settings"]["data"] == "synthetic":
+        return []
+    data = PROJECT / (config["settings"]["data"] or export.PROGRAMS[config["task"]][0].Config.default_data)
+    if not data.is_dir() or not any(data.iterdir()):
+        pytest.skip(f"needs {data.relative_to(PROJECT)}")
+    return ["--data", data] if config["settings"]["data"] else []
+
+
+@pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
+def test_the_file_is_what_stands_beside_it(folder):
+    told = json.loads((folder / "weights.json").read_text())
+    content = (folder / "weights.pkl").read_bytes()
+    assert told["sha256"] == hashlib.sha256(content).hexdigest()
+    assert len(content) <= 10e6
+    assert told["commit"]
+    assert not told["commit"].endswith("-dirty")
+    state = serialization.load(folder / "weights.pkl", WHAT)
+    assert {str(tensor.dtype) for tensor in state.values()} == {f"torch.{told['dtype']}"}
+    assert sum(t.numel() for t in {t.data_ptr(): t for t in state.values()}.values()) == told["params"]
+
+
+@pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
+def test_their_first_scores_are_the_recorded_ones(export, folder, tmp_path):
+    told = json.loads((folder / "weights.json").read_text())["partial"]
+    check(export, folder, tmp_path, "test", told["test"], "--max_eval_tokens", str(told["max_eval_tokens"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
+def test_their_scores_are_the_recorded_ones(export, folder, tmp_path):
+    check(export, folder, tmp_path, "test", json.loads((folder / "weights.json").read_text())["test"])
