@@ -360,11 +360,13 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     work = Work(task, args.quick, device, args.flags)
     variants = variants_on(device, args.recompute)
     gate(work, variants, args.parts)
-    rates = {precision: peak_gflops(work, precision) for precision in work.chosen}
+    rates: dict[str, float] = {}
     for part in work.parts(args.parts):
         times: dict[Variant, list[float]] = {v: [] for v in variants if not v.recompute or part in TRAINING}
         tokens = {variant: work.run(part, variant) for variant in times}  # once unmeasured
         for _ in range(args.repeats):
+            for precision in work.chosen:  # in turns with the rest: the machine may be slower for a while
+                rates[precision] = max(rates.get(precision, 0.0), peak_gflops(work, precision))
             for variant, taken in times.items():
                 taken.append(seconds(lambda v=variant, p=part: work.run(p, v), device))
         base = statistics.median(times[REFERENCE]) / tokens[REFERENCE]

@@ -108,11 +108,12 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     places, arguments, alive = pruning.places(step.layer, step.above, torch.device("cpu")), _Arguments(), []
 
     def give(name: str, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
-        if tensor is not None:
-            if tensor.dtype != dtype or not tensor.is_contiguous():
-                raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with {tensor.stride()}")
-            alive.append(tensor)
-            setattr(arguments, name, tensor.data_ptr())
+        if tensor is None:
+            return
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with {tensor.stride()}")
+        alive.append(tensor)
+        setattr(arguments, name, tensor.data_ptr())
 
     size, N, GH = step.gates.shape
     real, H = step.gates.dtype, GH // 4

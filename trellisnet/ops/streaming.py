@@ -33,7 +33,7 @@ class Kernels(NamedTuple):
 
     weight_x: Tensor  # (GH, k·C), oldest tap first, in the type of the products
     weight_h: Tensor  # (GH, k·H), likewise
-    oldest: Tensor  # (GH, (k−1)·H), all taps but the newest
+    oldest: Tensor  # (GH, (k−1)·H), all taps but the newest, packed for a row of every layer but the first
     newest: Any  # (GH, H), as `add` reads it
     weight_x_single: Any  # weight_x likewise
     bias: Tensor  # (GH,)
@@ -105,7 +105,7 @@ def prepare(
     return Kernels(
         w_x,
         w,
-        oldest,
+        products.pack(oldest, (num_layers - 1) * batch_size, product),
         pack(newest),
         pack(w_x),
         bias.detach().clone(),
