@@ -13,6 +13,7 @@ from trellisnet.training.config import PROJECT
 # Each floor may import from those after it.
 FLOORS = [
     "tasks",
+    "evaluation",
     "training",
     "weights",
     "models",

@@ -1,0 +1,1 @@
+"""What is done with a trained language model beyond scoring it as it is."""
