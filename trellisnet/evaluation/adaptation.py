@@ -109,7 +109,7 @@ class _Adapted:
             result = dynamic.evaluate(
                 self.segmented, rows, self.update, self.statistics, **how, visit=visit if self.config.cache else None
             )
-        if not math.isfinite(result["loss"]):
+        if not math.isfinite(self.task.score(result["loss"])):
             raise RunError(
                 f"dynamic evaluation of {split} diverged after {result['tokens']:,} tokens; lower --dynamic_eval_lr "
                 f"from {self.update.lr:g}"

@@ -25,7 +25,7 @@ from torch import Tensor
 from trellisnet.training.tasks import LanguageModeling, Progress, evaluating
 
 # What is tried beside the given numbers.
-THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # Similarities that are computed at a time, and the shortest block.
 NUMBERS, SHORTEST = 2**22, 32

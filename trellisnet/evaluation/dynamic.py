@@ -145,12 +145,10 @@ def _factors(
         found = "None" if statistics is None else f"{len(statistics)} of them"
         raise ValueError(f"statistics: the rule rms expects a tensor for each of {len(parameters)}, got {found}")
     mean = torch.stack([g.mean() for g in statistics]).mean().item() or 1.0  # 0 if nothing has a gradient
-    return [(g * (update.decay / mean)).clamp_(max=1) for g in statistics], [
-        update.lr / (g + update.epsilon) for g in statistics
-    ]
+    rates = [(g * (update.decay / mean)).clamp_(max=1) for g in statistics]
+    return rates, [update.lr / (g + update.epsilon) for g in statistics]
 
 
-@torch.enable_grad()
 def evaluate(
     task: LanguageModeling,
     rows: Tensor,
@@ -163,9 +161,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean loss of rows (N, L), each segment of which is learned from after it has been scored.
 
-    The weights are put back afterwards, whatever happens, and so is the model's mode. With lr = decay = 0 the result is
-    that of :meth:`LanguageModeling.evaluate` in the same segments, bit for bit (unless that reads them as a stream, see
-    :meth:`LanguageModeling.streams`: then up to rounding).
+    The weights are put back afterwards, whatever happens, and so is the model's mode. With lr = 0 nothing is learned,
+    so no gradients are taken, and the result is that of :meth:`LanguageModeling.evaluate` in the same segments, bit for
+    bit (unless that reads them as a stream, see :meth:`LanguageModeling.streams`: then up to rounding).
 
     Args:
         task: in segments.
@@ -185,8 +183,13 @@ def evaluate(
     """
     model, parameters = task.model, _trainable(task.model)
     rates, steps = _factors(update, parameters, statistics)
-    total, tokens = 0.0, 0
-    with evaluating(model), _uncached(rows.device), _restored(parameters) as trained:
+    total, tokens, learns = 0.0, 0, update.lr > 0
+    with (
+        evaluating(model),
+        torch.set_grad_enabled(learns),
+        _uncached(rows.device),
+        _restored(parameters) as trained,
+    ):
         for output, targets in task.windowed(rows, max_tokens=max_tokens, progress=progress):
             loss = model.loss(output, targets, reduction="sum")
             total += loss.item()
@@ -196,6 +199,8 @@ def evaluate(
             if visit is not None:
                 with torch.no_grad():
                     visit(output.detach(), targets)
+            if not learns:
+                continue
             gradients = torch.autograd.grad(loss / targets.numel(), parameters, materialize_grads=True)
             del output, loss
             with torch.no_grad():
