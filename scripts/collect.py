@@ -499,13 +499,10 @@ def adapted(path: Path) -> str:
             valid, test = metrics[f"valid_{key}"], metrics[f"test_{key}"]
             peak = f"{test['peak_memory'] / 1e9:.2f} GB" if test["peak_memory"] else ""
             before = f"{valid['preparation_seconds'] / 60:.1f} min" if "preparation_seconds" in valid else ""
-            settings = ", ".join(
-                f"{k} {v if isinstance(v, str) else format(v, 'g')}" for k, v in test.get("settings", {}).items()
-            )
-            lines.append(
-                f"| {name} | {valid[score]:.{digits}f} | {test[score]:.{digits}f} | {test['seconds'] / 60:.1f} | {peak} "
-                f"| {before} | {settings} |"
-            )
+            settings = test.get("settings", {}).items()
+            listed = ", ".join(f"{k} {v if isinstance(v, str) else format(v, 'g')}" for k, v in settings)
+            scores = f"{valid[score]:.{digits}f} | {test[score]:.{digits}f}"
+            lines.append(f"| {name} | {scores} | {test['seconds'] / 60:.1f} | {peak} | {before} | {listed} |")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
         raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
     return "\n".join([*lines, ""])
