@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from test_dynamic import CORES, HEADS, V, make, text
+from test_dynamic import MODELS, V, make, text
 from trellisnet.evaluation import cache
 from trellisnet.evaluation.cache import Cache, collect, evaluate, log_prob, tune
 from trellisnet.models import TrellisLanguageModel
@@ -40,22 +40,21 @@ def by_hand(task, rows, window, theta, weight):
 
 
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
-@pytest.mark.parametrize(("head", "core"), [(h, "trellis") for h in HEADS] + [("softmax", c) for c in CORES])
+@pytest.mark.parametrize(("head", "core"), MODELS)
 def test_the_definition(head, core, repackage):
-    task, rows = make(head, core, repackage), text(2, 60)
+    task, rows = make(head, core, repackage), text(2, 50)
     past = collect(task, rows)
-    for window, theta, weight in ((7, 2.0, 0.3), (1, 0.5, 0.9), (30, 0.0, 0.1), (33, 5.0, 0.5)):
+    for window, theta, weight in ((7, 2.0, 0.3), (1, 0.5, 0.9), (33, 5.0, 0.5)):
         loss, tokens = by_hand(task, rows, window, theta, weight)
         found = evaluate(past, Cache(window, theta, weight))
         assert found["tokens"] == tokens
         assert found["loss"] == pytest.approx(loss, rel=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
-@pytest.mark.parametrize(("head", "core"), [(h, "trellis") for h in HEADS] + [("softmax", c) for c in CORES])
-def test_with_no_share_it_is_static(head, core, repackage, dtype):
-    task, rows = make(head, core, repackage, dtype), text(3, 50)
+@pytest.mark.parametrize(("head", "core"), MODELS)
+def test_with_no_share_it_is_static(head, core, repackage):
+    task, rows = make(head, core, repackage, torch.float32), text(3, 50)
     task.model.train()
     static = task.evaluate(rows)
     found = evaluate(collect(task, rows), Cache(5, 1.0, 0.0))
@@ -90,7 +89,7 @@ def test_blocks_change_nothing(window, monkeypatch):
     assert evaluate(past, Cache(window, 1.5, 0.2))["tokens"] == 2 * 99
 
 
-@pytest.mark.parametrize(("head", "core"), [(h, "trellis") for h in HEADS] + [("softmax", c) for c in CORES])
+@pytest.mark.parametrize(("head", "core"), MODELS)
 def test_a_text_that_repeats_itself_is_remembered(head, core):
     task = make(head, core, dtype=torch.float32)
     past = collect(task, text(1, 7).repeat(1, 40))
