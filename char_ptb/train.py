@@ -5,9 +5,10 @@ import sys
 
 from char_ptb import data
 from char_ptb.model import Config
+from trellisnet.evaluation import adaptation
 from trellisnet.training import cli, language_model
 
-setup = functools.partial(language_model.setup, data.load)
+setup = functools.partial(language_model.setup, data.load, further=adaptation.scores)
 main = functools.partial(cli.main, Config, setup)
 
 if __name__ == "__main__":

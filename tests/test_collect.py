@@ -323,3 +323,43 @@ def test_precisions_are_compared(root):
         path = folder / "results" / "precision" / "bf16-2.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         assert collect.main(["--root", str(folder)]) == 2
+
+
+def test_cache_and_dynamic_evaluation(root, capsys):
+    folder = root()
+    path = folder / "results" / "adapted" / "word_ptb_small.json"
+    path.parent.mkdir()
+    result = {"loss": 4.6, "tokens": 82_429, "seconds": 90.0, "peak_memory": 512_000_000}
+    command = "python word_ptb/train.py --preset small --eval --cache 500 1 0.1 --dynamic_eval"
+    ways = {"static": 101.5, "cache": 92.25, "dynamic": 90.125, "dynamic_cache": 88.0}
+    metrics = METRICS | {"command": f"{command} --metrics runs/m.json"}
+    for split in ("valid", "test"):
+        metrics |= {f"{split}_{way}": result | {"ppl": ppl + (split == "valid")} for way, ppl in ways.items()}
+    for split in ("valid", "test"):
+        metrics[f"{split}_dynamic"] |= {"settings": {"rule": "rms", "lr": 0.0001}, "seconds": 600.0}
+        metrics[f"{split}_dynamic_cache"]["peak_memory"] = None
+    metrics["valid_dynamic"]["preparation_seconds"] = 120.0
+    path.write_text(json.dumps(metrics))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    for part in (
+        f"## Cache and dynamic evaluation, word_ptb, preset `small`\n\n`{command}` on CPU, 2 cores, 2 threads",
+        "| static | 102.50 | 101.50 | 1.5 | 0.51 GB |  |  |",
+        "| + cache | 93.25 | 92.25 | 1.5 | 0.51 GB |  |  |",
+        "| + dynamic evaluation | 91.12 | 90.12 | 10.0 | 0.51 GB | 2.0 min | rule rms, lr 0.0001 |",
+        "| + dynamic evaluation + cache | 89.00 | 88.00 | 1.5 |  |  |  |",
+    ):
+        assert part in text
+    for change, message in [
+        ({"corpus": "synthetic"}, "of synthetic data or uncommitted code"),
+        ({"commit": "0-dirty"}, "of synthetic data or uncommitted code"),
+        ({"complete": False}, "of a part of the data"),
+        ({"command": "python word_ptb/train.py --load_weight /tmp/w.pkl"}, "names a path of one machine"),
+        ({"test_static": {}}, "damaged"),
+        ({"test_cache": 7}, "damaged"),
+    ]:
+        path.write_text(json.dumps(metrics | change))
+        assert collect.main(["--root", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

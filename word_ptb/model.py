@@ -75,8 +75,9 @@ class Config(LanguageModelConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.recite and (self.eval_all or self.mc_dropout):
-            raise UserError("--recite: is measured window by window; leave --eval_all and --mc_dropout out")
+        if self.recite and (self.eval_all or self.mc_dropout or self.cache or self.dynamic_eval):
+            others = "--eval_all, --mc_dropout, --cache and --dynamic_eval"
+            raise UserError(f"--recite: is measured window by window; leave {others} out")
 
     def task_seq_len(self) -> int:
         """As it is: this script of the authors overlaps its training windows even while the state is carried."""

@@ -3,11 +3,12 @@
 import functools
 import sys
 
+from trellisnet.evaluation import adaptation
 from trellisnet.training import cli, language_model
 from word_ptb import data
 from word_ptb.model import Config
 
-setup = functools.partial(language_model.setup, data.load)
+setup = functools.partial(language_model.setup, data.load, further=adaptation.scores)
 main = functools.partial(cli.main, Config, setup)
 
 if __name__ == "__main__":

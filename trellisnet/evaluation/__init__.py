@@ -1,1 +1,1 @@
-"""What is done with trained models: text is generated, and it is measured how far back they look."""
+"""What is done with a trained language model beyond scoring it as it is."""

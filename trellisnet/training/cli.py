@@ -159,11 +159,12 @@ class _Program:
         command = command_line(config.program(), argv)
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
-            outcome = _score(task, splits, config, config.marks() if untrained else {})
+            outcome, most = _score(task, splits, config, config.marks() if untrained else {})
             outcome["seconds"] = time.monotonic() - started
         else:
             facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
+            most = peak_memory(device)
             outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
         if config.metrics:
             metrics = {
@@ -171,7 +172,7 @@ class _Program:
                 "resumed_with": None if resumed is None else command, "version": env["version"],
                 "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256,
                 "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
-                "peak_memory": peak_memory(device),
+                "peak_memory": most,
                 **{key: env[key] for key in ("device", "machine", "threads")},
                 **{key: env[key] for key in ("precision", "backend", "gemm", "gates", "torch")},
                 "seed": config.seed, "deterministic": config.deterministic,
@@ -317,8 +318,12 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
     return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, spoilt
 
 
-def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]) -> dict[str, Any]:
-    """Score validation and test data with the weights as they are; `marks` go into every result."""
+def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]) -> tuple[dict[str, Any], int | None]:
+    """Score validation and test data with the weights as they are; `marks` go into every result.
+
+    Returns:
+        the results, and the most memory that was held.
+    """
     if not config.load_weight:
         _say("NOTICE: no --load_weight: scoring untrained weights")
     results = {}
@@ -328,7 +333,11 @@ def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]
             continue
         results[name] = evaluate(task, getattr(splits, name), name, config) | marks
         _say(score_line(task, name, results[name]))
+    device = next(task.model.parameters()).device
+    peaks = [peak_memory(device)]  # asked for in between: a method may measure its own anew
     for name, (method, data) in splits.everything.items():
         results[name] = evaluate(task, data, name, config, method) | marks
+        peaks.append(peak_memory(device))
         _say(score_line(task, name, results[name]))
-    return {**results, "epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}
+    results |= {"epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}
+    return results, max(filter(None, peaks), default=None)

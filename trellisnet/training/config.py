@@ -121,9 +121,10 @@ class RunConfig:
                 "its weights with torch.save(model.state_dict(), FILE) where it was made and pass --load_weight FILE"
             )
         for name, value in dataclasses.asdict(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{flag_of(self, name)}: expected a finite number, got {value}")
             numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{flag_of(self, name)}: expected a finite number, got {number}")
             if name != "seed" and any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers):
                 raise UserError(f"{flag_of(self, name)}: expected less than 2**31, got {max(numbers, key=abs)}")
         self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval", "accumulate")

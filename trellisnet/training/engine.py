@@ -119,6 +119,8 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     marks = {"partial": "partial", "init_tail": "tail vectors not trained"}
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
     line = f"{name} {scores}  loss {result['loss']:.4f} nats  {result[task.count]:,} {task.count}"
+    if "settings" in result:
+        line += "  " + " ".join(f"{key} {v}" for key, v in result["settings"].items())
     return f"{line} ({marked})" if marked else line
 
 

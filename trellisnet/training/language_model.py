@@ -3,6 +3,7 @@
 A task folder adds its data, its defaults and its presets.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class LanguageModelConfig(NetworkConfig):
     """Settings that the language models share, under the authors' names."""
 
     token: ClassVar[str] = "words"  # what the vocabulary holds
+    process: ClassVar[frozenset[str]] = NetworkConfig.process | frozenset(
+        "cache cache_tune dynamic_eval dynamic_eval_tune dynamic_eval_rule dynamic_eval_lr dynamic_eval_decay".split()
+        + "dynamic_eval_epsilon dynamic_eval_segment dynamic_eval_stats adapt_rows".split()
+    )
     # The authors' rules for the learning rate differ in these, see trellisnet.training.optim.Schedule.
     plateau_factor: ClassVar[float] = 4.0
     plateau_floor: ClassVar[float] = 0.0
@@ -68,6 +73,18 @@ class LanguageModelConfig(NetworkConfig):
     alpha: float = setting(0.0, "activation regularisation (AR)")
     beta: float = setting(0.0, "temporal activation regularisation (TAR)")
     eval_all: bool = setting(False, "also score every token, those without a whole history too")
+
+    cache: list[float] = setting([], "with --eval: also score with a cache: WINDOW THETA LAMBDA")
+    cache_tune: bool = setting(False, "choose theta and lambda on the validation data, from a grid")
+    dynamic_eval: bool = setting(False, "with --eval: also score with weights that learn from the text")
+    dynamic_eval_tune: bool = setting(False, "choose its rate and decay on the validation data: half, once and twice")
+    dynamic_eval_rule: str = setting("rms", "how they learn", choices=("rms", "sgd"))
+    dynamic_eval_lr: float = setting(-1.0, "rate; -1: for every position of a segment 1e-5, with sgd 0.02")
+    dynamic_eval_decay: float = setting(-1.0, "towards the trained weights; -1: a position 4e-4, with sgd 0")
+    dynamic_eval_epsilon: float = setting(2e-5, "of rms")
+    dynamic_eval_segment: int = setting(5, "positions that are scored, then learned from")
+    dynamic_eval_stats: int = setting(0, "segments of the training data that rms takes gradients of; 0: all")
+    adapt_rows: int = setting(1, "rows of text that cache and dynamic evaluation read side by side")
 
     def validate(self) -> None:
         super().validate()
@@ -113,6 +130,38 @@ class LanguageModelConfig(NetworkConfig):
             )
         if not self.eval and self.repack and 0 < seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
+
+        self._validate_adaptation()
+
+    def _validate_adaptation(self) -> None:
+        """The settings of cache and dynamic evaluation."""
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for way, on in (("cache", bool(self.cache)), ("dynamic_eval", self.dynamic_eval)):
+            if on and not self.eval:
+                raise UserError(f"--{way}: is a way of scoring trained weights; pass --eval and --load_weight FILE")
+            for name in fields:
+                if not on and name.startswith(f"{way}_") and getattr(self, name) != fields[name]:
+                    raise UserError(f"--{name}: has no effect without --{way}")
+        if self.adapt_rows != 1 and not (self.cache or self.dynamic_eval):
+            raise UserError("--adapt_rows: has no effect without --cache or --dynamic_eval")
+        self.check_at_least(1, "dynamic_eval_segment", "adapt_rows")
+        self.check_at_least(0, "dynamic_eval_stats")
+        for name in ("dynamic_eval_lr", "dynamic_eval_decay"):
+            if getattr(self, name) < 0 and getattr(self, name) != -1:
+                raise UserError(f"--{name}: expected 0 or more, or -1 for the default, got {getattr(self, name)}")
+        if self.dynamic_eval_epsilon <= 0:
+            raise UserError(f"--dynamic_eval_epsilon: expected more than 0, got {self.dynamic_eval_epsilon}")
+        if self.cache:
+            given = f"--cache {' '.join(f'{number:.15g}' for number in self.cache)}"
+            if len(self.cache) != 3:
+                raise UserError(f"{given}: expected three numbers, WINDOW THETA LAMBDA, e.g. --cache 500 1 0.1")
+            window, theta, weight = self.cache
+            if window < 1 or not window.is_integer():
+                raise UserError(f"{given}: WINDOW: expected a whole number of positions ≥ 1, got {window:g}")
+            if theta < 0:
+                raise UserError(f"{given}: THETA: expected 0 or more, got {theta:g}")
+            if not 0 <= weight < 1:
+                raise UserError(f"{given}: LAMBDA: expected a share in [0, 1), got {weight:g}")
 
     def channels(self) -> int:
         """H, the hidden channels with those of the output; of other networks than TrellisNet their width."""
@@ -214,8 +263,16 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
     )
 
 
+# Further scores to report: name → how to evaluate, and what.
+Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
+
+
 def setup(
-    load: Callable[..., Corpus], config: LanguageModelConfig, device: torch.device
+    load: Callable[..., Corpus],
+    config: LanguageModelConfig,
+    device: torch.device,
+    *,
+    further: Callable[[LanguageModelConfig, LanguageModeling, Corpus], Scores] = lambda *_: {},
 ) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
@@ -223,6 +280,7 @@ def setup(
         load: the task's `data.load(folder, download, **config.data_options())`.
         config: the settings.
         device: where to train.
+        further: makes the scores that are reported beside those of the windows.
 
     Raises:
         UserError: a corpus that cannot be read or is too short for the settings.
@@ -271,6 +329,7 @@ def setup(
             every[f"{split}_all"] = score_all, getattr(corpus, split).to(device)
         if config.mc_dropout:
             every[f"{split}_mc"] = functools.partial(task.evaluate_mc, passes=config.mc_dropout), rows[split]
+    every |= further(config, task, corpus)
     splits = Splits(
         **rows,
         label=corpus.label,

@@ -87,6 +87,36 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes elsewhere
 
 
+@contextlib.contextmanager
+def cost(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Measure what is done inside.
+
+    Fills the dict that it gives with `seconds`, and with `peak_memory` as that function says, but of this time alone,
+    from what the process held at its beginning on; None where the system cannot begin anew (it can on Linux and CUDA).
+    :func:`peak_memory` is that of this time afterwards.
+    """
+    told: dict[str, Any] = {}
+    fresh = _forget_peak(device)
+    started = time.monotonic()
+    yield told
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    told["seconds"] = time.monotonic() - started
+    told["peak_memory"] = peak_memory(device) if fresh else None
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Let :func:`peak_memory` begin anew; False if it cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    return True
+
+
 def check_metrics_path(path: str, run_folder: Path | None) -> None:
     """Raise UserError now rather than after hours of training if the metrics file could not be written."""
     folder = os.path.dirname(os.path.abspath(path))

@@ -6,10 +6,11 @@ Letters: N batch (rows), L length of a row, l length of a window.
 """
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known len
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back to what every module was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -231,21 +232,78 @@ class LanguageModeling:
         reach = getattr(self.model.core, "reach", math.inf)  # only TrellisNet has streams
         return self._has_history(False) and self.horizon >= reach and self.measured == ("loss",)
 
-    def _stream(self, rows: Tensor, first: int, last: int, progress: Progress | None) -> dict:
-        """Mean loss of the targets of positions first to last − 1 of rows (N, L), read as one stream."""
+    def _stream(
+        self, rows: Tensor, first: int, last: int, progress: Progress | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and targets of positions first to last − 1 of rows (N, L), read as one stream."""
         steps = max(1, STREAMED // max(1, rows.size(0)))
         starts = range(0, last, steps)
-        with _evaluating(self.model):
-            total, tokens = 0.0, 0
-            stream = self.model.init_stream(rows.size(0))
-            for start in progress(starts, len(starts)) if progress is not None else starts:
-                end, skip = min(start + steps, last), max(first - start, 0)
-                output, stream = self.model.stream(rows[:, start:end].long(), stream)
-                targets = rows[:, start + 1 : end + 1][:, skip:].long()
-                if targets.numel():
-                    total += self.model.loss(output[:, skip:], targets, reduction="sum").item()
-                    tokens += targets.numel()
-        return {"loss": total / tokens, "tokens": tokens}
+        stream = self.model.init_stream(rows.size(0))
+        for start in progress(starts, len(starts)) if progress is not None else starts:
+            end, skip = min(start + steps, last), max(first - start, 0)
+            output, stream = self.model.stream(rows[:, start:end].long(), stream)
+            targets = rows[:, start + 1 : end + 1][:, skip:].long()
+            if targets.numel():
+                yield output[:, skip:], targets
+
+    def windowed(
+        self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is scored of rows (N, L), window by window under the rule of evaluation.
+
+        Every window is computed when it is asked for: by the weights, in the mode and with or without the gradients of
+        that moment. Where the state is carried, it is that of the weights that it was computed by, detached.
+
+        Args:
+            rows, max_tokens, progress: as in :meth:`evaluate`.
+
+        Returns:
+            features (N, l, output_size) and targets, int64 (N, l), of every window.
+        """
+        skip = self.horizon if self._has_history(False) else 0
+        windows, state, tokens = self.windows(rows, training=False), None, 0
+        for _, inputs, targets in windows if progress is None else progress(windows, len(self._starts(rows, False))):
+            out = self.model(inputs, state, start=skip)
+            state, targets = self._carried(out.state), targets[:, skip:]
+            yield out.output, targets
+            tokens += targets.numel()
+            if max_tokens is not None and tokens >= max_tokens:
+                return
+
+    def scored(
+        self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What :meth:`evaluate` scores, piece by piece, to be asked for in evaluation mode.
+
+        Args:
+            rows, max_tokens, progress: as in :meth:`evaluate`.
+
+        Returns:
+            features (N, l, output_size) and targets, int64 (N, l), of every piece, in the order of the text.
+        """
+        starts = self._starts(rows, False)
+        if not starts or not self.streams():
+            return self.windowed(rows, max_tokens=max_tokens, progress=progress)
+        if max_tokens is not None:
+            starts = starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
+        return self._stream(rows, self.horizon, min(starts[-1] + self.seq_len, rows.size(1) - 1), progress)
+
+    def in_segments(self, length: int) -> Self:
+        """This task with windows that score `length` positions each, whatever it was trained on.
+
+        Where the state is carried they lie end to end; else each has the `horizon` positions before it as context.
+
+        Raises:
+            ValueError: segments of nothing.
+        """
+        if length < 1:
+            raise ValueError(f"length: expected at least 1, got {length}")
+        task = copy.copy(self)
+        if self.repackage:
+            task.horizon, task.seq_len = length, 0
+        else:
+            task.seq_len = self.horizon + length
+        return task
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict:
@@ -265,31 +323,20 @@ class LanguageModeling:
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        skip = self.horizon if self._has_history(False) else 0
-        starts = self._starts(rows, False)
-        if starts and self.streams():
-            if max_tokens is not None:
-                starts = starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
-            last = min(starts[-1] + self.seq_len, rows.size(1) - 1)
-            return self._stream(rows, self.horizon, last, progress)
-        windows = self.windows(rows, training=False)
-        if progress is not None:
-            windows = progress(windows, len(starts))
-        with _evaluating(self.model):
-            total, tokens, state = 0.0, 0, None
-            further = dict.fromkeys(self.measured[1:], 0.0)
-            for _, inputs, targets in windows:
-                out = self.model(inputs, state, start=skip)
-                state = self._carried(out.state)
-                targets = targets[:, skip:]
-                total += self.model.loss(out.output, targets).item() * targets.numel()
-                for name, mean in self._measure(out.output, targets).items():
-                    further[name] += mean.item() * targets.numel()
-                tokens += targets.numel()
-                if max_tokens is not None and tokens >= max_tokens:
-                    break
+        with evaluating(self.model):
+            return self._mean(self.scored(rows, max_tokens=max_tokens, progress=progress), rows.size(1))
+
+    def _mean(self, pieces: Iterable[tuple[Tensor, Tensor]], length: int) -> dict:
+        """Mean loss, and what else is measured, of features and their targets from rows of a length."""
+        total, tokens = 0.0, 0
+        further = dict.fromkeys(self.measured[1:], 0.0)
+        for output, targets in pieces:
+            total += self.model.loss(output, targets, reduction="sum").item()
+            for name, mean in self._measure(output, targets).items():
+                further[name] += mean.item() * targets.numel()
+            tokens += targets.numel()
         if not tokens:
-            raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+            raise ValueError(f"rows of {length} tokens hold no window with anything to score")
         return {"loss": total / tokens, "tokens": tokens} | {name: sum_ / tokens for name, sum_ in further.items()}
 
     @torch.no_grad()
@@ -313,13 +360,15 @@ class LanguageModeling:
         if starts and self.streams():
             if max_tokens is not None:  # the first window scores more, all of it
                 starts = starts[: 1 + max(0, math.ceil((max_tokens - self.seq_len) / starts.step))]
-            return self._stream(rows, 0, min(starts[-1] + self.seq_len, rows.size(1) - 1), progress)
+            last = min(starts[-1] + self.seq_len, rows.size(1) - 1)
+            with evaluating(self.model):
+                return self._mean(self._stream(rows, 0, last, progress), rows.size(1))
         windows = [(inputs, targets) for _, inputs, targets in self.windows(rows, training=False)]
         whole = [w for w in windows[1:] if w[0].size(1) == self.seq_len]
         rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
         groups = [windows[:1]] if windows else []
         groups += [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)] + [[w] for w in rest]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             total, tokens = 0.0, 0
             for group in progress(groups, len(groups)) if progress is not None else groups:
                 inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
@@ -359,7 +408,7 @@ class LanguageModeling:
         for _ in progress(range(passes), passes) if progress is not None else range(passes):
             masks, losses, state, tokens = self.model.draw_masks(rows.size(0)), [], None, 0
             latent = None if masks is None else masks.latent
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 self.model.train(masks is None)
                 for _, inputs, targets in self.windows(rows, training=False):
                     out = self.model(inputs, state, start=skip, masks=masks)
@@ -556,7 +605,7 @@ class Classification:
         sequences, classes = data
         starts = range(0, len(classes), self.eval_batch_size)
         total, right, examples = 0.0, 0, 0
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for start in progress(starts, len(starts)) if progress is not None else starts:
                 part = slice(start, start + self.eval_batch_size)
                 logits, targets = self.model(self.prepare(sequences[part])).logits, classes[part]
@@ -586,7 +635,7 @@ class Classification:
         sequences, classes = data
         starts = range(0, len(classes), self.eval_batch_size)
         total, right, examples = 0.0, 0, 0
-        with _evaluating(self.model):
+        with evaluating(self.model):
             self.model.train()
             for start in progress(starts, len(starts)) if progress is not None else starts:
                 part = slice(start, start + self.eval_batch_size)

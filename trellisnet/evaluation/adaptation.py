@@ -1,0 +1,185 @@
+"""The flags `--cache` and `--dynamic_eval` of the language models: what they score, how it is tuned, what it costs."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from trellisnet.data.corpus import Corpus, batchify
+from trellisnet.errors import RunError, UserError
+from trellisnet.evaluation import cache, dynamic
+from trellisnet.training.language_model import LanguageModelConfig, Scores
+from trellisnet.training.runlog import cost
+from trellisnet.training.tasks import LanguageModeling, Progress
+
+SPLITS = ("valid", "test")
+STATISTICS_ROWS = 100  # of the training data, as in Krause et al.
+TUNING_TOKENS = 30_000  # of the validation data that rate and decay are chosen on
+# Rate and decay for every position of a segment.
+DEFAULTS = {"rms": (1e-5, 4e-4), "sgd": (0.02, 0.0)}
+
+Method = Callable[..., dict[str, Any]]
+
+
+def scores(config: LanguageModelConfig, task: LanguageModeling, corpus: Corpus) -> Scores:
+    """The further scores that the settings ask for, for :func:`trellisnet.training.language_model.setup`.
+
+    All are of the whole split in `--adapt_rows` rows: `<split>_static` by the model as it is, `<split>_cache`,
+    `<split>_dynamic` and, with both, `<split>_dynamic_cache`: a cache of the features, and beside the losses, of
+    dynamic evaluation.
+
+    Raises:
+        UserError: a text that is too short for the settings.
+    """
+    if not (config.cache or config.dynamic_eval):
+        return {}
+    device = next(task.model.parameters()).device
+    try:
+        rows = {split: batchify(getattr(corpus, split), config.adapt_rows).to(device) for split in SPLITS}
+    except ValueError as e:
+        raise UserError(f"--adapt_rows {config.adapt_rows}: the text is too short for so many; pass fewer") from e
+    found: Scores = {}
+    adapted = _Adapted(config, task, corpus, rows)
+    for name, method in adapted.methods().items():
+        for split in SPLITS:
+            found[f"{split}_{name}"] = functools.partial(method, split), rows[split]
+    return found
+
+
+class _Adapted:
+    """Scores of one model and what they share: statistics, settings that were tuned, histories."""
+
+    def __init__(self, config: LanguageModelConfig, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]):
+        self.config, self.task, self.corpus, self.rows = config, task, corpus, rows
+        self.device = rows["valid"].device
+        self.caches: dict[bool, cache.Cache] = {}  # with or without dynamic evaluation
+        self.update: dynamic.Update | None = None
+        self.statistics: list[Tensor] | None = None
+        self.histories: dict[str, cache.History] = {}  # of dynamic evaluation, if a cache comes on top
+        self.seconds: dict[str, float] = {}  # that these took
+        if config.dynamic_eval:
+            self.segmented = task.in_segments(config.dynamic_eval_segment)
+        for split, text in rows.items():
+            windows = [task, *([self.segmented] if config.dynamic_eval else [])]
+            if any(next(way.windows(text, training=False), None) is None for way in windows):
+                raise UserError(f"--adapt_rows {config.adapt_rows}: rows of {text.size(1)} tokens of {split} are short")
+            if config.cache and config.cache[0] >= text.size(1) - 2:
+                given = f"--cache {' '.join(f'{number:.15g}' for number in config.cache)}"
+                raise UserError(f"{given}: WINDOW: expected less than the {text.size(1)} tokens of a row of {split}")
+
+    def methods(self) -> dict[str, Method]:
+        """By name: what scores a split, (split, rows, max_tokens=…, progress=…) → result."""
+        ways = {"static": self.as_it_is}
+        if self.config.cache:
+            ways["cache"] = self.cached
+        if self.config.dynamic_eval:
+            ways["dynamic"] = self.learning
+        if self.config.cache and self.config.dynamic_eval:
+            ways["dynamic_cache"] = self.learning_cached
+        return ways
+
+    def as_it_is(self, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
+        """The model as it is, on the same rows."""
+        with cost(self.device) as taken:
+            result = self.task.evaluate(rows, **how)
+        return result | taken
+
+    def cached(self, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
+        """With a cache of its features."""
+        with cost(self.device) as tuning:
+            chosen, further = self._chosen_cache(False, lambda: cache.collect(self.task, self.rows["valid"], **how))
+        with cost(self.device) as taken:
+            result = cache.evaluate(cache.collect(self.task, rows, **how), chosen)
+        return result | taken | _told(chosen) | _tuned(further, tuning)
+
+    def learning(self, split: str, rows: Tensor, max_tokens: int | None = None, progress: Progress | None = None):
+        """With weights that learn from the text."""
+        how = {"max_tokens": max_tokens, "progress": progress}
+        with cost(self.device) as preparing:
+            further = self._prepare(**how)
+        pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def visit(output: Tensor, targets: Tensor) -> None:
+            pieces.append((output, targets, self.task.model.loss(output, targets, reduction="none")))
+
+        with cost(self.device) as taken:
+            result = dynamic.evaluate(
+                self.segmented, rows, self.update, self.statistics, **how, visit=visit if self.config.cache else None
+            )
+        if not math.isfinite(self.task.score(result["loss"])):
+            raise RunError(
+                f"dynamic evaluation of {split} diverged after {result['tokens']:,} tokens; lower --dynamic_eval_lr "
+                f"from {self.update.lr:g}"
+            )
+        if pieces:
+            self.histories[split] = cache.history(pieces)
+            self.seconds[split] = taken["seconds"]
+        settings = {"rule": self.update.rule, "lr": self.update.lr, "decay": self.update.decay}
+        settings |= {"epsilon": self.update.epsilon} if self.update.rule == "rms" else {}
+        settings["segment"] = self.config.dynamic_eval_segment
+        return result | taken | {"settings": settings} | _tuned(further, preparing)
+
+    def learning_cached(self, split: str, rows: Tensor, **_: Any) -> dict[str, Any]:
+        """With both: the features and losses are those of :meth:`learning`, whose time is counted in."""
+        with cost(self.device) as tuning:
+            chosen, further = self._chosen_cache(True, lambda: self.histories["valid"])
+        with cost(self.device) as taken:
+            result = cache.evaluate(self.histories[split], chosen)
+        taken["seconds"] += self.seconds[split]
+        return result | taken | _told(chosen) | _tuned(further, tuning)
+
+    def _chosen_cache(
+        self, is_dynamic: bool, valid: Callable[[], cache.History]
+    ) -> tuple[cache.Cache, dict[str, Any] | None]:
+        """The cache to use, and what was tried the first time."""
+        if is_dynamic in self.caches:
+            return self.caches[is_dynamic], None
+        window, theta, weight = self.config.cache
+        chosen, further = cache.Cache(int(window), theta, weight), None
+        if self.config.cache_tune:
+            chosen, table = cache.tune(valid(), chosen)
+            further = {"grid": table}
+        self.caches[is_dynamic] = chosen
+        return chosen, further
+
+    def _prepare(self, max_tokens: int | None, progress: Progress | None) -> dict[str, Any] | None:
+        """Take statistics and choose rate and decay, the first time."""
+        if self.update is not None:
+            return None
+        config, further, started = self.config, {}, time.monotonic()
+        rule, segment = config.dynamic_eval_rule, config.dynamic_eval_segment
+        given = (config.dynamic_eval_lr, config.dynamic_eval_decay)
+        lr, decay = (
+            default * segment if value < 0 else value for value, default in zip(given, DEFAULTS[rule], strict=True)
+        )
+        self.update = dynamic.Update(rule, lr, decay, config.dynamic_eval_epsilon)
+        if rule == "rms":
+            longest = self.corpus.train.numel() // (self.segmented.seq_len or segment) // 2
+            rows = batchify(self.corpus.train, max(1, min(STATISTICS_ROWS, longest)))
+            group = max(1, config.batch_size // config.accumulate)
+            self.statistics = dynamic.gradient_statistics(
+                self.segmented, rows.to(self.device), limit=config.dynamic_eval_stats, group=group, progress=progress
+            )
+            further["statistics_seconds"] = time.monotonic() - started
+        if config.dynamic_eval_tune:
+            most = min(TUNING_TOKENS, max_tokens or TUNING_TOKENS)
+            self.update, further["grid"] = dynamic.tune(
+                self.segmented, self.rows["valid"], self.update, self.statistics, max_tokens=most, progress=progress
+            )
+        return further
+
+
+def _told(chosen: cache.Cache) -> dict[str, Any]:
+    return {"settings": {"window": chosen.window, "theta": chosen.theta, "lambda": chosen.weight}}
+
+
+def _tuned(further: dict[str, Any] | None, taken: dict[str, Any]) -> dict[str, Any]:
+    """What was found out beforehand, the first time, and the seconds and memory for it."""
+    if not further:
+        return {}
+    for tried in further.get("grid", ()):
+        tried["loss"] = tried["loss"] if math.isfinite(tried["loss"]) else None  # there is no infinity in JSON
+    return further | {f"preparation_{key}": value for key, value in taken.items()}

@@ -1,0 +1,243 @@
+r"""Dynamic evaluation: a model that learns from the text that it is scored on (Krause, Kahembwe, Murray & Renals, 2018,
+"Dynamic Evaluation of Neural Sequence Models", arXiv:1709.07432).
+
+The text comes in segments of a few positions. Each is scored first and learned from afterwards, by one step from the
+weights θ that scored it, with the gradient g of its mean loss. With θ₀, the weights as they were trained, the rule
+`sgd` is
+
+.. math::
+    \theta \leftarrow \theta + \lambda\,(\theta_0 - \theta) - \eta\, g,
+
+and `rms` takes smaller steps, and less decay towards θ₀, where gradients are small by nature: with G, for every weight
+the root mean square of the gradients of segments of the training data, and m, the mean over tensors of the mean of G,
+
+.. math::
+    \theta \leftarrow \theta + \min(\lambda\, G / m, 1)\,(\theta_0 - \theta) - \eta\, g / (G + \varepsilon).
+
+Dropout is off. In history mode a segment comes with the `horizon` positions before it, so its history is that of the
+weights of now; where the state is carried, it is that of the weights that had computed it.
+
+A task is told the length of its segments by :meth:`trellisnet.training.tasks.LanguageModeling.in_segments`. Beside the
+gradient, `rms` keeps four numbers for every weight (θ₀, G, and the two factors), `sgd` one.
+
+Letters: N batch (rows), L length of a row.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trellisnet.training.tasks import LanguageModeling, Progress, evaluating
+
+RULES = ("rms", "sgd")
+# What :func:`tune` multiplies rate and decay by.
+FACTORS = (0.5, 1.0, 2.0)
+
+Visit = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Update:
+    """How a segment is learned from.
+
+    Args:
+        rule: "rms" or "sgd", as above.
+        lr: η.
+        decay: λ.
+        epsilon: ε, of `rms`.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    rule: str = "rms"
+    lr: float = 5e-5
+    decay: float = 2e-3
+    epsilon: float = 2e-5
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
+        for name in ("lr", "decay", "epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.rule == "rms" and not self.epsilon:
+            raise ValueError("epsilon: expected more than 0, for some gradients are 0, got 0")
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    """What is learned: every parameter once, those that several modules share too."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _uncached(device: torch.device) -> torch.autocast:
+    """Autocast as it is here, but for its copies of the weights, which would outlive an update."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Give the weights as they are, and put them back whatever happens inside."""
+    trained = [p.detach().clone() for p in parameters]
+    try:
+        yield trained
+    finally:
+        with torch.no_grad():
+            for p, before in zip(parameters, trained, strict=True):
+                p.copy_(before)
+
+
+@torch.enable_grad()
+def gradient_statistics(
+    task: LanguageModeling, rows: Tensor, *, limit: int = 0, group: int = 0, progress: Progress | None = None
+) -> list[Tensor]:
+    """G of the rule `rms`: root mean squares of the gradients of the mean losses of segments, in evaluation mode.
+
+    Args:
+        task: in segments.
+        rows: of the training data, (N, L). A segment is that of all rows; their number decides how much noise G has.
+        limit: use only so many segments from the beginning of the rows; 0: all.
+        group: compute so many rows at a time, for want of memory; 0: all.
+        progress: wraps the segments.
+
+    Returns:
+        a tensor like every parameter that has gradients, in the order of `model.parameters()`.
+
+    Raises:
+        ValueError: the rows are shorter than one window.
+    """
+    model, parameters = task.model, _trainable(task.model)
+    count = sum(1 for _ in itertools.islice(task.windows(rows, training=False), limit or None))
+    if not count:
+        raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+    squares = [torch.zeros_like(p) for p in parameters]
+    with evaluating(model), _uncached(rows.device):
+        groups = [task.windowed(part) for part in rows.split(group or rows.size(0))]
+        for _ in range(count) if progress is None else progress(range(count), count):
+            sums = None
+            for part in groups:
+                output, targets = next(part)
+                loss = model.loss(output, targets, reduction="sum") / (rows.size(0) * targets.size(1))
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
+            for square, gradient in zip(squares, sums, strict=True):
+                square.addcmul_(gradient, gradient)
+    return [square.div_(count).sqrt_() for square in squares]
+
+
+def _factors(
+    update: Update, parameters: Sequence[Tensor], statistics: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For every parameter the rate of its decay, at most 1, and the length of its step."""
+    if update.rule == "sgd":
+        rates = [p.new_tensor(min(update.decay, 1.0)) for p in parameters]
+        return rates, [p.new_tensor(update.lr) for p in parameters]
+    if statistics is None or len(statistics) != len(parameters):
+        found = "None" if statistics is None else f"{len(statistics)} of them"
+        raise ValueError(f"statistics: the rule rms expects a tensor for each of {len(parameters)}, got {found}")
+    mean = torch.stack([g.mean() for g in statistics]).mean().item() or 1.0  # 0 if nothing has a gradient
+    rates = [(g * (update.decay / mean)).clamp_(max=1) for g in statistics]
+    return rates, [update.lr / (g + update.epsilon) for g in statistics]
+
+
+def evaluate(
+    task: LanguageModeling,
+    rows: Tensor,
+    update: Update,
+    statistics: Sequence[Tensor] | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+    visit: Visit | None = None,
+) -> dict[str, Any]:
+    """Mean loss of rows (N, L), each segment of which is learned from after it has been scored.
+
+    The weights are put back afterwards, whatever happens, and so is the model's mode. With lr = 0 nothing is learned,
+    so no gradients are taken, and the result is that of :meth:`LanguageModeling.evaluate` in the same segments, bit for
+    bit (unless that reads them as a stream, see :meth:`LanguageModeling.streams`: then up to rounding).
+
+    Args:
+        task: in segments.
+        rows: int64 (N, L). All rows have one set of weights; one row is what the authors adapt to.
+        update: how to learn.
+        statistics: of :func:`gradient_statistics`; the rule `sgd` needs none.
+        max_tokens: stop after the segment in which so many tokens have been scored.
+        progress: wraps the segments.
+        visit: called with the features (N, l, output_size) and targets (N, l) of every segment, before it is learned
+            from.
+
+    Returns:
+        `loss`, the token-weighted mean in nats, and `tokens`. A loss that is not finite ends the evaluation.
+
+    Raises:
+        ValueError: the rows are shorter than one window, or statistics that do not fit.
+    """
+    model, parameters = task.model, _trainable(task.model)
+    rates, steps = _factors(update, parameters, statistics)
+    total, tokens, learns = 0.0, 0, update.lr > 0
+    with (
+        evaluating(model),
+        torch.set_grad_enabled(learns),
+        _uncached(rows.device),
+        _restored(parameters) as trained,
+    ):
+        for output, targets in task.windowed(rows, max_tokens=max_tokens, progress=progress):
+            loss = model.loss(output, targets, reduction="sum")
+            total += loss.item()
+            tokens += targets.numel()
+            if not math.isfinite(total):
+                break
+            if visit is not None:
+                with torch.no_grad():
+                    visit(output.detach(), targets)
+            if not learns:
+                continue
+            gradients = torch.autograd.grad(loss / targets.numel(), parameters, materialize_grads=True)
+            del output, loss
+            with torch.no_grad():
+                for p, before, g, rate, step in zip(parameters, trained, gradients, rates, steps, strict=True):
+                    if update.decay:
+                        p.lerp_(before, rate)
+                    p.addcmul_(g, step, value=-1)
+    if not tokens:
+        raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+    return {"loss": total / tokens, "tokens": tokens}
+
+
+def tune(
+    task: LanguageModeling,
+    rows: Tensor,
+    update: Update,
+    statistics: Sequence[Tensor] | None = None,
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Update, list[dict[str, float]]]:
+    """The best of half, once and twice the rate and the decay of `update`, by the loss of rows of validation data.
+
+    Arguments and errors as in :func:`evaluate`.
+
+    Returns:
+        the best update, and `lr`, `decay` and `loss` of all, infinite where it diverged.
+    """
+    grid = [
+        dataclasses.replace(update, lr=update.lr * factor, decay=update.decay * other)
+        for factor in FACTORS
+        for other in (FACTORS if update.decay else (1.0,))
+    ]
+    losses = [
+        evaluate(task, rows, candidate, statistics, max_tokens=max_tokens, progress=progress)["loss"]
+        for candidate in grid
+    ]
+    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    table = [{"lr": u.lr, "decay": u.decay, "loss": loss} for u, loss in zip(grid, losses, strict=True)]
+    return grid[losses.index(min(losses))], table
