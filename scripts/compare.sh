@@ -11,33 +11,38 @@ MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
 PROBE=100 # updates of the measurement
 
-# epochs FLAGS...: how many epochs of word_ptb fit into MINUTES; measured once a row.
-epochs() {
-    local folder="$ROOT/runs/tables/$TABLE/$ROW_NAME"
-    if [ ! -s "$folder/epochs" ]; then
+# budget FLAGS...: the faster precision of word_ptb here, and how many epochs fit into MINUTES; measured once a row.
+budget() {
+    local folder="$ROOT/runs/tables/$TABLE/$ROW_NAME" precision
+    if [ ! -s "$folder/budget" ]; then
         read -ra more <<<"${ARGS:-}"
-        "$PY" "$ROOT/word_ptb/train.py" "$@" ${more[@]+"${more[@]}"} --max_steps "$PROBE" --max_eval_tokens 1 \
-            --overwrite --out "$folder/probe" >&2
-        "$PY" - "$folder/probe" "$MINUTES" >"$folder/epochs" <<'PYTHON'
+        for precision in fp32 bf16; do
+            "$PY" "$ROOT/word_ptb/train.py" "$@" ${more[@]+"${more[@]}"} --precision "$precision" --max_steps "$PROBE" \
+                --max_eval_tokens 1 --overwrite --out "$folder/probe-$precision" >&2
+        done
+        "$PY" - "$folder" "$MINUTES" >"$folder/budget" <<'PYTHON'
 import json, pathlib, sys
 
-folder, minutes = pathlib.Path(sys.argv[1]), float(sys.argv[2])
-steps = json.loads((folder / "config.json").read_text())["steps an epoch"]
-records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-last = [r for r in records if r["event"] == "epoch"][-1]
-# Validation takes a third of an update's time for a window, and the validation text is a twelfth of the training text.
-epoch = last["train_seconds"] / last["step"] * steps * (1 + 1 / 36)
-print(max(1, round(60 * minutes / epoch)))
+folder, minutes, found = pathlib.Path(sys.argv[1]), float(sys.argv[2]), []
+for precision in ("fp32", "bf16"):
+    probe = folder / f"probe-{precision}"
+    steps = json.loads((probe / "config.json").read_text())["steps an epoch"]
+    records = map(json.loads, (probe / "metrics.jsonl").read_text().splitlines())
+    last = [r for r in records if r["event"] == "epoch"][-1]
+    # Validation takes a third of an update's time for a window, and the validation text is a twelfth of the training text.
+    found.append((last["train_seconds"] / last["step"] * steps * (1 + 1 / 36), precision))
+epoch, precision = min(found)
+print(max(1, round(60 * minutes / epoch)), precision)
 PYTHON
     fi
-    cat "$folder/epochs"
+    cat "$folder/budget"
 }
 
 # timed MODEL: the row that calls it.
 timed() {
-    local ROW_NAME="${FUNCNAME[1]}" n=3
-    [ -n "${SMOKE:-}" ] || n="$(epochs --model "$1" --preset small)"
-    train word_ptb --model "$1" --preset small --epochs "$n" --when $((2 * n / 3)) $((8 * n / 9))
+    local ROW_NAME="${FUNCNAME[1]}" n=3 precision=fp32
+    [ -n "${SMOKE:-}" ] || read -r n precision <<<"$(budget --model "$1" --preset small)"
+    train word_ptb --model "$1" --preset small --precision "$precision" --epochs "$n" --when $((2 * n / 3)) $((8 * n / 9))
 }
 
 trellisnet() { timed trellisnet; }
