@@ -149,8 +149,8 @@ class BadResultError(Exception):
     """A folder in results/ that must not be quoted."""
 
 
-def read(folder: Path) -> tuple[dict, list[dict]]:
-    """Metrics and epoch records of one result.
+def read(folder: Path, by_script: bool = False) -> tuple[dict, list[dict]]:
+    """Metrics and epoch records of one result; with `by_script` its command without what a script adds to it.
 
     Raises:
         BadResultError: a file is missing or unreadable, or the run is partial, synthetic, of uncommitted code, or its
@@ -162,6 +162,8 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
         # A continued run may tell of an epoch twice; the last time counts.
         epochs = list({r["epoch"]: r for r in records if r["event"] == "epoch" and r["finished"]}.values())
         complete = metrics["complete"] and [r["epoch"] for r in epochs] == list(range(1, metrics["epochs"] + 1))
+        if by_script:
+            metrics["command"] = re.sub(r" --(out|metrics|threads) \S+| --overwrite", "", metrics["command"])
         section(folder.name, metrics, epochs)
         (folder / "log.txt").read_text()
     except (OSError, ValueError) as e:
@@ -234,7 +236,8 @@ def results(folders: list[Path], comparisons: list[Path], adaptations: list[Path
         "Train scores are those of training, with dropout on.\n"
     ]
     parts += [section(folder.name, *read(folder)) for folder in folders]
-    parts += [(precision if folder.name == "precision" else comparison)(folder) for folder in comparisons]
+    kinds = {"precision": precision, "compare": equal_time}
+    parts += [kinds.get(folder.name.split("_")[0], comparison)(folder) for folder in comparisons]
     return "\n".join([*parts, *map(adapted, adaptations), *map(torture, faults)])
 
 
@@ -303,6 +306,53 @@ def compared(root: Path) -> str:
             lines.append(f"| {model} | {ours} | {parameters} | {times} |")
         lines.append("")
     return "\n".join(lines) or "nothing has been compared yet: bash scripts/compare.sh"
+
+
+def equal_time(folder: Path) -> str:
+    """The same from results/compare_<minutes>_minutes/<row>/, each of them a result as any other.
+
+    Raises:
+        BadResultError: as :func:`read`; or another name, or runs on different data or machines.
+    """
+    match = re.fullmatch(r"compare_(\d+)_minutes", folder.name)
+    if not match:
+        raise BadResultError(f"{folder}: expected a name such as compare_30_minutes")
+    names = [name for name in COMPARED if (folder / name).is_dir()]
+    if set(names) != {path.name for path in folder.iterdir()} or not names:
+        raise BadResultError(f"{folder}: expected folders named {', '.join(COMPARED)}")
+    lines, kinds = [], set()
+    for name in names:
+        metrics, epochs = read(folder / name, by_script=True)
+        try:
+            kinds.add(tuple(metrics[key] for key in ("task", "data", "machine", "threads", "torch", "commit")))
+            tokens = re.search(r"^# training tokens: (\d+)$", (folder / name / "log.txt").read_text(), re.MULTILINE)
+            speed = int(tokens[1]) * len(epochs) / sum(e["train_seconds"] for e in epochs)
+            cells = [
+                COMPARED[name], f"{metrics['params']:,}", metrics["precision"], f"{len(epochs)}",
+                f"{metrics['seconds'] / 60:.1f}", f"{speed:,.0f}",
+                *(f"{score_of(metrics[split])[1]:.2f}" for split in ("valid", "test")),
+                f"`{metrics['command']}`",
+            ]  # fmt: skip
+        except (KeyError, TypeError, ValueError) as e:
+            raise BadResultError(f"{folder / name}: a field is missing or of another kind ({e})") from e
+        lines.append(f"| {' | '.join(cells)} |")
+    if len(kinds) > 1:
+        raise BadResultError(f"{folder}: runs on different data, machines or code")
+    task, data, machine, threads, torch, commit = kinds.pop()
+    columns = "network, parameters, precision, epochs, minutes, tokens/s of training, valid ppl, test ppl, command"
+    return "\n".join(
+        [
+            f"## Networks of one size after about {match[1]} minutes each, {task}",
+            "",
+            f"`MINUTES={match[1]} bash scripts/compare.sh`: every network in the precision in which it is faster. "
+            f"{machine}, threads {threads}, torch {torch}, commit `{commit}`, data sha256 `{data[:16]}…`; one seed.",
+            "",
+            f"| {columns.replace(', ', ' | ')} |",
+            "|---|--:|---|--:|--:|--:|--:|--:|---|",
+            *lines,
+            "",
+        ]
+    )
 
 
 def table(number: int | str, root: Path) -> str:
@@ -603,7 +653,7 @@ def main(argv: list[str] | None = None) -> int:
         if path.is_dir() and path.name not in ("figures", "memory", "speed", "torture", "adapted")
     ]
     folders.sort(key=lambda path: (place(path.name), path.name))
-    comparisons = [path for path in folders if path.name.startswith(("table", "precision"))]
+    comparisons = [path for path in folders if path.name.startswith(("table", "precision", "compare"))]
     folders = [path for path in folders if path not in comparisons]
     adaptations = sorted((args.root / "results" / "adapted").glob("*.json"), key=lambda path: place(path.stem))
     faults = sorted((args.root / "results" / "torture").glob("*.json"))

@@ -363,3 +363,29 @@ def test_cache_and_dynamic_evaluation(root, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_networks_after_equal_time(root, capsys):
+    folder = root()
+    one, compare = folder / "results" / "one", folder / "results" / "compare_25_minutes"
+    metrics = METRICS | {"command": f"{METRICS['command']} --model rhn --threads 1 --out /home/me/x --metrics /x.json"}
+    records = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    for row, ppl in (("trellisnet", 140.0), ("rhn", 150.0)):
+        (compare / row).mkdir(parents=True)
+        changed = metrics | {"test": metrics["test"] | {"ppl": ppl}}
+        (compare / row / "metrics.json").write_text(json.dumps(changed))
+        lines = [json.dumps(r | {"train_seconds": 100.0}) for r in records]
+        (compare / row / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        (compare / row / "log.txt").write_text("# training tokens: 5000\n")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "after about 25 minutes each, word_ptb" in text
+    command = f"`{METRICS['command']} --model rhn`"
+    row = f"| Recurrent highway network | 123,456 | fp32 | 2 | 60.0 | 50 | 121.51 | 150.00 | {command} |"
+    assert text.index("| TrellisNet |") < text.index(row)
+    (compare / "rhn" / "metrics.json").write_text(json.dumps(metrics | {"threads": 1}))
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "runs on different data, machines or code" in capsys.readouterr().err
+    (compare / "rhn").rename(compare / "other")
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "expected folders named trellisnet" in capsys.readouterr().err
