@@ -16,6 +16,7 @@ from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
+from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule
@@ -207,7 +208,7 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
 
 
 def setup(
-    load: Callable[..., Corpus], config: LanguageModelConfig, device: torch.device
+    load: Callable[..., Corpus], config: LanguageModelConfig, device: torch.device, ranks: Ranks | None = None
 ) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
@@ -215,6 +216,7 @@ def setup(
         load: the task's `data.load(folder, download, **config.data_options())`.
         config: the settings.
         device: where to train.
+        ranks: the processes that train together; by default this one is alone.
 
     Raises:
         UserError: a corpus that cannot be read or is too short for the settings.
@@ -233,6 +235,7 @@ def setup(
         alpha=config.alpha,
         beta=config.beta,
         length_seed=config.seed if config.random_length else None,
+        ranks=ranks,
     )
     sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
     try:

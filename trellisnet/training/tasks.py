@@ -6,6 +6,7 @@ Letters: N batch (rows), L length of a row, l length of a window.
 """
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from trellisnet.core import State
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
+from trellisnet.training.distributed import Ranks
 
 STREAMED = 1024  # positions × rows that a streamed evaluation computes at a time: enough for fast products
 SHORTEST, DEVIATION = 5, 5.0  # of windows of random length
@@ -37,6 +39,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _mean(total: float, count: int) -> float:
+    """A mean; NaN of nothing, where a rank was told to end before it had done anything."""
+    return total / count if count else math.nan
 
 
 class LanguageModeling:
@@ -58,6 +65,8 @@ class LanguageModeling:
         length_seed: train on windows of random length (Merity et al., 2018, section 5): normally distributed about
             `horizon`, or in one of twenty about half of it, with deviation 5, at least 5; others for every epoch, drawn
             from this seed. The learning rate of an update is scaled by the length. Only with `repackage`.
+        ranks: the processes among which evaluation is divided; all get the result of the whole. By default this one
+            evaluates alone.
 
     Raises:
         ValueError: settings that fit no window.
@@ -80,6 +89,7 @@ class LanguageModeling:
         alpha: float = 0.0,
         beta: float = 0.0,
         length_seed: int | None = None,
+        ranks: Ranks | None = None,
     ):
         if horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {horizon}")
@@ -104,6 +114,7 @@ class LanguageModeling:
         self.alpha = alpha
         self.beta = beta
         self.length_seed = length_seed
+        self.ranks = ranks or Ranks()
 
     def _has_history(self, training: bool) -> bool:
         """Whether windows overlap and leave their first `horizon` positions unscored: the authors' two rules."""
@@ -232,20 +243,25 @@ class LanguageModeling:
         return self._has_history(False) and self.horizon >= reach and self.measured == ("loss",)
 
     def _stream(self, rows: Tensor, first: int, last: int, progress: Progress | None) -> dict:
-        """Mean loss of the targets of positions first to last − 1 of rows (N, L), read as one stream."""
+        """Mean loss of the targets of positions first to last − 1 of rows (N, L), read as one stream.
+
+        Every rank takes a stretch of positions and begins to read `horizon` before it: further back nothing is seen.
+        """
         steps = max(1, STREAMED // max(1, rows.size(0)))
-        starts = range(0, last, steps)
+        own = self.ranks.part(range(first, last))
+        starts = range(max(own.start - self.horizon, 0), own.stop, steps) if own else range(0)
         with _evaluating(self.model):
             total, tokens = 0.0, 0
             stream = self.model.init_stream(rows.size(0))
             for start in progress(starts, len(starts)) if progress is not None else starts:
-                end, skip = min(start + steps, last), max(first - start, 0)
+                end, skip = min(start + steps, own.stop), max(own.start - start, 0)
                 output, stream = self.model.stream(rows[:, start:end].long(), stream)
                 targets = rows[:, start + 1 : end + 1][:, skip:].long()
                 if targets.numel():
                     total += self.model.loss(output[:, skip:], targets, reduction="sum").item()
                     tokens += targets.numel()
-        return {"loss": total / tokens, "tokens": tokens}
+        total, tokens = self.ranks.sum(total, tokens)
+        return {"loss": _mean(total, tokens), "tokens": tokens}
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict:
@@ -265,20 +281,18 @@ class LanguageModeling:
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        skip = self.horizon if self._has_history(False) else 0
-        starts = self._starts(rows, False)
-        if starts and self.streams():
-            if max_tokens is not None:
-                starts = starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
+        skip, starts = self.horizon if self._has_history(False) else 0, self._scored(rows, max_tokens)
+        if self.streams():
             last = min(starts[-1] + self.seq_len, rows.size(1) - 1)
             return self._stream(rows, self.horizon, last, progress)
-        windows = self.windows(rows, training=False)
-        if progress is not None:
-            windows = progress(windows, len(starts))
+        # Windows into which a state is carried must stay in their order: then ranks take rows.
+        own, starts = (self.ranks.part(rows), starts) if self.repackage else (rows, self.ranks.part(starts))
+        starts = starts if own.size(0) else []
         with _evaluating(self.model):
             total, tokens, state = 0.0, 0, None
             further = dict.fromkeys(self.measured[1:], 0.0)
-            for _, inputs, targets in windows:
+            for start in progress(starts, len(self._starts(own, False))) if progress is not None else starts:
+                inputs, targets = self._cut(own, start, False)
                 out = self.model(inputs, state, start=skip)
                 state = self._carried(out.state)
                 targets = targets[:, skip:]
@@ -286,11 +300,22 @@ class LanguageModeling:
                 for name, mean in self._measure(out.output, targets).items():
                     further[name] += mean.item() * targets.numel()
                 tokens += targets.numel()
-                if max_tokens is not None and tokens >= max_tokens:
-                    break
-        if not tokens:
+        total, tokens, *sums = self.ranks.sum(total, tokens, *further.values())
+        means = {name: _mean(sum_, tokens) for name, sum_ in zip(further, sums, strict=True)}
+        return {"loss": _mean(total, tokens), "tokens": tokens} | means
+
+    def _scored(self, rows: Tensor, max_tokens: int | None) -> range:
+        """Starts of the windows that evaluation scores: up to that in which the `max_tokens`th token is.
+
+        Raises:
+            ValueError: there are none.
+        """
+        starts = self._starts(rows, False)
+        if not starts:
             raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
-        return {"loss": total / tokens, "tokens": tokens} | {name: sum_ / tokens for name, sum_ in further.items()}
+        if max_tokens is None:
+            return starts
+        return starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
 
     @torch.no_grad()
     def evaluate_all(
@@ -315,23 +340,27 @@ class LanguageModeling:
                 starts = starts[: 1 + max(0, math.ceil((max_tokens - self.seq_len) / starts.step))]
             return self._stream(rows, 0, min(starts[-1] + self.seq_len, rows.size(1) - 1), progress)
         windows = [(inputs, targets) for _, inputs, targets in self.windows(rows, training=False)]
+        if not windows:
+            raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
         whole = [w for w in windows[1:] if w[0].size(1) == self.seq_len]
         rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
-        groups = [windows[:1]] if windows else []
-        groups += [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)] + [[w] for w in rest]
+        # The first window has nothing before it: all of it is scored.
+        groups = [(0, windows[:1])]
+        groups += [(self.horizon, whole[i : i + batch_size]) for i in range(0, len(whole), batch_size)]
+        groups += [(self.horizon, [w]) for w in rest]
+        if max_tokens is not None:
+            sizes = (sum(targets.size(1) - skip for _, targets in group) for skip, group in groups)
+            groups = groups[: 1 + sum(before < max_tokens for before in itertools.accumulate(sizes))]
+        groups = self.ranks.part(groups)
         with _evaluating(self.model):
             total, tokens = 0.0, 0
-            for group in progress(groups, len(groups)) if progress is not None else groups:
+            for skip, group in progress(groups, len(groups)) if progress is not None else groups:
                 inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
-                skip = self.horizon if tokens else 0  # the first window has nothing before it: all of it is scored
                 loss = self.model.loss(self.model(inputs, start=skip).output, targets[:, skip:], reduction="sum")
                 total += loss.item()
                 tokens += targets[:, skip:].numel()
-                if max_tokens is not None and tokens >= max_tokens:
-                    break
-        if not tokens:
-            raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
-        return {"loss": total / tokens, "tokens": tokens}
+        total, tokens = self.ranks.sum(total, tokens)
+        return {"loss": _mean(total, tokens), "tokens": tokens}
 
     @torch.no_grad()
     def evaluate_mc(
@@ -341,7 +370,7 @@ class LanguageModeling:
         2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
 
         Every pass draws one set of masks for its rows and keeps it from the first window to the last. A network whose
-        dropout is not one mask a sequence draws as in training instead.
+        dropout is not one mask a sequence draws as in training instead. Every rank takes rows, and draws for them.
 
         Args:
             rows: int64 (N, L).
@@ -355,25 +384,25 @@ class LanguageModeling:
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        skip, total = self.horizon if self._has_history(False) else 0, None
-        for _ in progress(range(passes), passes) if progress is not None else range(passes):
-            masks, losses, state, tokens = self.model.draw_masks(rows.size(0)), [], None, 0
+        skip, starts = self.horizon if self._has_history(False) else 0, self._scored(rows, max_tokens)
+        own, total = self.ranks.part(rows), None
+        samples = range(passes if own.size(0) else 0)
+        for _ in progress(samples, len(samples)) if progress is not None else samples:
+            masks, losses, state = self.model.draw_masks(own.size(0)), [], None
             latent = None if masks is None else masks.latent
             with _evaluating(self.model):
                 self.model.train(masks is None)
-                for _, inputs, targets in self.windows(rows, training=False):
+                for start in starts:
+                    inputs, targets = self._cut(own, start, False)
                     out = self.model(inputs, state, start=skip, masks=masks)
                     state, targets = self._carried(out.state), targets[:, skip:]
                     options = {"latent_mask": latent, "draw": masks is None, "reduction": "none"}
                     losses.append(self.model.loss(out.output, targets, **options).flatten().double())
-                    tokens += targets.numel()
-                    if max_tokens is not None and tokens >= max_tokens:
-                        break
-            if not losses:
-                raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
             log_p = -torch.cat(losses)
             total = log_p if total is None else torch.logaddexp(total, log_p)
-        return {"loss": math.log(passes) - total.mean().item(), "tokens": tokens, "passes": passes}
+        log_p = total.sum().item() if total is not None else 0.0
+        log_p, tokens = self.ranks.sum(log_p, 0 if total is None else total.numel())
+        return {"loss": math.log(passes) - _mean(log_p, tokens), "tokens": tokens, "passes": passes}
 
     @staticmethod
     def score(loss: float) -> float:
@@ -472,6 +501,7 @@ class Classification:
         eval_batch_size: sequences that are evaluated at a time; it does not change results.
         prepare: what is done to a batch of stored sequences (n, L, C), of any dtype, before the model gets it.
         seed: of the order of the training data, which is another one in every epoch.
+        ranks: the processes among which evaluation is divided, see :class:`LanguageModeling`.
     """
 
     score_name = "accuracy"
@@ -487,8 +517,10 @@ class Classification:
         eval_batch_size: int = 64,
         prepare: Callable[[Tensor], Tensor] = lambda sequences: sequences,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ):
         self.model = model
+        self.ranks = ranks or Ranks()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.prepare = prepare
@@ -554,7 +586,7 @@ class Classification:
             `loss` in nats, `accuracy` from 0 to 1, and the number of `examples`.
         """
         sequences, classes = data
-        starts = range(0, len(classes), self.eval_batch_size)
+        starts = self._scored(len(classes), max_tokens)
         total, right, examples = 0.0, 0, 0
         with _evaluating(self.model):
             for start in progress(starts, len(starts)) if progress is not None else starts:
@@ -563,9 +595,19 @@ class Classification:
                 total += F.cross_entropy(logits, targets, reduction="sum").item()
                 right += (logits.argmax(1) == targets).sum().item()
                 examples += targets.numel()
-                if max_tokens is not None and examples >= max_tokens:
-                    break
-        return {"loss": total / examples, "accuracy": right / examples, "examples": examples}
+        return self._result(total, right, examples)
+
+    def _scored(self, examples: int, max_tokens: int | None) -> range:
+        """Where this rank's batches begin, up to that in which so many sequences of all ranks have been scored."""
+        starts = range(0, examples, self.eval_batch_size)
+        if max_tokens is not None:
+            starts = starts[: max(1, math.ceil(max_tokens / self.eval_batch_size))]
+        return self.ranks.part(starts)
+
+    def _result(self, total: float, right: int, examples: int) -> dict:
+        """Means of sums that are this rank's."""
+        total, right, examples = self.ranks.sum(total, right, examples)
+        return {"loss": _mean(total, examples), "accuracy": _mean(right, examples), "examples": examples}
 
     @torch.no_grad()
     def evaluate_mc(
@@ -584,7 +626,7 @@ class Classification:
             max_tokens, progress: as in :meth:`evaluate`, which also tells of the result.
         """
         sequences, classes = data
-        starts = range(0, len(classes), self.eval_batch_size)
+        starts = self._scored(len(classes), max_tokens)
         total, right, examples = 0.0, 0, 0
         with _evaluating(self.model):
             self.model.train()
@@ -596,9 +638,7 @@ class Classification:
                 total += F.nll_loss(log_p, targets, reduction="sum").item()
                 right += (log_p.argmax(1) == targets).sum().item()
                 examples += targets.numel()
-                if max_tokens is not None and examples >= max_tokens:
-                    break
-        return {"loss": total / examples, "accuracy": right / examples, "examples": examples, "passes": passes}
+        return self._result(total, right, examples) | {"passes": passes}
 
     def training_score(self, means: dict[str, float]) -> float:
         """Accuracy while training, dropout on."""
