@@ -312,8 +312,8 @@ class Trainer:
             ranks.seed(self.config.seed, self.step)
         if ranks.size != len(states):
             line = (
-                f"NOTICE: the checkpoint is of {len(states)} rank(s), this run has {ranks.size}: the first goes on with "
-                "its random numbers, others begin new ones"
+                f"NOTICE: the checkpoint is of {len(states)} rank(s), this run has {ranks.size}: the first goes on "
+                "with its random numbers, others begin new ones"
             )
             self.say(line)
             self.folder.log(line)
@@ -361,7 +361,7 @@ class Trainer:
         task, model, config = self.task, self.task.model, self.config
         model.train()
         self.meter, self.saved = _Meter(task.measured, self.ranks), time.monotonic()
-        told = self.epoch > 0
+        told, alone = self.epoch > 0, self.ranks.size == 1
         progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
         with progress:
             for batch in map(batches.__getitem__, range(self.batch, len(batches))):
@@ -382,17 +382,12 @@ class Trainer:
                 if due and counted:
                     with self.interrupts.held():
                         figures = self._log_steps(len(batches))
-                    if self.ranks.size > 1:
-                        progress.set_postfix_str(figures)
-                elif (
-                    self.ranks.size == 1
-                    and not progress.disable
-                    and counted
-                    and self.meter.shown + 1 < time.monotonic()
-                ):
+                    progress.set_postfix_str(figures)
+                # Several ranks tell each other how far they are for the log only.
+                elif not progress.disable and alone and counted and self.meter.shown + 1 < time.monotonic():
                     progress.set_postfix_str(self._figures())
                 due = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
-                late = self.told.late if self.ranks.size > 1 else self._is_late()
+                late = self._is_late() if alone else self.told.late
                 if due or late:
                     with self.interrupts.held():
                         self._save(best=False)
