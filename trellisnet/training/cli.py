@@ -97,6 +97,8 @@ def _heard(ranks: Ranks) -> Iterator[None]:
 def _plain_warnings() -> Iterator[None]:
     """Show our warnings as one line without a place in the code."""
     with warnings.catch_warnings():
+        # DistributedDataParallel, of the strides of dimensions of one entry.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         show = warnings.showwarning
 
         def plain(message, category, filename, *rest, **options):
@@ -145,7 +147,8 @@ class _Program:
             config, resumed, spoilt = self._start(argv)
         config, resumed, spoilt = ranks.share((config, resumed, spoilt))
         with ranks.agreed():
-            ranks.check_rows(1 if config.eval else config.batch_size)
+            if not config.eval:
+                ranks.check_rows(config.batch_size)
             if config.threads:
                 torch.set_num_threads(config.threads)
             ranks.device(config.device)

@@ -99,7 +99,10 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
-            self._store = dist.PrefixStore("trellisnet", store)
+            # A process may join more than once, and torchrun keeps what it stored before.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            count = store.add(f"trellisnet {attempt} {self.rank}", 1)
+            self._store = dist.PrefixStore(f"trellisnet {attempt} {count}", store)
             options = {"store": self._store, "rank": self.rank, "world_size": self.size, "timeout": PATIENCE}
             dist.init_process_group(backend, **options)
         except RuntimeError as e:
