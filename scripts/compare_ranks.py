@@ -47,8 +47,8 @@ PROGRAMS = {
     "cifar10": cifar10.train,
 }  # fmt: skip
 OFF = "--dropout 0 --dropouti 0 --dropouth 0 --wdrop 0 --data synthetic --nhid 6 --max_eval_tokens 1500".split()
-TEXT = """--emsize 8 --nout 8 --nlevels 4 --horizon 6 --batch_size 12 --emb_dropout 0 --dropoutl 0 --aux 0.1 --aux_freq 2 --alpha 2
---beta 1 --lr 1 --optim SGD --clip 0.25 --mc_dropout 2 --eval_all""".split()
+TEXT = """--emsize 8 --nout 8 --nlevels 4 --horizon 6 --batch_size 12 --emb_dropout 0 --dropoutl 0 --aux 0.1
+--aux_freq 2 --alpha 2 --beta 1 --lr 1 --optim SGD --clip 0.25 --mc_dropout 2 --eval_all""".split()
 DOUBLE = "--gemm mm --gates eager".split()  # what can compute in float64
 CARRIED = "--repack --seq_len 0".split()
 IMAGES = "--nlevels 6 --batch_size 8 --optim SGD --lr 0.5 --no-validation".split()

@@ -96,9 +96,7 @@ def test_parts_are_stretches_of_nearly_equal_length_in_the_order_of_ranks(size):
 
 def test_rows_that_cannot_be_divided_are_an_error():
     Ranks(1, 4).check_rows(16)
-    with pytest.raises(
-        UserError, match="--batch_size 15: its rows cannot be divided among 4 ranks; pass --batch_size 16"
-    ):
+    with pytest.raises(UserError, match="--batch_size 15: its rows cannot be divided among 4 ranks; pass .* 16"):
         Ranks(1, 4).check_rows(15)
 
 
@@ -130,10 +128,8 @@ def test_every_rank_but_the_first_has_random_numbers_of_its_own():
 
 
 def compared(sizes, cases, tmp_path):
-    bounds = compare_ranks.BOUNDS.items()
-    alone = {
-        kind: {case: compare_ranks.train(case, getattr(torch, kind), Ranks()) for case in cases} for kind, _ in bounds
-    }
+    bounds, train = compare_ranks.BOUNDS.items(), compare_ranks.train
+    alone = {kind: {case: train(case, getattr(torch, kind), Ranks()) for case in cases} for kind, _ in bounds}
     for size in sizes:
         found = compare_ranks.launch(size, tmp_path / "found.pt", cases)
         for kind, bound in bounds:
@@ -157,17 +153,17 @@ def test_ranks_compute_what_one_does(tmp_path):
 def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     """Wrong settings, a whole run, one that a signal to one rank stops, its continuation, one that fails, a score."""
     capsys.readouterr()
-    short = [*MODEL, "--max_steps", "230"]
+    short, bands = [*MODEL, "--max_steps", "230"], ["--cutoffs", 20, 50]
+    to = lambda name: ["--metrics", tmp_path / f"{name}.json"]  # noqa: E731
     assert word_ptb.train.main([*MODEL, "--max_steps", "60", "--out", str(tmp_path / "alone")]) == 0
     out = {name: tmp_path / name for name in ("whole", "parts", "bad")}
     plan = [
         ["word_ptb", *MODEL, "--batch_size", "25", "--out", out["bad"]],
-        ["wt103", *short, "--cutoffs", 20, 50, "--out", out["whole"], "--metrics", tmp_path / "whole.json"],
-        ["wt103", "signal", 1, 150, *short, "--cutoffs", 20, 50, "--out", out["parts"]],
-        ["wt103", "--resume", out["parts"] / "last.pt", "--metrics", tmp_path / "parts.json"],
+        ["wt103", *short, *bands, "--out", out["whole"], *to("whole")],
+        ["wt103", "signal", 1, 150, *short, *bands, "--out", out["parts"]],
+        ["wt103", "--resume", out["parts"] / "last.pt", *to("parts")],
         ["word_ptb", *MODEL, "--lr", "1e30", "--clip", "0", "--optim", "SGD", "--out", out["bad"]],
-        ["wt103", *MODEL, "--cutoffs", 20, 50, "--eval", "--load_weight", out["whole"] / "weights.pkl"]
-        + ["--metrics", tmp_path / "eval.json"],
+        ["wt103", *MODEL, *bands, "--eval", "--load_weight", out["whole"] / "weights.pkl", *to("eval")],
         ["word_ptb", "--resume", tmp_path / "alone" / "last.pt", "--max_steps", "70"],
     ]
     codes, printed, err = torchrun(2, *plan)
@@ -234,9 +230,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path, dies):
     assert time.monotonic() - begin < 20
     assert processes[1 - dies].returncode == 1
     processes[dies].communicate()
-    assert err.startswith(
-        "failed: a process of this run has ended or cannot be reached any more; the last checkpoint is "
-    )
+    assert err.startswith("failed: a process of this run has ended or cannot be reached any more; the last checkpoint")
     assert err.count("\n") == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 40
 
