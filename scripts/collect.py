@@ -4,7 +4,8 @@ A result is a folder `results/<name>/` with the files of one complete run on rea
 `--metrics`), `metrics.jsonl` and `log.txt` (from the run folder). The folder `results/table6_small/` compares rows of
 Table 6 after equally many updates: what `PRESET=small STEPS=N bash scripts/table6.sh` leaves in
 `runs/tables/table6_small-N-steps/<row>/seed-<seed>/metrics.json`, as `<row>.json`. `results/torture/` has what
-`scripts/torture.py --json` has written. Nothing in RESULTS.md is written by hand.
+`scripts/torture.py --json` and, as `ranks.json`, `scripts/compare_ranks.py --json` have written. Nothing in RESULTS.md
+is written by hand.
 
     python scripts/collect.py           write both files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
@@ -234,7 +235,7 @@ def results(folders: list[Path], comparisons: list[Path], faults: list[Path]) ->
     ]
     parts += [section(folder.name, *read(folder)) for folder in folders]
     parts += [(precision if folder.name == "precision" else comparison)(folder) for folder in comparisons]
-    return "\n".join([*parts, *map(torture, faults)])
+    return "\n".join([*parts, *((ranks if path.stem == "ranks" else torture)(path) for path in faults)])
 
 
 def quoted(folder: Path) -> str:
@@ -452,6 +453,38 @@ def torture(path: Path) -> str:
         for r in found["mutations"]:
             name = r["target"] if r["summed"] else f"{r['target']}, which has no checksums"
             lines.append(f"| {name} | {r['tried']:,} | {r['detected']:,} | {r['harmless']:,} | {r['unnoticed']:,} |")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
+    return "\n".join([*lines, ""])
+
+
+def ranks(path: Path) -> str:
+    """How far several ranks differ from one process, from what `scripts/compare_ranks.py --json` has written.
+
+    Raises:
+        BadResultError: a damaged file, or one of uncommitted code.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not found["commit"] or found["commit"].endswith("-dirty"):
+            raise BadResultError(f"{path}: of uncommitted code")
+        command = re.sub(r" --json \S+", "", found["command"])
+        lines = [
+            "## Several ranks",
+            "",
+            f"`{command}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`: tiny networks "
+            f"without dropout, {found['steps']} updates. The largest difference from one process of losses, gradients, "
+            "weights and scores, relative to the largest entry.",
+            "",
+            "| task | ranks | float32 | float64 |",
+            "|---|--:|--:|--:|",
+        ]
+        rows: dict[tuple[str, int], dict[str, float]] = {}
+        for r in found["records"]:
+            worst = max(r[kind] for kind in ("losses", "gradients", "weights", "scores"))
+            rows.setdefault((r["task"], r["ranks"]), {})[r["dtype"]] = worst
+        for (task, size), worst in rows.items():
+            lines.append(f"| {task} | {size} | {worst['float32']:.1e} | {worst['float64']:.1e} |")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
     return "\n".join([*lines, ""])

@@ -159,7 +159,7 @@ class _Program:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
             torch.use_deterministic_algorithms(config.deterministic)
         config = ranks.share(config)  # some choices were made by a stopwatch
-        for last in (False, True)[: ranks.local_size]:  # data are fetched and encoded once on every machine
+        for last in (False, True)[: ranks.size]:  # data are fetched and encoded once on every machine
             with ranks.agreed():
                 if last == (ranks.local_rank > 0):
                     (task, splits, schedule, facts), untrained = self._build(config, device, resumed is None)
