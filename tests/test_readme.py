@@ -63,6 +63,7 @@ def test_every_flag_it_names_exists_and_every_flag_is_named():
         "--test",
         "--nproc_per_node",
         "--nnodes",
+        "--rdzv_backend",
         "--rdzv_endpoint",
     }
     assert named <= flags | scripts | {"--cifar"}  # the last is the authors'

@@ -237,8 +237,10 @@ class Ranks:
         except (UserError, RunError, OSError) as e:
             error = e
         told = self.gather(None if error is None else (isinstance(error, UserError), _line(error)))
-        if error is not None:
+        if isinstance(error, UserError | RunError):
             raise error
+        if error is not None:
+            raise RunError(_line(error)) from error
         for rank, said in enumerate(told):
             if said is not None:
                 raise (UserError if said[0] else RunError)(f"rank {rank}: {said[1]}" if rank else said[1])
