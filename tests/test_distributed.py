@@ -221,25 +221,25 @@ def started(tmp_path, size, *argv, code=DRIVER):
     return processes
 
 
-@pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path, dies):
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
     flags = [*MODEL, "--checkpoint_steps", "20", "--out", tmp_path / "run"]
-    processes = started(tmp_path, 2, "word_ptb", "kill", dies, 50, *flags)
-    assert processes[dies].wait(timeout=120) == -signal.SIGKILL
+    processes = started(tmp_path, 2, "word_ptb", "kill", 1, 50, *flags)
+    assert processes[1].wait(timeout=120) == -signal.SIGKILL
     begin = time.monotonic()
-    _, err = processes[1 - dies].communicate(timeout=60)
+    _, err = processes[0].communicate(timeout=60)
     assert time.monotonic() - begin < 20
-    assert processes[1 - dies].returncode == 1
-    processes[dies].communicate()
+    assert processes[0].returncode == 1
+    processes[1].communicate()
     assert err.startswith("failed: a process of this run has ended or cannot be reached any more; the last checkpoint")
     assert err.count("\n") == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 40
 
 
 @pytest.mark.slow
-def test_torchrun_ends_when_a_rank_dies_and_goes_on_with_three(tmp_path, torchrun):
+@pytest.mark.parametrize("dies", [0, 1])
+def test_torchrun_ends_when_a_rank_dies_and_goes_on_with_three(tmp_path, torchrun, dies):
     flags = [*MODEL, "--checkpoint_steps", "20", "--max_steps", "90"]
-    codes, _, err = torchrun(3, ["word_ptb", "kill", 1, 50, *flags, "--out", tmp_path / "parts"], timeout=120)
+    codes, _, err = torchrun(3, ["word_ptb", "kill", dies, 50, *flags, "--out", tmp_path / "parts"], timeout=120)
     assert codes == [[1], [1]]
     assert err.count("failed: a process of this run has ended or cannot be reached any more; the last checkpoint") == 1
     assert "exitcode  : -9" in err
@@ -294,6 +294,22 @@ def test_what_ranks_tell_each_other(tmp_path):
     assert said[1][:2] == ["UserError nothing there", "RunError full (x)"]
     value = "{'a': [tensor([0, 1, 2]), (tensor(2.5000), None)], 'b': tensor([], size=(0, 2)), 'c': tensor([True])}"
     assert {said[0][2], said[1][2]} == {f"{value} [0, 1] (1.0, 1) {claims}" for claims in (True, False)}
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "both"]
+    command += [str(PROJECT / "word_ptb" / "train.py"), *MODEL, "--max_steps", "5", "--out", str(tmp_path / "run")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum(text.count("test ppl ") for text in printed) == 1
+    head = (tmp_path / "run" / "log.txt").read_text().splitlines()[0]
+    assert "  torchrun --nnodes 2 --nproc_per_node 1 word_ptb/train.py --data synthetic" in head
 
 
 @pytest.mark.slow
