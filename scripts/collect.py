@@ -4,8 +4,8 @@ A result is a folder `results/<name>/` with the files of one complete run on rea
 `--metrics`), `metrics.jsonl` and `log.txt` (from the run folder). The folder `results/table6_small/` compares rows of
 Table 6 after equally many updates: what `PRESET=small STEPS=N bash scripts/table6.sh` leaves in
 `runs/tables/table6_small-N-steps/<row>/seed-<seed>/metrics.json`, as `<row>.json`. `results/torture/` has what
-`scripts/torture.py --json` has written, `results/adapted/` the `--metrics` files of runs with `--eval` and `--cache` or
-`--dynamic_eval`. Nothing in RESULTS.md is written by hand.
+`scripts/torture.py --json` and, as `ranks.json`, `scripts/compare_ranks.py --json` have written, `results/adapted/` the
+`--metrics` files of runs with `--eval` and `--cache` or `--dynamic_eval`. Nothing in RESULTS.md is written by hand.
 
     python scripts/collect.py           write both files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
@@ -238,7 +238,8 @@ def results(folders: list[Path], comparisons: list[Path], adaptations: list[Path
     parts += [section(folder.name, *read(folder)) for folder in folders]
     kinds = {"precision": precision, "compare": equal_time}
     parts += [kinds.get(folder.name.split("_")[0], comparison)(folder) for folder in comparisons]
-    return "\n".join([*parts, *map(adapted, adaptations), *map(torture, faults)])
+    parts += map(adapted, adaptations)
+    return "\n".join([*parts, *((ranks if path.stem == "ranks" else torture)(path) for path in faults)])
 
 
 def quoted(folder: Path) -> str:
@@ -559,6 +560,38 @@ def adapted(path: Path) -> str:
             scores = f"{valid[score]:.{digits}f} | {test[score]:.{digits}f}"
             lines.append(f"| {name} | {scores} | {test['seconds'] / 60:.1f} | {peak} | {before} | {listed} |")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as e:
+        raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
+    return "\n".join([*lines, ""])
+
+
+def ranks(path: Path) -> str:
+    """How far several ranks differ from one process, from what `scripts/compare_ranks.py --json` has written.
+
+    Raises:
+        BadResultError: a damaged file, or one of uncommitted code.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not found["commit"] or found["commit"].endswith("-dirty"):
+            raise BadResultError(f"{path}: of uncommitted code")
+        command = re.sub(r" --json \S+", "", found["command"])
+        lines = [
+            "## Several ranks",
+            "",
+            f"`{command}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`: tiny networks "
+            f"without dropout, {found['steps']} updates. The largest difference from one process of losses, gradients, "
+            "weights and scores, relative to the largest entry.",
+            "",
+            "| task | ranks | float32 | float64 |",
+            "|---|--:|--:|--:|",
+        ]
+        rows: dict[tuple[str, int], dict[str, float]] = {}
+        for r in found["records"]:
+            worst = max(r[kind] for kind in ("losses", "gradients", "weights", "scores"))
+            rows.setdefault((r["task"], r["ranks"]), {})[r["dtype"]] = worst
+        for (task, size), worst in rows.items():
+            lines.append(f"| {task} | {size} | {worst['float32']:.1e} | {worst['float64']:.1e} |")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
     return "\n".join([*lines, ""])
 

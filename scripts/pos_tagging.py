@@ -37,6 +37,7 @@ from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
 from trellisnet.training import cli  # noqa: E402
 from trellisnet.training.config import RunConfig, setting  # noqa: E402
+from trellisnet.training.distributed import Ranks  # noqa: E402
 from trellisnet.training.engine import Splits  # noqa: E402
 from trellisnet.training.optim import Schedule  # noqa: E402
 
@@ -282,12 +283,14 @@ class Tagging:
         return (result["accuracy"], -result["loss"]) > (best["accuracy"], -best["loss"])
 
 
-def setup(config: Config, device: torch.device) -> tuple[Tagging, Splits, Schedule, dict[str, Any]]:
+def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
     Raises:
-        UserError: files that cannot be read.
+        UserError: files that cannot be read; more than one process, among which rows have unequal numbers of words.
     """
+    if ranks.size > 1:
+        raise UserError("this program runs in one process; start it with python")
     if config.data:
         parts = synthetic()
     else:

@@ -295,6 +295,27 @@ def test_faults(root):
         assert collect.main(["--root", str(folder)]) == 2
 
 
+def test_ranks_are_compared(root):
+    folder = root()
+    path = folder / "results" / "torture" / "ranks.json"
+    path.parent.mkdir()
+    small = {"losses": 1e-8, "gradients": 2e-7, "weights": 0.0, "scores": 0.0}
+    records = [
+        {"task": "wt103", "ranks": 2, "dtype": "float32", **small},
+        {"task": "wt103", "ranks": 2, "dtype": "float64", **small, "gradients": 3e-15, "losses": 0.0},
+    ]
+    head = {"command": "python scripts/compare_ranks.py --json x", "commit": "0123", "machine": "M", "torch": "2"}
+    found = {**head, "steps": 5, "records": records}
+    path.write_text(json.dumps(found))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "`python scripts/compare_ranks.py` on M, torch 2, commit `0123`: tiny networks" in text
+    assert "| wt103 | 2 | 2.0e-07 | 3.0e-15 |" in text
+    for change in ({"commit": "0-dirty"}, {"records": records[:1]}, {"records": None}):
+        path.write_text(json.dumps(found | change))
+        assert collect.main(["--root", str(folder)]) == 2
+
+
 @pytest.mark.parametrize("number", collect.TABLES)
 def test_every_row_of_a_table_is_in_its_script(number):
     script = (PROJECT / "scripts" / f"table{number}.sh").read_text()

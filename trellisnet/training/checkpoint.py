@@ -13,13 +13,14 @@ a dict of tensors and plain values:
     schedule    learning rate, validation history, whether averaging has started
     epoch       epochs finished
     batch       windows of the next epoch already trained on
-    carry       state carried into the next window, or None
+    carry       state carried into the next window, of the rows of all ranks in their order, or None
     step        updates made
     best        {epoch, valid}: the best validation result, or None
     seconds     wall time of training so far
     running     sums of the unfinished epoch's losses
     skipped     steps skipped so far because their loss or gradient was not finite; not in older checkpoints
     rng         states of the random number generators of torch (CPU and CUDA), numpy and python
+    rng_others  those of the ranks after the first, a list; not in older checkpoints
 
 Format 1 differs from it in this: its content is what torch.save makes of this dict, as a tensor of bytes.
 """
@@ -41,7 +42,7 @@ FORMAT = 2
 WHAT = "a checkpoint of a run (last.pt or best.pt)"
 _KEYS = frozenset(
     """task settings command data model average optimizer schedule epoch batch carry step best seconds running
-    skipped rng""".split()
+    skipped rng rng_others""".split()
 )
 
 
@@ -104,6 +105,7 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: not {WHAT}, or a damaged one")
     content.setdefault("task", None)
     content.setdefault("skipped", 0)
+    content.setdefault("rng_others", [])
     if content.keys() != _KEYS:
         raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {sorted(content.keys() ^ _KEYS)})")
     return content

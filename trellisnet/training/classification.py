@@ -18,6 +18,7 @@ from trellisnet.data.pixels import Images, normalise, permutation
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
 from trellisnet.training.config import setting
+from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule
@@ -100,7 +101,7 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
 
 
 def setup(
-    load: Callable[..., Images], config: ClassificationConfig, device: torch.device
+    load: Callable[..., Images], config: ClassificationConfig, device: torch.device, ranks: Ranks | None = None
 ) -> tuple[Classification, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
@@ -108,6 +109,7 @@ def setup(
         load: the task's `data.load(folder, download, validation)`.
         config: the settings.
         device: where to train.
+        ranks: the processes that train together; by default this one is alone.
 
     Raises:
         UserError: images that cannot be read.
@@ -131,6 +133,7 @@ def setup(
         eval_batch_size=config.eval_batch_size,
         prepare=prepare,
         seed=config.seed,
+        ranks=ranks,
     )
     parts = {"train": images.train, "valid": images.valid, "test": images.test}
     score_mc = functools.partial(task.evaluate_mc, passes=config.mc_dropout)

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import os
-import shlex
 import sys
 import time
 import warnings
@@ -20,10 +19,12 @@ from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
+from trellisnet.training.distributed import LostError, Ranks
 from trellisnet.training.engine import Result, Splits, Task, evaluate, fit, score_line
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import (
+    NoFolder,
     RunFolder,
     alone,
     check_metrics_path,
@@ -35,8 +36,8 @@ from trellisnet.training.runlog import (
 
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
-# A task's setup: from settings and device to the task, its data, its learning-rate schedule, and facts to print.
-Setup = Callable[[Any, torch.device], tuple[Task, Splits, Schedule, dict[str, Any]]]
+# A task's setup: from settings, device and ranks to the task, its data, its learning-rate schedule, and facts to print.
+Setup = Callable[[Any, torch.device, Ranks], tuple[Task, Splits, Schedule, dict[str, Any]]]
 
 
 def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) -> int:
@@ -49,34 +50,55 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
 
     Returns:
         the exit code: 0 done; 2 the input is wrong; 1 the run failed; 130 or 143 interrupted. What is wrong is one
-        line on standard error.
+        line on standard error. Of several ranks one says it, and all return the same code, but where some have died.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    program = _Program(cls, setup)
+    ranks = Ranks.of_environment()
+    program = _Program(cls, setup, ranks)
+    line, code, known = None, EXIT_OK, True  # known: to all ranks
     try:
-        with Interrupts() as interrupts, plain_warnings(), program.stack:
+        with _heard(ranks), Interrupts() as interrupts, plain_warnings(), program.stack:
+            ranks.join()
             program.run(argv, interrupts)
     except UserError as e:
-        return _complain(f"error: {e}", EXIT_USER)
+        line, code = f"error: {e}", EXIT_USER
     except RunError as e:
-        return _complain(f"failed: {e}; {program.way_on()}", EXIT_FAILED)
+        line, code, known = f"failed: {e}; {program.way_on()}", EXIT_FAILED, not isinstance(e, LostError)
     except OSError as e:
-        return _complain(f"failed: {e.strerror} ({e.filename or program.folder}); {program.way_on()}", EXIT_FAILED)
+        line, code = f"failed: {e.strerror} ({e.filename or program.folder}); {program.way_on()}", EXIT_FAILED
+        known = False
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
             raise
-        return _complain(f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}", EXIT_FAILED)
+        line = f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}"
+        code, known = EXIT_FAILED, False
     except Interrupted as e:
-        return _complain(f"interrupted; {program.way_on()}", 128 + e.signum)
+        line, code = f"interrupted; {program.way_on()}", 128 + e.signum
     except SystemExit as e:  # --help
-        return e.code or EXIT_OK
-    return EXIT_OK
+        code = e.code or EXIT_OK
+    if line is not None and (ranks.first if known else ranks.claims()):
+        print(line, file=sys.stderr)
+    if known:
+        ranks.leave()
+    return code
+
+
+@contextlib.contextmanager
+def _heard(ranks: Ranks) -> Iterator[None]:
+    """Let only the first rank be heard."""
+    if ranks.first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Show our warnings as one line without a place in the code."""
     with warnings.catch_warnings():
+        # DistributedDataParallel, of the strides of dimensions of one entry.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         show = warnings.showwarning
 
         def plain(message, category, filename, *rest, **options):
@@ -87,11 +109,6 @@ def plain_warnings() -> Iterator[None]:
 
         warnings.showwarning = plain
         yield
-
-
-def _complain(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
-    return code
 
 
 def _say(line: str) -> None:
@@ -106,9 +123,10 @@ def _say(line: str) -> None:
 class _Program:
     """One call of a train.py."""
 
-    def __init__(self, cls: type[RunConfig], setup: Setup):
+    def __init__(self, cls: type[RunConfig], setup: Setup, ranks: Ranks):
         self.cls = cls
         self.setup = setup
+        self.ranks = ranks
         self.folder: Path | None = None  # of the run, once there is one
         self.stack = contextlib.ExitStack()  # what the run holds: the lock of its folder
 
@@ -118,66 +136,96 @@ class _Program:
             return "nothing was written"
         if not (self.folder / "last.pt").is_file():
             return "no checkpoint had been written yet"
-        command = shlex.join(["python", self.cls.program(), "--resume", str(self.folder / "last.pt")])
+        resume = ["--resume", str(self.folder / "last.pt")]
+        command = command_line(self.cls.program(), resume, self.ranks.launcher())
         return f"the last checkpoint is kept; go on from it with: {command}"
 
     def run(self, argv: list[str], interrupts: Interrupts) -> None:
         """Parse, set up, train or score, write the metrics."""
-        started = time.monotonic()
-        config, given = parse(self.cls, argv)
-        resumed, spoilt = None, None
-        if config.resume:
-            path = _checkpoint_path(config)
-            self.stack.enter_context(alone(path.parent))
-            config, resumed, spoilt = _resume(self.cls, path, given)
-        if config.metrics:
-            check_metrics_path(config.metrics, None if config.eval else config.folder())
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        # What "auto" stood for is part of the run: a continuation makes the same choices.
-        device = config.torch_device()
-        config = config.chosen(device)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-        torch.use_deterministic_algorithms(config.deterministic)
-        torch.manual_seed(config.seed)
+        started, ranks = time.monotonic(), self.ranks
+        with ranks.agreed():
+            config, resumed, spoilt = self._start(argv)
+        config, resumed, spoilt = ranks.share((config, resumed, spoilt))
+        with ranks.agreed():
+            if not config.eval:
+                ranks.check_rows(config.batch_size)
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            ranks.device(config.device)
+            # What "auto" stood for is part of the run: a continuation makes the same choices.
+            device = config.torch_device()
+            config = config.chosen(device)
+            if config.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+            torch.use_deterministic_algorithms(config.deterministic)
+        config = ranks.share(config)  # some choices were made by a stopwatch
         self.stack.enter_context(config.float32_products())
-        task, splits, schedule, facts = self.setup(config, device)
-        untrained = []
-        if config.load_weight and resumed is None:
-            options = {"vocabulary": splits.vocabulary, **config.load_options()}
-            untrained = weights.load_weights(task.model, config.load_weight, **options)
+        for last in (False, True)[: ranks.size]:  # data are fetched and encoded once on every machine
+            with ranks.agreed():
+                if last == (ranks.local_rank > 0):
+                    (task, splits, schedule, facts), untrained = self._build(config, device, resumed is None)
+        ranks.seed(config.seed)
 
         facts = {"parameters": count_parameters(task.model), **facts}
-        env = environment(device) | {key: getattr(config, key) for key in ("backend", "gemm", "gates", "precision")}
+        env = environment(device) | {"ranks": ranks.size}
+        env |= {key: getattr(config, key) for key in ("backend", "gemm", "gates", "precision")}
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
+        how += f", {ranks.size} ranks" if ranks.size > 1 else ""
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
         notices = [*config.notices(), *([spoilt] if spoilt else [])]
         for notice in notices:
             _say(notice)
-        command = command_line(config.program(), argv)
+        command = command_line(config.program(), argv, ranks.launcher())
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
-            outcome, most = _score(task, splits, config, config.marks() if untrained else {})
+            outcome, most = self._score(task, splits, config, config.marks() if untrained else {}, interrupts)
             outcome["seconds"] = time.monotonic() - started
         else:
             facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
             most = peak_memory(device)
             outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
+        peaks = ranks.gather(most)
         if config.metrics:
             metrics = {
                 "task": config.task, "preset": config.preset, "command": first_command,
                 "resumed_with": None if resumed is None else command, "version": env["version"],
                 "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256,
                 "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
-                "peak_memory": most,
-                **{key: env[key] for key in ("device", "machine", "threads")},
+                "peak_memory": peaks[0] if None in peaks else max(peaks), "peak_memory_ranks": peaks,
+                **{key: env[key] for key in ("device", "machine", "threads", "ranks")},
                 **{key: env[key] for key in ("precision", "backend", "gemm", "gates", "torch")},
                 "seed": config.seed, "deterministic": config.deterministic,
             }  # fmt: skip
-            write_metrics(config.metrics, metrics)
+            with ranks.agreed():
+                if ranks.first:
+                    write_metrics(config.metrics, metrics)
+
+    def _start(self, argv: list[str]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
+        """Settings, the checkpoint to continue and what to tell of it. Only the first rank looks at files."""
+        config, given = parse(self.cls, argv)
+        resumed, spoilt = None, None
+        if not self.ranks.first:
+            return config, resumed, spoilt
+        if config.resume:
+            path = _checkpoint_path(config)
+            self.stack.enter_context(alone(path.parent))
+            config, resumed, spoilt = _resume(self.cls, path, given)
+        if config.metrics:
+            check_metrics_path(config.metrics, None if config.eval else config.folder())
+        return config, resumed, spoilt
+
+    def _build(
+        self, config: RunConfig, device: torch.device, fresh: bool
+    ) -> tuple[tuple[Task, Splits, Schedule, dict[str, Any]], list[str]]:
+        """What the task's setup makes, with `--load_weight` in it unless it goes on; and what these weights lacked."""
+        torch.manual_seed(config.seed)
+        made = task, splits, *_ = self.setup(config, device, self.ranks)
+        if not config.load_weight or not fresh:
+            return made, []
+        options = {"vocabulary": splits.vocabulary, **config.load_options()}
+        return made, weights.load_weights(task.model, config.load_weight, **options)
 
     def _train(
         self,
@@ -191,22 +239,19 @@ class _Program:
         facts: dict[str, Any],
         interrupts: Interrupts,
     ) -> Result:
-        # Everything that can be wrong with the settings is found before an earlier run is deleted.
-        optimizer = make_optimizer(task.model.parameters(), config)
-        if resumed is None:
-            self.stack.enter_context(alone(config.folder()))
-        folder = RunFolder(
-            config.folder(), fresh=resumed is None, overwrite=config.overwrite, tensorboard=config.tensorboard
-        )
+        with self.ranks.agreed():
+            # Everything that can be wrong with the settings is found before an earlier run is deleted.
+            optimizer = make_optimizer(task.model.parameters(), config)
+            folder = self._folder(config, resumed is None) if self.ranks.first else NoFolder(config.folder())
         self.folder = folder.path
         with contextlib.closing(folder):
             _say(f"run folder: {folder.path}")
             if resumed is None:
                 data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
-                chosen = {key: env[key] for key in ("version", "commit", "device", "threads")}
+                chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "ranks")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
-            return fit(
+            result = fit(
                 task,
                 splits,
                 config,
@@ -218,7 +263,48 @@ class _Program:
                 interrupts=interrupts,
                 resume_from=resumed,
                 say=_say,
+                ranks=self.ranks,
             )
+            peaks = self.ranks.gather(peak_memory(next(task.model.parameters()).device))
+            if self.ranks.size > 1 and None not in peaks:
+                line = "peak memory: " + ", ".join(f"rank {rank} {n / 1e9:.2f} GB" for rank, n in enumerate(peaks))
+                _say(line)
+                folder.log(line)
+            return result
+
+    def _score(
+        self, task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool], interrupts: Interrupts
+    ) -> tuple[dict[str, Any], int | None]:
+        """Score validation and test data with the weights as they are; `marks` go into every result.
+
+        Returns:
+            the results, and the most memory that was held.
+        """
+        if not config.load_weight:
+            _say("NOTICE: no --load_weight: scoring untrained weights")
+        if self.ranks.size > 1:
+            interrupts.note()
+        results = {}
+        for name in ("valid", "test"):
+            if getattr(splits, name) is None:
+                results[name] = None
+                continue
+            found = evaluate(task, getattr(splits, name), name, config, None, self.ranks, interrupts)
+            results[name] = found | marks
+            _say(score_line(task, name, results[name]))
+        device = next(task.model.parameters()).device
+        peaks = [peak_memory(device)]  # asked for in between: a method may measure its own anew
+        for name, (method, data) in splits.everything.items():
+            results[name] = evaluate(task, data, name, config, method, self.ranks, interrupts) | marks
+            peaks.append(peak_memory(device))
+            _say(score_line(task, name, results[name]))
+        results |= {"epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}
+        return results, max(filter(None, peaks), default=None)
+
+    def _folder(self, config: RunConfig, fresh: bool) -> RunFolder:
+        if fresh:
+            self.stack.enter_context(alone(config.folder()))
+        return RunFolder(config.folder(), fresh=fresh, overwrite=config.overwrite, tensorboard=config.tensorboard)
 
 
 def _checkpoint_path(config: RunConfig) -> Path:
@@ -316,28 +402,3 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
     return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, spoilt
-
-
-def _score(task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool]) -> tuple[dict[str, Any], int | None]:
-    """Score validation and test data with the weights as they are; `marks` go into every result.
-
-    Returns:
-        the results, and the most memory that was held.
-    """
-    if not config.load_weight:
-        _say("NOTICE: no --load_weight: scoring untrained weights")
-    results = {}
-    for name in ("valid", "test"):
-        if getattr(splits, name) is None:
-            results[name] = None
-            continue
-        results[name] = evaluate(task, getattr(splits, name), name, config) | marks
-        _say(score_line(task, name, results[name]))
-    device = next(task.model.parameters()).device
-    peaks = [peak_memory(device)]  # asked for in between: a method may measure its own anew
-    for name, (method, data) in splits.everything.items():
-        results[name] = evaluate(task, data, name, config, method) | marks
-        peaks.append(peak_memory(device))
-        _say(score_line(task, name, results[name]))
-    results |= {"epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}
-    return results, max(filter(None, peaks), default=None)

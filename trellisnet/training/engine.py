@@ -1,9 +1,11 @@
 """The training engine: the loop, logging, checkpoints, resume. It knows no task and no data."""
 
+import contextlib
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,9 +17,10 @@ from trellisnet import serialization
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
+from trellisnet.training.distributed import Gradient, Ranks, Told
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, averaged, make_averaging
-from trellisnet.training.runlog import RunFolder
+from trellisnet.training.runlog import NoFolder, RunFolder
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
 
@@ -89,19 +92,34 @@ def bar(iterable: Iterable | None = None, total: int | None = None, **options: A
 
 
 def evaluate(
-    task: Task, data: Any, name: str, config: RunConfig, method: Callable[..., dict[str, Any]] | None = None
+    task: Task,
+    data: Any,
+    name: str,
+    config: RunConfig,
+    method: Callable[..., dict[str, Any]] | None = None,
+    ranks: Ranks | None = None,
+    interrupts: Interrupts | None = None,
 ) -> dict[str, Any]:
     """Score one split by `method` (default: `Task.evaluate`); adds the scores, and `partial` if it was cut short.
 
-    `name` is "valid" or "test", or one of these and, after an underscore, how it is evaluated.
+    `name` is "valid" or "test", or one of these and, after an underscore, how it is evaluated. The task divides the
+    work among the ranks, which all get the same result.
 
     Raises:
         RunError: the loss or the score is not finite.
+        Interrupted: one of several ranks has been told to end.
     """
     limit = config.max_eval_tokens or None
-    progress = lambda it, total: bar(it, total, desc=name, unit=task.batch_name)  # noqa: E731
+    ranks, interrupts = ranks or Ranks(), interrupts or Interrupts()
+
+    def progress(it: Iterable, total: int) -> Iterable:
+        shown = bar(it, total, desc=name, unit=task.batch_name)
+        # A rank that has been told to end leaves off, and tells the others where all meet.
+        return shown if ranks.size == 1 else itertools.takewhile(lambda _: not interrupts.pending, shown)
+
     with config.autocast(next(task.model.parameters()).device):
         result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
+    ranks.heed(interrupts.pending)
     result |= task.scores(result, name.split("_")[0])
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
@@ -127,23 +145,26 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
 class _Meter:
     """What is measured, of how much and how long, since it was made. It stays on the device until it is asked for."""
 
-    def __init__(self, measured: Sequence[str]) -> None:
+    def __init__(self, measured: Sequence[str], ranks: Ranks) -> None:
+        self.ranks = ranks
         self.started = self.shown = time.monotonic()
         self.steps = self.count = 0
         self._totals: dict[str, float | Tensor] = dict.fromkeys(measured, 0.0)
 
     def add(self, means: dict[str, Tensor], count: int) -> None:
+        """Add a batch: `count` is all ranks', and so are the means, but that each rank gives only its share of them."""
         for name, mean in means.items():
             self._totals[name] = self._totals[name] + mean.detach() * count
         self.count += count
         self.steps += 1
 
     def totals(self) -> dict[str, float]:
-        """Sums over all tokens or examples; waits for the device."""
-        return {name: float(total) for name, total in self._totals.items()}
+        """Sums over all tokens or examples; waits for the device, and for the other ranks."""
+        sums = self.ranks.sum(*map(float, self._totals.values()))
+        return dict(zip(self._totals, sums, strict=True))
 
     def means(self) -> dict[str, float]:
-        """Means of a token or an example; waits for the device."""
+        """Means of a token or an example; waits as well."""
         self.shown = time.monotonic()
         return {name: total / self.count for name, total in self.totals().items()}
 
@@ -166,6 +187,7 @@ class Trainer:
         command: the command line that started the run, kept with it.
         interrupts: holds signals back where a step must be whole.
         say: prints a line for the user.
+        ranks: the processes that train together. The first one writes; all do the rest.
     """
 
     def __init__(
@@ -173,27 +195,30 @@ class Trainer:
         task: Task,
         splits: Splits,
         config: RunConfig,
-        folder: RunFolder,
+        folder: RunFolder | NoFolder,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         save_weights: Callable[[nn.Module, Any], None],
         command: str,
         interrupts: Interrupts,
         say: Callable[[str], None],
+        ranks: Ranks,
     ):
         self.task, self.splits, self.config, self.folder = task, splits, config, folder
         self.optimizer, self.schedule = optimizer, schedule
         self.save_weights, self.command = save_weights, command
-        self.interrupts, self.say = interrupts, say
+        self.interrupts, self.say, self.ranks = interrupts, say, ranks
+        self.gradient = Gradient(task, ranks)
+        self.told: Told | None = None  # of the last step
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
         self.best: dict[str, Any] | None = None
         self.skipped = 0  # steps, see --skip_bad_steps
         # Of this epoch, up to the last log line; and since then.
         self.running = {**dict.fromkeys(task.measured, 0.0), "count": 0, "seconds": 0.0}
-        self.meter = _Meter(task.measured)
+        self.meter = _Meter(task.measured, ranks)
         self.seconds_before = 0.0
-        self.started = time.monotonic()
+        self.started = self.saved = time.monotonic()
 
     # -- state of the run ------------------------------------------------------------------------------------------
 
@@ -203,6 +228,11 @@ class Trainer:
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything needed to go on. Its tensors are those of the model and the optimizer, not copies."""
+        carry, rng, others = self.carry, checkpoint.rng_state(), []
+        if self.ranks.size > 1:
+            own = carry if carry is None else tuple(part.cpu() for part in carry)
+            carries, (rng, *others) = zip(*self.ranks.gather((own, rng)), strict=True)
+            carry = carry if carry is None else tuple(map(torch.cat, zip(*carries, strict=True)))
         return {
             "task": self.config.task,
             "settings": to_settings(self.config),
@@ -218,13 +248,14 @@ class Trainer:
             },
             "epoch": self.epoch,
             "batch": self.batch,
-            "carry": self.carry,
+            "carry": carry,
             "step": self.step,
             "best": self.best,
             "seconds": self.seconds,
             "running": self._running(),
             "skipped": self.skipped,
-            "rng": checkpoint.rng_state(),
+            "rng": rng,
+            "rng_others": list(others),
         }
 
     def _running(self) -> dict[str, float]:
@@ -255,7 +286,7 @@ class Trainer:
                 f"{content['data'][0][:12]}…); name those with --data"
             )
         self.best = content["best"]
-        if self.best is not None:
+        if self.best is not None and self.ranks.first:
             self._load_best()
         self.task.model.load_state_dict(content["model"])
         self.schedule.lr = content["schedule"]["lr"]
@@ -267,18 +298,34 @@ class Trainer:
         self.epoch, self.batch, self.step = (int(content[key]) for key in ("epoch", "batch", "step"))
         device = next(self.task.model.parameters()).device
         carry = content["carry"]
-        self.carry = carry if carry is None else tuple(part.to(device) for part in carry)
+        self.carry = carry if carry is None else tuple(self.ranks.part(part).to(device) for part in carry)
         running = dict(content["running"])
         running["count"] = running.pop("tokens", None) or running.get("count", 0)  # its name in older checkpoints
         self.running = {name: float(running[name]) for name in self.running}
         self.seconds_before = float(content["seconds"])
         self.skipped = int(content["skipped"])
-        checkpoint.set_rng_state(content["rng"])
+        self._restore_rng([content["rng"], *content["rng_others"]])
+
+    def _restore_rng(self, states: list[dict[str, Any]]) -> None:
+        ranks = self.ranks
+        if ranks.first or ranks.size == len(states):
+            checkpoint.set_rng_state(states[ranks.rank])
+        else:
+            ranks.seed(self.config.seed, self.step)
+        if ranks.size != len(states):
+            line = (
+                f"NOTICE: the checkpoint is of {len(states)} rank(s), this run has {ranks.size}: the first goes on "
+                "with its random numbers, others begin new ones"
+            )
+            self.say(line)
+            self.folder.log(line)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
         """Train to the last epoch (or `max_steps`), then score validation and test with the best weights."""
+        if self.ranks.size > 1:
+            self.interrupts.note()  # ranks end together, or would wait for each other in vain
         try:
             while self.epoch < self.config.epochs and not self._stopped():
                 finished = self._train_epoch(self.task.batches(self.splits.train, self.epoch))
@@ -315,8 +362,8 @@ class Trainer:
         """Train on what is left of the epoch; False if it was cut short by `max_steps`."""
         task, model, config = self.task, self.task.model, self.config
         model.train()
-        self.meter, saved = _Meter(task.measured), time.monotonic()
-        told = self.epoch > 0
+        self.meter, self.saved = _Meter(task.measured, self.ranks), time.monotonic()
+        told, alone = self.epoch > 0, self.ranks.size == 1
         progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
         with progress:
             for batch in map(batches.__getitem__, range(self.batch, len(batches))):
@@ -326,6 +373,8 @@ class Trainer:
                     means = self._step(batch)
                     if means is not None:
                         self.meter.add(means, task.size(batch))
+                if self.told.signum:
+                    raise Interrupted(self.told.signum)
                 counted = self.meter.steps  # none if all since the last line were skipped
                 if not told and counted and (counted == FIRST_STEPS or self.meter.seconds > FIRST_SECONDS):
                     told = True
@@ -334,39 +383,50 @@ class Trainer:
                 due = self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped()
                 if due and counted:
                     with self.interrupts.held():
-                        self._log_steps(len(batches))
-                elif not progress.disable and counted and self.meter.shown + 1 < time.monotonic():
+                        figures = self._log_steps(len(batches))
+                    progress.set_postfix_str(figures)
+                # Several ranks tell each other how far they are for the log only.
+                elif not progress.disable and alone and counted and self.meter.shown + 1 < time.monotonic():
                     progress.set_postfix_str(self._figures())
                 due = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
-                late = config.checkpoint_minutes and time.monotonic() - saved > 60 * config.checkpoint_minutes
+                late = self._is_late() if alone else self.told.late
                 if due or late:
                     with self.interrupts.held():
                         self._save(best=False)
-                    saved = time.monotonic()
+                    self.saved = time.monotonic()
         return self.batch == len(batches)
 
+    def _is_late(self) -> bool:
+        """Whether the last checkpoint of the epoch, or its beginning, is `checkpoint_minutes` ago."""
+        minutes = self.config.checkpoint_minutes
+        return bool(minutes) and time.monotonic() - self.saved > 60 * minutes
+
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
-        """One update from one batch, in `accumulate` slices of its rows.
+        """One update from one batch, of which every rank computes its own rows, in `accumulate` slices.
 
         Returns:
-            the means of what is measured; None for a step that was skipped.
+            the means of what is measured, or this rank's share of them; None for a step that was skipped.
 
         Raises:
             RunError: the loss or the gradient is not finite, and no more steps may be skipped; nothing was updated.
         """
-        config, model = self.config, self.task.model
+        config, model, ranks = self.config, self.task.model, self.ranks
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = min(config.accumulate, batch[0].size(0))  # the last batch of an epoch may have few rows
-        slices = list(zip(*(part.tensor_split(pieces) for part in batch), strict=True))
+        self.gradient.clear()
+        rows, own = batch[0].size(0), [ranks.part(part) for part in batch]
+        if idle := own[0].size(0) == 0:  # the last batch of an epoch may have fewer rows than there are ranks
+            own = [part[:1] for part in batch]  # they take part in it all the same, with a share of nothing
+        pieces = min(config.accumulate, own[0].size(0))  # and it may have few rows
+        slices = list(zip(*(part.tensor_split(pieces) for part in own), strict=True))
         states = [None] * len(slices)
         if self.carry is not None:
             states = list(zip(*(part.tensor_split(pieces) for part in self.carry), strict=True))
         means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
-        for part, state in zip(slices, states, strict=True):
-            with config.autocast(part[0].device):
-                losses, state = self.task.loss(*part, state=state)
-            share = part[0].size(0) / batch[0].size(0)
-            (losses["loss"] * share).backward()
+        tell = {"late": ranks.first and self._is_late(), "signum": self.interrupts.pending}
+        for number, (part, state) in enumerate(zip(slices, states, strict=True), start=1):
+            share, autocast = 0.0 if idle else part[0].size(0) / rows, config.autocast(part[0].device)
+            last = number == len(slices)
+            losses, state = self.gradient.add(part, state, share, autocast=autocast, last=last, **tell)
             total = total + losses["loss"].detach() * share
             for name in means:
                 means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
@@ -374,9 +434,9 @@ class Trainer:
         self.batch += 1
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
-        finite = torch.stack([value.isfinite().all() for value in (total, norm, *carry)]).tolist()
-        if not all(finite):
-            self._skip(total.item(), "gradient" if not finite[1] else "carried state")
+        self.told = self.gradient.told(total, norm, carry)
+        if not all(self.told.finite):
+            self._skip(float(self.told.loss), "gradient" if not self.told.finite[1] else "carried state")
             return None
         if config.clip > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
@@ -426,14 +486,15 @@ class Trainer:
     def _score(self, score: float) -> str:
         return f"{self.task.score_name} {score:.{self.task.digits}f}"
 
-    def _log_steps(self, steps: int) -> None:
+    def _log_steps(self, steps: int) -> str:
         figures, name = self._figures(), self.task.batch_name
         self.folder.log(f"epoch {self.epoch + 1} {name} {self.batch}/{steps} step {self.step} {figures}")
         self.folder.record(
             "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, **self.meter.means()
         )
         self.running = self._running()
-        self.meter = _Meter(self.task.measured)
+        self.meter = _Meter(self.task.measured, self.ranks)
+        return figures
 
     def _end_epoch(self, finished: bool) -> None:
         """Validate, remember the best, anneal, write the checkpoints, then report.
@@ -449,7 +510,10 @@ class Trainer:
     def _validate(self) -> dict[str, Any] | None:
         if self.splits.valid is None:
             return None
-        return evaluate(self.task, self.splits.valid, "valid", self.config)
+        return self._evaluate(self.splits.valid, "valid")
+
+    def _evaluate(self, data: Any, name: str, method: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
+        return evaluate(self.task, data, name, self.config, method, self.ranks, self.interrupts)
 
     def _close_epoch(self, finished: bool, valid: dict[str, Any] | None) -> None:
         epoch, lr, name, seconds = self.epoch + 1, self.schedule.lr, self.task.score_name, self.running["seconds"]
@@ -467,7 +531,7 @@ class Trainer:
                 self.optimizer = make_averaging(self.task.model.parameters(), self.config)
                 self.say(f"epoch {epoch:3d}  no gain in {self.config.anneal} epochs: averaging from here on")
             self.epoch, self.batch, self.carry = epoch, 0, None
-            self.running, self.meter = dict.fromkeys(self.running, 0.0), _Meter(self.task.measured)
+            self.running, self.meter = dict.fromkeys(self.running, 0.0), _Meter(self.task.measured, self.ranks)
         self._save(better)
 
         line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
@@ -495,33 +559,49 @@ class Trainer:
         content = self.checkpoint()
         if averages := any("ax" in state for state in self.optimizer.state.values()):
             content["model"] = copy.deepcopy(content["model"])  # the model is about to hold the averages
-        try:
-            with averaged(self.optimizer):
-                if averages:
-                    content["average"] = self.task.model.state_dict()
-                if best:
-                    checkpoint.save(self.folder.file("best.pt"), content)
-                    self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+        with averaged(self.optimizer), self._writing():
+            if averages:
+                content["average"] = self.task.model.state_dict()
+            if best and self.ranks.first:
+                checkpoint.save(self.folder.file("best.pt"), content)
+                self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+            if self.ranks.first:
                 serialization.keep(self.folder.file("last.pt"), self.folder.file("last.previous.pt"))
                 checkpoint.save(self.folder.file("last.pt"), content)
-        except OSError as e:
-            raise RunError(f"the checkpoint could not be written ({e.strerror}); make room and continue") from e
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The first rank writes, the others wait; if it cannot, that ends them all."""
+        with self.ranks.agreed():
+            try:
+                yield
+            except OSError as e:
+                raise RunError(f"the checkpoint could not be written ({e.strerror}); make room and continue") from e
+
+    def _take_best(self) -> None:
+        """The weights of best.pt, on the first rank."""
+        if not self.ranks.first:
+            return
+        try:
+            best = self._load_best()
+        except UserError as e:  # it was whole when the run began
+            raise RunError(str(e)) from e
+        self.task.model.load_state_dict(best["average"] or best["model"])
 
     def _finish(self) -> Result:
         """Score the test data with the best weights, or with the last ones if no epoch was finished."""
         best_epoch = self.best["epoch"] if self.best else None
         if self.best:
-            try:
-                best = self._load_best()
-            except UserError as e:  # it was whole when the run began
-                raise RunError(str(e)) from e
-            self.task.model.load_state_dict(best["average"] or best["model"])
-            del best
+            with self.ranks.agreed():
+                self._take_best()
+            self.ranks.copy(self.task.model)
             valid = self.best["valid"]
         else:
             valid = self._validate()
-        self.save_weights(self.task.model, self.folder.file("weights.pkl"))
-        test = evaluate(self.task, self.splits.test, "test", self.config)
+        with self.ranks.agreed():
+            if self.ranks.first:
+                self.save_weights(self.task.model, self.folder.file("weights.pkl"))
+        test = self._evaluate(self.splits.test, "test")
         if not self.best:  # what was loaded has hardly been trained
             valid, test = valid and valid | self.config.marks(), test | self.config.marks()
         for split, result in (("valid", valid), ("test", test)):
@@ -531,12 +611,12 @@ class Trainer:
                 self.folder.log(line)
         everything = {}
         for split, (method, data) in self.splits.everything.items():
-            everything[split] = evaluate(self.task, data, split, self.config, method)
+            everything[split] = self._evaluate(data, split, method)
             line = score_line(self.task, split, everything[split])
             self.say(line)
             self.folder.log(line)
         self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **everything)
-        if self.epoch >= self.config.epochs:
+        if self.epoch >= self.config.epochs and self.ranks.first:
             self.folder.file("last.previous.pt").unlink(missing_ok=True)
         return Result(
             valid=valid,
@@ -560,7 +640,7 @@ def fit(
     task: Task,
     splits: Splits,
     config: RunConfig,
-    folder: RunFolder,
+    folder: RunFolder | NoFolder,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     save_weights: Callable[[nn.Module, Any], None],
@@ -569,6 +649,7 @@ def fit(
     interrupts: Interrupts | None = None,
     resume_from: dict[str, Any] | None = None,
     say: Callable[[str], None] = tqdm.write,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Train `task` to the end of the run and score it.
 
@@ -579,17 +660,19 @@ def fit(
         interrupts: entered by the caller, it lets a signal end the run with a checkpoint.
         resume_from: a checkpoint to continue from; it is emptied.
         say: prints a line for the user; the default keeps clear of the progress bar.
+        ranks: the processes that train together; by default this one is alone.
 
     Returns:
         validation and test results of the best epoch by validation, or of the last one if nothing is held out.
 
     Raises:
         UserError: settings or data that do not fit.
-        RunError: a loss that is not finite, or a checkpoint that could not be written.
+        RunError: a loss that is not finite, or a checkpoint that could not be written; another rank has died.
         Interrupted: a signal came; the checkpoint is written.
     """
-    interrupts = interrupts or Interrupts()
-    trainer = Trainer(task, splits, config, folder, optimizer, schedule, save_weights, command, interrupts, say)
+    interrupts, ranks = interrupts or Interrupts(), ranks or Ranks()
+    trainer = Trainer(task, splits, config, folder, optimizer, schedule, save_weights, command, interrupts, say, ranks)
     if resume_from is not None:
-        trainer.restore(resume_from)
+        with ranks.agreed():
+            trainer.restore(resume_from)
     return trainer.run()

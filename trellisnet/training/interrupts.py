@@ -18,7 +18,8 @@ class Interrupts:
     """While entered, the first SIGINT or SIGTERM raises :class:`Interrupted`; inside :meth:`held` only at its end.
 
     Those that follow change nothing: what is then written is written wholly. Only the main thread can take signals;
-    elsewhere, and if it is never entered, nothing changes.
+    elsewhere, and if it is never entered, nothing changes. After :meth:`note` nothing is raised any more: who runs with
+    others asks for `pending` and agrees with them when to end.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,15 @@ class Interrupts:
         else:
             self._held = True  # for good
             raise Interrupted(signum)
+
+    @property
+    def pending(self) -> int:
+        """The signal that has come and was not raised yet; 0: none."""
+        return self._pending or 0
+
+    def note(self) -> None:
+        """From here on only note the signals that come, until the end."""
+        self._held = True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
+from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule
@@ -271,6 +272,7 @@ def setup(
     load: Callable[..., Corpus],
     config: LanguageModelConfig,
     device: torch.device,
+    ranks: Ranks | None = None,
     *,
     further: Callable[[LanguageModelConfig, LanguageModeling, Corpus], Scores] = lambda *_: {},
 ) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
@@ -280,6 +282,7 @@ def setup(
         load: the task's `data.load(folder, download, **config.data_options())`.
         config: the settings.
         device: where to train.
+        ranks: the processes that train together; by default this one is alone.
         further: makes the scores that are reported beside those of the windows.
 
     Raises:
@@ -299,6 +302,7 @@ def setup(
         alpha=config.alpha,
         beta=config.beta,
         length_seed=config.seed if config.random_length else None,
+        ranks=ranks,
     )
     sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
     try:

@@ -28,9 +28,9 @@ except ImportError:  # Windows
     resource = None
 
 
-def command_line(program: str, argv: Sequence[str]) -> str:
+def command_line(program: str, argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
     """The command as one would type it from the project's folder."""
-    return shlex.join(["python", program, *argv])
+    return shlex.join([*launcher, program, *argv])
 
 
 def commit() -> str | None:
@@ -256,6 +256,21 @@ class RunFolder:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+
+class NoFolder:
+    """In the place of a run's folder where another rank writes: takes what that takes, and leaves nothing behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def nothing(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    log = record = write_config = log_head = close = nothing
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, float]]:

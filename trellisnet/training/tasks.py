@@ -7,6 +7,7 @@ Letters: N batch (rows), L length of a row, l length of a window.
 
 import contextlib
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from trellisnet.core import State
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
+from trellisnet.training.distributed import Ranks
 
 STREAMED = 1024  # positions × rows that a streamed evaluation computes at a time: enough for fast products
 SHORTEST, DEVIATION = 5, 5.0  # of windows of random length
@@ -38,6 +40,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _mean(total: float, count: int) -> float:
+    """A mean; NaN of nothing, where a rank was told to end before it had done anything."""
+    return total / count if count else math.nan
 
 
 class LanguageModeling:
@@ -59,6 +66,8 @@ class LanguageModeling:
         length_seed: train on windows of random length (Merity et al., 2018, section 5): normally distributed about
             `horizon`, or in one of twenty about half of it, with deviation 5, at least 5; others for every epoch, drawn
             from this seed. The learning rate of an update is scaled by the length. Only with `repackage`.
+        ranks: the processes among which evaluation is divided; all get the result of the whole. By default this one
+            evaluates alone.
 
     Raises:
         ValueError: settings that fit no window.
@@ -81,6 +90,7 @@ class LanguageModeling:
         alpha: float = 0.0,
         beta: float = 0.0,
         length_seed: int | None = None,
+        ranks: Ranks | None = None,
     ):
         if horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {horizon}")
@@ -105,6 +115,7 @@ class LanguageModeling:
         self.alpha = alpha
         self.beta = beta
         self.length_seed = length_seed
+        self.ranks = ranks or Ranks()
 
     def _has_history(self, training: bool) -> bool:
         """Whether windows overlap and leave their first `horizon` positions unscored: the authors' two rules."""
@@ -232,19 +243,29 @@ class LanguageModeling:
         reach = getattr(self.model.core, "reach", math.inf)  # only TrellisNet has streams
         return self._has_history(False) and self.horizon >= reach and self.measured == ("loss",)
 
-    def _stream(
-        self, rows: Tensor, first: int, last: int, progress: Progress | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and targets of positions first to last − 1 of rows (N, L), read as one stream."""
+    def _stream(self, rows: Tensor, places: range, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and targets of some positions of rows (N, L), in a row, read as one stream.
+
+        It begins `horizon` before them: further back nothing is seen.
+        """
         steps = max(1, STREAMED // max(1, rows.size(0)))
-        starts = range(0, last, steps)
+        starts = range(max(places.start - self.horizon, 0), places.stop, steps) if places else range(0)
         stream = self.model.init_stream(rows.size(0))
         for start in progress(starts, len(starts)) if progress is not None else starts:
-            end, skip = min(start + steps, last), max(first - start, 0)
+            end, skip = min(start + steps, places.stop), max(places.start - start, 0)
             output, stream = self.model.stream(rows[:, start:end].long(), stream)
             targets = rows[:, start + 1 : end + 1][:, skip:].long()
             if targets.numel():
                 yield output[:, skip:], targets
+
+    def _windowed(self, rows: Tensor, starts: range, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and targets of the windows at `starts`."""
+        skip, state = self.horizon if self._has_history(False) else 0, None
+        for start in progress(starts, len(starts)) if progress is not None else starts:
+            inputs, targets = self._cut(rows, start, False)
+            out = self.model(inputs, state, start=skip)
+            state = self._carried(out.state)
+            yield out.output, targets[:, skip:]
 
     def windowed(
         self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
@@ -252,41 +273,55 @@ class LanguageModeling:
         """What is scored of rows (N, L), window by window under the rule of evaluation.
 
         Every window is computed when it is asked for: by the weights, in the mode and with or without the gradients of
-        that moment. Where the state is carried, it is that of the weights that it was computed by, detached.
+        that moment. Where the state is carried, it is that of the weights that it was computed by, detached. Every rank
+        computes all of them.
 
         Args:
-            rows, max_tokens, progress: as in :meth:`evaluate`.
+            rows, max_tokens, progress: as in :meth:`evaluate`, which also tells of the errors.
 
         Returns:
             features (N, l, output_size) and targets, int64 (N, l), of every window.
         """
-        skip = self.horizon if self._has_history(False) else 0
-        windows, state, tokens = self.windows(rows, training=False), None, 0
-        for _, inputs, targets in windows if progress is None else progress(windows, len(self._starts(rows, False))):
-            out = self.model(inputs, state, start=skip)
-            state, targets = self._carried(out.state), targets[:, skip:]
-            yield out.output, targets
-            tokens += targets.numel()
-            if max_tokens is not None and tokens >= max_tokens:
-                return
+        return self._windowed(rows, self._scored(rows, max_tokens), progress)
 
     def scored(
         self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What :meth:`evaluate` scores, piece by piece, to be asked for in evaluation mode.
+        """What :meth:`evaluate` scores, piece by piece, to be asked for in evaluation mode. Every rank computes all.
 
         Args:
-            rows, max_tokens, progress: as in :meth:`evaluate`.
+            rows, max_tokens, progress: as in :meth:`evaluate`, which also tells of the errors.
 
         Returns:
             features (N, l, output_size) and targets, int64 (N, l), of every piece, in the order of the text.
         """
+        return self._pieces(rows, max_tokens, progress, Ranks())
+
+    def _pieces(
+        self, rows: Tensor, max_tokens: int | None, progress: Progress | None, ranks: Ranks
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of what is scored."""
+        starts = self._scored(rows, max_tokens)
+        if self.streams():
+            last = min(starts[-1] + self.seq_len, rows.size(1) - 1)
+            return self._stream(rows, ranks.part(range(self.horizon, last)), progress)
+        if not self.repackage:
+            return self._windowed(rows, ranks.part(starts), progress)
+        rows = ranks.part(rows)  # windows into which a state is carried must stay in their order
+        return self._windowed(rows, starts if rows.size(0) else range(0), progress)
+
+    def _scored(self, rows: Tensor, max_tokens: int | None) -> range:
+        """Starts of the windows that evaluation scores: up to that in which the `max_tokens`th token is.
+
+        Raises:
+            ValueError: there are none.
+        """
         starts = self._starts(rows, False)
-        if not starts or not self.streams():
-            return self.windowed(rows, max_tokens=max_tokens, progress=progress)
-        if max_tokens is not None:
-            starts = starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
-        return self._stream(rows, self.horizon, min(starts[-1] + self.seq_len, rows.size(1) - 1), progress)
+        if not starts:
+            raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+        if max_tokens is None:
+            return starts
+        return starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
 
     def in_segments(self, length: int) -> Self:
         """This task with windows that score `length` positions each, whatever it was trained on.
@@ -324,10 +359,10 @@ class LanguageModeling:
             ValueError: the rows are shorter than one window.
         """
         with evaluating(self.model):
-            return self._mean(self.scored(rows, max_tokens=max_tokens, progress=progress), rows.size(1))
+            return self._averaged(self._pieces(rows, max_tokens, progress, self.ranks))
 
-    def _mean(self, pieces: Iterable[tuple[Tensor, Tensor]], length: int) -> dict:
-        """Mean loss, and what else is measured, of features and their targets from rows of a length."""
+    def _averaged(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> dict:
+        """Mean loss, and what else is measured, of features and their targets on all ranks."""
         total, tokens = 0.0, 0
         further = dict.fromkeys(self.measured[1:], 0.0)
         for output, targets in pieces:
@@ -335,9 +370,9 @@ class LanguageModeling:
             for name, mean in self._measure(output, targets).items():
                 further[name] += mean.item() * targets.numel()
             tokens += targets.numel()
-        if not tokens:
-            raise ValueError(f"rows of {length} tokens hold no window with anything to score")
-        return {"loss": total / tokens, "tokens": tokens} | {name: sum_ / tokens for name, sum_ in further.items()}
+        total, tokens, *sums = self.ranks.sum(total, tokens, *further.values())
+        means = {name: _mean(sum_, tokens) for name, sum_ in zip(further, sums, strict=True)}
+        return {"loss": _mean(total, tokens), "tokens": tokens} | means
 
     @torch.no_grad()
     def evaluate_all(
@@ -362,25 +397,29 @@ class LanguageModeling:
                 starts = starts[: 1 + max(0, math.ceil((max_tokens - self.seq_len) / starts.step))]
             last = min(starts[-1] + self.seq_len, rows.size(1) - 1)
             with evaluating(self.model):
-                return self._mean(self._stream(rows, 0, last, progress), rows.size(1))
+                return self._averaged(self._stream(rows, self.ranks.part(range(last)), progress))
         windows = [(inputs, targets) for _, inputs, targets in self.windows(rows, training=False)]
+        if not windows:
+            raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
         whole = [w for w in windows[1:] if w[0].size(1) == self.seq_len]
         rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
-        groups = [windows[:1]] if windows else []
-        groups += [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)] + [[w] for w in rest]
+        # The first window has nothing before it: all of it is scored.
+        groups = [(0, windows[:1])]
+        groups += [(self.horizon, whole[i : i + batch_size]) for i in range(0, len(whole), batch_size)]
+        groups += [(self.horizon, [w]) for w in rest]
+        if max_tokens is not None:
+            sizes = (sum(targets.size(1) - skip for _, targets in group) for skip, group in groups)
+            groups = groups[: 1 + sum(before < max_tokens for before in itertools.accumulate(sizes))]
+        groups = self.ranks.part(groups)
         with evaluating(self.model):
             total, tokens = 0.0, 0
-            for group in progress(groups, len(groups)) if progress is not None else groups:
+            for skip, group in progress(groups, len(groups)) if progress is not None else groups:
                 inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
-                skip = self.horizon if tokens else 0  # the first window has nothing before it: all of it is scored
                 loss = self.model.loss(self.model(inputs, start=skip).output, targets[:, skip:], reduction="sum")
                 total += loss.item()
                 tokens += targets[:, skip:].numel()
-                if max_tokens is not None and tokens >= max_tokens:
-                    break
-        if not tokens:
-            raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
-        return {"loss": total / tokens, "tokens": tokens}
+        total, tokens = self.ranks.sum(total, tokens)
+        return {"loss": _mean(total, tokens), "tokens": tokens}
 
     @torch.no_grad()
     def evaluate_mc(
@@ -390,7 +429,7 @@ class LanguageModeling:
         2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
 
         Every pass draws one set of masks for its rows and keeps it from the first window to the last. A network whose
-        dropout is not one mask a sequence draws as in training instead.
+        dropout is not one mask a sequence draws as in training instead. Every rank takes rows, and draws for them.
 
         Args:
             rows: int64 (N, L).
@@ -404,25 +443,25 @@ class LanguageModeling:
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        skip, total = self.horizon if self._has_history(False) else 0, None
-        for _ in progress(range(passes), passes) if progress is not None else range(passes):
-            masks, losses, state, tokens = self.model.draw_masks(rows.size(0)), [], None, 0
+        skip, starts = self.horizon if self._has_history(False) else 0, self._scored(rows, max_tokens)
+        own, total = self.ranks.part(rows), None
+        samples = range(passes if own.size(0) else 0)
+        for _ in progress(samples, len(samples)) if progress is not None else samples:
+            masks, losses, state = self.model.draw_masks(own.size(0)), [], None
             latent = None if masks is None else masks.latent
             with evaluating(self.model):
                 self.model.train(masks is None)
-                for _, inputs, targets in self.windows(rows, training=False):
+                for start in starts:
+                    inputs, targets = self._cut(own, start, False)
                     out = self.model(inputs, state, start=skip, masks=masks)
                     state, targets = self._carried(out.state), targets[:, skip:]
                     options = {"latent_mask": latent, "draw": masks is None, "reduction": "none"}
                     losses.append(self.model.loss(out.output, targets, **options).flatten().double())
-                    tokens += targets.numel()
-                    if max_tokens is not None and tokens >= max_tokens:
-                        break
-            if not losses:
-                raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
             log_p = -torch.cat(losses)
             total = log_p if total is None else torch.logaddexp(total, log_p)
-        return {"loss": math.log(passes) - total.mean().item(), "tokens": tokens, "passes": passes}
+        log_p = total.sum().item() if total is not None else 0.0
+        log_p, tokens = self.ranks.sum(log_p, 0 if total is None else total.numel())
+        return {"loss": math.log(passes) - _mean(log_p, tokens), "tokens": tokens, "passes": passes}
 
     @staticmethod
     def score(loss: float) -> float:
@@ -521,6 +560,7 @@ class Classification:
         eval_batch_size: sequences that are evaluated at a time; it does not change results.
         prepare: what is done to a batch of stored sequences (n, L, C), of any dtype, before the model gets it.
         seed: of the order of the training data, which is another one in every epoch.
+        ranks: the processes among which evaluation is divided, see :class:`LanguageModeling`.
     """
 
     score_name = "accuracy"
@@ -536,8 +576,10 @@ class Classification:
         eval_batch_size: int = 64,
         prepare: Callable[[Tensor], Tensor] = lambda sequences: sequences,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ):
         self.model = model
+        self.ranks = ranks or Ranks()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.prepare = prepare
@@ -603,7 +645,7 @@ class Classification:
             `loss` in nats, `accuracy` from 0 to 1, and the number of `examples`.
         """
         sequences, classes = data
-        starts = range(0, len(classes), self.eval_batch_size)
+        starts = self._scored(len(classes), max_tokens)
         total, right, examples = 0.0, 0, 0
         with evaluating(self.model):
             for start in progress(starts, len(starts)) if progress is not None else starts:
@@ -612,9 +654,19 @@ class Classification:
                 total += F.cross_entropy(logits, targets, reduction="sum").item()
                 right += (logits.argmax(1) == targets).sum().item()
                 examples += targets.numel()
-                if max_tokens is not None and examples >= max_tokens:
-                    break
-        return {"loss": total / examples, "accuracy": right / examples, "examples": examples}
+        return self._result(total, right, examples)
+
+    def _scored(self, examples: int, max_tokens: int | None) -> range:
+        """Where this rank's batches begin, up to that in which so many sequences of all ranks have been scored."""
+        starts = range(0, examples, self.eval_batch_size)
+        if max_tokens is not None:
+            starts = starts[: max(1, math.ceil(max_tokens / self.eval_batch_size))]
+        return self.ranks.part(starts)
+
+    def _result(self, total: float, right: int, examples: int) -> dict:
+        """Means of sums that are this rank's."""
+        total, right, examples = self.ranks.sum(total, right, examples)
+        return {"loss": _mean(total, examples), "accuracy": _mean(right, examples), "examples": examples}
 
     @torch.no_grad()
     def evaluate_mc(
@@ -633,7 +685,7 @@ class Classification:
             max_tokens, progress: as in :meth:`evaluate`, which also tells of the result.
         """
         sequences, classes = data
-        starts = range(0, len(classes), self.eval_batch_size)
+        starts = self._scored(len(classes), max_tokens)
         total, right, examples = 0.0, 0, 0
         with evaluating(self.model):
             self.model.train()
@@ -645,9 +697,7 @@ class Classification:
                 total += F.nll_loss(log_p, targets, reduction="sum").item()
                 right += (log_p.argmax(1) == targets).sum().item()
                 examples += targets.numel()
-                if max_tokens is not None and examples >= max_tokens:
-                    break
-        return {"loss": total / examples, "accuracy": right / examples, "examples": examples, "passes": passes}
+        return self._result(total, right, examples) | {"passes": passes}
 
     def training_score(self, means: dict[str, float]) -> float:
         """Accuracy while training, dropout on."""

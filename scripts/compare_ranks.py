@@ -1,0 +1,190 @@
+"""Train the five tasks on several ranks and on one, and compare: losses, gradients, weights, scores.
+
+Tiny networks without dropout make five updates each, on generated data; every rank is a process on this machine. All
+numbers must agree with those of one process, relative to the largest of their kind, to 1e-6 in float32 and to 1e-12 in
+float64.
+
+    python scripts/compare_ranks.py                 1, 2 and 4 ranks: some minutes
+    python scripts/compare_ranks.py --ranks 1 3
+"""
+
+import argparse
+import functools
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import char_ptb.train  # noqa: E402
+import cifar10.train  # noqa: E402
+import pmnist.train  # noqa: E402
+import word_ptb.train  # noqa: E402
+import wt103.train  # noqa: E402
+from trellisnet.training.config import parse  # noqa: E402
+from trellisnet.training.distributed import Ranks  # noqa: E402
+from trellisnet.training.engine import Trainer, evaluate  # noqa: E402
+from trellisnet.training.interrupts import Interrupts  # noqa: E402
+from trellisnet.training.optim import make_optimizer  # noqa: E402
+from trellisnet.training.runlog import NoFolder, commit, machine  # noqa: E402
+
+STEPS = 5
+BOUNDS = {"float32": 1e-6, "float64": 1e-12}
+PROGRAMS = {
+    "word_ptb": word_ptb.train, "char_ptb": char_ptb.train, "wt103": wt103.train, "pmnist": pmnist.train,
+    "cifar10": cifar10.train,
+}  # fmt: skip
+OFF = "--dropout 0 --dropouti 0 --dropouth 0 --wdrop 0 --data synthetic --nhid 6 --max_eval_tokens 1500".split()
+TEXT = """--emsize 8 --nout 8 --nlevels 4 --horizon 6 --batch_size 12 --emb_dropout 0 --dropoutl 0 --aux 0.1
+--aux_freq 2 --alpha 2 --beta 1 --lr 1 --optim SGD --clip 0.25 --mc_dropout 2 --eval_all""".split()
+DOUBLE = "--gemm mm --gates eager".split()  # what can compute in float64
+CARRIED = "--repack --seq_len 0".split()
+IMAGES = "--nlevels 6 --batch_size 8 --optim SGD --lr 0.5 --no-validation".split()
+CASES = {
+    "word_ptb": [*TEXT, *"--no-repack --seq_len 20".split()],
+    "word_ptb, carried, mixture, 2 slices": [*TEXT, *CARRIED, *"--n_experts 3 --accumulate 2".split()],
+    "word_ptb, AWD-LSTM": [*TEXT, *CARRIED, *"--model awd-lstm --aux 0 --nlevels 2".split()],
+    "char_ptb": [*TEXT, *CARRIED, "--eval_batch_size", "1"],
+    "wt103": [*TEXT, *CARRIED, *"--cutoffs 20 50 --eval_batch_size 3".split()],
+    "pmnist": [*IMAGES, "--mc_dropout", "2"],
+    "cifar10": [*IMAGES, "--accumulate", "2"],
+}
+
+
+def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+    """Some updates: loss and gradients of every step, the weights after them, and scores of the test data."""
+    program = PROGRAMS[case.split(",")[0]]
+    config, _ = parse(program.Config, [*OFF, *CASES[case], *(DOUBLE if dtype is torch.float64 else [])])
+    config = config.chosen(torch.device("cpu"))
+    ranks.check_rows(config.batch_size)
+    torch.manual_seed(config.seed)
+    task, splits, schedule, facts = program.setup(config, torch.device("cpu"), ranks)
+    task.model.to(dtype)
+    if "pixels" in facts:
+        rows = (STEPS - 1) * config.batch_size + 3  # the last batch has three rows: with four ranks one has none
+        splits = replace(splits, train=tuple(part[:rows] for part in splits.train), test=_few(splits.test))
+        splits = replace(splits, everything={key: (f, _few(data)) for key, (f, data) in splits.everything.items()})
+        task.prepare = functools.partial(_prepared, task.prepare, dtype)
+    optimizer = make_optimizer(task.model.parameters(), config)
+    args = (NoFolder(Path()), optimizer, schedule, _nothing, "", Interrupts(), _nothing, ranks)
+    trainer, found = Trainer(task, splits, config, *args), {}
+    batches = task.batches(splits.train, 0)
+    task.model.train()
+    for step in range(STEPS):
+        means = trainer._step(batches[step])
+        losses = zip(means, ranks.sum(*map(float, means.values())), strict=True)
+        found |= {f"losses {step} {key}": _numbers({key: value}) for key, value in losses}
+        found[f"gradients {step}"] = {name: p.grad.clone() for name, p in task.model.named_parameters()}
+    found["weights"] = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    everything = {"test": (task.evaluate, splits.test), **splits.everything}
+    for name, (method, data) in everything.items():
+        result = evaluate(task, data, name, config, method, ranks)
+        found |= {f"scores {name} {key}": _numbers({key: value}) for key, value in result.items()}
+    return found
+
+
+def _numbers(values: dict[str, float]) -> dict[str, Tensor]:
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in values.items()}
+
+
+def _few(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return tuple(part[:150] for part in data)
+
+
+def _prepared(prepare: Callable[[Tensor], Tensor], dtype: torch.dtype, pixels: Tensor) -> Tensor:
+    return prepare(pixels).to(dtype)
+
+
+def _nothing(*_: Any) -> None:
+    """Neither print nor save."""
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    """Of losses, gradients, weights and scores the largest difference, relative to the largest entry.
+
+    The gradients of a step are one vector, and so are the weights: where the terms of a small gradient cancel, the
+    single process does not know it more exactly.
+    """
+    found = dict.fromkeys(("losses", "gradients", "weights", "scores"), 0.0)
+    for name, tensors in ours.items():
+        pairs = [(a, theirs[name][key]) for key, a in tensors.items()]
+        largest = max(b.abs().max().item() for _, b in pairs)
+        difference = max((a - b).abs().max().item() for a, b in pairs)
+        kind = name.split()[0]
+        found[kind] = max(found[kind], difference / largest if largest else difference)
+    return found
+
+
+def worker(path: Path, cases: Iterable[str]) -> None:
+    """What one rank does: all cases; the first one writes what came out."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    ranks = Ranks.of_environment()
+    ranks.join()
+    found = {kind: {case: train(case, getattr(torch, kind), ranks) for case in cases} for kind in BOUNDS}
+    if ranks.first:
+        torch.save(found, path)
+    ranks.leave()
+
+
+def launch(size: int, path: Path, cases: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Start so many ranks with torchrun; kind of number → case → what :func:`train` has found.
+
+    Raises:
+        subprocess.CalledProcessError: a rank failed.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), __file__]
+    subprocess.run([*command, "--worker", str(path), "--cases", *cases], check=True)
+    return torch.load(path, weights_only=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 all agree, 1 something does not."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to train (default: all)")
+    parser.add_argument("--json", help="also write the findings to this file")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        worker(args.worker, args.cases)
+        return 0
+    records, failed = [], False
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # such networks do not see whole images
+    alone = {kind: {case: train(case, getattr(torch, kind), Ranks()) for case in args.cases} for kind in BOUNDS}
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        for size in args.ranks:
+            found = launch(size, Path(folder) / f"{size}.pt", args.cases)
+            for kind, bound in BOUNDS.items():
+                for case in args.cases:
+                    differ = differences(found[kind][case], alone[kind][case])
+                    records.append({"task": case, "ranks": size, "dtype": kind, **differ})
+                    wrong = max(differ.values()) > bound
+                    failed |= wrong
+                    shown = ", ".join(f"{name} {value:.1e}" for name, value in differ.items())
+                    print(f"{case}, {size} ranks, {kind}: {shown}{'  TOO MUCH' if wrong else ''}", flush=True)
+    head = {
+        "command": shlex.join(["python", "scripts/compare_ranks.py", *argv]), "commit": commit(), "steps": STEPS,
+        "machine": machine(torch.device("cpu")), "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+    if args.json:
+        Path(args.json).write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

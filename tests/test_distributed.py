@@ -1,0 +1,321 @@
+"""Several ranks: what one process would compute, one message, and an end for all."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import word_ptb.train
+import wt103.train
+from trellisnet.errors import UserError
+from trellisnet.training import checkpoint
+from trellisnet.training.config import PROJECT
+from trellisnet.training.distributed import Ranks
+
+spec = importlib.util.spec_from_file_location("compare_ranks", PROJECT / "scripts" / "compare_ranks.py")
+compare_ranks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compare_ranks)
+
+# With dropout, so that random numbers matter; the state is carried, and Adam has one of its own.
+MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --repack --seq_len 0 --horizon 40 --batch_size 24
+--eval_batch_size 3 --aux 0.1 --aux_freq 2 --optim Adam --lr 0.01 --log-interval 20 --threads 1 --max_eval_tokens 1000
+--epochs 2 --dropout 0.1 --wdrop 0.1 --accumulate 2""".split()
+# Every rank calls a program's main once for every list of flags, and writes down the exit codes. A list may begin with
+# "signal", rank and step: then that rank sends itself a SIGTERM there.
+DRIVER = """
+import importlib, json, os, signal, sys
+from trellisnet.training.engine import Trainer
+rank, step = int(os.environ["RANK"]), Trainer._step
+at = None
+def signalled(self, batch):
+    out = step(self, batch)
+    if at == [rank, self.step]:
+        os.kill(os.getpid(), signum)
+    return out
+Trainer._step = signalled
+plan, out = sys.argv[1:3]
+codes = []
+for argv in json.load(open(plan)):
+    task, at, signum = argv.pop(0), None, signal.SIGTERM
+    if argv[0] in ("signal", "kill"):
+        signum = signal.SIGKILL if argv[0] == "kill" else signal.SIGTERM
+        at, argv = [int(argv[1]), int(argv[2])], argv[3:]
+    codes.append(importlib.import_module(f"{task}.train").main(argv))
+    json.dump(codes, open(f"{out}/codes-{rank}.json", "w"))
+sys.exit(codes[-1])
+"""
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Call mains on so many ranks: exit codes, a list for each rank; what was printed, and written on stderr."""
+
+    def call(size, *plan, flags=(), timeout=200):
+        (tmp_path / "driver.py").write_text(DRIVER)
+        (tmp_path / "plan.json").write_text(json.dumps([[str(flag) for flag in argv] for argv in plan]))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), *flags]
+        command += [str(tmp_path / "driver.py"), str(tmp_path / "plan.json"), str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=timeout)
+        files = [tmp_path / f"codes-{rank}.json" for rank in range(size)]
+        return [json.loads(file.read_text()) for file in files if file.exists()], done.stdout, done.stderr
+
+    return call
+
+
+def assert_same(ours, theirs):
+    """Weights, optimiser, carried state and all random numbers."""
+    a, b = (checkpoint.load(folder / "last.pt") for folder in (ours, theirs))
+    for key in ("model", "optimizer", "carry", "rng", "rng_others", "step", "epoch", "schedule", "best"):
+        assert checkpoint.sha256_of(a[key]) == checkpoint.sha256_of(b[key]), key
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_parts_are_stretches_of_nearly_equal_length_in_the_order_of_ranks(size):
+    for items in (list(range(10)), range(10), torch.arange(10), [], [5]):
+        parts = [Ranks(rank, size).part(items) for rank in range(size)]
+        assert [int(item) for part in parts for item in part] == [int(item) for item in items]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_rows_that_cannot_be_divided_are_an_error():
+    Ranks(1, 4).check_rows(16)
+    with pytest.raises(UserError, match="--batch_size 15: its rows cannot be divided among 4 ranks; pass .* 16"):
+        Ranks(1, 4).check_rows(15)
+
+
+def test_only_torchrun_makes_ranks(monkeypatch):
+    names = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    alone = Ranks.of_environment()
+    assert (alone.rank, alone.size, alone.first, alone.launcher()) == (0, 1, True, ["python"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    ranks = Ranks.of_environment()
+    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.first) == (5, 8, 1, False)
+    assert ranks.launcher() == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4"]
+
+
+def test_every_rank_but_the_first_has_random_numbers_of_its_own():
+    drawn = []
+    for rank in range(3):
+        torch.manual_seed(1)
+        Ranks(rank, 3).seed(1)
+        drawn.append(torch.rand(()).item())
+    torch.manual_seed(1)
+    assert drawn[0] == torch.rand(()).item()
+    assert len(set(drawn)) == 3
+
+
+# -- several -----------------------------------------------------------------------------------------------------------
+
+
+def compared(sizes, cases, tmp_path):
+    bounds, train = compare_ranks.BOUNDS.items(), compare_ranks.train
+    alone = {kind: {case: train(case, getattr(torch, kind), Ranks()) for case in cases} for kind, _ in bounds}
+    for size in sizes:
+        found = compare_ranks.launch(size, tmp_path / "found.pt", cases)
+        for kind, bound in bounds:
+            for case in cases:
+                differ = compare_ranks.differences(found[kind][case], alone[kind][case])
+                assert differ.keys() == {"losses", "gradients", "weights", "scores"}
+                assert max(differ.values()) <= bound, (case, kind, size, differ)
+
+
+@pytest.mark.filterwarnings("ignore:the last .* pixels are all")
+def test_two_ranks_compute_what_one_does(tmp_path):
+    compared([2], ["word_ptb", "word_ptb, carried, mixture, 2 slices", "pmnist"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the last .* pixels are all")
+def test_ranks_compute_what_one_does(tmp_path):
+    compared([1, 3, 4], compare_ranks.CASES, tmp_path)
+
+
+def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
+    """Wrong settings, a whole run, one that a signal to one rank stops, its continuation, one that fails, a score."""
+    capsys.readouterr()
+    short, bands = [*MODEL, "--max_steps", "100"], ["--cutoffs", 20, 50]
+    to = lambda name: ["--metrics", tmp_path / f"{name}.json"]  # noqa: E731
+    assert word_ptb.train.main([*MODEL, "--max_steps", "30", "--out", str(tmp_path / "alone")]) == 0
+    out = {name: tmp_path / name for name in ("whole", "parts", "bad")}
+    plan = [
+        ["word_ptb", *MODEL, "--batch_size", "25", "--out", out["bad"]],
+        ["wt103", *short, *bands, "--out", out["whole"], *to("whole")],
+        ["wt103", "signal", 1, 75, *short, *bands, "--out", out["parts"]],
+        ["wt103", "--resume", out["parts"] / "last.pt", *to("parts")],
+        ["word_ptb", *MODEL, "--lr", "1e30", "--clip", "0", "--optim", "SGD", "--out", out["bad"]],
+        ["wt103", *MODEL, *bands, "--eval", "--load_weight", out["whole"] / "weights.pkl", *to("eval")],
+        ["word_ptb", "--resume", tmp_path / "alone" / "last.pt", "--max_steps", "34"],
+    ]
+    codes, printed, err = torchrun(2, *plan)
+    assert codes == [[2, 0, 143, 0, 1, 0, 0]] * 2, err
+    lines = [line for line in err.splitlines() if line.startswith(("error", "failed", "interrupted"))]
+    way_on = "torchrun --nproc_per_node 2 wt103/train.py --resume"
+    assert lines[0].startswith("error: --batch_size 25: its rows cannot be divided among 2 ranks; pass --batch_size 24")
+    assert lines[1] == f"interrupted; the last checkpoint is kept; go on from it with: {way_on} {out['parts']}/last.pt"
+    assert lines[2].startswith("failed: the ")
+    assert len(lines) == 3
+    assert "Traceback" not in err
+    assert "Warning" not in err
+    assert printed.count(f"run folder: {out['whole']}") == 1
+
+    assert_same(out["parts"], out["whole"])
+    whole, parts, score = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "parts", "eval"))
+    assert (whole["test"], whole["valid"]) == (parts["test"], parts["valid"]) == (score["test"], score["valid"])
+    assert whole["ranks"] == 2
+    assert len(whole["peak_memory_ranks"]) == 2
+    assert whole["peak_memory"] == max(whole["peak_memory_ranks"]) > 10**7
+    assert whole["command"].startswith("torchrun --nproc_per_node 2 wt103/train.py ")
+    log = (out["whole"] / "log.txt").read_text()
+    assert "# ranks: 2\n" in log
+    assert "peak memory: rank 0 0." in log
+    assert json.loads((out["whole"] / "config.json").read_text())["ranks"] == 2
+
+    # One process goes on with what two have begun, and two have gone on with what one had.
+    last = checkpoint.load(out["whole"] / "last.pt")
+    assert last["carry"][0].size(0) == 24
+    assert len(last["rng_others"]) == 1
+    capsys.readouterr()
+    assert wt103.train.main(["--resume", str(out["whole"] / "last.pt"), "--max_steps", "104"]) == 0
+    assert "NOTICE: the checkpoint is of 2 rank(s), this run has 1: " in capsys.readouterr().out
+    assert checkpoint.load(out["whole"] / "last.pt")["step"] == 104
+    assert "NOTICE: the checkpoint is of 1 rank(s), this run has 2: " in (tmp_path / "alone" / "log.txt").read_text()
+    assert checkpoint.load(tmp_path / "alone" / "last.pt")["step"] == 34
+
+
+def started(tmp_path, size, *argv, code=DRIVER):
+    """Ranks without torchrun, so that their exit codes and messages can be told apart."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    (tmp_path / "driver.py").write_text(code)
+    (tmp_path / "plan.json").write_text(json.dumps([[str(flag) for flag in argv]]))
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": PROJECT}
+    processes = []
+    for rank in range(size):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        environment = {**os.environ, **{name: str(value) for name, value in (names | own).items()}}
+        command = [sys.executable, tmp_path / "driver.py", tmp_path / "plan.json", tmp_path]
+        options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **options))
+    return processes
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
+    flags = [*MODEL, "--checkpoint_steps", "20", "--out", tmp_path / "run"]
+    processes = started(tmp_path, 2, "word_ptb", "kill", 1, 50, *flags)
+    assert processes[1].wait(timeout=120) == -signal.SIGKILL
+    begin = time.monotonic()
+    _, err = processes[0].communicate(timeout=60)
+    assert time.monotonic() - begin < 20
+    assert processes[0].returncode == 1
+    processes[1].communicate()
+    assert err.startswith("failed: a process of this run has ended or cannot be reached any more; the last checkpoint")
+    assert err.count("\n") == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_torchrun_ends_when_a_rank_dies_and_goes_on_with_three(tmp_path, torchrun, dies):
+    flags = [*MODEL, "--checkpoint_steps", "20", "--max_steps", "90"]
+    codes, _, err = torchrun(3, ["word_ptb", "kill", dies, 50, *flags, "--out", tmp_path / "parts"], timeout=120)
+    assert codes == [[1], [1]]
+    assert err.count("failed: a process of this run has ended or cannot be reached any more; the last checkpoint") == 1
+    assert "exitcode  : -9" in err
+    resumed = ["word_ptb", "--resume", tmp_path / "parts" / "last.pt"]
+    codes, _, err = torchrun(3, resumed, ["word_ptb", *flags, "--out", tmp_path / "whole"])
+    assert codes == [[0, 0]] * 3, err
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_from_outside_ends_all_ranks_with_a_checkpoint(tmp_path):
+    program = str(PROJECT / "word_ptb" / "train.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
+    command += [*MODEL, "--epochs", "99", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert err.count("interrupted; the last checkpoint is kept; go on from it with: torchrun --nproc_per_node 2 ") == 1
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+TALK = """
+import sys, torch
+from trellisnet.errors import RunError, UserError
+from trellisnet.training.distributed import Ranks
+ranks = Ranks.of_environment()
+ranks.join()
+for raised in (UserError("nothing there"), OSError(28, "full", "x")):
+    try:
+        with ranks.agreed():
+            if ranks.rank == 1:
+                raise raised
+    except (UserError, RunError, OSError) as e:
+        print(type(e).__name__, e, file=sys.stderr)
+value = {"a": [torch.arange(3), (torch.tensor(2.5), None)], "b": torch.zeros(0, 2), "c": torch.tensor([True])}
+shared = ranks.share(value if ranks.first else None)
+print(shared, ranks.gather(ranks.rank), ranks.sum(0.5, ranks.rank), ranks.claims(), file=sys.stderr)
+model = torch.nn.Linear(2, 1)
+ranks.copy(model)
+sums = ranks.gather(sum(p.sum().item() for p in model.parameters()))
+assert sums[0] == sums[1]
+ranks.leave()
+"""
+
+
+def test_what_ranks_tell_each_other(tmp_path):
+    said = [process.communicate(timeout=100)[1].splitlines() for process in started(tmp_path, 2, code=TALK)]
+    assert said[0][:2] == ["UserError rank 1: nothing there", "RunError rank 1: full (x)"]
+    assert said[1][:2] == ["UserError nothing there", "RunError full (x)"]
+    value = "{'a': [tensor([0, 1, 2]), (tensor(2.5000), None)], 'b': tensor([], size=(0, 2)), 'c': tensor([True])}"
+    assert {said[0][2], said[1][2]} == {f"{value} [0, 1] (1.0, 1) {claims}" for claims in (True, False)}
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_run(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "both"]
+    command += [str(PROJECT / "word_ptb" / "train.py"), *MODEL, "--max_steps", "5", "--out", str(tmp_path / "run")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum(text.count("test ppl ") for text in printed) == 1
+    head = (tmp_path / "run" / "log.txt").read_text().splitlines()[0]
+    assert "  torchrun --nnodes 2 --nproc_per_node 1 word_ptb/train.py --data synthetic" in head
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_ranks_folder_is_told_once(tmp_path, torchrun):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "foreign").write_text("x")
+    codes, _, err = torchrun(2, ["word_ptb", *MODEL, "--out", tmp_path / "run"])
+    assert codes == [[2], [2]]
+    assert err.count("error: ") == 1

@@ -1,0 +1,398 @@
+"""Several processes that train together, started by torchrun, or one that is alone.
+
+Each process is a *rank* and has the whole model. Of every batch a rank computes its own rows; gradients are summed over
+the ranks by DistributedDataParallel while they are made, so that all ranks make the same update. What little else they
+have to tell each other within a step travels with the gradients: no step waits for a communication of its own.
+"""
+
+import contextlib
+import datetime
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trellisnet.errors import RunError, UserError
+from trellisnet.training.interrupts import Interrupted
+
+# A rank that has died is noticed at once, by its connections. This is only for how long one may have nothing to tell:
+# where a text is scored in one row all others wait for the first.
+PATIENCE = datetime.timedelta(days=2)
+_LOST = re.compile("gloo|nccl|connection|socket|broken pipe|recvvalue failed", re.IGNORECASE)
+
+
+class LostError(RunError):
+    """Another rank has ended, or cannot be reached."""
+
+    def __init__(self) -> None:
+        super().__init__("a process of this run has ended or cannot be reached any more")
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """What a broken connection raises, as LostError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or not (isinstance(e, dist.DistError) or _LOST.search(str(e))):
+            raise
+        raise LostError from e
+
+
+class _Place(NamedTuple):
+    """Where a tensor was, in a value that is sent."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _mapped(value: Any, function: Any, kind: type) -> Any:
+    """`value` with `function` applied to everything of a kind in its dicts, lists and tuples."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, function, kind) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, function, kind) for item in value)
+    return value
+
+
+class Ranks:
+    """This process among those that train together; by default it is alone, and nothing is communicated.
+
+    Whatever communicates (:meth:`gather`, :meth:`sum`, :meth:`share`, :meth:`agreed`, …) is called by all ranks, in the
+    same order.
+
+    Args:
+        rank, size: which one this is, of how many.
+        local_rank, local_size: the same on this machine.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
+        self._store: dist.Store | None = None
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        """This process as torchrun's environment describes it; alone if torchrun did not start it."""
+        if not dist.is_available() or not dist.is_torchelastic_launched():
+            return cls()
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+    def join(self) -> None:
+        """Meet the other ranks: gloo for what is on the CPU, NCCL for what is on CUDA devices.
+
+        Raises:
+            RunError: they cannot be reached.
+        """
+        if self.size == 1:
+            return
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
+            # A process may join more than once, and torchrun keeps what it stored before.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            count = store.add(f"trellisnet {attempt} {self.rank}", 1)
+            self._store = dist.PrefixStore(f"trellisnet {attempt} {count}", store)
+            options = {"store": self._store, "rank": self.rank, "world_size": self.size, "timeout": PATIENCE}
+            dist.init_process_group(backend, **options)
+        except RuntimeError as e:
+            reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+            raise RunError(f"the {self.size} processes of torchrun could not meet ({reason})") from e
+
+    def leave(self) -> None:
+        """Part from the other ranks, when all are here. From now on torchrun cannot end one for another's exit code."""
+        if self.size == 1 or not dist.is_initialized():
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and speaks for all."""
+        return self.rank == 0
+
+    def claims(self) -> bool:
+        """Whether this rank is the one that says what only some ranks know: the first to ask."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add("said", 1) == 1
+        except RuntimeError:  # nobody else can ask either
+            return True
+
+    def launcher(self) -> list[str]:
+        """How a program is started on as many ranks."""
+        if self.size == 1:
+            return ["python"]
+        nodes = self.size // self.local_size
+        return ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(self.local_size)]
+
+    # -- whose is what ---------------------------------------------------------------------------------------------
+
+    def part(self, items: Any) -> Any:
+        """This rank's share of a sequence, or of a tensor's rows: one stretch, the shares of all in their order."""
+        each, more = divmod(len(items), self.size)
+        start = self.rank * each + min(self.rank, more)
+        return items[start : start + each + (self.rank < more)]
+
+    def device(self, wanted: str) -> None:
+        """Make this rank's own CUDA device the one that "cuda" means.
+
+        Raises:
+            UserError: there are too few, or all ranks are to share one.
+        """
+        if self.size == 1 or not wanted.startswith(("auto", "cuda")) or not torch.cuda.is_available():
+            return
+        if wanted.startswith("cuda:"):
+            raise UserError(f"--device {wanted}: every rank takes a device of its own; pass --device cuda")
+        if self.local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"--nproc_per_node {self.local_size}: there are {count} CUDA devices; start as many, or --device cpu"
+            )
+        torch.cuda.set_device(self.local_rank)
+
+    def check_rows(self, batch_size: int) -> None:
+        """Raise UserError unless a batch of so many rows, which is that of all ranks, can be divided among them."""
+        if batch_size % self.size:
+            near = max(round(batch_size / self.size), 1) * self.size
+            raise UserError(
+                f"--batch_size {batch_size}: its rows cannot be divided among {self.size} ranks; pass --batch_size "
+                f"{near}, or start another number of processes"
+            )
+
+    def seed(self, seed: int, step: int = 0) -> None:
+        """Give every rank but the first random numbers of its own; the first goes on with those that it has."""
+        if not self.first:
+            torch.manual_seed(int(np.random.SeedSequence([seed, self.rank, step]).generate_state(1, np.uint64)[0]))
+
+    # -- communication -----------------------------------------------------------------------------------------------
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, in their order."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with _reaching():
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums over the ranks, equal to the bit on all of them."""
+        return values if self.size == 1 else tuple(map(sum, zip(*self.gather(values), strict=True)))
+
+    def share(self, value: Any) -> Any:
+        """The first rank's value. Its tensors are sent one by one: there is never a second copy of all of them."""
+        if self.size == 1:
+            return value
+        tensors: list[Tensor] = []
+
+        def taken(tensor: Tensor) -> _Place:
+            tensors.append(tensor)
+            return _Place(len(tensors) - 1, tuple(tensor.shape), tensor.dtype)
+
+        def made(place: _Place) -> Tensor:
+            if not self.first:
+                tensors.append(torch.empty(place.shape, dtype=place.dtype))
+            return tensors[place.index]
+
+        sent = [_mapped(value, taken, Tensor) if self.first else None]
+        with _reaching():
+            dist.broadcast_object_list(sent, src=0)
+            value = _mapped(sent[0], made, _Place)
+            for tensor in filter(Tensor.numel, tensors):
+                dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), src=0)
+        return value
+
+    def copy(self, model: nn.Module) -> None:
+        """Give all ranks the first one's weights."""
+        if self.size > 1:
+            with _reaching():
+                for tensor in model.state_dict().values():
+                    dist.broadcast(tensor, src=0)
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Go on only if no rank fails inside, where nothing is communicated; else raise on all what one has raised."""
+        if self.size == 1:
+            yield
+            return
+        error = None
+        try:
+            yield
+        except LostError:
+            raise
+        except (UserError, RunError, OSError) as e:
+            error = e
+        told = self.gather(None if error is None else (isinstance(error, UserError), _line(error)))
+        if isinstance(error, UserError | RunError):
+            raise error
+        if error is not None:
+            raise RunError(_line(error)) from error
+        for rank, said in enumerate(told):
+            if said is not None:
+                raise (UserError if said[0] else RunError)(f"rank {rank}: {said[1]}" if rank else said[1])
+
+    def heed(self, signum: int) -> None:
+        """Raise Interrupted on all ranks if one of them has been told to end, by the signal `signum` (0: has not)."""
+        if self.size > 1 and (signum := max(self.gather(signum))):
+            raise Interrupted(signum)
+
+
+def _line(error: Exception) -> str:
+    return f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.strerror else str(error)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Told:
+    """What all ranks know after a step.
+
+    Args:
+        finite: whether loss, gradient and carried state are finite.
+        loss: of the whole batch.
+        late: whether a checkpoint is due, by the first rank's clock.
+        signum: the signal by which a rank has been told to end; 0: none has.
+    """
+
+    finite: tuple[bool, bool, bool]
+    loss: float | Tensor
+    late: bool
+    signum: int
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_MARKS = 4 + len(_SIGNALS)  # loss or state not finite, the loss, late, and a signal each
+
+
+class _Marked(nn.Module):
+    """A task's loss as a module, for DistributedDataParallel.
+
+    `marks` is a parameter that stays 0 and never changes a loss. Its gradient is whatever the rank has to tell, and is
+    summed with those of the weights.
+    """
+
+    def __init__(self, task: Any):
+        super().__init__()
+        self.model = task.model
+        self.marks = nn.Parameter(next(task.model.parameters()).new_zeros(_MARKS))
+        self._loss = task.loss
+
+    def forward(
+        self,
+        part: Sequence[Tensor] | None,
+        state: Any = None,
+        share: float = 0.0,
+        factor: int = 1,
+        news: Sequence[float] = (),
+    ) -> tuple[Tensor, dict[str, Tensor], Any] | Tensor:
+        if part is None:
+            return sum(parameter.view(-1)[0] * 0 for parameter in self.parameters() if parameter.requires_grad)
+        losses, state = self._loss(*part, state=state)
+        loss = losses["loss"].detach() * share
+        wrong = loss.isfinite().logical_not()
+        stale = [tensor.isfinite().all().logical_not() for tensor in state or ()]
+        told = [wrong, torch.stack(stale).any() if stale else torch.zeros_like(wrong), loss]
+        told = torch.stack([value.to(self.marks) for value in told])
+        told = torch.cat([told, told.new_tensor(news)])
+        objective = losses["loss"] * (share * factor) + (self.marks * told).sum() * factor
+        return objective, {name: value.detach() for name, value in losses.items()}, state
+
+
+class Gradient:
+    """The gradient of a task's loss, summed over the rows of a batch and over all ranks.
+
+    Args:
+        task: with `model` and `loss`.
+        ranks: who computes parts of it.
+    """
+
+    def __init__(self, task: Any, ranks: Ranks):
+        self.task, self.ranks = task, ranks
+        self._together = None
+        if ranks.size > 1:
+            with _reaching():
+                self._together = nn.parallel.DistributedDataParallel(_Marked(task), gradient_as_bucket_view=True)
+                self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Differentiate zero. After its first backward pass DistributedDataParallel puts the weights in the order in
+        which their gradients came, and with that changes the order of sums over ranks. It does so now, that a continued
+        run ends bit-equal to one that was not stopped.
+        """
+        self._together(None).backward()
+        for parameter in self._together.parameters():
+            parameter.grad = None
+
+    def clear(self) -> None:
+        """Begin a new sum; the weights' gradients are the optimiser's to clear."""
+        if self._together is not None:
+            self._together.module.marks.grad = None
+
+    def add(
+        self,
+        part: Sequence[Tensor],
+        state: Any,
+        share: float,
+        *,
+        autocast: contextlib.AbstractContextManager,
+        last: bool,
+        late: bool,
+        signum: int,
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Add that of some rows to the weights' `grad`.
+
+        Args:
+            part: the rows.
+            state: what is carried into them.
+            share: of the batch of all ranks.
+            autocast: in which losses are computed.
+            last: whether no more follow on this rank: then the ranks' sums are added up, on all of them.
+            late, signum: see :class:`Told`.
+
+        Returns:
+            losses and state as of `Task.loss`, the losses not to be differentiated.
+        """
+        if self._together is None:
+            with autocast:
+                losses, state = self.task.loss(*part, state=state)
+            (losses["loss"] * share).backward()
+            return losses, state
+        news = [late, *(signum == known for known in _SIGNALS)] if last else [0.0] * (1 + len(_SIGNALS))
+        with contextlib.nullcontext() if last else self._together.no_sync(), _reaching():
+            with autocast:
+                # DistributedDataParallel takes the mean over ranks.
+                objective, losses, state = self._together(part, state, share, self.ranks.size, news)
+            objective.backward()
+        return losses, state
+
+    def told(self, loss: Tensor, norm: Tensor, carry: Sequence[Tensor]) -> Told:
+        """What is known now, which is the same on all ranks; waits for the device.
+
+        Args:
+            loss: this rank's share of it.
+            norm: of the gradient.
+            carry: the state that this rank carries on.
+        """
+        if self._together is None:
+            finite = torch.stack([value.isfinite().all() for value in (loss, norm, *carry)]).tolist()
+            return Told((finite[0], finite[1], all(finite[2:])), loss, False, 0)
+        with _reaching():
+            marks = self._together.module.marks.grad
+            wrong, stale, loss, late, *signals, finite = torch.cat([marks, norm.isfinite().to(marks).view(1)]).tolist()
+        signum = max((known for known, sent in zip(_SIGNALS, signals, strict=True) if sent), default=0)
+        return Told((not wrong, bool(finite), not stale), loss, bool(late), int(signum))
