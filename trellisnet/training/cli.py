@@ -33,6 +33,7 @@ from trellisnet.training.runlog import (
     write_metrics,
 )
 
+CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # what a run says of how it computes
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
 # A task's setup: from settings and device to the task, its data, its learning-rate schedule, and facts to print.
@@ -134,11 +135,11 @@ class _Program:
             check_metrics_path(config.metrics, None if config.eval else config.folder())
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.deterministic:  # what cuBLAS asks for, before it is there
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # What "auto" stood for is part of the run: a continuation makes the same choices.
         device = config.torch_device()
         config = config.chosen(device)
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(config.deterministic)
         torch.manual_seed(config.seed)
         self.stack.enter_context(config.float32_products())
@@ -149,7 +150,7 @@ class _Program:
             untrained = weights.load_weights(task.model, config.load_weight, **options)
 
         facts = {"parameters": count_parameters(task.model), **facts}
-        env = environment(device) | {key: getattr(config, key) for key in ("backend", "gemm", "gates", "precision")}
+        env = environment(device) | {key: getattr(config, key) for key in CHOICES}
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
         _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
@@ -173,7 +174,7 @@ class _Program:
                 "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
                 "peak_memory": peak_memory(device),
                 **{key: env[key] for key in ("device", "machine", "threads")},
-                **{key: env[key] for key in ("precision", "backend", "gemm", "gates", "torch")},
+                **{key: env[key] for key in (*CHOICES, "torch")},
                 "seed": config.seed, "deterministic": config.deterministic,
             }  # fmt: skip
             write_metrics(config.metrics, metrics)

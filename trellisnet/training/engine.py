@@ -15,6 +15,7 @@ from trellisnet import serialization
 from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
+from trellisnet.training.graphs import CUDARecorder, Recorded
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, averaged, make_averaging
 from trellisnet.training.runlog import RunFolder
@@ -192,6 +193,10 @@ class Trainer:
         self.meter = _Meter(task.measured)
         self.seconds_before = 0.0
         self.started = time.monotonic()
+        self.gradients = self._gradients
+        if config.cuda_graph == "on":
+            parameters = list(task.model.parameters())
+            self.gradients = Recorded(self._gradients, parameters, CUDARecorder(parameters[0].device))
 
     # -- state of the run ------------------------------------------------------------------------------------------
 
@@ -344,7 +349,7 @@ class Trainer:
         return self.batch == len(batches)
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
-        """One update from one batch, in `accumulate` slices of its rows.
+        """One update from one batch.
 
         Returns:
             the means of what is measured; None for a step that was skipped.
@@ -353,26 +358,10 @@ class Trainer:
             RunError: the loss or the gradient is not finite, and no more steps may be skipped; nothing was updated.
         """
         config, model = self.config, self.task.model
-        self.optimizer.zero_grad(set_to_none=True)
-        pieces = min(config.accumulate, batch[0].size(0))  # the last batch of an epoch may have few rows
-        slices = list(zip(*(part.tensor_split(pieces) for part in batch), strict=True))
-        states = [None] * len(slices)
-        if self.carry is not None:
-            states = list(zip(*(part.tensor_split(pieces) for part in self.carry), strict=True))
-        means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
-        for part, state in zip(slices, states, strict=True):
-            with config.autocast(part[0].device):
-                losses, state = self.task.loss(*part, state=state)
-            share = part[0].size(0) / batch[0].size(0)
-            (losses["loss"] * share).backward()
-            total = total + losses["loss"].detach() * share
-            for name in means:
-                means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
-            carried.append(state)
+        finite, total, norm, *rest = self.gradients(batch, self.carry)
+        means, carry = dict(zip(self.task.measured, rest, strict=False)), rest[len(self.task.measured) :]
         self.batch += 1
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
-        finite = torch.stack([value.isfinite().all() for value in (total, norm, *carry)]).tolist()
+        finite = finite.tolist()  # the one place of a step that waits for the device: nothing may be updated before
         if not all(finite):
             self._skip(total.item(), "gradient" if not finite[1] else "carried state")
             return None
@@ -384,6 +373,37 @@ class Trainer:
         self.carry = tuple(carry) or None
         self.step += 1
         return means
+
+    def _gradients(self, batch: tuple[Tensor, ...], carry: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Make the gradients of a batch, in `accumulate` slices of its rows. It may be recorded: nothing here looks at
+        a number on the device.
+
+        Returns:
+            whether loss, gradients and every part of the carried state are finite; the loss; the norm of all
+            gradients; the means of what is measured; the state to carry.
+        """
+        config, model = self.config, self.task.model
+        self.optimizer.zero_grad(set_to_none=True)
+        pieces = min(config.accumulate, batch[0].size(0))  # the last batch of an epoch may have few rows
+        slices = list(zip(*(part.tensor_split(pieces) for part in batch), strict=True))
+        states = [None] * len(slices)
+        if carry is not None:
+            states = list(zip(*(part.tensor_split(pieces) for part in carry), strict=True))
+        means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
+        for part, state in zip(slices, states, strict=True):
+            with config.autocast(part[0].device):
+                losses, state = self.task.loss(*part, state=state)
+            share = part[0].size(0) / batch[0].size(0)
+            loss = losses["loss"] * share
+            loss.backward()
+            total = total + loss  # not detached: a recording keeps by it what its graph reads
+            for name in means:
+                means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
+            carried.append(state)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
+        finite = torch.stack([value.isfinite().all() for value in (total, norm, *carry)])
+        return finite, total, norm, *means.values(), *carry
 
     def _skip(self, loss: float, other: str) -> None:
         """Leave out a step whose loss, or the `other`, is not finite: weights, optimizer and carried state stay.
