@@ -16,7 +16,6 @@ import wt103.model
 from pmnist.train import main as pmnist_main
 from test_engine import Regression
 from test_engine import run as fit_line
-from trellisnet.errors import RunError
 from trellisnet.training import engine
 from trellisnet.training.config import RunConfig, parse
 from trellisnet.training.graphs import WARM_UP, Recorded
@@ -82,8 +81,8 @@ def assert_same(ours, theirs):
     assert torch.equal(ours[2], theirs[2])
 
 
-TEXT = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 40 --batch_size 50 --aux_freq 2 --log-interval 1
---max_eval_tokens 500 --epochs 2 --clip 0.2 --threads 1""".split()
+TEXT = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 40 --batch_size 50 --aux_freq 2
+--log-interval 1 --max_eval_tokens 500 --epochs 2 --clip 0.2 --threads 1""".split()
 IMAGES = """--data synthetic --preset small --nhid 8 --nlevels 4 --batch_size 30 --max_eval_tokens 16 --log-interval 1
 --epochs 2 --threads 1 --permutation_seed 3""".split()
 
@@ -167,16 +166,13 @@ def test_what_cannot_be_recorded_fails_in_one_line(counts, tmp_path, monkeypatch
         "failed: a step cannot be recorded as a CUDA graph (CUDA error: operation not permitted when stream is "
         "capturing); pass --cuda_graph off; "
     )
-    monkeypatch.setattr(
-        Player, "record", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    )
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Player, "record", full)
     assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--overwrite", "--cuda_graph", "on"]) == 1
     assert capsys.readouterr().err.startswith("failed: out of memory; ")
-    recorded = Recorded(lambda *_: (), [], Player([], Counter()))
-    monkeypatch.setattr(Player, "record", refuse)
-    with pytest.raises(RunError):
-        for _ in range(WARM_UP + 1):
-            recorded((torch.zeros(1),), None)
 
 
 @pytest.mark.parametrize(

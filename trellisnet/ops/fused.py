@@ -218,7 +218,9 @@ class _Layers:
         self.most = max(map(geometry.rows, self.edges))  # rows of a product
         self.w = products.pack(weight.to(setting.compute), self.most, setting.product)
         self.bias = bias.to(setting.compute)
-        h_left, self.c_left, self.scale = (None if s is None else s.to(geometry.sum) for s in (h0, c0, scale))
+        # Whole rows, as the kernels read them.
+        given = (None if s is None else s.to(geometry.sum).contiguous() for s in (h0, c0, scale))
+        h_left, self.c_left, self.scale = given
         self.h_left = h_left if self.scale is None or h_left is None else h_left * self.scale
         # The taps of a layer are written when those of the layer below have been read: one memory for all.
         self.memory = _Rows(geometry, geometry.k * geometry.H, self.most)

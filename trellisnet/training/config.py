@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -182,14 +183,20 @@ class RunConfig:
 
         Left alone, torch takes TF32 for convolutions and not for other products.
         """
+
+        def choose(products: str, convolutions: bool) -> None:
+            with warnings.catch_warnings():  # some versions announce names that older ones do not have
+                warnings.filterwarnings("ignore", "Please use the new API")
+                torch.set_float32_matmul_precision(products)
+                torch.backends.cudnn.allow_tf32 = convolutions
+
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        tf32 = self.precision == "tf32"
+        choose("high" if tf32 else "highest", tf32)
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            choose(*before)
 
     def chosen(self, device: torch.device) -> Self:
         """These settings with everything that was left to the machine decided.
