@@ -98,15 +98,14 @@ def test_graphs_compute_what_their_variants_do(monkeypatch):
 
     counts = Counter()
     monkeypatch.setattr(module.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
-    for task in ("pmnist", "word_ptb"):
-        work = module.Work(task, True, torch.device("cpu"), SMALL[1:])
-        graph = module.Variant("fused", "fp32", graph=True)
-        assert graph.name == "fused graph"
-        module.gate(work, [module.REFERENCE, graph], ["core"])
-        for _ in range(6):
-            work.run("step", graph)
-    assert counts["recorded"] == 4
-    assert counts["replayed"] == 2 * (1 + 3)
+    work = module.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
+    graph = module.Variant("fused", "fp32", graph=True)
+    assert graph.name == "fused graph"
+    module.gate(work, [module.REFERENCE, graph], ["core"])
+    for _ in range(6):
+        work.run("step", graph)
+    assert counts["recorded"] == 2
+    assert counts["replayed"] == 1 + 3
     variants = module.variants_on(torch.device("cuda"))
     assert [v.name for v in variants[-2:]] == ["fused bf16", "fused bf16 graph"]
 

@@ -82,9 +82,9 @@ def assert_same(ours, theirs):
 
 
 TEXT = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 40 --batch_size 50 --aux_freq 2
---log-interval 1 --max_eval_tokens 500 --epochs 2 --clip 0.2 --threads 1""".split()
-IMAGES = """--data synthetic --preset small --nhid 8 --nlevels 4 --batch_size 30 --max_eval_tokens 16 --log-interval 1
---epochs 2 --threads 1 --permutation_seed 3""".split()
+--log-interval 1 --max_eval_tokens 500 --epochs 1 --clip 0.2 --threads 1""".split()
+IMAGES = """--data synthetic --preset small --nhid 8 --batch_size 4 --max_eval_tokens 16 --log-interval 1
+--max_steps 9 --threads 1 --permutation_seed 3""".split()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ IMAGES = """--data synthetic --preset small --nhid 8 --nlevels 4 --batch_size 30
     [
         (word_main, [*TEXT, "--repack", "--seq_len", "0", "--lr", "5"]),
         (word_main, [*TEXT, "--repack", "--seq_len", "0", "--lr", "0.01", "--optim", "Adam", "--accumulate", "3"]),
-        (word_main, [*TEXT, "--seq_len", "90", "--lr", "5", "--n_experts", "2"]),
+        (word_main, [*TEXT, "--horizon", "20", "--seq_len", "50", "--lr", "5", "--n_experts", "2"]),
         (pmnist_main, IMAGES),
     ],
     ids=["carried", "accumulate", "history", "images"],
@@ -102,7 +102,9 @@ def test_a_replayed_run_is_the_run(main, flags, counts, tmp_path, capsys):
         assert main([*flags, "--out", str(tmp_path / graph), "--cuda_graph", graph]) == 0, capsys.readouterr().err
     assert_same(kept(tmp_path / "on"), kept(tmp_path / "off"))
     assert counts["recorded"] == 1
-    assert counts["replayed"] > counts["eager"] > WARM_UP  # the last batch of an epoch is a smaller one
+    assert counts["replayed"] > counts["eager"] >= WARM_UP
+    if main is word_main:
+        assert counts["eager"] > WARM_UP  # the last window of an epoch is a shorter one
     settings = json.loads((tmp_path / "on" / "config.json").read_text())["settings"]
     assert settings["cuda_graph"] == "on"
 
@@ -146,12 +148,11 @@ def test_one_shape_is_recorded_and_others_are_computed():
         assert torch.equal(model.weight.grad, x.sum(0, keepdim=True))
         torch.testing.assert_close(total, model(x).sum().detach() + (0 if carry is None else carry[0].sum()))
     assert found["recorded"] == found["replayed"] == 1
-    before = total.clone(), last.clone()
-    for _ in range(2):
-        recorded((torch.randn(3, 3),), (torch.randn(2),))
+    x = torch.randn(2, 3)
+    _, last = recorded((x,), (torch.randn(2),))
+    recorded((torch.randn(2, 3),), (torch.randn(2),))
     assert found["replayed"] == 3
-    assert torch.equal(total, before[0])  # results are the caller's
-    assert torch.equal(last, before[1])
+    assert torch.equal(last, x.sum(0))  # results are the caller's
 
 
 def test_what_cannot_be_recorded_fails_in_one_line(counts, tmp_path, monkeypatch, capsys):

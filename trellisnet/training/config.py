@@ -184,15 +184,17 @@ class RunConfig:
         Left alone, torch takes TF32 for convolutions and not for other products.
         """
 
-        def choose(products: str, convolutions: bool) -> None:
+        def choose(products: str, convolutions: bool) -> tuple[str, bool]:
+            """Returns what was chosen before."""
             with warnings.catch_warnings():  # some versions announce names that older ones do not have
                 warnings.filterwarnings("ignore", "Please use the new API")
+                before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
                 torch.set_float32_matmul_precision(products)
                 torch.backends.cudnn.allow_tf32 = convolutions
+            return before
 
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         tf32 = self.precision == "tf32"
-        choose("high" if tf32 else "highest", tf32)
+        before = choose("high" if tf32 else "highest", tf32)
         try:
             yield
         finally:
