@@ -8,7 +8,7 @@ import torch
 
 from word_ptb.train import main
 
-MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 50
+MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 43 --batch_size 80
 --aux_freq 2 --threads 1 --max_eval_tokens 4000 --lr 5 --dropouth 0.1""".split()
 
 
