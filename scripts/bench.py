@@ -14,7 +14,9 @@ reference in the authors' overlapping windows, the others as `--eval` does it; `
 distribution, the reference from the shortest window that has all of the history, the others by one step of a stream;
 `head` is the loss of the outputs and auxiliary outputs with its gradients, the reference from the whole table of
 log-probabilities. Memory is the peak of a process of its own that takes two training steps, or two such losses.
-`--recompute K …` adds variants that keep what every K-th layer reads.
+`--recompute K …` adds variants that keep what every K-th layer reads. On CUDA the reference is timed in TF32 and
+bfloat16 too, and `graph` is the training of the variant before it as a CUDA graph. The peak that shares are of is the
+fastest product of its precision there: of a layer's shape or, on CUDA, of 8192 × 8192 matrices.
 """
 
 import argparse
@@ -22,13 +24,12 @@ import contextlib
 import dataclasses
 import gc
 import json
-import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ from trellisnet.ops import gemm  # noqa: E402
 from trellisnet.training import tasks  # noqa: E402
 from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
+from trellisnet.training.graphs import WARM_UP, CUDARecorder, Recorded, Recorder  # noqa: E402
 from trellisnet.training.optim import make_optimizer  # noqa: E402
 from trellisnet.training.runlog import commit, machine, peak_memory  # noqa: E402
 from trellisnet.training.tasks import LanguageModeling  # noqa: E402
@@ -69,11 +71,12 @@ class Variant(NamedTuple):
     backend: str
     precision: str
     recompute: int = 0  # keep what every so many layers read; 0: everything
+    graph: bool = False
 
     @property
     def name(self) -> str:
         precision = self.precision.replace("fp32", "")
-        words = [self.backend, precision, f"recompute {self.recompute}" * bool(self.recompute)]
+        words = [self.backend, precision, f"recompute {self.recompute}" * bool(self.recompute), "graph" * self.graph]
         return " ".join(filter(None, words))
 
 
@@ -92,6 +95,8 @@ def variants_on(device: torch.device, recompute: Sequence[int] = ()) -> list[Var
     precisions = PRECISIONS[device.type]
     references = precisions if device.type == "cuda" else precisions[:1]
     fused = [Variant("fused", precision, every) for every in (0, *recompute) for precision in precisions]
+    if device.type == "cuda":
+        fused = [variant._replace(graph=graph) for variant in fused for graph in (False, True)]
     return [*(Variant("reference", precision) for precision in references), *fused]
 
 
@@ -135,6 +140,8 @@ class Work:
         self.optimizer = make_optimizer(self.model.parameters(), self.config)
         self.tokens = N * (self.inputs.size(1) - self.start) if task in LANGUAGE else N
         self._streams: dict[tuple[Variant, int], Any] = {}
+        self._recorded: dict[tuple[str, Variant], Recorded] = {}
+        self._probes: list[torch.Tensor] = []
 
     @contextlib.contextmanager
     def use(self, variant: Variant) -> Iterator[None]:
@@ -156,6 +163,9 @@ class Work:
         """Everything that the core makes of the batch: the wanted outputs, then the auxiliary ones."""
         self.model.core.train(training)
         torch.manual_seed(2)
+        return self._core(variant, training)
+
+    def _core(self, variant: Variant, training: bool) -> tuple[torch.Tensor, ...]:
         whole = self._everything(variant)
         with self.use(variant):
             aux_every = self.aux_every if training else None
@@ -164,13 +174,34 @@ class Work:
 
     def gradients(self, variant: Variant) -> list[torch.Tensor]:
         """Outputs, then the gradients of a fixed function of them."""
-        outs = self.core(variant, True)
-        torch.manual_seed(3)
-        loss = sum((out.float() * torch.randn(out.shape, device=self.device)).sum() for out in outs)
-        self.model.zero_grad(set_to_none=True)
-        with self.chosen[variant.precision].float32_products():
-            loss.backward()
+
+        def compute() -> tuple[torch.Tensor, ...]:
+            outs = self._core(variant, True)
+            if not self._probes:
+                torch.manual_seed(3)
+                self._probes = [torch.randn(out.shape, device=self.device) for out in outs]
+            loss = sum((out.float() * probe).sum() for out, probe in zip(outs, self._probes, strict=True))
+            self.model.zero_grad(set_to_none=True)
+            with self.chosen[variant.precision].float32_products():
+                loss.backward()
+            return outs
+
+        self.model.core.train()
+        torch.manual_seed(2)
+        outs = self._computed("core", variant, compute)
         return [out.detach() for out in outs] + [p.grad for p in self.model.core.parameters()]
+
+    def _computed(self, part: str, variant: Variant, compute: Callable[[], tuple[torch.Tensor, ...]]) -> Iterable:
+        """What `compute` makes: of a variant that is a graph by replay, once it has been called often enough."""
+        if not variant.graph:
+            return compute()
+        if (part, variant) not in self._recorded:
+            recorded = Recorded(lambda *_: compute(), self.model.parameters(), self.recorder())
+            self._recorded[part, variant] = recorded
+        return self._recorded[part, variant]((), None)
+
+    def recorder(self) -> Recorder:
+        return CUDARecorder(self.device)
 
     def parts(self, parts: Sequence[str]) -> list[str]:
         """Those that this task has."""
@@ -248,16 +279,20 @@ class Work:
         return [loss.detach(), *(x.grad for x in outputs), *(p.grad for p in model.head.parameters())]
 
     def step(self, variant: Variant) -> None:
+        def compute() -> tuple[torch.Tensor, ...]:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.use(variant):
+                if self.name in LANGUAGE:
+                    loss = self.task.loss(self.inputs, self.targets)[0]["loss"]
+                else:
+                    logits = self.model(self.inputs, **self._everything(variant)).logits
+                    loss = F.cross_entropy(logits.float(), self.targets)
+            with self.chosen[variant.precision].float32_products():
+                loss.backward()
+            return (loss,)
+
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.use(variant):
-            if self.name in LANGUAGE:
-                loss = self.task.loss(self.inputs, self.targets)[0]["loss"]
-            else:
-                logits = self.model(self.inputs, **self._everything(variant)).logits
-                loss = F.cross_entropy(logits.float(), self.targets)
-        with self.chosen[variant.precision].float32_products():
-            loss.backward()
+        self._computed("step", variant, compute)
         if self.config.clip > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
@@ -285,27 +320,29 @@ def gate(work: Work, variants: Sequence[Variant], parts: Sequence[str] = PARTS) 
         if not error <= TOLERANCE[variant.precision]:
             sys.exit(f"error: {work.name}, {variant.name}: differs from the reference by {error:.2g}; nothing is timed")
 
-    parts = work.parts(parts)
+    parts, plain = work.parts(parts), [variant for variant in variants[1:] if not variant.graph]
     if "head" in parts:
         expected = work.head(variants[0])
-        for variant in variants[1:]:
+        for variant in plain:
             for ours, truth in zip(work.head(variant), expected, strict=True):
                 compare(ours, truth)
     if set(parts) - set(OF_LANGUAGE):
         expected = work.gradients(REFERENCE)
         for variant in variants[1:]:
+            for _ in range(WARM_UP * variant.graph):  # then it is a replay that is compared
+                work.gradients(variant)
             for ours, truth in zip(work.gradients(variant), expected, strict=True):
                 compare(ours, truth)
     if "evaluation" in parts:
         with torch.inference_mode():
             loss = torch.tensor(work.evaluation(REFERENCE, whole=True))
-            for variant in variants[1:]:
+            for variant in plain:
                 compare(torch.tensor(work.evaluation(variant, whole=True)), loss)
     if "generation" in parts:
         x = work.x[:1]
         with torch.inference_mode(), work.use(REFERENCE):
             expected = work.model.core.eval()(x).output[:, -1]
-        for variant in variants[1:]:
+        for variant in plain:
             with torch.inference_mode(), work.use(variant):
                 stream = work.model.core.init_stream(1)
                 for t in range(x.size(1)):
@@ -323,17 +360,24 @@ def seconds(function: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_gflops(work: Work, precision: str) -> float:
-    """The rate of the fastest product of the shape of a layer's, GFLOP/s."""
+    """The rate of the fastest product, GFLOP/s."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    core = work.model.core
-    M, K, N = 2048, core.kernel_size * core.hidden_size, core.bias.numel()
-    a, b = (torch.randn(rows, K, device=work.device).to(dtype) for rows in (M, N))
-    best = math.inf
-    for route, product in gemm.ROUTES.items():
-        if gemm.usable(route, work.device, dtype):
-            with work.chosen[precision].float32_products():
-                best = min(best, *(seconds(lambda p=product: p(a, b), work.device) for _ in range(5)))
-    return 2 * M * K * N / best / 1e9
+    core, on_gpu = work.model.core, work.device.type == "cuda"
+    shapes = [(2048, core.kernel_size * core.hidden_size, core.bias.numel())] + [(8192, 8192, 8192)] * on_gpu
+    times = 10 if on_gpu else 1  # between two looks at the clock, which take as long as a small product
+    best = 0.0
+    for M, K, N in shapes:
+        a, b = (torch.randn(rows, K, device=work.device).to(dtype) for rows in (M, N))
+        for route, product in gemm.ROUTES.items():
+            if gemm.usable(route, work.device, dtype):
+
+                def repeat(product=product, a=a, b=b):
+                    for _ in range(times):
+                        product(a, b)
+
+                with work.chosen[precision].float32_products():
+                    best = max(best, *(2 * M * K * N * times / seconds(repeat, work.device) for _ in range(5)))
+    return best / 1e9
 
 
 def memory(task: str, part: str, variant: Variant, args: argparse.Namespace) -> int:
@@ -359,10 +403,17 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     prepare(task, device)
     work = Work(task, args.quick, device, args.flags)
     variants = variants_on(device, args.recompute)
+    if work.config.no_graph(device):
+        variants = [variant for variant in variants if not variant.graph]
     gate(work, variants, args.parts)
     rates: dict[str, float] = {}
     for part in work.parts(args.parts):
-        times: dict[Variant, list[float]] = {v: [] for v in variants if not v.recompute or part in TRAINING}
+        times: dict[Variant, list[float]] = {
+            v: [] for v in variants if not (v.recompute or v.graph) or part in TRAINING
+        }
+        for variant in times:
+            for _ in range(WARM_UP if device.type == "cuda" else 0):
+                work.run(part, variant)
         tokens = {variant: work.run(part, variant) for variant in times}  # once unmeasured
         for _ in range(args.repeats):
             for precision in work.chosen:  # in turns with the rest: the machine may be slower for a while
@@ -379,7 +430,8 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
             if part not in OF_LANGUAGE:
                 rate = work.flops(part, variant) / median / 1e9
-                record |= {"gflops": rate, "share_of_peak": rate / rates[variant.precision]}
+                peak = rates[variant.precision]
+                record |= {"gflops": rate, "share_of_peak": rate / peak, "peak_gflops": peak}
             yield record
     if args.memory:
         measured = {"step": "memory"}
@@ -388,7 +440,7 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         del work
         for part, name in measured.items():
             for variant in variants:
-                if part == "step" or not variant.recompute:
+                if part == "step" or not (variant.recompute or variant.graph):
                     used = memory(task, part, variant, args)
                     yield {"task": task, "part": name, "variant": variant.name, "bytes": used}
 
@@ -435,8 +487,9 @@ def main(argv: list[str] | None = None) -> int:
         part, *variant = json.loads(args.child)
         prepare(args.tasks[0], device)
         work = Work(args.tasks[0], args.quick, device, args.flags)
-        for _ in range(2):
-            work.run(part, Variant(*variant))
+        variant = Variant(*variant)
+        for _ in range(2 + WARM_UP * variant.graph):
+            work.run(part, variant)
         print(peak_memory(device))
         return 0
     records = []

@@ -48,7 +48,7 @@ OF_THE_MACHINE = ("command", "device", "threads")
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config.json as it means the same elsewhere; a folder within the project is named from there."""
-    settings = config["settings"] | dict.fromkeys(("device", "backend", "gemm", "gates"), "auto")
+    settings = config["settings"] | dict.fromkeys(("device", "backend", "gemm", "gates", "cuda_graph"), "auto")
     settings |= {"threads": 0, "load_weight": "", "max_eval_tokens": 0}
     data = Path(settings.get("data", "")).absolute()
     if settings.get("data", "") not in ("", "synthetic") and data.is_relative_to(PROJECT):

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
+from test_graphs import Player
 from trellisnet.training.config import PROJECT
 
 SCRIPT = PROJECT / "scripts" / "bench.py"
@@ -88,6 +90,24 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(fused._Trellis, "apply", wrong)
     with pytest.raises(SystemExit, match="error: pmnist, fused: differs from the reference by 0.01; nothing is timed"):
         module.gate(work, module.variants_on(work.device))
+
+
+def test_graphs_compute_what_their_variants_do(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench as module
+
+    counts = Counter()
+    monkeypatch.setattr(module.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
+    work = module.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
+    graph = module.Variant("fused", "fp32", graph=True)
+    assert graph.name == "fused graph"
+    module.gate(work, [module.REFERENCE, graph], ["core"])
+    for _ in range(6):
+        work.run("step", graph)
+    assert counts["recorded"] == 2
+    assert counts["replayed"] == 1 + 3
+    variants = module.variants_on(torch.device("cuda"))
+    assert [v.name for v in variants[-2:]] == ["fused bf16", "fused bf16 graph"]
 
 
 def test_bad_arguments():

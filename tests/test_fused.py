@@ -381,6 +381,56 @@ def test_the_fused_operator_says_that_it_cannot_be_compiled_or_exported():
         torch.compile(module, backend="eager", fullgraph=True)(torch.randn(2, 9, 3))
 
 
+@pytest.mark.parametrize("arena", [1 << 30, 20_000, 0])
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_gradient_of_the_kernel_is_one_product_where_there_is_room(arena, carried, monkeypatch):
+    """As on a GPU, which has no buckets."""
+    inputs, products = random_inputs(2, 30), []
+    options = {"num_layers": 12, "dilation": (1, 2), "output_size": 3, "start": 20, "carried": carried, "gemm": "mm"}
+    theirs, _ = run("fused", inputs, **options)
+    multiply = fused._KernelGradient._multiply
+
+    def counted(kernel):
+        products.append(kernel.complete)
+        multiply(kernel)
+
+    def on_a_gpu(geometry, rows):
+        device, geometry.device = geometry.device, torch.device("cuda")
+        try:
+            return at_once(geometry, rows)
+        finally:
+            geometry.device = device
+
+    at_once = fused._layers_at_once
+    monkeypatch.setattr(fused, "BUCKET", 1)
+    monkeypatch.setattr(fused, "ARENA", arena)
+    monkeypatch.setattr(fused, "_layers_at_once", on_a_gpu)
+    monkeypatch.setattr(fused._KernelGradient, "_multiply", counted)
+    ours, _ = run("fused", inputs, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, atol=1e-12, rtol=1e-12)
+    if arena > 1 << 20:
+        steps = ops.dependencies(30, 12, (1, 2), 2, 20)
+        # The input of the first layer is zero, but for what is carried into its first step.
+        assert products == [2 * sum(map(len, steps[1:])) + 2 * (carried and 0 in steps[0])]
+    else:
+        assert len(products) > 1
+
+
+def test_products_in_a_wider_type_are_not_rounded(monkeypatch):
+    torch.manual_seed(0)
+    a, b = torch.randn(40, 300).bfloat16(), torch.randn(50, 300).bfloat16()
+    exact, mm = a.double() @ b.double().t(), gemm.ROUTES["mm"]
+    assert not gemm.widens(torch.device("cpu"), torch.bfloat16)
+    rounded = relative(gemm.product_in(torch.float32, a, b, mm), exact)
+    monkeypatch.setattr(gemm, "widens", lambda *_: True)
+    monkeypatch.setattr(gemm, "_wide", lambda a, b, dtype: a.to(dtype) @ b.to(dtype))
+    assert relative(gemm.product_in(torch.float32, a, b, mm), exact) < 1e-6 < rounded
+    total = torch.ones(40, 50)
+    gemm.add_product(total, a, b, mm)
+    assert relative(total, exact + 1) < 1e-6
+
+
 def test_routes_of_products():
     a, b = torch.randn(5, 3), torch.randn(4, 3)
     cpu = torch.device("cpu")

@@ -61,6 +61,45 @@ def test_the_kernels_compute_what_torch_does():
     assert done.stdout == "same\n"
 
 
+# Runs in a child, where the interpreter is off: compiling needs no device.
+COMPILER = """
+import re
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from trellisnet.ops import triton_gates
+
+flags = dict.fromkeys("X BELOW LEFT SCALE TAPS OUT DTAPS ABOVE DC DZ ADD".split(), True)
+for kernel, indices in ((triton_gates._forward, 5), (triton_gates._backward, 8)):
+    known = {"H": 1400, "out_from": 1000, "K": 2, "BLOCK": triton_gates.BLOCK, **flags}
+    types, constants, aligned = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in known:
+            types[name], constants[i,] = "constexpr", known[name]
+        elif name in ("S", "N", "product"):
+            types[name] = "i32"
+        else:
+            low = name in ("gates", "x", "taps", "dtaps", "dz")
+            types[name] = "*i32" if name.endswith("_row") else "*bf16" if low else "*fp32"
+            aligned[i,] = [["tt.divisibility", 16]]
+    made = compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32))
+    loads = re.findall(r"ld\\.global\\S*", made.asm["ptx"])
+    narrow = [load for load in loads if ".v" not in load]
+    assert len(narrow) == indices, loads
+print("compiled")
+"""
+
+
+@installed
+def test_they_compile_for_a_gpu_with_wide_loads(tmp_path):
+    """All loads but those of indices are of several numbers."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILER], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
+
+
 def test_it_is_refused_where_it_cannot_run(monkeypatch):
     import torch
 

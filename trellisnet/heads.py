@@ -276,7 +276,7 @@ class MixtureOfSoftmaxes(_Softmax):
     def _add_epsilon(self, log_p: Tensor) -> Tensor:
         if not self.log_epsilon:
             return log_p
-        return torch.logaddexp(log_p, log_p.new_tensor(math.log(self.log_epsilon)))
+        return torch.logaddexp(log_p, log_p.new_full((), math.log(self.log_epsilon)))
 
     def log_prob(self, x: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
         """Log-probabilities in nats, (..., in_features) → (..., V).

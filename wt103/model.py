@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
+
 from trellisnet.data.corpus import ORDERS
 from trellisnet.errors import UserError
 from trellisnet.training.config import setting
@@ -86,6 +88,10 @@ class Config(LanguageModelConfig):
             )
         if self.cutoffs not in ([], [0]) and any(low >= high for low, high in pairwise([0, *self.cutoffs])):
             raise UserError(f"--cutoffs {' '.join(map(str, self.cutoffs))}: expected increasing numbers above 0")
+
+    def no_graph(self, device: torch.device) -> str:
+        bands = "" if self.cutoffs == [0] else "which words lie in which band of the softmax is found on the CPU"
+        return super().no_graph(device) or bands
 
     def data_options(self) -> dict[str, Any]:
         return {"order": self.vocab_order}

@@ -104,7 +104,7 @@ def _losses(setting: _Setting, x, weight, bias, target, log_prior, scale, wanted
         if wanted[1]:
             rows = (rows * rho).to(compute)
             if dweight is None:  # no zeros to add to: that costs as much as many rows of the product
-                dweight = torch.mm(p.t(), rows).to(sums)
+                dweight = products.product_in(sums, p.t(), rows.t(), products.ROUTES["mm"])
             else:
                 products.add_product(dweight, p.t(), rows.t(), products.ROUTES["mm"])
     return loss, (dx, dweight, dbias, dlog_prior)

@@ -10,7 +10,8 @@ It computes what :mod:`trellisnet.ops.reference` says, with these differences in
 - **Kept for the backward**: the gates (in the type of the products) and the cell, (S, N, 5H) a layer; hidden states
   are computed from them again. With `recompute` = K only what is read by every K-th layer is kept, and the K layers
   from there on are computed once more when the backward pass comes to them.
-- **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once.
+- **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once:
+  on a GPU over all of them, if what they multiply takes no more than `ARENA`.
 
 Products may be in bfloat16; cells, gates at work and sums over layers are then in float32.
 
@@ -36,7 +37,7 @@ from trellisnet.ops.pruning import Layer, Plan
 empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
 BUCKET = 128  # products have a multiple of so many rows: the libraries keep something for every distinct number of them
 LAYERS_AT_ONCE = 4  # whose rows are collected before they are multiplied into the gradient of the kernel
-
+ARENA = 2 << 30  # bytes of rows that are collected on a GPU
 
 GATE_KERNELS = ("auto", "compiled", "triton", "eager")
 
@@ -136,21 +137,35 @@ def _fill_left(taps: Tensor, layer: Layer, h_left: Tensor | None, all_zero: bool
             taps[left:, :, j] = 0
 
 
+def _layers_at_once(geometry: _Geometry, rows: Sequence[int]) -> int:
+    """How many layers' rows are collected. It must not depend on how much memory is free: sums would differ."""
+    if geometry.device.type != "cuda":
+        return LAYERS_AT_ONCE
+    width = (geometry.GH + geometry.k * geometry.H) * geometry.compute.itemsize
+    if sum(rows) * width <= ARENA:
+        return len(rows)
+    return max(LAYERS_AT_ONCE, ARENA // (max(rows) * width) - 1)
+
+
 class _KernelGradient:
     """Σ over layers of tapsᵀ · dz, (k·H, GH). The rows of some layers are collected, then multiplied at once.
 
     (oneDNN is some percent faster with this than with the transpose of it.)
+
+    Args:
+        sizes: positions of the layers, from below; they come from above.
+        sparing: two layers are all that there is room for.
     """
 
-    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product, at_once: int):
+    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product, sparing: bool):
         self.geometry, self.product = geometry, product
-        rows = [geometry.rows(size) for size in sizes]
-        self.largest = max(rows, default=0)
-        capacity = min(sum(rows), (at_once + 1) * self.largest)
+        self.ahead = [geometry.rows(size) for size in sizes if size]  # of layers that are to come
+        at_once = 1 if sparing else _layers_at_once(geometry, self.ahead)
+        capacity = min(sum(self.ahead), (at_once + 1) * max(self.ahead, default=0))
         self.dz = _Rows(geometry, geometry.GH, capacity)
         self.taps = _Rows(geometry, geometry.k * geometry.H, capacity)
         self.capacity, self.complete, self.last = capacity, 0, 0  # rows of which taps are there too; positions
-        self.sum = geometry.zeros(geometry.k * geometry.H, geometry.GH)
+        self.sum: Tensor | None = None
 
     def dz_of(self, positions: int) -> Tensor:
         """Rows for dz of the next layer down, to be filled while the taps of the layer before are."""
@@ -165,9 +180,9 @@ class _KernelGradient:
         """To be called when dz of so many positions and the taps of the layer before are there: where dz is now."""
         self.complete += self.geometry.rows(self.last)
         self.last = positions
-        rows = self.geometry.rows(positions)
+        rows = self.ahead.pop()
         dz = self.dz.memory[self.complete : self.complete + rows]
-        if self.complete + rows + self.largest <= self.capacity:
+        if self.complete + rows + (self.ahead[-1] if self.ahead else 0) <= self.capacity:
             return dz
         self._multiply()
         self.complete = 0
@@ -178,12 +193,17 @@ class _KernelGradient:
         """To be called when the last taps are there: the gradient."""
         self.complete += self.geometry.rows(self.last)
         self._multiply()
+        if self.sum is None:
+            return self.geometry.zeros(self.geometry.k * self.geometry.H, self.geometry.GH)
         return self.sum
 
     def _multiply(self) -> None:
         if self.complete:
             dz, taps = (rows.memory[: self.complete] for rows in (self.dz, self.taps))
-            products.add_product(self.sum, taps.t(), dz.t(), self.product)
+            if self.sum is None:
+                self.sum = products.product_in(self.geometry.sum, taps.t(), dz.t(), self.product)
+            else:
+                products.add_product(self.sum, taps.t(), dz.t(), self.product)
 
 
 class _Layers:
@@ -198,7 +218,9 @@ class _Layers:
         self.most = max(map(geometry.rows, self.edges))  # rows of a product
         self.w = products.pack(weight.to(setting.compute), self.most, setting.product)
         self.bias = bias.to(setting.compute)
-        h_left, self.c_left, self.scale = (None if s is None else s.to(geometry.sum) for s in (h0, c0, scale))
+        # Whole rows, as the kernels read them.
+        given = (None if s is None else s.to(geometry.sum).contiguous() for s in (h0, c0, scale))
+        h_left, self.c_left, self.scale = given
         self.h_left = h_left if self.scale is None or h_left is None else h_left * self.scale
         # The taps of a layer are written when those of the layer below have been read: one memory for all.
         self.memory = _Rows(geometry, geometry.k * geometry.H, self.most)
@@ -297,9 +319,7 @@ class _Trellis(torch.autograd.Function):
         geometry = run.geometry
         N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
         w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.most, setting.product)  # (k·H, GH)
-        kernel = _KernelGradient(
-            geometry, run.edges, setting.product, LAYERS_AT_ONCE if len(setting.segments) == 1 else 1
-        )
+        kernel = _KernelGradient(geometry, run.edges, setting.product, sparing=len(setting.segments) > 1)
         dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
         dx: dict[int, Tensor] = {}
         shapes = dict(zip(setting.inject_dilations, ctx.shapes, strict=True))

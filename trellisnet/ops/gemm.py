@@ -76,12 +76,37 @@ def pack(weight: Tensor, rows: int, product: Product) -> Tensor:
     return weight
 
 
+def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a · b of a narrow type in a wider one, without rounding to the narrow one in between."""
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` can be had in float32 here: on CUDA, by a torch that knows how."""
+    if device.type != "cuda" or dtype.itemsize >= 4:
+        return False
+    a = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        return torch.equal(_wide(a, a, torch.float32), torch.full((16, 16), 16.0, device=device))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor, product: Product) -> Tensor:
+    """a · bᵀ in `dtype`; rounded to the type of a and b on the way where torch cannot do without."""
+    if product is _mm and a.dtype != dtype and widens(a.device, a.dtype):
+        return _wide(a, b.t(), dtype)
+    return product(a, b).to(dtype)
+
+
 def add_product(target: Tensor, a: Tensor, b: Tensor, product: Product) -> None:
-    """target += a · bᵀ, in the type of `target`: in one go where torch can, else the product is rounded to its own."""
+    """target += a · bᵀ, in the type of `target`: in one go where torch can."""
     if product is _mm and target.dtype == a.dtype:
         target.addmm_(a, b.t())
     else:
-        target += product(a, b)
+        target += product_in(target.dtype, a, b, product)
 
 
 def fastest(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> str:

@@ -15,7 +15,7 @@ Letters: L length, k kernel size, n layers, d_i dilation of layer i, S_i positio
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class Layer(NamedTuple):
     cell: Read
     x: Index | None  # rows of x̃ of this dilation; None: x does not enter this layer
     wanted: Index  # rows of S_n
+    found: dict[Any, "Places"]  # what :func:`places` has made, which lives as long as the layer
 
 
 class Plan(NamedTuple):
@@ -122,6 +123,7 @@ def plan(
                 _read(here, d, row, device),
                 _index([row_of_x[d][t] for t in here], device) if i % inject_every == 0 else None,
                 _index([row_here[t] for t in positions[-1]], device),
+                {},
             )
         )
     of_x = {t: t for t in range(length)}
@@ -139,11 +141,15 @@ class Places(NamedTuple):
     dc: Tensor  # (S,): position of the layer above whose cell path reads this one; of the last layer itself
 
 
-@lru_cache(maxsize=4096)
-@torch.inference_mode(False)
 def places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
     """Those of a layer below `above`, None for the last layer, on `device`."""
+    # A layer is below one other; in streams also below none.
+    found = layer.found.get((above is None, device))
+    return found or layer.found.setdefault((above is None, device), _places(layer, above, device))
 
+
+@torch.inference_mode(False)
+def _places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
     def array(index: Index) -> Tensor:
         return torch.tensor(index) if isinstance(index, range) else index.cpu()
 

@@ -160,7 +160,7 @@ def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
 def _side_by_side(steps: int, injected: bool) -> Layer:
     """Positions that read, and are read, one by one."""
     every = Read(0, range(steps))
-    return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps))
+    return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps), {})
 
 
 def _gates(

@@ -7,6 +7,8 @@ A program computes BLOCK channels of one row, a row being a (position, sequence)
 :class:`trellisnet.ops.gates.Step`; index arrays come from :func:`trellisnet.ops.pruning.places`.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ import triton.language as tl
 from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
-BLOCK = 1024
+BLOCK = 512  # channels of a program: loads are 8 or 16 bytes wide, and of 1,400 channels few places are left over
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def _sum(product, x, made, inside):
 
 
 @triton.jit
-def _before(c_below, cell_row, c0, s, n, N, H, u, inside, BELOW: tl.constexpr, LEFT: tl.constexpr):
+def _before(c_below, cell_row, c0, s, n, N, H: tl.constexpr, u, inside, BELOW: tl.constexpr, LEFT: tl.constexpr):
     """What the cell path reads: a row of the layer below, what lies before the first step, or zero."""
     row = tl.load(cell_row + s)
     before = tl.zeros_like(u).to(tl.float32)
@@ -54,7 +56,7 @@ def _before(c_below, cell_row, c0, s, n, N, H, u, inside, BELOW: tl.constexpr, L
 
 
 @triton.jit
-def _write_taps(taps, tap_row, h, s, n, S, N, H, u, inside, K: tl.constexpr):
+def _write_taps(taps, tap_row, h, s, n, S, N, H: tl.constexpr, u, inside, K: tl.constexpr):
     """h, masked, to every tap of the layer above that reads it."""
     for j in tl.static_range(K):
         row = tl.load(tap_row + j * S + s)
@@ -62,11 +64,12 @@ def _write_taps(taps, tap_row, h, s, n, S, N, H, u, inside, K: tl.constexpr):
         tl.store(taps + place, h.to(taps.dtype.element_ty), mask=inside & (row >= 0))
 
 
-@triton.jit
+# H is a constant, so that the compiler knows which rows begin where wide loads may; one kernel for every length.
+@triton.jit(do_not_specialize=["S", "N", "product"])
 def _forward(
-    gates, x, x_row, c, c_below, cell_row, c0, scale, taps, tap_row, out, out_row, S, N, H, product, out_from,
-    K: tl.constexpr, X: tl.constexpr, BELOW: tl.constexpr, LEFT: tl.constexpr, SCALE: tl.constexpr,
-    TAPS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    gates, x, x_row, c, c_below, cell_row, c0, scale, taps, tap_row, out, out_row, S, N, product,
+    H: tl.constexpr, out_from: tl.constexpr, K: tl.constexpr, X: tl.constexpr, BELOW: tl.constexpr, LEFT: tl.constexpr,
+    SCALE: tl.constexpr, TAPS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     s, n = row // N, row % N
@@ -99,13 +102,13 @@ def _forward(
         _write_taps(taps, tap_row, h, s, n, S, N, H, u, inside, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "N", "product"])
 def _backward(
     gates, x_row, c, c_below, cell_row, c0, scale, taps, tap_row, out, out_row, dtaps, dc_above, dc_row, dz, dc, dx,
-    S, N, H, product, out_from,
-    K: tl.constexpr, X: tl.constexpr, BELOW: tl.constexpr, LEFT: tl.constexpr, SCALE: tl.constexpr,
-    TAPS: tl.constexpr, OUT: tl.constexpr, DTAPS: tl.constexpr, ABOVE: tl.constexpr, DC: tl.constexpr,
-    DZ: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    S, N, product,
+    H: tl.constexpr, out_from: tl.constexpr, K: tl.constexpr, X: tl.constexpr, BELOW: tl.constexpr, LEFT: tl.constexpr,
+    SCALE: tl.constexpr, TAPS: tl.constexpr, OUT: tl.constexpr, DTAPS: tl.constexpr, ABOVE: tl.constexpr,
+    DC: tl.constexpr, DZ: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     s, n = row // N, row % N
@@ -177,6 +180,11 @@ def reason_against(device: torch.device, compute: torch.dtype, activation: str) 
     return "" if activation == "lstm" else f"its kernels have no {activation} gates"
 
 
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever that of its arguments is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def _common(step: Step) -> tuple[pruning.Places, tuple[int, int], dict]:
     size, N, GH = step.gates.shape
     H = GH // 4
@@ -198,7 +206,8 @@ def forward(step: Step) -> None:
     some = step.gates  # stands for what is not there
     given = [step.c_below, places.cell, step.c0, step.scale, step.taps, places.taps, step.out, places.out]
     given = [some if tensor is None else tensor for tensor in given]
-    _forward[grid](step.gates, step.x, some if places.x is None else places.x, step.c, *given, **options)
+    with _on(some):
+        _forward[grid](some, step.x, some if places.x is None else places.x, step.c, *given, **options)
 
 
 def backward(step: Step) -> None:
@@ -215,4 +224,5 @@ def backward(step: Step) -> None:
         "DTAPS": step.dtaps is not None, "ABOVE": step.dc_above is not None, "DC": step.dc is not None,
         "DZ": step.dz is not None and step.dz.numel() > 0, "ADD": step.add,
     }  # fmt: skip
-    _backward[grid](*(some if tensor is None else tensor for tensor in given), **options, **flags)
+    with _on(some):
+        _backward[grid](*(some if tensor is None else tensor for tensor in given), **options, **flags)

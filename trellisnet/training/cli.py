@@ -34,6 +34,7 @@ from trellisnet.training.runlog import (
     write_metrics,
 )
 
+CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # what a run says of how it computes
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
 # A task's setup: from settings, device and ranks to the task, its data, its learning-rate schedule, and facts to print.
@@ -151,12 +152,12 @@ class _Program:
                 ranks.check_rows(config.batch_size)
             if config.threads:
                 torch.set_num_threads(config.threads)
+            if config.deterministic:  # what cuBLAS asks for, before it is there
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             ranks.device(config.device)
             # What "auto" stood for is part of the run: a continuation makes the same choices.
             device = config.torch_device()
             config = config.chosen(device)
-            if config.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
             torch.use_deterministic_algorithms(config.deterministic)
         config = ranks.share(config)  # some choices were made by a stopwatch
         self.stack.enter_context(config.float32_products())
@@ -167,8 +168,7 @@ class _Program:
         ranks.seed(config.seed)
 
         facts = {"parameters": count_parameters(task.model), **facts}
-        env = environment(device) | {"ranks": ranks.size}
-        env |= {key: getattr(config, key) for key in ("backend", "gemm", "gates", "precision")}
+        env = environment(device) | {"ranks": ranks.size} | {key: getattr(config, key) for key in CHOICES}
         shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
         how += f", {ranks.size} ranks" if ranks.size > 1 else ""
@@ -195,7 +195,7 @@ class _Program:
                 "corpus": splits.label, "vocabulary": splits.vocabulary, **outcome,
                 "peak_memory": peaks[0] if None in peaks else max(peaks), "peak_memory_ranks": peaks,
                 **{key: env[key] for key in ("device", "machine", "threads", "ranks")},
-                **{key: env[key] for key in ("precision", "backend", "gemm", "gates", "torch")},
+                **{key: env[key] for key in (*CHOICES, "torch")},
                 "seed": config.seed, "deterministic": config.deterministic,
             }  # fmt: skip
             with ranks.agreed():

@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -22,6 +23,7 @@ from trellisnet import ops
 from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
+GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
@@ -48,7 +50,7 @@ class RunConfig:
     # May differ between a run and its continuation (the data are compared by content).
     resumable: ClassVar[frozenset[str]] = process | frozenset(
         {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "gates", "recompute", "recompute_every"}
-        | {"log_interval", "data"}
+        | {"log_interval", "data", "cuda_graph"}
         | {"checkpoint_minutes", "checkpoint_steps", "tensorboard", "skip_bad_steps"}
     )
 
@@ -75,6 +77,7 @@ class RunConfig:
     precision: str = setting(
         "fp32", "of products and activations (tf32: CUDA); sums and losses are in fp32", choices=PRECISIONS
     )
+    cuda_graph: str = setting("auto", "replay training steps as a CUDA graph; auto: where one can be", choices=GRAPHS)
     deterministic: bool = setting(False, "bit-equal results from run to run on one machine, at some cost")
 
     optim: str = setting("SGD", "optimiser: a class of torch.optim")
@@ -181,14 +184,22 @@ class RunConfig:
 
         Left alone, torch takes TF32 for convolutions and not for other products.
         """
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+
+        def choose(products: str, convolutions: bool) -> tuple[str, bool]:
+            """Returns what was chosen before."""
+            with warnings.catch_warnings():  # some versions announce names that older ones do not have
+                warnings.filterwarnings("ignore", "Please use the new API")
+                before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+                torch.set_float32_matmul_precision(products)
+                torch.backends.cudnn.allow_tf32 = convolutions
+            return before
+
+        tf32 = self.precision == "tf32"
+        before = choose("high" if tf32 else "highest", tf32)
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            choose(*before)
 
     def chosen(self, device: torch.device) -> Self:
         """These settings with everything that was left to the machine decided.
@@ -198,7 +209,18 @@ class RunConfig:
         """
         if self.precision == "tf32" and device.type != "cuda":
             raise UserError(f"--precision tf32: is of CUDA devices, and this is {device.type}; pass fp32 or bf16")
-        return dataclasses.replace(self, threads=torch.get_num_threads())
+        reason = self.no_graph(device)
+        if self.cuda_graph == "on" and reason and not self.resume:  # a run may go on elsewhere
+            raise UserError(f"--cuda_graph on: {reason}; pass auto or off")
+        cuda_graph = "off" if reason else {"auto": "on"}.get(self.cuda_graph, self.cuda_graph)
+        return dataclasses.replace(self, threads=torch.get_num_threads(), cuda_graph=cuda_graph)
+
+    def no_graph(self, device: torch.device) -> str:
+        """Why a training step cannot be a CUDA graph; empty if it can."""
+        if device.type != "cuda":
+            return f"is of CUDA devices, and this is {device.type}"
+        several = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+        return "processes that train together exchange gradients within a step" if several else ""
 
     def marks(self) -> dict[str, bool]:
         """What every score of weights that were loaded and not trained further is marked with."""

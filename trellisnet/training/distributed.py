@@ -380,8 +380,8 @@ class Gradient:
             objective.backward()
         return losses, state
 
-    def told(self, loss: Tensor, norm: Tensor, carry: Sequence[Tensor]) -> Told:
-        """What is known now, which is the same on all ranks; waits for the device.
+    def known(self, loss: Tensor, norm: Tensor, carry: Sequence[Tensor]) -> Tensor:
+        """What is known of a step now, still on the device, for :meth:`told`.
 
         Args:
             loss: this rank's share of it.
@@ -389,10 +389,16 @@ class Gradient:
             carry: the state that this rank carries on.
         """
         if self._together is None:
-            finite = torch.stack([value.isfinite().all() for value in (loss, norm, *carry)]).tolist()
-            return Told((finite[0], finite[1], all(finite[2:])), loss, False, 0)
+            return torch.stack([value.isfinite().all() for value in (loss, norm, *carry)])
+        marks = self._together.module.marks.grad
+        return torch.cat([marks, norm.isfinite().to(marks).view(1)])
+
+    def told(self, known: Tensor, loss: Tensor) -> Told:
+        """That, which is the same on all ranks; waits for the device. `loss` as there."""
+        if self._together is None:
+            finite = known.tolist()
+            return Told((finite[0], finite[1], all(finite[2:])), loss.detach(), False, 0)
         with _reaching():
-            marks = self._together.module.marks.grad
-            wrong, stale, loss, late, *signals, finite = torch.cat([marks, norm.isfinite().to(marks).view(1)]).tolist()
+            wrong, stale, loss, late, *signals, finite = known.tolist()
         signum = max((known for known, sent in zip(_SIGNALS, signals, strict=True) if sent), default=0)
         return Told((not wrong, bool(finite), not stale), loss, bool(late), int(signum))

@@ -18,6 +18,7 @@ from trellisnet.errors import RunError, UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
 from trellisnet.training.distributed import Gradient, Ranks, Told
+from trellisnet.training.graphs import CUDARecorder, Recorded
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, averaged, make_averaging
 from trellisnet.training.runlog import NoFolder, RunFolder
@@ -219,6 +220,10 @@ class Trainer:
         self.meter = _Meter(task.measured, ranks)
         self.seconds_before = 0.0
         self.started = self.saved = time.monotonic()
+        self.gradients = self._gradients
+        if config.cuda_graph == "on":
+            parameters = list(task.model.parameters())
+            self.gradients = Recorded(self._gradients, parameters, CUDARecorder(parameters[0].device))
 
     # -- state of the run ------------------------------------------------------------------------------------------
 
@@ -402,7 +407,7 @@ class Trainer:
         return bool(minutes) and time.monotonic() - self.saved > 60 * minutes
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
-        """One update from one batch, of which every rank computes its own rows, in `accumulate` slices.
+        """One update from one batch, of which every rank computes its own rows.
 
         Returns:
             the means of what is measured, or this rank's share of them; None for a step that was skipped.
@@ -410,31 +415,12 @@ class Trainer:
         Raises:
             RunError: the loss or the gradient is not finite, and no more steps may be skipped; nothing was updated.
         """
-        config, model, ranks = self.config, self.task.model, self.ranks
-        self.optimizer.zero_grad(set_to_none=True)
-        self.gradient.clear()
-        rows, own = batch[0].size(0), [ranks.part(part) for part in batch]
-        if idle := own[0].size(0) == 0:  # the last batch of an epoch may have fewer rows than there are ranks
-            own = [part[:1] for part in batch]  # they take part in it all the same, with a share of nothing
-        pieces = min(config.accumulate, own[0].size(0))  # and it may have few rows
-        slices = list(zip(*(part.tensor_split(pieces) for part in own), strict=True))
-        states = [None] * len(slices)
-        if self.carry is not None:
-            states = list(zip(*(part.tensor_split(pieces) for part in self.carry), strict=True))
-        means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
-        tell = {"late": ranks.first and self._is_late(), "signum": self.interrupts.pending}
-        for number, (part, state) in enumerate(zip(slices, states, strict=True), start=1):
-            share, autocast = 0.0 if idle else part[0].size(0) / rows, config.autocast(part[0].device)
-            last = number == len(slices)
-            losses, state = self.gradient.add(part, state, share, autocast=autocast, last=last, **tell)
-            total = total + losses["loss"].detach() * share
-            for name in means:
-                means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
-            carried.append(state)
+        config, model = self.config, self.task.model
+        known, total, norm, *rest = self.gradients(batch, self.carry)
+        means, carry = dict(zip(self.task.measured, rest, strict=False)), rest[len(self.task.measured) :]
         self.batch += 1
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
-        self.told = self.gradient.told(total, norm, carry)
+        # The one place of a step that waits for the device: nothing may be updated before.
+        self.told = self.gradient.told(known, total)
         if not all(self.told.finite):
             self._skip(float(self.told.loss), "gradient" if not self.told.finite[1] else "carried state")
             return None
@@ -446,6 +432,39 @@ class Trainer:
         self.carry = tuple(carry) or None
         self.step += 1
         return means
+
+    def _gradients(self, batch: tuple[Tensor, ...], carry: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """Make the gradients of a batch, in `accumulate` slices of this rank's rows. It may be recorded: nothing here
+        looks at a number on the device.
+
+        Returns:
+            what :meth:`Gradient.told` asks for; this rank's share of the loss; the norm of all gradients; the means of
+            what is measured; the state to carry.
+        """
+        config, model, ranks = self.config, self.task.model, self.ranks
+        self.optimizer.zero_grad(set_to_none=True)
+        self.gradient.clear()
+        rows, own = batch[0].size(0), [ranks.part(part) for part in batch]
+        if idle := own[0].size(0) == 0:  # the last batch of an epoch may have fewer rows than there are ranks
+            own = [part[:1] for part in batch]  # they take part in it all the same, with a share of nothing
+        pieces = min(config.accumulate, own[0].size(0))  # and it may have few rows
+        slices = list(zip(*(part.tensor_split(pieces) for part in own), strict=True))
+        states = [None] * len(slices)
+        if carry is not None:
+            states = list(zip(*(part.tensor_split(pieces) for part in carry), strict=True))
+        means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
+        tell = {"late": ranks.first and self._is_late(), "signum": self.interrupts.pending}
+        for number, (part, state) in enumerate(zip(slices, states, strict=True), start=1):
+            share, autocast = 0.0 if idle else part[0].size(0) / rows, config.autocast(part[0].device)
+            last = number == len(slices)
+            losses, state = self.gradient.add(part, state, share, autocast=autocast, last=last, **tell)
+            total = total + losses["loss"] * share  # not detached: a recording keeps by it what its graph reads
+            for name in means:
+                means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
+            carried.append(state)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
+        return self.gradient.known(total, norm, carry), total, norm, *means.values(), *carry
 
     def _skip(self, loss: float, other: str) -> None:
         """Leave out a step whose loss, or the `other`, is not finite: weights, optimizer and carried state stay.

@@ -195,6 +195,9 @@ class LanguageModelConfig(NetworkConfig):
         """`seq_len` for the task: none while the state is carried, as in two of the authors' three scripts."""
         return 0 if self.repack else self.seq_len
 
+    def no_graph(self, device: torch.device) -> str:
+        return super().no_graph(device) or ("with --random_length no two windows are alike" * self.random_length)
+
     def patience(self) -> int:
         """Epochs without gain that make a plateau; 0: there are none."""
         return self.anneal

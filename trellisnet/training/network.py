@@ -183,6 +183,10 @@ class NetworkConfig(RunConfig):
             return [f"backend reference, slower than fused: {reason}"]
         return []
 
+    def no_graph(self, device: torch.device) -> str:
+        reason = "" if self.model == TRELLISNET else f"of --model {self.model} none is made"
+        return super().no_graph(device) or reason
+
     def channels(self) -> int:
         """H, the hidden channels with those of the output."""
         raise NotImplementedError

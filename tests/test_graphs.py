@@ -1,0 +1,204 @@
+"""Steps that are recorded and replayed. No device here records, so that what stands for one calls the function again
+and copies what it makes to where the recorded results and gradients lie: all but CUDA's own part is what runs there."""
+
+import contextlib
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import char_ptb.model
+import pmnist.model
+import word_ptb.model
+import wt103.model
+from pmnist.train import main as pmnist_main
+from test_engine import Regression
+from test_engine import run as fit_line
+from trellisnet.training import engine
+from trellisnet.training.config import RunConfig, parse
+from trellisnet.training.graphs import WARM_UP, Recorded
+from word_ptb.train import main as word_main
+
+CUDA = torch.device("cuda")
+
+
+class Player:
+    """A recorder whose recordings are calls. While it records, nothing is computed: random numbers are put back."""
+
+    def __init__(self, parameters, counts):
+        self.parameters, self.counts = parameters, counts
+
+    @contextlib.contextmanager
+    def beside(self):
+        self.counts["eager"] += 1
+        yield
+
+    def record(self, function):
+        state = torch.get_rng_state()
+        results = function()
+        gradients = [p.grad for p in self.parameters]
+        torch.set_rng_state(state)
+        self.counts["recorded"] += 1
+        kept = [t for t in (*results, *gradients) if t is not None]
+        for t in kept:
+            t.detach().fill_(float("nan") if t.is_floating_point() else 0)
+
+        def replay():
+            self.counts["replayed"] += 1
+            again = [*function(), *(p.grad for p in self.parameters)]
+            for target, source in zip(kept, [t for t in again if t is not None], strict=True):
+                target.detach().copy_(source.detach())
+
+        return results, replay
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """What was recorded and replayed, of runs on the CPU with --cuda_graph on."""
+    found = Counter()
+    monkeypatch.setattr(RunConfig, "no_graph", lambda *_: "")
+    monkeypatch.setattr(engine, "CUDARecorder", lambda device: None)
+    monkeypatch.setattr(engine, "Recorded", lambda f, ps, _: Recorded(f, ps, Player(ps, found)))
+    return found
+
+
+def kept(folder):
+    """Everything a run has computed: the last weights and optimizer, and the losses on the way."""
+    content = torch.load(folder / "last.pt", weights_only=True)["content"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    content["settings"].pop("cuda_graph", None)
+    tensors = [*content["model"].values()]
+    tensors += [t for state in content["optimizer"]["state"].values() for t in state.values() if t is not None]
+    return tensors, [r["loss"] for r in records if r["event"] == "train"], content["rng"]["torch"]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(a, b)
+    assert ours[1] == theirs[1]
+    assert torch.equal(ours[2], theirs[2])
+
+
+TEXT = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 40 --batch_size 50 --aux_freq 2
+--log-interval 1 --max_eval_tokens 500 --epochs 1 --clip 0.2 --threads 1""".split()
+IMAGES = """--data synthetic --preset small --nhid 8 --batch_size 4 --max_eval_tokens 16 --log-interval 1
+--max_steps 9 --threads 1 --permutation_seed 3""".split()
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (word_main, [*TEXT, "--repack", "--seq_len", "0", "--lr", "5"]),
+        (word_main, [*TEXT, "--repack", "--seq_len", "0", "--lr", "0.01", "--optim", "Adam", "--accumulate", "3"]),
+        (word_main, [*TEXT, "--horizon", "20", "--seq_len", "50", "--lr", "5", "--n_experts", "2"]),
+        (pmnist_main, IMAGES),
+    ],
+    ids=["carried", "accumulate", "history", "images"],
+)
+def test_a_replayed_run_is_the_run(main, flags, counts, tmp_path, capsys):
+    for graph in ("off", "on"):
+        assert main([*flags, "--out", str(tmp_path / graph), "--cuda_graph", graph]) == 0, capsys.readouterr().err
+    assert_same(kept(tmp_path / "on"), kept(tmp_path / "off"))
+    assert counts["recorded"] == 1
+    assert counts["replayed"] > counts["eager"] >= WARM_UP
+    if main is word_main:
+        assert counts["eager"] > WARM_UP  # the last window of an epoch is a shorter one
+    settings = json.loads((tmp_path / "on" / "config.json").read_text())["settings"]
+    assert settings["cuda_graph"] == "on"
+
+
+def test_a_replayed_run_is_continued(counts, tmp_path, capsys):
+    flags = [*TEXT, "--repack", "--seq_len", "0", "--lr", "5", "--cuda_graph", "on"]
+    assert word_main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert word_main([*flags, "--out", str(tmp_path / "run"), "--max_steps", "7"]) == 0
+    assert word_main(["--resume", str(tmp_path / "run" / "last.pt"), "--max_steps", "0"]) == 0, capsys.readouterr().err
+    ours, theirs = kept(tmp_path / "run"), kept(tmp_path / "whole")
+    assert_same((ours[0], [], ours[2]), (theirs[0], [], theirs[2]))
+
+
+def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run(counts, tmp_path):
+    weights = []
+    for graph in ("off", "on"):
+        # While it records, the function is called once more.
+        task = Regression(spoil_at=[9 + (graph == "on")])
+        fit_line(tmp_path / graph, task=task, skip_bad_steps=1, cuda_graph=graph)
+        weights.append([p.detach().clone() for p in task.model.parameters()])
+    assert counts["replayed"] > 5
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_shape_is_recorded_and_others_are_computed():
+    model, found = nn.Linear(3, 1), Counter()
+
+    def function(batch, carry):
+        model.zero_grad()
+        total = model(batch[0]).sum() + (0 if carry is None else carry[0].sum())
+        total.backward()
+        return total, batch[0].sum(0)
+
+    recorded = Recorded(function, model.parameters(), Player(list(model.parameters()), found))
+    for call in range(12):
+        x, carry = torch.randn(2 + call % 2, 3), (torch.randn(2),) if call % 3 else None
+        total, last = recorded((x,), carry)
+        assert not total.requires_grad
+        assert torch.equal(last, x.sum(0))
+        assert torch.equal(model.weight.grad, x.sum(0, keepdim=True))
+        torch.testing.assert_close(total, model(x).sum().detach() + (0 if carry is None else carry[0].sum()))
+    assert found["recorded"] == found["replayed"] == 1
+    x = torch.randn(2, 3)
+    _, last = recorded((x,), (torch.randn(2),))
+    recorded((torch.randn(2, 3),), (torch.randn(2),))
+    assert found["replayed"] == 3
+    assert torch.equal(last, x.sum(0))  # results are the caller's
+
+
+def test_what_cannot_be_recorded_fails_in_one_line(counts, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Player, "record", refuse)
+    code = word_main([*TEXT, "--out", str(tmp_path / "run"), "--cuda_graph", "on"])
+    err = capsys.readouterr().err
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(
+        "failed: a step cannot be recorded as a CUDA graph (CUDA error: operation not permitted when stream is "
+        "capturing); pass --cuda_graph off; "
+    )
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Player, "record", full)
+    assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--overwrite", "--cuda_graph", "on"]) == 1
+    assert capsys.readouterr().err.startswith("failed: out of memory; ")
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "reason"),
+    [
+        (word_ptb.model, [], ""),
+        (char_ptb.model, [], ""),
+        (pmnist.model, [], ""),
+        (wt103.model, [], "which words lie in which band of the softmax is found on the CPU"),
+        (wt103.model, ["--cutoffs", "0"], ""),
+        (word_ptb.model, ["--model", "awd-lstm"], "of --model awd-lstm none is made"),
+        (char_ptb.model, ["--random_length"], "with --random_length no two windows are alike"),
+    ],
+)
+def test_where_steps_are_recorded(config, flags, reason, monkeypatch):
+    settings, _ = parse(config.Config, flags)
+    assert settings.no_graph(CUDA) == reason
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert settings.no_graph(CUDA)
+    assert settings.no_graph(torch.device("cpu")) == "is of CUDA devices, and this is cpu"
+
+
+def test_it_is_refused_where_there_is_no_such_device(tmp_path, capsys):
+    assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--device", "cpu", "--cuda_graph", "on"]) == 2
+    error = "error: --cuda_graph on: is of CUDA devices, and this is cpu; pass auto or off\n"
+    assert capsys.readouterr().err == error
+    assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--device", "cpu", "--max_steps", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["cuda_graph"] == "off"

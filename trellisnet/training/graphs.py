@@ -1,0 +1,113 @@
+"""A part of a training step as one CUDA graph: its kernels are launched all at once instead of one by one.
+
+A step of a deep network is hundreds of short kernels, which a GPU may compute faster than Python can launch them. A
+graph is what they are when they are recorded: it reads and writes the same memory every time. So inputs are copied to
+where the recorded ones were, and gradients lie where they lay then. The numbers are those of a step that is not
+recorded, dropout masks too: CUDA's random numbers go on from replay to replay as they do from kernel to kernel.
+
+What is recorded must not look at a number on the device (`.item()`, `.nonzero()`), nor copy from the CPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trellisnet.errors import RunError
+
+WARM_UP = 3  # calls before one is recorded: libraries choose and compile their kernels in the first ones
+
+Tensors = tuple[Tensor, ...]
+Function = Callable[[Tensors, Tensors | None], Tensors]
+
+
+class Recorder(Protocol):
+    """How a device records."""
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, work is done where it will be recorded."""
+
+    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
+        """Call `function` once: its results, which hold nothing yet, and what fills them, and .grad, every time."""
+
+
+class CUDARecorder:
+    """Records on a stream of its own, on which it also works before: autograd remembers streams."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    @contextlib.contextmanager
+    def beside(self):
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            results = function()
+        return results, graph.replay
+
+
+class Recorded:
+    """`function`, of which the calls of one shape are recorded and replayed; all others are made as they are.
+
+    The shape is that which is the first to come more than `WARM_UP` times.
+
+    Args:
+        function: (batch, carry) → results, tensors all. It makes the gradients of `parameters` from nothing, and may
+            return a tensor that knows its graph: that lives as long as the recording, with what it was made from.
+        parameters: what is trained.
+        recorder: of the device.
+    """
+
+    def __init__(self, function: Function, parameters: Iterable[nn.Parameter], recorder: Recorder):
+        self._function, self._parameters, self._recorder = function, list(parameters), recorder
+        self._calls: dict[tuple, int] = {}
+        self._shape: tuple | None = None  # of what is recorded
+        self._inputs: tuple[Tensors, Tensors | None]
+        self._results: Tensors
+        self._gradients: list[Tensor | None]
+        self._replay: Callable[[], None]
+
+    def __call__(self, batch: Tensors, carry: Tensors | None) -> Tensors:
+        """As the function; the results are the caller's to keep, without their graph. The gradients are in `.grad`.
+
+        Raises:
+            RunError: it cannot be recorded.
+        """
+        shape = tuple((t.shape, t.dtype) for t in batch), None if carry is None else tuple(t.shape for t in carry)
+        if shape != self._shape:
+            calls = self._calls[shape] = self._calls.get(shape, 0) + 1
+            if self._shape is not None or calls <= WARM_UP:
+                with self._recorder.beside():
+                    return tuple(result.detach() for result in self._function(batch, carry))
+            self._record(batch, carry)
+            self._shape = shape
+        for target, source in zip(_flat(self._inputs), _flat((batch, carry)), strict=True):
+            target.copy_(source)
+        self._replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return tuple(result.detach().clone() for result in self._results)
+
+    def _record(self, batch: Tensors, carry: Tensors | None) -> None:
+        self._inputs = tuple(t.clone() for t in batch), None if carry is None else tuple(t.clone() for t in carry)
+        try:
+            self._results, self._replay = self._recorder.record(lambda: self._function(*self._inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+            raise RunError(f"a step cannot be recorded as a CUDA graph ({reason}); pass --cuda_graph off") from e
+        self._gradients = [parameter.grad for parameter in self._parameters]
+
+
+def _flat(inputs: tuple[Tensors, Tensors | None]) -> list[Tensor]:
+    batch, carry = inputs
+    return [*batch, *(carry or ())]
