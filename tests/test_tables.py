@@ -95,7 +95,7 @@ def test_every_depth_has_two_rows():
 
 
 def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
-    """With a train.py whose epochs of 300 steps take 10 minutes."""
+    """With a train.py whose epochs of 300 steps take 20 minutes, and 10 in bfloat16."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     (tmp_path / "word_ptb").mkdir()
     (tmp_path / "word_ptb" / "train.py").write_text(
@@ -105,7 +105,8 @@ def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
         "out.mkdir(parents=True, exist_ok=True)\n"
         "with (out.parents[1] / 'calls').open('a') as file: file.write(' '.join(argv[:argv.index('--out')]) + '\\n')\n"
         "(out / 'config.json').write_text(json.dumps({'steps an epoch': 300}))\n"
-        "told = {'event': 'epoch', 'step': 100, 'train_seconds': 200.0}\n"
+        "seconds = 200.0 if 'bf16' in argv else 400.0\n"
+        "told = {'event': 'epoch', 'step': 100, 'train_seconds': seconds}\n"
         "(out / 'metrics.jsonl').write_text(json.dumps(told) + '\\n')\n"
         "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'seconds': 3600.0}\n"
         "done['test'] = {'ppl': 99.0, 'loss': 4.6}\n"
@@ -116,9 +117,10 @@ def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
         assert done.returncode == 0, done.stderr
     assert "| Recurrent highway network | 99.00 (n = 1, 6 epochs) | 7 | 60 |" in done.stdout
     folder = tmp_path / "runs" / "tables" / "compare-60-minutes"
-    measured, trained = (folder / "calls").read_text().splitlines()
-    assert measured == "--model rhn --preset small --max_steps 100 --max_eval_tokens 1 --overwrite"
-    assert trained == "--model rhn --preset small --epochs 6 --when 4 5 --seed 1111 --overwrite"
+    *measured, trained = (folder / "calls").read_text().splitlines()
+    rest = "--max_steps 100 --max_eval_tokens 1 --overwrite"
+    assert measured == [f"--model rhn --preset small --precision {p} {rest}" for p in ("fp32", "bf16")]
+    assert trained == "--model rhn --preset small --precision bf16 --epochs 6 --when 4 5 --seed 1111 --overwrite"
 
 
 @pytest.fixture
