@@ -479,11 +479,10 @@ def torture(path: Path) -> str:
         found = json.loads(path.read_text())
         if not found["commit"] or found["commit"].endswith("-dirty"):
             raise BadResultError(f"{path}: of uncommitted code")
-        kills, disk, hostile, soak = (found[part] for part in ("kills", "disk", "payloads", "soak"))
+        kills, disk, hostile, soak = *(found[part] for part in ("kills", "disk", "payloads")), found.get("soak")
         moments = {key.removeprefix("killed "): n for key, n in kills.items() if key.startswith("killed in ")}
         command = re.sub(r" --json \S+", "", found["command"])
         shown = ", ".join(f"{count} {moment}" for moment, count in moments.items())
-        start, end = (soak[f"resident at the {when}"] / 1e6 for when in ("start", "end"))
         lines = [
             "## Faults",
             "",
@@ -500,8 +499,14 @@ def torture(path: Path) -> str:
             f"{found['clocks']['runs']}",
             f"- Hostile files: {hostile['files']}, opened {hostile['opened']} times; {hostile['executed']} ran code, "
             f"and memory grew by {hostile['bytes'] / 1e6:.0f} MB at most",
-            f"- Memory: in {soak['minutes']:g} minutes of training ({soak['steps']:,} updates, {soak['epochs']:,} "
-            f"epochs, each evaluated and saved) from {start:.1f} to {end:.1f} MB",
+        ]
+        if soak:
+            start, end = (soak[f"resident at the {when}"] / 1e6 for when in ("start", "end"))
+            lines.append(
+                f"- Memory: in {soak['minutes']:g} minutes of training ({soak['steps']:,} updates, {soak['epochs']:,} "
+                f"epochs, each evaluated and saved) from {start:.1f} to {end:.1f} MB"
+            )
+        lines += [
             "",
             "| damaged at random | tried | detected | harmless | not noticed |",
             "|---|--:|--:|--:|--:|",

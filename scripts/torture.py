@@ -179,11 +179,11 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
     """
     rng, moments, runs, slowest = random.Random(seed), Counter(), 0, 0.0
     terms = 0
-    while not runs or moments.total() < count:
+    while not runs or moments.total() - terms < count:
         expected = reference(folder, seed + runs, epochs)
         job = Job(folder / f"killed-{seed + runs}", seed + runs, epochs)
         while True:
-            alive = moments.total() < count
+            alive = moments.total() - terms < count
             with job.started() as process:
                 if not alive:
                     _, said = process.communicate()
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 nothing was lost, 1 something was, 2 wrong arguments."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=100, help="signals to survive (default: 100)")
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to survive (default: 100)")
     parser.add_argument("--epochs", type=int, default=12, help="of every run that is killed (default: 12)")
     parser.add_argument("--writes", type=int, default=150, help="writes that fail (default: 150)")
     parser.add_argument("--mutations", type=int, default=1000, help="damaged files to try (default: 1000)")

@@ -290,7 +290,16 @@ def test_faults(root):
         "| old, which has no checksums | 9 | 4 | 3 | 2 |",
     ):
         assert part in text
-    for change in ({"commit": "0-dirty"}, {"commit": None}, {"soak": None}, {"mutations": [{}]}, {"kills": {}}):
+    path.write_text(json.dumps({key: value for key, value in FAULTS.items() if key != "soak"}))
+    assert collect.main(["--root", str(folder)]) == 0
+    assert "Memory:" not in (folder / "RESULTS.md").read_text()
+    for change in (
+        {"commit": "0-dirty"},
+        {"commit": None},
+        {"soak": {"epochs": 1}},
+        {"mutations": [{}]},
+        {"kills": {}},
+    ):
         path.write_text(json.dumps(FAULTS | change))
         assert collect.main(["--root", str(folder)]) == 2
 
