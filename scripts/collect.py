@@ -469,6 +469,19 @@ def precision(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+def committed(path: Path) -> dict:
+    """What a script has written with --json.
+
+    Raises:
+        BadResultError: of uncommitted code.
+        OSError, ValueError, KeyError, TypeError, AttributeError: a damaged file.
+    """
+    found = json.loads(path.read_text())
+    if not found["commit"] or found["commit"].endswith("-dirty"):
+        raise BadResultError(f"{path}: of uncommitted code")
+    return found
+
+
 def torture(path: Path) -> str:
     """What runs and files have survived, from what `scripts/torture.py --json` has written.
 
@@ -476,9 +489,7 @@ def torture(path: Path) -> str:
         BadResultError: a damaged file, or one of uncommitted code.
     """
     try:
-        found = json.loads(path.read_text())
-        if not found["commit"] or found["commit"].endswith("-dirty"):
-            raise BadResultError(f"{path}: of uncommitted code")
+        found = committed(path)
         kills, disk, hostile, soak = *(found[part] for part in ("kills", "disk", "payloads")), found.get("soak")
         moments = {key.removeprefix("killed "): n for key, n in kills.items() if key.startswith("killed in ")}
         command = re.sub(r" --json \S+", "", found["command"])
@@ -576,9 +587,7 @@ def ranks(path: Path) -> str:
         BadResultError: a damaged file, or one of uncommitted code.
     """
     try:
-        found = json.loads(path.read_text())
-        if not found["commit"] or found["commit"].endswith("-dirty"):
-            raise BadResultError(f"{path}: of uncommitted code")
+        found = committed(path)
         command = re.sub(r" --json \S+", "", found["command"])
         lines = [
             "## Several ranks",
@@ -634,9 +643,7 @@ def speed(folder: Path) -> str:
     lines = ["<!-- speed: begin -->"]
     for path in sorted(folder.glob("*.json")):
         try:
-            found = json.loads(path.read_text())
-            if not found["commit"] or found["commit"].endswith("-dirty"):
-                raise BadResultError(f"{path}: of uncommitted code")
+            found = committed(path)
             command = re.sub(r" --json \S+", "", found["command"])
             if "--quick" in command or re.search(r"(^|[ =])/", command):
                 raise BadResultError(f"{path}: of small networks, or the command names a path of one machine")
