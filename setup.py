@@ -6,7 +6,7 @@ from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 OPS = HERE / "trellisnet" / "ops"
-SOURCES = ("gates.c", "gates.h", "product.c")
+SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
 # As trellisnet/ops/compiled.py has it, so that a library built from another version of its source is not used.
 FINGERPRINT = hashlib.sha256(b"".join((OPS / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 TASKS = ["word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"]
@@ -25,7 +25,7 @@ setup(
         Extension(
             "trellisnet.ops._compiled",
             sources=[f"trellisnet/ops/{name}" for name in SOURCES if name.endswith(".c")],
-            depends=["trellisnet/ops/gates.h"],
+            depends=[f"trellisnet/ops/{name}" for name in SOURCES],
             define_macros=[("SOURCE", f'"{FINGERPRINT}"')],
             extra_compile_args=["-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             extra_link_args=["-fopenmp"],

@@ -21,7 +21,7 @@ from torch import Tensor
 from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
-SOURCES = ("gates.c", "gates.h", "product.c")
+SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
 FEW = 4  # rows up to which a product is best made here; BLOCK is that of product.c
 BLOCK = 64
 HERE = Path(__file__).parent

@@ -6,39 +6,11 @@
  * i, o, g, f. Index arrays give, for each position, a row of another buffer, or -1 for none. REAL is the type of the
  * products, float or bfloat16; everything is computed in float.
  */
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-/* Several versions of the loops, of which the processor at hand takes the best. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#include "common.h"
 
 #define CHUNK 256 /* channels at a time, so that what is passed from loop to loop stays in the first cache */
 static const float ZEROS[CHUNK];
 static const int SMALL = 1 << 14; /* numbers below which a second thread does not pay */
-
-typedef uint16_t bfloat16;
-
-INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-
-INLINE float load_float(const float *p) { return *p; }
-INLINE void store_float(float *p, float x) { *p = x; }
-INLINE float load_bfloat16(const bfloat16 *p) { return as_float((uint32_t)*p << 16); }
-INLINE void store_bfloat16(bfloat16 *p, float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits = as_bits(x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *p = (bfloat16)(x == x ? rounded : 0x7fc0);
-}
 
 /* exp(x) = 2^n (1 + p): n is the integer next to x / ln 2 and p = exp(r) - 1, |r| <= ln 2 / 2, a Taylor polynomial
  * whose remainder, r^8 / 8!, is below the rounding of a float. Keeping p apart keeps exp(x) - 1 exact near zero. */

@@ -4,18 +4,7 @@
  * 64 outputs, in a block one input after the other (in bfloat16 two, so that a pair makes a word), and every thread reads
  * its blocks from one end to the other. Rows are in the type of W, float or bfloat16, sums in float.
  */
-#include <stdint.h>
-#include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
+#include "common.h"
 
 #define BLOCK 64 /* outputs: four vectors */
 typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
@@ -30,22 +19,6 @@ typedef struct {
 } Product;
 
 #define EVEN(inputs) ((inputs) + ((inputs) & 1))
-#define INLINE static inline __attribute__((always_inline))
-
-typedef uint16_t bfloat16;
-
-INLINE float widened(bfloat16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-INLINE bfloat16 narrowed(float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
 
 /* Outputs of a block, of which the last one may be cut short. */
 INLINE int64_t width(const Product *p, int64_t block) {
@@ -90,7 +63,7 @@ CLONES static void product_bfloat16(const Product *p, int64_t first, int64_t las
             const vector sums[4] = {a + e, b + f, c + g, d + h};
             const float *sum = (const float *)sums;
             bfloat16 *y = (bfloat16 *)p->y + n * p->outputs + block * BLOCK;
-            for (int64_t u = 0; u < width(p, block); u++) y[u] = narrowed(widened(y[u]) + sum[u]);
+            for (int64_t u = 0; u < width(p, block); u++) store_bfloat16(y + u, load_bfloat16(y + u) + sum[u]);
         }
 }
 
@@ -102,7 +75,7 @@ void trellis_product(const Product *p, int is_bfloat16, int threads) {
         const bfloat16 *low = (const bfloat16 *)p->x + n * p->inputs;
         float *copy = p->copy + n * even;
         copy[even - 1] = 0;
-        for (int64_t k = 0; k < p->inputs; k++) copy[k] = is_bfloat16 ? widened(low[k]) : x[k];
+        for (int64_t k = 0; k < p->inputs; k++) copy[k] = is_bfloat16 ? load_bfloat16(low + k) : x[k];
     }
     const int64_t blocks = (p->outputs + BLOCK - 1) / BLOCK;
     void (*product)(const Product *, int64_t, int64_t) = is_bfloat16 ? product_bfloat16 : product_float;
