@@ -107,9 +107,7 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     """The structure, and what has to live as long as it."""
     places, arguments, alive = pruning.places(step.layer, step.above, torch.device("cpu")), _Arguments(), []
 
-    def give(name: str, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
-        if tensor is None:
-            return
+    def give(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> None:
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with {tensor.stride()}")
         alive.append(tensor)
@@ -120,12 +118,14 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     arguments.S, arguments.N, arguments.H, arguments.product = size, N, H, step.product
     arguments.k = len(step.layer.taps)
     for name in ("gates", "x", "taps", "dtaps", "dz"):
-        give(name, getattr(step, name), real)
+        if (tensor := getattr(step, name)) is not None:
+            give(name, tensor, real)
     for name in ("c", "c_below", "c0", "scale", "out", "dc_above", "dc", "dx"):
-        give(name, getattr(step, name))
-    for name in ("x", "cell", "out", "dc"):
-        give(f"{name}_row", getattr(places, name), torch.int32)
-    give("tap_row", places.taps, torch.int32)
+        if (tensor := getattr(step, name)) is not None:
+            give(name, tensor)
+    for name in ("x", "cell", "out", "dc", "tap"):
+        if (tensor := getattr(places, "taps" if name == "tap" else name)) is not None:
+            give(f"{name}_row", tensor, torch.int32)
     arguments.add = step.add
     arguments.out_from = 0 if step.out is None else H - step.out.size(2)
     return arguments, alive

@@ -224,6 +224,11 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
     return h.transpose(0, 1), c.transpose(0, 1), Stream(kernels, x[T:].clone(), tuple(new_h), tuple(new_c))
 
 
+def _later(rows: Tensor, row: Tensor) -> Tensor:
+    """What is remembered one step on."""
+    return row if rows.size(0) == 1 else torch.cat([rows[1:], row])
+
+
 @torch.no_grad()
 def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     """The next single step: one product for the old taps of all layers, then one a layer for its newest.
@@ -244,7 +249,10 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         kernels.add(x_tilde[d][0], _taps(low, k, d, 1)[0], kernels.weight_x_single)
     above = kernels.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
-    old = [torch.cat([rows[j * d] for j in range(k - 1)], dim=1) for rows, d in zip(stream.h, above, strict=True)]
+    old = [
+        rows[0] if k == 2 else torch.cat([rows[j * d] for j in range(k - 1)], dim=1)
+        for rows, d in zip(stream.h, above, strict=True)
+    ]
     z_old = None  # (layers − 1, 1, N, GH)
     if old:
         z_old = _product(kernels.product, torch.stack(old), kernels.oldest).unsqueeze(1)
@@ -256,8 +264,8 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         if i == 0:
             h, c = _gates(kernels, z_x, None, None, 1, i == last)
             continue
-        new_h.append(torch.cat([stream.h[i - 1][1:], h]))
-        new_c.append(torch.cat([stream.c[i - 1][1:], c]))
+        new_h.append(_later(stream.h[i - 1], h))
+        new_c.append(_later(stream.c[i - 1], c))
         kernels.add(z_old[i - 1, 0], h[0], kernels.newest)
         h, c = _gates(kernels, z_x, z_old[i - 1], stream.c[i - 1][:1], 1, i == last)
     return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
