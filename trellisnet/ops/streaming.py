@@ -253,9 +253,9 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         rows[0] if k == 2 else torch.cat([rows[j * d] for j in range(k - 1)], dim=1)
         for rows, d in zip(stream.h, above, strict=True)
     ]
-    z_old = None  # (layers − 1, 1, N, GH)
+    z_old = ()  # (1, N, GH) for every layer but the first
     if old:
-        z_old = _product(kernels.product, torch.stack(old), kernels.oldest).unsqueeze(1)
+        z_old = _product(kernels.product, torch.stack(old), kernels.oldest).unsqueeze(1).unbind(0)
     new_h, new_c, layer_steps = [], [], 0
     h = c = None
     for i, d in enumerate(kernels.dilations):
@@ -266,6 +266,7 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
             continue
         new_h.append(_later(stream.h[i - 1], h))
         new_c.append(_later(stream.c[i - 1], c))
-        kernels.add(z_old[i - 1, 0], h[0], kernels.newest)
-        h, c = _gates(kernels, z_x, z_old[i - 1], stream.c[i - 1][:1], 1, i == last)
+        z_h = z_old[i - 1]
+        kernels.add(z_h[0], h[0], kernels.newest)
+        h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
     return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
