@@ -10,7 +10,7 @@
 
 MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
-PROBE=100 # updates of the measurement
+PROBE=300 # updates of the measurement; the first ones are faster than those that last
 
 # budget FLAGS...: the faster precision of word_ptb here, and how many epochs fit into MINUTES; measured once a row.
 budget() {

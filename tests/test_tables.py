@@ -118,7 +118,7 @@ def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
     assert "| Recurrent highway network | 99.00 (n = 1, 6 epochs) | 7 | 60 |" in done.stdout
     folder = tmp_path / "runs" / "tables" / "compare-60-minutes"
     *measured, trained = (folder / "calls").read_text().splitlines()
-    rest = "--max_steps 100 --max_eval_tokens 1 --overwrite"
+    rest = "--max_steps 300 --max_eval_tokens 1 --overwrite"
     assert measured == [f"--model rhn --preset small --precision {p} {rest}" for p in ("fp32", "bf16")]
     assert trained == "--model rhn --preset small --precision bf16 --epochs 6 --when 4 5 --seed 1111 --overwrite"
 
