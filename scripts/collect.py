@@ -501,7 +501,7 @@ def torture(path: Path) -> str:
         command = re.sub(r" --json \S+", "", found["command"])
         shown = ", ".join(f"{count} {moment}" for moment, count in moments.items())
         lines = [
-            "## Faults",
+            f"## Faults, seed {found['seed']}",
             "",
             f"`{command}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`, seed "
             f"{found['seed']}. Every run that something was done to ended, to the bit, with the weights, the optimiser "

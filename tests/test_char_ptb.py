@@ -48,6 +48,13 @@ def test_penn_treebank_is_what_everyone_counts():
     assert standard.spelled == loaded.spelled
     ratio = loaded.spelled["authors"]["test"] / loaded.spelled["standard"]["test"]
     assert 1.158 * ratio == pytest.approx(1.1777, abs=5e-5)  # the paper's score on the standard stream
+    assert 1.175 / ratio == pytest.approx(1.1554, abs=5e-5)  # what would equal AWD-LSTM's
+    lines = {split: (getattr(loaded, split) == 26).sum().item() for split in SPLITS}
+    sizes = [loaded.spelled["authors"][split] - lines[split] for split in SPLITS]
+    assert sizes == [5_059_550, 396_412, 446_184]  # as printed in the papers, of no stream
+    in_five_characters = loaded.spelled["authors"]["test"] + 4 * lines["test"]  # the TCN's `<eos>`
+    assert in_five_characters == 464_989
+    assert 1.31 * in_five_characters / loaded.spelled["standard"]["test"] == pytest.approx(1.377, abs=5e-4)
 
 
 def test_a_stream_that_is_not_penn_treebank_is_not_held_to_its_counts(monkeypatch, tmp_path):

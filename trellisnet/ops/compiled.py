@@ -24,6 +24,8 @@ from trellisnet.ops.gates import Step
 SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
 FEW = 4  # rows up to which a product is best made here; BLOCK is that of product.c
 BLOCK = 64
+# Index arrays: what they are called in gates.h, and in pruning.py.
+ROWS = {"x_row": "x", "cell_row": "cell", "out_row": "out", "dc_row": "dc", "tap_row": "taps"}
 HERE = Path(__file__).parent
 POINTER = ctypes.c_void_p
 
@@ -123,9 +125,9 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     for name in ("c", "c_below", "c0", "scale", "out", "dc_above", "dc", "dx"):
         if (tensor := getattr(step, name)) is not None:
             give(name, tensor)
-    for name in ("x", "cell", "out", "dc", "tap"):
-        if (tensor := getattr(places, "taps" if name == "tap" else name)) is not None:
-            give(f"{name}_row", tensor, torch.int32)
+    for name, place in ROWS.items():
+        if (tensor := getattr(places, place)) is not None:
+            give(name, tensor, torch.int32)
     arguments.add = step.add
     arguments.out_from = 0 if step.out is None else H - step.out.size(2)
     return arguments, alive

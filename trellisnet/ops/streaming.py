@@ -249,13 +249,11 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         kernels.add(x_tilde[d][0], _taps(low, k, d, 1)[0], kernels.weight_x_single)
     above = kernels.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
-    old = [
-        rows[0] if k == 2 else torch.cat([rows[j * d] for j in range(k - 1)], dim=1)
-        for rows, d in zip(stream.h, above, strict=True)
-    ]
+    old = [rows[::d] for rows, d in zip(stream.h, above, strict=True)]
     z_old = ()  # (1, N, GH) for every layer but the first
     if old:
-        z_old = _product(kernels.product, torch.stack(old), kernels.oldest).unsqueeze(1).unbind(0)
+        taps = torch.stack(old).transpose(1, 2).flatten(2)  # (layers − 1, N, (k−1)·H)
+        z_old = _product(kernels.product, taps, kernels.oldest).unsqueeze(1).unbind(0)
     new_h, new_c, layer_steps = [], [], 0
     h = c = None
     for i, d in enumerate(kernels.dilations):
