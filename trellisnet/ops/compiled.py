@@ -24,7 +24,7 @@ from trellisnet.ops.gates import Step
 SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
 FEW = 4  # rows up to which a product is best made here; BLOCK is that of product.c
 BLOCK = 64
-# Index arrays: what they are called in gates.h, and in pruning.py.
+# Index arrays: what they are called in gates.c, and in pruning.py.
 ROWS = {"x_row": "x", "cell_row": "cell", "out_row": "out", "dc_row": "dc", "tap_row": "taps"}
 HERE = Path(__file__).parent
 POINTER = ctypes.c_void_p
