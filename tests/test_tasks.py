@@ -76,6 +76,9 @@ def test_the_authors_counts_on_penn_treebank():
         lengths = [i.size(1) for _, i, _ in word.windows(torch.zeros(n, tokens // n, dtype=torch.int64))]
         assert sum(length - 58 for length in lengths) * n == scored
         assert windows is None or (len(lengths), lengths[-1]) == (windows, 66)
+    tcn = task(horizon=40, seq_len=80)
+    lengths = [i.size(1) for _, i, _ in tcn.windows(torch.zeros(10, 82_430 // 10, dtype=torch.int64))]
+    assert sum(length - 40 for length in lengths) * 10 == 82_020
     char = task(horizon=140, seq_len=0, repackage=True)
     for tokens, windows, scored in ((399_782, 286, 399_770), (449_945, 322, 449_930)):
         lengths = [i.size(1) for _, i, _ in char.windows(torch.zeros(10, tokens // 10, dtype=torch.int64), False)]
