@@ -78,7 +78,11 @@ def test_every_file_it_links_to_exists():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert len(links) > 3
     for link in links:
-        assert (PROJECT / link).exists(), link
+        path, _, anchor = link.partition("#")
+        assert (PROJECT / path).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (PROJECT / path).read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], link
 
 
 @pytest.mark.parametrize(("config", "preset"), [(config, preset) for config in CONFIGS for preset in config.presets])
