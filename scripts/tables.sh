@@ -16,6 +16,10 @@ if [ -z "${PY:-}" ]; then
     use_venv ""
 fi
 TABLE="$(basename "$0" .sh)"
+if ! [[ "${STEPS:-1}" =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: STEPS=$STEPS: expected a number of updates, 1 or more" >&2
+    exit 2
+fi
 
 # What makes a run of a few seconds of any row.
 SMOKE_ALL="--data synthetic --overwrite --epochs 1 --max_steps 2 --max_eval_tokens 100 --nhid 8"

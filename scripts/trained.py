@@ -30,7 +30,7 @@ from trellisnet import weights  # noqa: E402
 from trellisnet.data.corpus import Corpus  # noqa: E402
 from trellisnet.errors import RunError, UserError  # noqa: E402
 from trellisnet.models import TrellisLanguageModel  # noqa: E402
-from trellisnet.training.cli import EXIT_FAILED, EXIT_OK, EXIT_USER, plain_warnings  # noqa: E402
+from trellisnet.training.cli import EXIT_FAILED, EXIT_OK, EXIT_USER, is_out_of_memory, plain_warnings  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
 from trellisnet.training.language_model import LanguageModelConfig, build_model  # noqa: E402
 
@@ -135,6 +135,11 @@ def guarded(function: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
     except OSError as e:
         print(f"failed: {e.strerror} ({e.filename})", file=sys.stderr)
+        return EXIT_FAILED
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        print("failed: out of memory; ask for less at once, or pass another --device", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130

@@ -220,6 +220,18 @@ def test_mistakes_are_one_line(script, run_folder, arguments, message):
     assert re.fullmatch(f"error: .*{message}.*\n", told)
 
 
+def test_too_little_memory_is_one_line(script, run_folder, monkeypatch):
+    import generate as module
+
+    monkeypatch.setattr(module, "generate", lambda *_, **__: torch.empty(2**50))
+    code, text, told = script("--run", run_folder, "--prompt", "the old boat")
+    assert (code, text) == (1, "")
+    assert told == "failed: out of memory; ask for less at once, or pass another --device\n"
+    monkeypatch.setattr(module, "generate", lambda *_, **__: torch.empty(2) @ torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):  # a mistake of the program stays one
+        script("--run", run_folder, "--prompt", "the old boat")
+
+
 def test_a_model_must_be_named(script, tmp_path):
     assert script()[2].startswith("error: no model: pass --run FOLDER")
     assert script("--task", "word_ptb")[2].startswith("error: no weights: pass --load_weight FILE")

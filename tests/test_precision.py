@@ -8,7 +8,7 @@ import torch
 from pmnist.train import main as pmnist_main
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import gemm
-from trellisnet.training import network
+from trellisnet.training import checkpoint, network
 from word_ptb.model import Config
 from word_ptb.train import main as word_main
 
@@ -52,6 +52,19 @@ def test_tf32_is_of_cuda_devices(run):
     code, _, err, metrics = run(word_main, *TEXT, "--device", "cpu", "--precision", "tf32")
     assert (code, err) == (2, "error: --precision tf32: is of CUDA devices, and this is cpu; pass fp32 or bf16\n")
     assert metrics is None
+
+
+def test_a_run_in_tf32_goes_on_without_cuda(run, tmp_path):
+    assert run(word_main, *TEXT, "--max_steps", "4", out="whole")[0] == 0
+    assert run(word_main, *TEXT, "--max_steps", "2")[0] == 0
+    content = checkpoint.load(tmp_path / "run" / "last.pt")
+    content["settings"]["precision"] = "tf32"
+    checkpoint.save(tmp_path / "run" / "last.pt", content)
+    (tmp_path / "run" / "config.json").unlink()
+    code, _, err, metrics = run(word_main, "--resume", "--max_steps", "4", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert metrics["precision"] == "tf32"
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])

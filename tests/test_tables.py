@@ -185,6 +185,10 @@ def test_rows_at_equal_steps(stub):
     assert again.stdout == "table3 trellisnet, seed 1111: finished\n"
     metrics.write_text(json.dumps({"complete": False, "steps": 7, "seed": 1}, indent=1))
     assert table(3, stub, STEPS="70", ROWS="trellisnet").stdout.startswith("table3 trellisnet, seed 1111: python")
+    for steps in ("0", "-1", "many"):
+        refused = table(3, stub, STEPS=steps)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr == f"error: STEPS={steps}: expected a number of updates, 1 or more\n"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         line, code = f"failed: {e.strerror} ({e.filename or program.folder}); {program.way_on()}", EXIT_FAILED
         known = False
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+        if not is_out_of_memory(e):
             raise
         line = f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}"
         code, known = EXIT_FAILED, False
@@ -82,6 +82,11 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
     if known:
         ranks.leave()
     return code
+
+
+def is_out_of_memory(e: Exception) -> bool:
+    """Whether an error says that there is not enough memory; of the CPU's, torch says so in a plain RuntimeError."""
+    return isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e)
 
 
 @contextlib.contextmanager

@@ -207,10 +207,10 @@ class RunConfig:
         Raises:
             UserError: what was asked for cannot run here.
         """
-        if self.precision == "tf32" and device.type != "cuda":
+        if self.precision == "tf32" and device.type != "cuda" and not self.resume:  # a run may go on elsewhere
             raise UserError(f"--precision tf32: is of CUDA devices, and this is {device.type}; pass fp32 or bf16")
         reason = self.no_graph(device)
-        if self.cuda_graph == "on" and reason and not self.resume:  # a run may go on elsewhere
+        if self.cuda_graph == "on" and reason and not self.resume:
             raise UserError(f"--cuda_graph on: {reason}; pass auto or off")
         cuda_graph = "off" if reason else {"auto": "on"}.get(self.cuda_graph, self.cuda_graph)
         return dataclasses.replace(self, threads=torch.get_num_threads(), cuda_graph=cuda_graph)
