@@ -32,7 +32,7 @@ class Config(LanguageModelConfig):
             "name": "paper-mos", "n_experts": 15, "emsize": 280, "nout": 480, "nlevels": 55, "horizon": 55,
             "aux_freq": 16.0, "wdecay": 1e-6, "emb_dropout": 0.05, "dropout": 0.4, "wdrop": 0.45, "clip": 0.2,
         },
-        # Somewhat over an hour on two CPU cores: shallow and narrow, with carried state (so that all that is computed
+        # Forty minutes on two CPU cores in bf16: shallow and narrow, with carried state (so that all that is computed
         # is scored), many small updates, and only the regularisation that nine epochs need.
         "small": {
             "name": "small", "emsize": 200, "nhid": 100, "nout": 200, "nlevels": 8, "repack": True, "seq_len": 0,
