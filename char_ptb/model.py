@@ -33,7 +33,7 @@ class Config(LanguageModelConfig):
         "small": {
             "name": "small", "emsize": 64, "nhid": 336, "nout": 64, "nlevels": 4, "dilation": [1, 2, 5, 12],
             "horizon": 80, "batch_size": 8, "lr": 1e-2, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0,
-            "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0, "epochs": 7, "when": [-1], "decay": 2.0, "decay_from": 2,
+            "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0, "epochs": 7, "when": [-1], "decay": 1.7,
         },
         # A few minutes on two CPU cores.
         "tiny": {
