@@ -220,7 +220,9 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
         "Log": f"[results/{name}/](results/{name})",
     }
     order = ", not permuted" if "--no-permute" in metrics["command"] else ""
-    lines = [f"## {metrics['task']}, preset `{metrics['preset']}`{order}", ""]
+    weights = re.search(r"--load_weight[ =](\S+)", metrics["command"])
+    start = f", from `{weights[1]}`" if weights else ""
+    lines = [f"## {metrics['task']}, preset `{metrics['preset']}`{order}{start}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", f"| epoch | lr | train {score} | valid {score} | minutes |", "|--:|--:|--:|--:|--:|"]
     lines += [

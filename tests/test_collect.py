@@ -150,6 +150,13 @@ def test_accuracies(root):
     assert "accuracy **0.9877** (10,000 examples scored); the paper reports 98.13 %, 99.20 % without" in text
 
 
+def test_where_a_run_began(root):
+    command = "python word_ptb/train.py --preset small --load_weight results/a/weights.pkl --nlevels 12"
+    folder = root(command=command)
+    assert collect.main(["--root", str(folder)]) == 0
+    assert "## word_ptb, preset `small`, from `results/a/weights.pkl`\n" in (folder / "RESULTS.md").read_text()
+
+
 def test_a_table_of_the_paper_beside_our_runs(root, capsys):
     folder = root()
 
