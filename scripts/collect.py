@@ -143,7 +143,8 @@ NOT_COMPARABLE = re.compile(r"<!-- not comparable: begin -->\n(.*?)<!-- not comp
 
 # Flags of a measurement that do not change how much memory it takes.
 HERE_ONLY = re.compile(
-    r" --(max_steps|max_eval_tokens|metrics|out|epochs|data|checkpoint_steps|log-interval) \S+| --overwrite"
+    r" --(max_steps|max_eval_tokens|metrics|out|epochs|data|checkpoint_steps|log-interval) \S+"
+    r"| --(overwrite|no-download)"
 )
 
 
