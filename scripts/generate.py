@@ -46,9 +46,9 @@ def encode(prompt: str, model: trained.Trained) -> list[int]:
 
 def wrapped(text: str, width: int) -> str:
     """Lines of at most `width` characters; 0: as they are."""
-    lines = [line.strip() for line in text.split("\n")]
+    lines = text.split("\n")
     if width:
-        lines = [textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines]
+        lines = [textwrap.fill(line.strip(), width, break_long_words=False, break_on_hyphens=False) for line in lines]
     return "\n".join(lines)
 
 

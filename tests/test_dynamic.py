@@ -12,10 +12,14 @@ import pmnist.train
 import word_ptb.train
 import wt103.train
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseEmbedding, SparseStack
-from trellisnet.evaluation import dynamic
+from trellisnet.data.corpus import Corpus
+from trellisnet.evaluation import adaptation, dynamic
 from trellisnet.evaluation.dynamic import Update, evaluate, gradient_statistics, tune
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.interrupts import Interrupted
+from trellisnet.training import engine
+from trellisnet.training.config import parse
+from trellisnet.training.distributed import Ranks
+from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.tasks import LanguageModeling
 
 V, E = 11, 6
@@ -69,16 +73,19 @@ def mean_loss(model, inputs, targets, state, skip):
     return -log_p.gather(2, targets[:, skip:, None]).mean(), out.state
 
 
-def by_hand(task, rows, rule, lr, decay, epsilon, training):
-    """Krause et al., with nothing shared: losses of segments and gradients by torch alone."""
+def by_hand(task, rows, rule, lr, decay, epsilon, training, segment=3):
+    """Krause et al., with nothing shared: losses of segments and gradients by torch alone.
+
+    A carried state is computed again from where it was `HORIZON` positions, in whole segments, before the segment.
+    """
     model = task.model.eval()
     names = [name for name, _ in model.named_parameters()]
     params = [p for _, p in model.named_parameters()]
 
     def segments(rows):
         skip = 0 if task.repackage else HORIZON
-        for start in range(0, rows.size(1) - 1 - skip, 3):
-            end = min(start + skip + 3, rows.size(1) - 1)
+        for start in range(0, rows.size(1) - 1 - skip, segment):
+            end = min(start + skip + segment, rows.size(1) - 1)
             yield rows[:, start:end], rows[:, start + 1 : end + 1], skip
 
     squares, count, state = [torch.zeros_like(p) for p in params], 0, None
@@ -92,10 +99,14 @@ def by_hand(task, rows, rule, lr, decay, epsilon, training):
     mean = sum(g.mean() for g in rms.values()) / len(rms)
 
     trained = weights_of(model)
-    total, tokens, state = 0.0, 0, None
+    total, tokens, past, states = 0.0, 0, [], [None]  # states[i]: before segment i
+    back = math.ceil(HORIZON / segment) if task.repackage else 0
     for inputs, targets, skip in segments(rows):
-        loss, state = mean_loss(model, inputs, targets, state, skip)
-        state = tuple(s.detach() for s in state) if task.repackage else None
+        for i in range(max(0, len(past) - back), len(past)):
+            states[i + 1] = tuple(s.detach() for s in model(past[i], states[i]).state)
+        loss, state = mean_loss(model, inputs, targets, states[-1], skip)
+        states.append(tuple(s.detach() for s in state) if task.repackage else None)
+        past.append(inputs)
         total += loss.item() * targets[:, skip:].numel()
         tokens += targets[:, skip:].numel()
         gradients = torch.autograd.grad(loss, params, allow_unused=True)
@@ -125,6 +136,28 @@ def test_the_definition(head, core, repackage):
         result = evaluate(task, rows, Update(rule, lr, decay, 1e-3), statistics)
         assert result["tokens"] == tokens == 2 * (39 if task.repackage else 39 - HORIZON)
         assert result["loss"] == pytest.approx(loss, rel=1e-8)
+
+
+@pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
+@pytest.mark.parametrize("core", ["trellis", "awd-lstm"])
+def test_segments_shorter_than_the_horizon(core, repackage):
+    task, rows, training = make(core=core, repackage=repackage, segment=1), text(1, 20), text(3, 12, 6)
+    _, loss, tokens = by_hand(task, rows, "sgd", 0.3, 0.01, 1e-3, training, segment=1)
+    assert evaluate(task, rows, Update("sgd", 0.3, 0.01)) == {"loss": pytest.approx(loss, rel=1e-9), "tokens": tokens}
+    if repackage:
+        task.earlier = 0  # with the states of the weights that had computed them
+        assert abs(evaluate(task, rows, Update("sgd", 0.3, 0.01))["loss"] - loss) > 1e-6
+
+
+def test_without_a_step_a_stream_is_static_to_the_bit():
+    task, rows = make(repackage=False, dtype=torch.float32), text(3, 60)
+    long = LanguageModeling(task.model, horizon=3, seq_len=20).in_segments(4)
+    assert long.streams()
+    pieces = []
+    found = evaluate(long, rows, Update("sgd", 0.0, 0.0), visit=lambda output, _: pieces.append(output.size(1)))
+    assert found == long.evaluate(rows)
+    assert pieces == [56]  # as one
+    assert evaluate(long, rows, Update("sgd", 0.0, 0.0), max_tokens=30) == long.evaluate(rows, max_tokens=30)
 
 
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
@@ -339,7 +372,9 @@ def test_one_run_scores_static_cached_and_dynamic(run, tmp_path, mode):
         static, plain = metrics[f"{split}_static"], metrics[split]
         assert (static["loss"], static["tokens"]) == (rows[split]["loss"], rows[split]["tokens"])
         assert plain["partial"]
-        for way in ("static", "cache", "dynamic", "dynamic_cache"):
+        segments = {"static_segments"} & {key.partition("_")[2] for key in metrics}
+        assert segments == (set() if mode in ("mixture", "awd-lstm", "characters", "bands") else {"static_segments"})
+        for way in ("static", *segments, "cache", "dynamic", "dynamic_cache"):
             result = metrics[f"{split}_{way}"]
             assert result.keys() >= {"loss", score, "tokens", "seconds", "peak_memory"}
             assert result["tokens"] >= 100
@@ -358,7 +393,10 @@ def test_one_run_scores_static_cached_and_dynamic(run, tmp_path, mode):
         assert cached["settings"] == {"window": 30, "theta": best["theta"], "lambda": best["lambda"]}
         assert cached["loss"] == best["loss"]
     assert "grid" not in metrics["test_dynamic"]
-    assert metrics["test_dynamic_cache"]["seconds"] > metrics["test_dynamic"]["seconds"]
+    for split in ("valid", "test"):  # what dynamic evaluation takes is counted in
+        both, alone = metrics[f"{split}_dynamic_cache"], metrics[f"{split}_dynamic"]
+        assert both["seconds"] > alone["seconds"]
+        assert (both["peak_memory"] or 0) >= (alone["peak_memory"] or 0)
     peaks = [
         metrics[f"{split}_{way}"]["peak_memory"] or 0 for split in ("valid", "test") for way in ("static", "dynamic")
     ]
@@ -375,10 +413,40 @@ def test_without_steps_the_program_reports_the_static_score(run, tmp_path):
     for split in ("valid", "test"):
         losses = {metrics[f"{split}{way}"]["loss"] for way in ("", "_static", "_cache", "_dynamic", "_dynamic_cache")}
         assert len(losses) == 1
+        assert f"{split}_static_segments" not in metrics
+    # In other segments than those of training.
+    metrics = run(main, *there, *still, "--dynamic_eval_segment", 2)[3]
+    assert metrics["valid_dynamic"]["loss"] == metrics["valid_static_segments"]["loss"]
+    assert metrics["valid_dynamic"]["loss"] != metrics["valid_static"]["loss"]
+    code, _, err, _ = run(main, *there, "--cache", 500, "1e300", 0.1, "--max_eval_tokens", 1000)
+    assert (code, err) == (
+        1,
+        "failed: the loss with --cache is not a number; lower THETA from 1e+300; nothing was written\n",
+    )
+    code, _, err, _ = run(main, *there, *still[:3], "--dynamic_eval_lr", "1e308", "--dynamic_eval_tune")
+    assert code == 1
+    assert err.startswith("failed: dynamic evaluation of valid diverged after ")
     code, _, err, _ = run(main, *there, *still[:3], "--dynamic_eval_lr", "1e38")
     assert code == 1
     assert err.startswith("failed: dynamic evaluation of valid diverged after ")
     assert "lower --dynamic_eval_lr from 1e+38" in err
+
+
+@pytest.mark.parametrize("way", ["--cache 5 1 0.1", "--dynamic_eval", "--dynamic_eval --dynamic_eval_tune"])
+def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
+    config, _ = parse(
+        word_ptb.train.Config, [*SMALL, *"--repack --seq_len 0 --eval --load_weight x".split(), *way.split()]
+    )
+    task, told = make(dtype=torch.float32), Interrupts()
+    splits = [torch.arange(V).repeat(n) for n in (90, 30, 30)]
+    corpus = Corpus(list(map(str, range(V))), *splits, sha256="", label="")
+    every, ranks = adaptation.scores(config, task, corpus), Ranks(rank=0, size=2)
+    monkeypatch.setattr(told, "_pending", 15)
+    monkeypatch.setattr(Ranks, "gather", lambda _, signum: [signum, 0])
+    for name, (method, rows) in every.items():
+        if not name.endswith(("static", "static_segments")):  # these are divided among the ranks
+            with pytest.raises(Interrupted):
+                engine.evaluate(task, rows, name, config, method, ranks, told)
 
 
 @pytest.mark.parametrize(

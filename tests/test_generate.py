@@ -201,6 +201,13 @@ def test_samples_and_an_empty_prompt(script, run_folder):
     assert told.startswith("empty prompt: it starts from <eos>, the end of a line\n15 words in ")
 
 
+def test_lines_are_wrapped_or_left_as_they_are():
+    import generate as module
+
+    assert module.wrapped(" one two \nthree", 5) == "one\ntwo\nthree"
+    assert module.wrapped(" one two \nthree", 0) == " one two \nthree"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

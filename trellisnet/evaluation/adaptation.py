@@ -27,7 +27,8 @@ Method = Callable[..., dict[str, Any]]
 def scores(config: LanguageModelConfig, task: LanguageModeling, corpus: Corpus) -> Scores:
     """The further scores that the settings ask for, for :func:`trellisnet.training.language_model.setup`.
 
-    All are of the whole split in `--adapt_rows` rows: `<split>_static` by the model as it is, `<split>_cache`,
+    All are of the whole split in `--adapt_rows` rows: `<split>_static` by the model as it is and, if the segments of
+    dynamic evaluation are not its windows, `<split>_static_segments` by the same in those; `<split>_cache`,
     `<split>_dynamic` and, with both, `<split>_dynamic_cache`: a cache of the features, and beside the losses, of
     dynamic evaluation.
 
@@ -59,9 +60,14 @@ class _Adapted:
         self.update: dynamic.Update | None = None
         self.statistics: list[Tensor] | None = None
         self.histories: dict[str, cache.History] = {}  # of dynamic evaluation, if a cache comes on top
-        self.seconds: dict[str, float] = {}  # that these took
+        self.costs: dict[str, dict[str, Any]] = {}  # of these
         if config.dynamic_eval:
             self.segmented = task.in_segments(config.dynamic_eval_segment)
+            training = self._training_rows()
+            if next(self.segmented.windows(training, training=False), None) is None:
+                raise UserError(
+                    f"--dynamic_eval: the training text of {corpus.train.numel()} tokens is shorter than a segment"
+                )
         for split, text in rows.items():
             windows = [task, *([self.segmented] if config.dynamic_eval else [])]
             if any(next(way.windows(text, training=False), None) is None for way in windows):
@@ -72,7 +78,9 @@ class _Adapted:
 
     def methods(self) -> dict[str, Method]:
         """By name: what scores a split, (split, rows, max_tokens=…, progress=…) → result."""
-        ways = {"static": self.as_it_is}
+        ways = {"static": functools.partial(self.as_it_is, self.task)}
+        if self.config.dynamic_eval and _windows(self.segmented) != _windows(self.task):
+            ways["static_segments"] = functools.partial(self.as_it_is, self.segmented)
         if self.config.cache:
             ways["cache"] = self.cached
         if self.config.dynamic_eval:
@@ -81,10 +89,10 @@ class _Adapted:
             ways["dynamic_cache"] = self.learning_cached
         return ways
 
-    def as_it_is(self, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
-        """The model as it is, on the same rows."""
+    def as_it_is(self, task: LanguageModeling, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
+        """The model as it is, on the same rows, in the windows of `task`."""
         with cost(self.device) as taken:
-            result = self.task.evaluate(rows, **how)
+            result = task.evaluate(rows, **how)
         return result | taken
 
     def cached(self, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
@@ -92,7 +100,7 @@ class _Adapted:
         with cost(self.device) as tuning:
             chosen, further = self._chosen_cache(False, lambda: cache.collect(self.task, self.rows["valid"], **how))
         with cost(self.device) as taken:
-            result = cache.evaluate(cache.collect(self.task, rows, **how), chosen)
+            result = self._with_cache(cache.collect(self.task, rows, **how), chosen)
         return result | taken | _told(chosen) | _tuned(further, tuning)
 
     def learning(self, split: str, rows: Tensor, max_tokens: int | None = None, progress: Progress | None = None):
@@ -116,20 +124,29 @@ class _Adapted:
             )
         if pieces:
             self.histories[split] = cache.history(pieces)
-            self.seconds[split] = taken["seconds"]
+            self.costs[split] = taken
         settings = {"rule": self.update.rule, "lr": self.update.lr, "decay": self.update.decay}
         settings |= {"epsilon": self.update.epsilon} if self.update.rule == "rms" else {}
         settings["segment"] = self.config.dynamic_eval_segment
         return result | taken | {"settings": settings} | _tuned(further, preparing)
 
     def learning_cached(self, split: str, rows: Tensor, **_: Any) -> dict[str, Any]:
-        """With both: the features and losses are those of :meth:`learning`, whose time is counted in."""
+        """With both: the features and losses are those of :meth:`learning`, whose time and memory are counted in."""
         with cost(self.device) as tuning:
             chosen, further = self._chosen_cache(True, lambda: self.histories["valid"])
         with cost(self.device) as taken:
-            result = cache.evaluate(self.histories[split], chosen)
-        taken["seconds"] += self.seconds[split]
+            result = self._with_cache(self.histories[split], chosen)
+        taken["seconds"] += self.costs[split]["seconds"]
+        if taken["peak_memory"] is not None:
+            taken["peak_memory"] = max(taken["peak_memory"], self.costs[split]["peak_memory"])
         return result | taken | _told(chosen) | _tuned(further, tuning)
+
+    @staticmethod
+    def _with_cache(past: cache.History, chosen: cache.Cache) -> dict[str, Any]:
+        result = cache.evaluate(past, chosen)
+        if math.isnan(result["loss"]) and not past.losses.isnan().any():
+            raise RunError(f"the loss with --cache is not a number; lower THETA from {chosen.theta:g}")
+        return result
 
     def _chosen_cache(
         self, is_dynamic: bool, valid: Callable[[], cache.History]
@@ -145,6 +162,11 @@ class _Adapted:
         self.caches[is_dynamic] = chosen
         return chosen, further
 
+    def _training_rows(self) -> Tensor:
+        """What the statistics are taken of, (N, L)."""
+        longest = self.corpus.train.numel() // (self.segmented.seq_len or self.segmented.horizon) // 2
+        return batchify(self.corpus.train, max(1, min(STATISTICS_ROWS, longest)))
+
     def _prepare(self, max_tokens: int | None, progress: Progress | None) -> dict[str, Any] | None:
         """Take statistics and choose rate and decay, the first time."""
         if self.update is not None:
@@ -157,11 +179,9 @@ class _Adapted:
         )
         self.update = dynamic.Update(rule, lr, decay, config.dynamic_eval_epsilon)
         if rule == "rms":
-            longest = self.corpus.train.numel() // (self.segmented.seq_len or segment) // 2
-            rows = batchify(self.corpus.train, max(1, min(STATISTICS_ROWS, longest)))
-            group = max(1, config.batch_size // config.accumulate)
+            rows, group = self._training_rows().to(self.device), max(1, config.batch_size // config.accumulate)
             self.statistics = dynamic.gradient_statistics(
-                self.segmented, rows.to(self.device), limit=config.dynamic_eval_stats, group=group, progress=progress
+                self.segmented, rows, limit=config.dynamic_eval_stats, group=group, progress=progress
             )
             further["statistics_seconds"] = time.monotonic() - started
         if config.dynamic_eval_tune:
@@ -170,6 +190,11 @@ class _Adapted:
                 self.segmented, self.rows["valid"], self.update, self.statistics, max_tokens=most, progress=progress
             )
         return further
+
+
+def _windows(task: LanguageModeling) -> tuple[int, int]:
+    """What the windows of an evaluation follow from."""
+    return task.horizon, 0 if task.repackage else task.seq_len
 
 
 def _told(chosen: cache.Cache) -> dict[str, Any]:

@@ -166,5 +166,5 @@ def tune(
         log_p = log_prob(past, cache.window, theta)
         for weight in sorted({*weights, cache.weight}):
             table.append({"theta": theta, "lambda": weight, "loss": _mixed(past, log_p, cache.window, weight)})
-    best = min(table, key=lambda tried: tried["loss"])
+    best = min(table, key=lambda tried: tried["loss"] if math.isfinite(tried["loss"]) else math.inf)
     return Cache(cache.window, best["theta"], best["lambda"]), table

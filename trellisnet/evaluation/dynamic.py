@@ -14,8 +14,9 @@ the root mean square of the gradients of segments of the training data, and m, t
 .. math::
     \theta \leftarrow \theta + \min(\lambda\, G / m, 1)\,(\theta_0 - \theta) - \eta\, g / (G + \varepsilon).
 
-Dropout is off. In history mode a segment comes with the `horizon` positions before it, so its history is that of the
-weights of now; where the state is carried, it is that of the weights that had computed it.
+Dropout is off. The history of a segment is that of the weights of now, as far as `horizon` positions back: in history
+mode they come with the segment; where the state is carried, the segments before that hold them are computed again, from
+the state that lies before those.
 
 A task is told the length of its segments by :meth:`trellisnet.training.tasks.LanguageModeling.in_segments`. Beside the
 gradient, `rms` keeps four numbers for every weight (θ₀, G, and the two factors), `sgd` one.
@@ -27,6 +28,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,7 +165,7 @@ def evaluate(
 
     The weights are put back afterwards, whatever happens, and so is the model's mode. With lr = 0 nothing is learned,
     so no gradients are taken, and the result is that of :meth:`LanguageModeling.evaluate` in the same segments, bit for
-    bit (unless that reads them as a stream, see :meth:`LanguageModeling.streams`: then up to rounding).
+    bit.
 
     Args:
         task: in segments.
@@ -184,13 +186,15 @@ def evaluate(
     model, parameters = task.model, _trainable(task.model)
     rates, steps = _factors(update, parameters, statistics)
     total, tokens, learns = 0.0, 0, update.lr > 0
+    how = {"max_tokens": max_tokens, "progress": progress}
     with (
         evaluating(model),
         torch.set_grad_enabled(learns),
         _uncached(rows.device),
         _restored(parameters) as trained,
     ):
-        for output, targets in task.windowed(rows, max_tokens=max_tokens, progress=progress):
+        pieces = task.windowed(rows, recompute=True, **how) if learns else task.scored(rows, **how)
+        for output, targets in pieces:
             loss = model.loss(output, targets, reduction="sum")
             total += loss.item()
             tokens += targets.numel()
@@ -229,8 +233,9 @@ def tune(
     Returns:
         the best update, and `lr`, `decay` and `loss` of all, infinite where it diverged.
     """
+    largest = sys.float_info.max
     grid = [
-        dataclasses.replace(update, lr=update.lr * factor, decay=update.decay * other)
+        dataclasses.replace(update, lr=min(update.lr * factor, largest), decay=min(update.decay * other, largest))
         for factor in FACTORS
         for other in (FACTORS if update.decay else (1.0,))
     ]

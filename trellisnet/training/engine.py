@@ -118,8 +118,12 @@ def evaluate(
         # A rank that has been told to end leaves off, and tells the others where all meet.
         return shown if ranks.size == 1 else itertools.takewhile(lambda _: not interrupts.pending, shown)
 
-    with config.autocast(next(task.model.parameters()).device):
-        result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
+    try:
+        with config.autocast(next(task.model.parameters()).device):
+            result = (method or task.evaluate)(data, max_tokens=limit, progress=progress)
+    except ValueError:
+        ranks.heed(interrupts.pending)  # who leaves off at once has nothing to score
+        raise
     ranks.heed(interrupts.pending)
     result |= task.scores(result, name.split("_")[0])
     score = result[task.score_name]

@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -116,6 +117,7 @@ class LanguageModeling:
         self.beta = beta
         self.length_seed = length_seed
         self.ranks = ranks or Ranks()
+        self.earlier = 0  # windows whose states `windowed` can compute again, see there
 
     def _has_history(self, training: bool) -> bool:
         """Whether windows overlap and leave their first `horizon` positions unscored: the authors' two rules."""
@@ -258,31 +260,54 @@ class LanguageModeling:
             if targets.numel():
                 yield output[:, skip:], targets
 
-    def _windowed(self, rows: Tensor, starts: range, progress: Progress | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and targets of the windows at `starts`."""
+    def _windowed(
+        self, rows: Tensor, starts: range, progress: Progress | None, earlier: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and targets of the windows at `starts`; the states of `earlier` windows are computed again."""
         skip, state = self.horizon if self._has_history(False) else 0, None
+        before: deque[tuple[Tensor, State | None]] = deque(
+            maxlen=earlier
+        )  # inputs of windows, and what they began from
         for start in progress(starts, len(starts)) if progress is not None else starts:
             inputs, targets = self._cut(rows, start, False)
+            state = self._again(before, state)
+            before.append((inputs, state))
             out = self.model(inputs, state, start=skip)
             state = self._carried(out.state)
             yield out.output, targets[:, skip:]
 
+    @torch.no_grad()
+    def _again(self, before: deque[tuple[Tensor, State | None]], state: State | None) -> State | None:
+        """The state after some windows, and those between them, by the weights of now; `state` if there are none."""
+        for i, (inputs, kept) in enumerate(before):
+            state = state if i else kept  # what lies before the first of them stays as it is
+            before[i] = inputs, state
+            state = self._carried(self.model(inputs, state).state)
+        return state
+
     def windowed(
-        self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
+        self,
+        rows: Tensor,
+        *,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+        recompute: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What is scored of rows (N, L), window by window under the rule of evaluation.
 
         Every window is computed when it is asked for: by the weights, in the mode and with or without the gradients of
-        that moment. Where the state is carried, it is that of the weights that it was computed by, detached. Every rank
-        computes all of them.
+        that moment. Where the state is carried, it is detached. Every rank computes all of them.
 
         Args:
             rows, max_tokens, progress: as in :meth:`evaluate`, which also tells of the errors.
+            recompute: for weights that change on the way: where the state is carried, compute it again, by the weights
+                of that moment, over as many windows before as :meth:`in_segments` says, from the state before those.
 
         Returns:
             features (N, l, output_size) and targets, int64 (N, l), of every window.
         """
-        return self._windowed(rows, self._scored(rows, max_tokens), progress)
+        earlier = self.earlier if recompute and self.repackage else 0
+        return self._windowed(rows, self._scored(rows, max_tokens), progress, earlier)
 
     def scored(
         self, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
@@ -326,7 +351,8 @@ class LanguageModeling:
     def in_segments(self, length: int) -> Self:
         """This task with windows that score `length` positions each, whatever it was trained on.
 
-        Where the state is carried they lie end to end; else each has the `horizon` positions before it as context.
+        Where the state is carried they lie end to end, and :meth:`windowed` can compute again those that reach
+        `horizon` positions back; else each has the `horizon` positions before it as context.
 
         Raises:
             ValueError: segments of nothing.
@@ -335,7 +361,7 @@ class LanguageModeling:
             raise ValueError(f"length: expected at least 1, got {length}")
         task = copy.copy(self)
         if self.repackage:
-            task.horizon, task.seq_len = length, 0
+            task.horizon, task.seq_len, task.earlier = length, 0, math.ceil(self.horizon / length)
         else:
             task.seq_len = self.horizon + length
         return task
