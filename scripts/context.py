@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> None:
     trained.add_flags(parser)
     parser.add_argument("--lengths", nargs="+", type=int, help="numbers of visible tokens (default: see above)")
     parser.add_argument("--longest", type=int, default=256, help="of the lengths by default (default: 256)")
-    parser.add_argument("--targets", type=int, default=2000, help="tokens to predict (default: 2000)")
+    parser.add_argument("--targets", type=int, default=2000, help="tokens to predict, at most (default: 2000)")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="(default: valid)")
     parser.add_argument("--json", help="file to write")
     args, flags = parser.parse_known_args(argv)
@@ -43,8 +43,9 @@ def run(argv: Sequence[str]) -> None:
     if stream.numel() <= max(lengths):
         has = f"{stream.numel():,} {model.config.token}"
         raise UserError(f"--lengths {max(lengths)}: the {args.split} text has only {has}")
+    count = min(args.targets, stream.numel() - max(lengths))
     with model.config.autocast(model.device):
-        found = loss_by_context(model.model, stream.to(model.device), lengths, targets=args.targets)
+        found = loss_by_context(model.model, stream.to(model.device), lengths, targets=count)
     print(f"{'context':>8}  {'loss':>8}  {'against the longest':>20}")
     for record in found:
         difference = record["loss"] - found[-1]["loss"]
@@ -55,7 +56,7 @@ def run(argv: Sequence[str]) -> None:
         told = {
             "task": config.task, "model": config.model, "preset": config.preset, "name": config.name,
             "params": count_parameters(model.model), "receptive_field": field, "token": config.token,
-            "corpus": model.corpus.label, "data": model.corpus.sha256, "split": args.split, "targets": args.targets,
+            "corpus": model.corpus.label, "data": model.corpus.sha256, "split": args.split, "targets": count,
             "precision": config.precision, "machine": env["machine"], "torch": env["torch"], "commit": env["commit"],
             "records": found,
         }  # fmt: skip

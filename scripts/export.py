@@ -1,6 +1,6 @@
 """Make a small file of a run's weights, to be kept in results/ and used with --load_weight.
 
-    python scripts/export.py runs/word_ptb/small results/word_ptb_small
+    python scripts/export.py runs/word_ptb/small results/my_words
 
 writes into the second folder `weights.pkl`, the weights in the authors' layout rounded to float16 (a model in float32
 loads them as they are); `config.json`, the settings of the run without what is of one machine; `weights.json`, the sum

@@ -10,6 +10,7 @@ All but the last need matplotlib: pip install -e .[plot]. The functions that rea
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +26,8 @@ from trellisnet.serialization import atomic_write
 from trellisnet.training.config import Parser
 
 PROJECT = Path(__file__).resolve().parents[1]
-# What colour-blind readers tell apart (Okabe & Ito, 2008).
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+# What colour-blind readers tell apart (Okabe & Ito, 2008), and two more.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255"]
 AXES = {"ppl": "perplexity", "bpc": "bits per character", "accuracy": "accuracy"}
 FAR = 20  # times the median, from where on a score is off the axis
 WIDE = 2.5  # from this ratio of the largest to the smallest on, an axis is logarithmic
@@ -110,19 +111,18 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def speeds(root: Path) -> list[dict[str, Any]]:
-    """Records of the files in results/speed, with their machine."""
-    found = []
-    for path in sorted((root / "results" / "speed").glob("*.json")):
-        content = _json(path)
-        found += [{**record, "machine": content["machine"]} for record in content["records"]]
-    return found
+def speeds(root: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of the files in results/speed, each of them one measurement."""
+    return [(path.stem, _json(path)) for path in sorted((root / "results" / "speed").glob("*.json"))]
 
 
 def memories(root: Path) -> list[tuple[str, float]]:
     """Task and peak in GB of the files in results/memory, in the order of the paper."""
     paths = sorted((root / "results" / "memory").glob("*.json"), key=lambda path: collect.place(path.stem))
-    return [(path.stem, _json(path)["peak_memory"] / 1e9) for path in paths]
+    try:
+        return [(path.stem, _json(path)["peak_memory"] / 1e9) for path in paths]
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{root / 'results' / 'memory'}: a field is missing or of another kind ({e})") from e
 
 
 def ablations(folder: Path) -> Table:
@@ -145,6 +145,27 @@ def precisions(folder: Path) -> Table:
     kinds = sorted({run["precision"] for run in found}, reverse=True)
     rows = [Row(kind, None, [run["test"][name] for run in found if run["precision"] == kind]) for kind in kinds]
     return Table("precision", f"{found[0]['task']}, preset {found[0]['preset']}", f"test {AXES[name]}", rows)
+
+
+def equal_time(folder: Path) -> Table:
+    """Test scores of different networks after the same time, from results/compare_<minutes>_minutes."""
+    rows = [
+        Row(model, None, [collect.score_of(_json(folder / name / "metrics.json")["test"])[1]])
+        for name, model in collect.COMPARED.items()
+        if (folder / name).is_dir()
+    ]
+    minutes = folder.name.split("_")[1]
+    return Table(folder.name, f"Word-level PTB, about {minutes} minutes of training each", "test perplexity", rows)
+
+
+def adaptations(path: Path) -> Table:
+    """Test scores with a cache and dynamic evaluation, from a file in results/adapted."""
+    metrics = _json(path)
+    name, _ = collect.score_of(metrics["test_static"])
+    ways = {label: metrics.get(f"test_{way}") for way, label in collect.ADAPTED.items()}
+    rows = [Row(label, None, [found[name]]) for label, found in ways.items() if found]
+    title = f"Cache and dynamic evaluation, {metrics['task']}, preset {metrics['preset']}"
+    return Table(f"adapted_{path.stem}", title, f"test {AXES[name]}", rows)
 
 
 def ours(folder: Path) -> list[float]:
@@ -185,8 +206,11 @@ def tables(root: Path) -> list[Table]:
     results = root / "results"
     readers: list[tuple[Path, Callable[[Path], Table]]] = [(p, ablations) for p in sorted(results.glob("table6_*"))]
     readers += [(p, precisions) for p in results.glob("precision")]
+    readers = [(path, read) for path, read in readers if any(path.glob("*.json"))]
+    readers += [(p, equal_time) for p in sorted(results.glob("compare_*_minutes"))]
+    readers += [(p, adaptations) for p in sorted(results.glob("adapted/*.json"))]
     try:
-        return [read(path) for path, read in readers if any(path.glob("*.json"))] + trained_tables(root)
+        return [read(path) for path, read in readers] + trained_tables(root)
     except (KeyError, TypeError, StopIteration) as e:
         raise UserError(f"{results}: a field is missing or of another kind ({e})") from e
     except collect.BadResultError as e:
@@ -201,8 +225,13 @@ def contexts(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
     """
     found = [_json(path) for path in paths]
     for path, content in zip(paths, found, strict=True):
-        if not isinstance(content, dict) or not content.get("records") or "token" not in content:
-            raise UserError(f"{path}: not what scripts/context.py writes")
+        try:
+            [content[key] for key in ("task", "name", "token", "receptive_field", "corpus", "split")]
+            numbers = [float(r[key]) for r in content["records"] for key in ("context", "loss", "error")]
+            if not numbers or not all(map(math.isfinite, [*numbers, content["targets"]])):
+                raise ValueError("not a number")
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{path}: not what scripts/context.py writes, or damaged ({e})") from e
     if len({content["token"] for content in found}) > 1:
         raise UserError("losses of words and of characters do not belong on one axis; plot them one by one")
     names = [f"{content['task']} {content['name']}" for content in found]
@@ -354,6 +383,8 @@ def save(figure: Any, path: Path) -> None:
         raise UserError(f"--out {path}: {str(e).splitlines()[0]}; end it in .svg, .png or .pdf") from e
     except OSError as e:
         raise UserError(f"--out {path}: cannot be written ({e.strerror})") from e
+    finally:
+        pyplot().close(figure)
     print(path)
 
 
@@ -434,14 +465,17 @@ def draw_table(table: Table) -> Any:
     return figure
 
 
-def draw_speeds(records: Sequence[dict[str, Any]]) -> Any:
-    """How many times as fast as the reference, and memory, in bars."""
+def draw_speeds(content: dict[str, Any]) -> Any:
+    """How many times as fast as the reference, and memory, in bars: what `scripts/bench.py` has written."""
     plt = pyplot()
+    records = content["records"]
     timed = [r for r in records if r["part"] != "memory"]
     weighed = [r for r in records if r["part"] == "memory"]
-    panels = [("times as fast as the reference", timed, lambda r: r["ratio"], _rate)]
-    if weighed:
-        panels.append(("peak memory, GB", weighed, lambda r: r["bytes"] / 1e9, lambda r: f"{r['bytes'] / 1e9:.2f} GB"))
+    panels = [
+        ("times as fast as the reference", timed, lambda r: r["ratio"], _rate),
+        ("peak memory, GB", weighed, lambda r: r["bytes"] / 1e9, lambda r: f"{r['bytes'] / 1e9:.2f} GB"),
+    ]
+    panels = [panel for panel in panels if panel[1]]
     variants = list(dict.fromkeys(r["variant"] for r in records))
     heights = [len({(r["task"], r["part"]) for r in shown}) for _, shown, _, _ in panels]
     figure, all_axes = plt.subplots(
@@ -468,16 +502,16 @@ def draw_speeds(records: Sequence[dict[str, Any]]) -> Any:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(title)
     handles, names = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
-    machines = ", ".join(dict.fromkeys(r["machine"] for r in records))
-    all_axes[0, 0].set_title(machines, fontsize=9, loc="right", color="grey")
+    figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))
+    told = f"{re.sub(r' --json .+', '', content['command'])}\n{content['machine']}"
+    all_axes[0, 0].set_title(told, fontsize=7, loc="left", color="grey", wrap=True)
     return figure
 
 
 def _rate(record: dict[str, Any]) -> str:
-    if "gflops" in record:
-        return f"{record['seconds']:.3g} s"
-    return f"{record['per_second']:.3g} tokens/s"
+    if record["part"] in ("evaluation", "generation"):
+        return f"{record['per_second']:.3g} tokens/s"
+    return f"{record['seconds']:.3g} s"
 
 
 def draw_memories(found: Sequence[tuple[str, float]]) -> Any:
@@ -528,8 +562,11 @@ def draw_contexts(found: Sequence[tuple[str, dict[str, Any]]]) -> Any:
 
 def pictures(root: Path) -> Iterable[tuple[str, Any]]:
     """Name and figure of everything in results/ and runs/tables/ that there are numbers for."""
-    if records := speeds(root):
-        yield "speed", draw_speeds(records)
+    for name, content in speeds(root):
+        try:
+            yield f"speed_{name}", draw_speeds(content)
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"results/speed/{name}.json: not what scripts/bench.py writes ({e})") from e
     if found := memories(root):
         yield "memory", draw_memories(found)
     for table in tables(root):

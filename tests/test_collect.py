@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 
 import pytest
 
@@ -211,8 +212,8 @@ def test_rows_are_compared_at_equal_updates(root, capsys):
     text = (folder / "RESULTS.md").read_text()
     assert "## Rows of Table 6, word_ptb, preset `small`, 7 updates each" in text
     assert "`python word_ptb/train.py --preset small --aux 0.05 --seed 1 --max_steps 7`" in text
-    assert "| TrellisNet |  | 123,456 | 300.00 | 300.00 |  |  |" in text
-    flags = "| `--inject_every 2` | 99 | 310.50 | 310.50 | +10.50 | +0.47 |"
+    assert "| TrellisNet |  | 123,456 | 60.0 | 300.00 | 300.00 |  |  |" in text
+    flags = "| `--inject_every 2` | 99 | 60.0 | 310.50 | 310.50 | +10.50 | +0.47 |"
     assert f"| - Injected Input (every 2 layers instead) {flags}" in text
     partial = {"loss": 4.0, "ppl": 1.0, "tokens": 5, "partial": True}
     for change, message in [
@@ -354,7 +355,8 @@ def test_precisions_are_compared(root):
     assert (
         "`python word_ptb/train.py --preset small --epochs 2 --precision … --seed …`: `bash scripts/precision" in text
     )
-    rows = ["| fp32 | 2 | 148.50 | 148.41 |", "| fp32 | 1 | 149.00 | 148.41 |", "| bf16 | 2 | 148.25 | 148.41 |"]
+    scores = {"fp32 | 2": 148.5, "fp32 | 1": 149.0, "bf16 | 2": 148.25}
+    rows = [f"| {kind} | 60.0 | {ppl:.2f} | 148.41 |" for kind, ppl in scores.items()]
     assert "\n".join(rows) in text
     for change in ({"corpus": "synthetic"}, {"steps": 7}, {"complete": False}):
         path = folder / "results" / "precision" / "bf16-2.json"
@@ -402,10 +404,44 @@ def test_cache_and_dynamic_evaluation(root, capsys):
         assert error.count("\n") == 1
 
 
+def test_the_best_results_stand_beside_the_papers(root, capsys):
+    folder = root()
+    images = {"task": "pmnist", "test": {"loss": 0.1, "accuracy": 0.95, "examples": 5}, "valid": None}
+    for name, changes in {
+        "char": {"task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.4, "tokens": 5}, "valid": None},
+        "sequential": images | {"command": "python pmnist/train.py --no-permute"},
+        "permuted": images | {"command": "python pmnist/train.py"},
+        "better": {
+            "command": "python t.py --load_weight results/one/weights.pkl", "params": 7,
+            "test": METRICS["test"] | {"ppl": 20.0},
+        },
+    }.items():  # fmt: skip
+        shutil.copytree(folder / "results" / "one", folder / "results" / name)
+        (folder / "results" / name / "metrics.json").write_text(json.dumps(METRICS | changes))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    rows = text[text.index("| table |") : text.index("## word_ptb")].strip().splitlines()[2:]
+    size, after = {task: model for task, (_, model) in collect.PAPER.items()}, "`small` | 123,456 | Penn Treebank | 60"
+    assert rows == [
+        f"| 1 | word_ptb | {size['word_ptb']} | 56.97 | 20.00 | `small` | 7 | Penn Treebank | 60 after `results/one` |",
+        f"| 3 | char_ptb | {size['char_ptb']} | 1.158 | 1.4000 | {after} |",
+        f"| 4 | pmnist, permuted | {size['pmnist']} | 98.13 % | 95.00 % | {after} |",
+        f"| 4 | pmnist, not permuted | {size['pmnist']} | 99.20 % | 95.00 % | {after} |",
+    ]
+
+
+def test_a_mistyped_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as left:
+        collect.main(["--nonsense"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense; --help lists the flags\n"
+
+
 def test_networks_after_equal_time(root, capsys):
     folder = root()
     one, compare = folder / "results" / "one", folder / "results" / "compare_25_minutes"
-    metrics = METRICS | {"command": f"{METRICS['command']} --model rhn --threads 1 --out /home/me/x --metrics /x.json"}
+    out = "/home/me/runs/tables/compare-25-minutes/x"
+    metrics = METRICS | {"command": f"{METRICS['command']} --model rhn --threads 1 --out {out} --metrics /x.json"}
     records = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     for row, ppl in (("trellisnet", 140.0), ("rhn", 150.0)):
         (compare / row).mkdir(parents=True)
@@ -420,6 +456,10 @@ def test_networks_after_equal_time(root, capsys):
     command = f"`{METRICS['command']} --model rhn`"
     row = f"| Recurrent highway network | 123,456 | fp32 | 2 | 60.0 | 50 | 121.51 | 150.00 | {command} |"
     assert text.index("| TrellisNet |") < text.index(row)
+    other = metrics["command"].replace("25", "20")
+    (compare / "rhn" / "metrics.json").write_text(json.dumps(metrics | {"command": other}))
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "runs that were planned for 20, 25 minutes" in capsys.readouterr().err
     (compare / "rhn" / "metrics.json").write_text(json.dumps(metrics | {"threads": 1}))
     assert collect.main(["--root", str(folder)]) == 2
     assert "runs on different data, machines or code" in capsys.readouterr().err

@@ -58,7 +58,16 @@ def root(tmp_path):
         for part in ("step", "generation") for i, variant in enumerate(("reference", "fused"))
     ]  # fmt: skip
     records.append({"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 3e9})
-    (results / "speed" / "word_ptb.json").write_text(json.dumps({"machine": "CPU, 2 cores", "records": records}))
+    content = {"machine": "CPU, 2 cores", "command": "python scripts/bench.py", "records": records}
+    for name in ("word_ptb", "word_ptb_recompute"):  # the same parts twice
+        (results / "speed" / f"{name}.json").write_text(json.dumps(content))
+    for network, ppl in (("trellisnet", 130.0), ("rhn", 150.0)):
+        folder = results / "compare_13_minutes" / network
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"test": {"ppl": ppl}}))
+    (results / "adapted").mkdir()
+    content = {"task": "word_ptb", "preset": "small", "test_static": {"ppl": 101.0}, "test_dynamic": {"ppl": 89.0}}
+    (results / "adapted" / "word_ptb_small.json").write_text(json.dumps(content))
     for task in ("pmnist", "word_ptb"):
         (results / "memory" / f"{task}.json").write_text(json.dumps({"peak_memory": 4.5e9}))
     for name, ppl in (("trellisnet", 300.0), ("activation_tanh", 9e5), ("mixed_group_2", 400.0)):
@@ -120,7 +129,12 @@ def test_labels_tell_runs_apart(plot, tmp_path):
 
 def test_tables_are_what_the_files_say(plot, root):
     tables = {table.name: table for table in plot.tables(root)}
-    assert list(tables) == ["table6_small", "precision", "table1", "compare-30-minutes"]
+    ours = ["table6_small", "precision", "compare_13_minutes", "adapted_word_ptb_small"]
+    assert list(tables) == [*ours, "table1", "compare-30-minutes"]
+    rows = [(row.label, row.ours) for row in tables["compare_13_minutes"].rows]
+    assert rows == [("TrellisNet", [130.0]), ("Recurrent highway network", [150.0])]
+    rows = [(row.label, row.ours) for row in tables["adapted_word_ptb_small"].rows]
+    assert rows == [("static", [101.0]), ("+ dynamic evaluation", [89.0])]
     rows = {row.label: row for row in tables["table1"].rows}
     assert rows["TrellisNet"] == ("TrellisNet", 56.97, [58.5, 59.5])
     assert rows["Generic TCN"].ours == [90.0]
@@ -129,23 +143,54 @@ def test_tables_are_what_the_files_say(plot, root):
     assert [row.ours for row in tables["table6_small"].rows] == [[300.0], [400.0], [9e5]]
     assert [(row.label, row.ours) for row in tables["precision"].rows] == [("fp32", [101, 102]), ("bf16", [101, 102])]
     assert plot.memories(root) == [("word_ptb", 4.5), ("pmnist", 4.5)]
-    assert len(plot.speeds(root)) == 5
+    assert [(name, len(content["records"])) for name, content in plot.speeds(root)] == [
+        ("word_ptb", 5), ("word_ptb_recompute", 5),
+    ]  # fmt: skip
     (root / "results" / "table6_small" / "trellisnet.json").write_text('{"test": {}}')
     with pytest.raises(UserError, match="a field is missing"):
         plot.tables(root)
 
 
 def test_contexts_of_one_kind_only(plot, tmp_path):
-    content = {"task": "word_ptb", "name": "a", "token": "words", "records": [{"context": 1}]}
-    for name, changes in (("a", {}), ("b", {}), ("c", {"token": "symbols"}), ("d", {"records": []})):
+    content = {
+        "task": "word_ptb", "name": "a", "token": "words", "receptive_field": None, "corpus": "c", "split": "valid",
+        "targets": 9, "records": [{"context": 1, "loss": 2.0, "error": 0.1}],
+    }  # fmt: skip
+    damaged = ({"records": []}, {"records": [{"context": 1}]}, {"targets": None}, {"records": 3})
+    for name, changes in zip("abcdefg", ({}, {}, {"token": "symbols"}, *damaged), strict=True):
         (tmp_path / f"{name}.json").write_text(json.dumps(content | changes))
-    a, b, c, d = (tmp_path / f"{name}.json" for name in "abcd")
+    a, b, c, *others = (tmp_path / f"{name}.json" for name in "abcdefg")
     assert [label for label, _ in plot.contexts([a])] == ["word_ptb a"]
     assert [label for label, _ in plot.contexts([a, b])] == ["a.json", "b.json"]
     with pytest.raises(UserError, match="plot them one by one"):
         plot.contexts([a, c])
-    with pytest.raises(UserError, match="not what scripts/context.py writes"):
-        plot.contexts([d])
+    for other in others:
+        with pytest.raises(UserError, match="not what scripts/context.py writes"):
+            plot.contexts([other])
+
+
+def test_damaged_measurements_are_one_line(plot, root):
+    path = root / "results" / "memory" / "pmnist.json"
+    path.write_text('{"peak_memory": null}')
+    with pytest.raises(UserError, match="memory: a field is missing or of another kind"):
+        plot.memories(root)
+    pytest.importorskip("matplotlib")
+    for content in ("{}", '{"records": [{"part": "step"}], "command": "c", "machine": "m"}'):
+        (root / "results" / "speed" / "word_ptb.json").write_text(content)
+        with pytest.raises(UserError, match="word_ptb.json: not what scripts/bench.py writes"):
+            list(plot.pictures(root))
+
+
+def test_bars_do_not_hide_each_other(plot):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for _, content in plot.speeds(PROJECT):
+        figure = plot.draw_speeds(content)
+        for axes in figure.axes:
+            places = [round(bar.get_y(), 6) for bar in axes.patches]
+            assert len(places) == len(set(places))
+        colours = {bars.patches[0].get_facecolor() for bars in figure.axes[0].containers if len(bars)}
+        assert len(colours) == sum(bool(len(bars)) for bars in figure.axes[0].containers)
+        pyplot.close(figure)
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(2, [1]), (2, [1, 2]), (3, [1]), (2, [2, 1])])
@@ -194,7 +239,8 @@ def test_pictures_are_drawn_and_drawn_again_alike(plot, root, tmp_path, capsys, 
         assert plot.main(["context", "context.json", "--out", "p/context.svg"]) == 0
         assert plot.main(["tables", "--root", str(root), "--out", "p"]) == 0
         sums.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "p").iterdir()})
-    names = {"speed", "memory", "table6_small", "precision", "table1", "compare-30-minutes", "context", "curves"}
+    names = {"memory", "table6_small", "precision", "table1", "compare-30-minutes", "context", "curves"}
+    names |= {"speed_word_ptb", "speed_word_ptb_recompute", "compare_13_minutes", "adapted_word_ptb_small"}
     assert set(sums[0]) == {f"{name}.svg" for name in names} | {"curves.png"}
     assert sums[0] == sums[1]
     assert plot.main(["curves", str(run), "--out", "p/curves.xyz"]) == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from trellisnet.errors import UserError
+from trellisnet.training.config import PROJECT
 from trellisnet.training.runlog import RunFolder, check_metrics_path, command_line, environment, write_metrics
 from word_ptb.model import Config
 
@@ -59,6 +60,9 @@ def test_what_is_written(tmp_path):
 
 def test_commands_are_quoted_for_a_shell():
     assert command_line("word_ptb/train.py", ["--out", "a b"]) == "python word_ptb/train.py --out 'a b'"
+    elsewhere = f"{PROJECT}x/runs"
+    argv = ["--out", f"{PROJECT}/runs/a", f"--metrics={PROJECT}/m.json", elsewhere, f"{PROJECT}/"]
+    assert command_line("t.py", argv) == f"python t.py --out runs/a --metrics=m.json {elsewhere} {PROJECT}/"
 
 
 def test_hidden_files_of_others_are_kept(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -29,8 +30,9 @@ except ImportError:  # Windows
 
 
 def command_line(program: str, argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
-    """The command as one would type it from the project's folder."""
-    return shlex.join([*launcher, program, *argv])
+    """The command as one would type it from the project's folder: what lies in there is named from there."""
+    here = re.compile(rf"(^|=){re.escape(f'{PROJECT}{os.sep}')}(?=.)")
+    return shlex.join([*launcher, program, *(here.sub(r"\1", argument) for argument in argv)])
 
 
 def commit() -> str | None:
