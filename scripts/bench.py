@@ -141,6 +141,7 @@ class Work:
         self.tokens = N * (self.inputs.size(1) - self.start) if task in LANGUAGE else N
         self._streams: dict[tuple[Variant, int], Any] = {}
         self._recorded: dict[tuple[str, Variant], Recorded] = {}
+        self._recorder: Recorder | None = None
         self._probes: list[torch.Tensor] = []
 
     @contextlib.contextmanager
@@ -201,7 +202,9 @@ class Work:
         return self._recorded[part, variant]((), None)
 
     def recorder(self) -> Recorder:
-        return CUDARecorder(self.device)
+        """One for all variants: parameters remember the stream that they were first recorded on."""
+        self._recorder = self._recorder or CUDARecorder(self.device)
+        return self._recorder
 
     def parts(self, parts: Sequence[str]) -> list[str]:
         """Those that this task has."""

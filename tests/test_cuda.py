@@ -29,7 +29,7 @@ ON_BOTH = pytest.mark.parametrize("precision", TOLERANCE)
 
 
 def assert_near(ours, exact, tolerance, what=""):
-    error = (ours.cpu().double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    error = (ours.cpu().double() - exact).norm() / exact.norm().clamp_min(1e-3)  # of some it is exactly 0
     assert error <= tolerance, (what, error.item())
 
 

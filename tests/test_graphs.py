@@ -168,12 +168,28 @@ def test_what_cannot_be_recorded_fails_in_one_line(counts, tmp_path, monkeypatch
         "capturing); pass --cuda_graph off; "
     )
 
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    # A recording that breaks off complains over what broke it.
+    for error, line in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "failed: out of memory; "),
+        (
+            RuntimeError("a copy from the CPU"),
+            "failed: a step cannot be recorded as a CUDA graph (a copy from the CPU)",
+        ),
+    ):
 
-    monkeypatch.setattr(Player, "record", full)
-    assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--overwrite", "--cuda_graph", "on"]) == 1
-    assert capsys.readouterr().err.startswith("failed: out of memory; ")
+        def broken(*_, error=error):
+            try:
+                raise error
+            finally:
+                raise RuntimeError("capture_end: the capture was invalidated")
+
+        def alone(*_, error=error):
+            raise error
+
+        for record in (broken, alone):
+            monkeypatch.setattr(Player, "record", record)
+            assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--overwrite", "--cuda_graph", "on"]) == 1
+            assert capsys.readouterr().err.startswith(line)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ class WeightDropLSTM(nn.LSTM):
             ValueError: a mask of another shape.
         """
         weight = self.weight_hh_l0
+        if x.is_cuda:  # autocast narrows what cuDNN gets by itself; what is narrow already would not come that far
+            x = x.to(weight.dtype)
         scale = dropout_scale(weight, weight.shape, self.weight_dropout, self.training, masks, "weight_h")
         if state is None:
             zeros = x.new_zeros(x.size(0), self.hidden_size)

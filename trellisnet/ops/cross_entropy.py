@@ -93,7 +93,9 @@ def _losses(setting: _Setting, x, weight, bias, target, log_prior, scale, wanted
         if dlog_prior is not None:
             dlog_prior[at] = -rho
         rho = F.pad(rho.view(R, 1), padding)
-        p.scatter_(1, y, p.gather(1, y) - 1)
+        # In one dimension, for that can be recorded as a CUDA graph where algorithms have to be deterministic.
+        places = y.squeeze(1) + torch.arange(y.size(0), device=y.device) * p.size(1)
+        p.view(-1).scatter_(0, places, p.gather(1, y).squeeze(1) - 1)
         # Summed in blocks: a product of all rows at once would add them up one by one, and lose digits.
         block = BUCKET if rows.size(0) % BUCKET == 0 else rows.size(0)
         dbias += torch.bmm(rho.view(-1, 1, block), p.view(-1, block, p.size(1))).sum((0, 1))

@@ -266,12 +266,17 @@ class _Layers:
         return gates, c, rows
 
 
+def _at(last: Tensor | None, N: int) -> Any:
+    """Index of every row's last position in (S, N, …); if all are the same a number, which takes no kernels."""
+    return -1 if last is None else (last, torch.arange(N, device=last.device))
+
+
 class _Trellis(torch.autograd.Function):
     """(setting, weight, bias, h0, c0, scale, last, N, *x̃) → layer-steps computed, h, c, and the auxiliary outputs.
 
     weight (GH, k·H), bias (GH,), h0 and c0 (N, H) or None for zeros, scale (N, H) or None, every x̃ (P, N, GH) with its
-    bias in it. h (S, N, H), unmasked, is that of the last layer, c (N, H) its cell at the positions `last` (N,);
-    auxiliary outputs (S, N, output_size).
+    bias in it. h (S, N, H), unmasked, is that of the last layer, c (N, H) its cell at the positions `last` (N,), or
+    at the end of all for None; auxiliary outputs (S, N, output_size).
     """
 
     @staticmethod
@@ -301,7 +306,7 @@ class _Trellis(torch.autograd.Function):
         if setting.keep:
             again = x_tilde if checkpoints else [None] * len(x_tilde)
             ctx.save_for_backward(weight, bias, h0, c0, scale, last, *again, *checkpoints, *kept)
-        return layer_steps, h, (h if c is None else c)[last, torch.arange(N, device=last.device)], *aux
+        return layer_steps, h, (h if c is None else c)[_at(last, N)].clone(), *aux
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -326,7 +331,7 @@ class _Trellis(torch.autograd.Function):
         daux = {i: grad.contiguous() for i, grad in zip(sorted(setting.aux_layers), daux, strict=True)}
 
         dc = geometry.zeros(layers[-1].size, N, H)
-        dc[last, torch.arange(N, device=last.device)] = dc_last.to(dc.dtype)
+        dc[_at(last, N)] = dc_last.to(dc.dtype)
         daux[len(layers)], dc = _last_gradient(setting, dh.to(geometry.sum), dc, daux.get(len(layers)))
         above = taps = dtaps = None
         for segment in reversed(range(len(setting.segments))):
@@ -450,10 +455,9 @@ def trellis(
         plan, activation, compute, product, gates, aux_layers, output_size, tuple(plan.x), keep, segments
     )
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
-    last = x.new_full((N,), L, dtype=torch.long) if lengths is None else lengths
-    last = last - start - 1
+    last = None if lengths is None else lengths - start - 1
     with torch.autocast(device, enabled=False):
         layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, last, N, *x_tilde)
     h, c, *aux = (part.to(weight_h.dtype) for part in parts)
     outputs = [part.transpose(0, 1) for part in (h[..., h.size(2) - output_size :], *aux)]
-    return outputs[0], (h[last, torch.arange(N, device=x.device)], c), outputs[1:], layer_steps
+    return outputs[0], (h[_at(last, N)], c), outputs[1:], layer_steps

@@ -8,6 +8,7 @@ A program computes BLOCK channels of one row, a row being a (position, sequence)
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -171,13 +172,35 @@ def _backward(
         tl.store(rows + 3 * H, dz_f.to(kind), mask=made)
 
 
+@triton.jit
+def _nothing(numbers):
+    tl.store(numbers, 1.0)
+
+
+@functools.lru_cache
+def _broken(device: torch.device) -> str:
+    """Why no kernel can be compiled and launched on a CUDA device; empty if one can. Tried once."""
+    try:
+        numbers = torch.empty(1, device=device)
+        with _on(numbers):
+            _nothing[(1,)](numbers)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # there is no C compiler, the device is too old, …
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:80]
+        return f"Triton does not work here ({reason})"
+    return ""
+
+
 def reason_against(device: torch.device, compute: torch.dtype, activation: str) -> str:
     """Why these kernels cannot run this; empty if they can."""
     if device.type != "cuda" and isinstance(_forward, triton.JITFunction):  # else it is interpreted
         return f"Triton needs a CUDA device, not {device.type}"
     if compute not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels have no {str(compute).removeprefix('torch.')}"
-    return "" if activation == "lstm" else f"its kernels have no {activation} gates"
+    if activation != "lstm":
+        return f"its kernels have no {activation} gates"
+    return _broken(device) if device.type == "cuda" else ""
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

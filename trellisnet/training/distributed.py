@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from trellisnet.errors import RunError, UserError
 from trellisnet.training.interrupts import Interrupted
 
-# A rank that has died is noticed at once, by its connections. This is only for how long one may have nothing to tell:
-# where a text is scored in one row all others wait for the first.
+# A rank that has died is noticed by its connections; where NCCL does not, by torchrun, which then ends all. This is
+# only for how long one may have nothing to tell: where a text is scored in one row all others wait for the first.
 PATIENCE = datetime.timedelta(days=2)
 _LOST = re.compile("gloo|nccl|connection|socket|broken pipe|recvvalue failed", re.IGNORECASE)
 

@@ -100,10 +100,13 @@ class Recorded:
         self._inputs = tuple(t.clone() for t in batch), None if carry is None else tuple(t.clone() for t in carry)
         try:
             self._results, self._replay = self._recorder.record(lambda: self._function(*self._inputs))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as e:
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+            first = e  # a recording that breaks off complains too
+            while not isinstance(first, torch.OutOfMemoryError) and isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            reason = (str(first).strip().splitlines() or [type(first).__name__])[0][:120]
             raise RunError(f"a step cannot be recorded as a CUDA graph ({reason}); pass --cuda_graph off") from e
         self._gradients = [parameter.grad for parameter in self._parameters]
 

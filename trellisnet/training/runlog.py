@@ -77,7 +77,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory this process has held so far, in bytes: of the device, or resident memory; None if unknown."""
+    """The most memory this process has held so far, in bytes: of the device, or resident memory; None if unknown.
+
+    What a CUDA graph keeps for its replays beside its results is not counted in.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):  # Linux; what follows there counts a large parent process too
