@@ -143,7 +143,8 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
     line = f"{name} {scores}  loss {result['loss']:.4f} nats  {result[task.count]:,} {task.count}"
     if "settings" in result:
-        line += "  " + " ".join(f"{key} {v}" for key, v in result["settings"].items())
+        settings = result["settings"].items()
+        line += "  " + " ".join(f"{key} {v:g}" if isinstance(v, float) else f"{key} {v}" for key, v in settings)
     return f"{line} ({marked})" if marked else line
 
 
