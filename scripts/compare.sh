@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All networks on word-level Penn Treebank with the same number of parameters (presets `small`, 3.21M to 1 %) for about the
 # same time. A short measurement says in which precision each is faster on this machine, and for how many epochs it then has
-# time; the rate is divided by 10 after two thirds and after eight ninths of them. Start it again and it goes on where it
-# stopped, with what it had chosen.
+# time; the rate is divided by 10 after two thirds and after eight ninths of them, rounded down (of three epochs or fewer
+# once at most). Start it again and it goes on where it stopped, with what it had chosen.
 # It prints the table of what is finished. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
 #
 #   MINUTES=60      of training for each network

@@ -16,4 +16,4 @@ case " $* " in
     fi
     ;;
 esac
-"$PY" "$ROOT/word_ptb/train.py" --preset tiny --out "$ROOT/runs/demo" --overwrite "${data[@]}" "$@"
+"$PY" "$ROOT/word_ptb/train.py" --preset tiny --out "$ROOT/runs/demo" --overwrite ${data[@]+"${data[@]}"} "$@"

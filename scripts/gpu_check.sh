@@ -12,6 +12,7 @@
 #   bash scripts/gpu_check.sh bench_all 6   speed at the shapes of the other three tasks
 #   bash scripts/gpu_check.sh train     6   word_ptb, preset paper, 200 updates each in fp32, tf32 and bf16, with and without
 #                                           a graph: losses side by side, tokens a second
+# It needs pytest and Triton: pip install -e .[dev,triton]
 # Environment:
 #   PYTHON  which Python; default: that of .venv if it is there, else python3. Nothing is installed.
 #   OUT     folder of logs and results; default: runs/gpu

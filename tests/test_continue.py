@@ -33,7 +33,7 @@ def test_a_run_goes_on_from_small_files(tmp_path, capsys):
 
     lr = events(small, "epoch")[-1]["lr"]
     flags = ["--config", str(small / "config.json"), "--load_weight", str(small / "weights.pkl"), "--lr", str(lr)]
-    flags += "--epochs 2 --seed 2 --device auto --gemm auto --gates auto --cuda_graph auto".split()
+    flags += "--epochs 2 --seed 2 --device auto --threads 0 --gemm auto --gates auto --cuda_graph auto".split()
     capsys.readouterr()
     assert main([*flags, "--out", str(again)]) == 0, capsys.readouterr().err
 
