@@ -180,16 +180,17 @@ def test_what_does_not_fit_the_mixture_is_named():
 def test_the_mixture_of_the_paper_needs_less_than_300_megabytes():
     """Peak of head forward and backward at N·L = 832, K = 15, V = 10,000; all logits at once are 500 MB a copy."""
     code = """
-import resource, torch
+import torch
 from trellisnet.heads import MixtureOfSoftmaxes
+from trellisnet.training.runlog import peak_memory  # getrusage would count the process that started this one
 torch.manual_seed(0)
 head = MixtureOfSoftmaxes(480, 10_000, 15, 280, dropout=0.29).train()
 x, target = torch.randn(16, 52, 480, requires_grad=True), torch.randint(10_000, (16, 52))
 small = MixtureOfSoftmaxes(8, 50, 2, 8)
 small.loss(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)).backward()  # loads what torch loads lazily
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory(x.device)
 head.loss(x, target).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_memory(x.device) - before) / 1e6)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     print(f"peak {float(done.stdout):.0f} MB")
