@@ -200,6 +200,10 @@ def shown(split: dict) -> str:
     return f"{name} **{value:.{digits}f}**{more}"
 
 
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.{0 if seconds >= 600 else 1}f}"
+
+
 def section(name: str, metrics: dict, epochs: list[dict]) -> str:
     """A heading, the facts and the learning curve of one run."""
     score, _ = score_of(metrics["test"])
@@ -214,7 +218,7 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
         if metrics["valid"]
         else "none held out; the last epoch is scored",
         "Parameters": f"{metrics['params']:,}",
-        "Wall time": f"{metrics['seconds'] / 60:.0f} minutes, evaluation included",
+        "Wall time": f"{_minutes(metrics['seconds'])} minutes, evaluation included",
         "Machine": f"{metrics['machine']}, {metrics['threads']} threads, {metrics['device']}, {metrics['precision']}, "
         f"backend {metrics['backend']}, torch {metrics['torch']}",
         "Seed": str(metrics["seed"]),
@@ -275,7 +279,7 @@ def summary(runs: list[tuple[dict, list[dict]]]) -> str:
         cells = [
             str(TABLE_OF[task]), f"{task}, {kind}" if kind else task, model, str(paper), ours,
             f"`{metrics['preset']}`", f"{metrics['params']:,}", metrics["corpus"],
-            f"{metrics['seconds'] / 60:.0f}" + (f" after `{weights[1]}`" if weights else ""),
+            _minutes(metrics["seconds"]) + (f" after `{weights[1]}`" if weights else ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -470,7 +474,7 @@ def comparison(folder: Path) -> str:
         f"`PRESET={preset} STEPS={base['steps']} bash scripts/table6.sh`. "
         f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}, seed {base['seed']} "
         "alone; a small network and few updates: no test of the paper's differences, which are those of 500 epochs at "
-        "24M parameters.",
+        "24M parameters. Minutes are wall time, no measure of speed.",
         "",
         f"| row | flags | parameters | minutes | valid {score} | test {name} | difference | in the paper |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -520,7 +524,8 @@ def precision(folder: Path) -> str:
         f"## Single precision and bfloat16, {one['task']}, preset `{one['preset']}`, {one['epochs']} epochs",
         "",
         f"`{command} --precision … --seed …`: `bash scripts/precision.sh`. {one['params']:,} parameters, "
-        f"{one['machine']}, torch {one['torch']}, commit `{one['commit']}`, {one['corpus']}.",
+        f"{one['machine']}, torch {one['torch']}, commit `{one['commit']}`, {one['corpus']}. "
+        "Minutes are wall time, no measure of speed.",
         "",
         f"| precision | seed | minutes | valid {name} | test {name} |",
         "|---|--:|--:|--:|--:|",

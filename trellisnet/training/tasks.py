@@ -265,9 +265,7 @@ class LanguageModeling:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and targets of the windows at `starts`; the states of `earlier` windows are computed again."""
         skip, state = self.horizon if self._has_history(False) else 0, None
-        before: deque[tuple[Tensor, State | None]] = deque(
-            maxlen=earlier
-        )  # inputs of windows, and what they began from
+        before: deque[tuple[Tensor, State | None]] = deque(maxlen=earlier)  # inputs and first states
         for start in progress(starts, len(starts)) if progress is not None else starts:
             inputs, targets = self._cut(rows, start, False)
             state = self._again(before, state)
