@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import re
+import stat
 import struct
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ _DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error
 _PART = 2**20  # elements
 _ZIP = b"PK\3\4"  # what torch knows a zip container by
 _BUSY = (errno.EAGAIN, errno.EACCES)  # of a lock that somebody else has
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def lock(folder: str | os.PathLike, *, wait: bool) -> int | None:
@@ -109,6 +111,33 @@ def _umask() -> int:
     return mask
 
 
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file for reading in binary; a pipe would block until somebody writes, a device may never end.
+
+    Raises:
+        OSError: missing, unreadable, a folder, or no regular file; its `strerror` says which.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as e:  # a zero byte or a lone surrogate, which a JSON file can hold
+        raise OSError(errno.EINVAL, "no valid file name", os.fspath(path)) from e
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file", os.fspath(path))
+    return open(path, "rb")
+
+
+def read_regular(path: str | os.PathLike) -> str:
+    """Read a regular file of UTF-8 text.
+
+    Raises:
+        OSError: as of :func:`open_regular`.
+        UnicodeDecodeError: not UTF-8.
+    """
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
 class _Writer:
     """What torch.save writes to. What goes wrong in writing is kept and not raised: torch would lose it.
 
@@ -156,12 +185,12 @@ def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
     Raises:
         UserError: missing, unreadable, truncated or corrupt, or a pickle of something else than tensors.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; expected {what}")
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below)
+        file = open_regular(path)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f"{path}: no such file; expected {what}") from e
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror}); expected {what}") from e
     with file:
         return read(file, path, what, mmap=mmap)
 

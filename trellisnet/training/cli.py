@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trellisnet import weights
+from trellisnet import serialization, weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
@@ -371,7 +371,7 @@ def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) ->
         UserError: they differ in what a continued run keeps.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        told = json.loads(serialization.read_regular(path))["settings"]
         differ = [name for name in settings if name in told and told[name] != settings[name]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return

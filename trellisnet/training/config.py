@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
-from trellisnet import ops
+from trellisnet import ops, serialization
 from trellisnet.data import PROJECT
 from trellisnet.errors import UserError
 
@@ -327,7 +327,7 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
         UserError: unreadable, no JSON object, an unknown setting or a value of another type.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(serialization.read_regular(path))
     except OSError as e:
         raise UserError(f"--config {path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
