@@ -9,7 +9,6 @@ OPS = HERE / "trellisnet" / "ops"
 SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
 # As trellisnet/ops/compiled.py has it, so that a library built from another version of its source is not used.
 FINGERPRINT = hashlib.sha256(b"".join((OPS / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
-TASKS = ["word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"]
 
 setup(
     name="trellisnet",
@@ -18,7 +17,10 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=find_packages(include=["trellisnet", "trellisnet.*", *TASKS]),
+    packages=find_packages(include=["trellisnet", "trellisnet.*"]),
+    # Makes an editable install a plain path. The task folders are importable through it, and so is the package from
+    # the folder that holds a checkout named trellisnet, which an import hook would come too late for.
+    package_dir={"": "."},
     package_data={"trellisnet": ["py.typed", *(f"ops/{name}" for name in SOURCES)]},
     # An extra that nobody needs: without a compiler the installation goes on, and torch's operations do the same.
     ext_modules=[
@@ -35,7 +37,14 @@ setup(
     python_requires=">=3.11",
     install_requires=["torch>=2.6", "numpy>=1.26", "tqdm>=4.60"],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.9", "tensorboard>=2.14", "hypothesis>=6.100"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.9",
+            "tensorboard>=2.14",
+            "hypothesis>=6.100",
+            "setuptools>=64",
+        ],
         "plot": ["matplotlib>=3.7"],
         "tensorboard": ["tensorboard>=2.14"],
         "triton": ["triton>=3"],

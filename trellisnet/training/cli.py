@@ -34,6 +34,7 @@ from trellisnet.training.runlog import (
     write_metrics,
 )
 
+OURS = (PROJECT, Path(weights.__file__).parent)  # where our warnings come from
 CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # what a run says of how it computes
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
@@ -108,7 +109,7 @@ def plain_warnings() -> Iterator[None]:
         show = warnings.showwarning
 
         def plain(message, category, filename, *rest, **options):
-            if category is UserWarning and Path(filename).is_relative_to(PROJECT):
+            if category is UserWarning and any(map(Path(filename).is_relative_to, OURS)):
                 print(f"warning: {message}", file=sys.stderr)
             else:
                 show(message, category, filename, *rest, **options)

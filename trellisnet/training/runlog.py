@@ -30,7 +30,10 @@ except ImportError:  # Windows
 
 
 def command_line(program: str, argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
-    """The command as one would type it from the project's folder: what lies in there is named from there."""
+    """The command as one would type it from the project's folder: what lies in there is named from there.
+
+    Outside a checkout that folder is the working directory.
+    """
     here = re.compile(rf"(^|=){re.escape(f'{PROJECT}{os.sep}')}(?=.)")
     return shlex.join([*launcher, program, *(here.sub(r"\1", argument) for argument in argv)])
 
