@@ -118,7 +118,7 @@ def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
     assert_same(outcome(tmp_path / "parts"), whole)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, code):
     argv = [*MODEL, "--lr", "5"]
     stopped = interrupted(13, signum, *argv, "--out", tmp_path / "parts")

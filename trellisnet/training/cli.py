@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trellisnet import serialization, weights
+from trellisnet import console, serialization, weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
@@ -42,6 +42,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 Setup = Callable[[Any, torch.device, Ranks], tuple[Task, Splits, Schedule, dict[str, Any]]]
 
 
+@console.lenient()
 def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) -> int:
     """Run a task's program.
 
@@ -51,7 +52,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         argv: command-line arguments; None for those of the process.
 
     Returns:
-        the exit code: 0 done; 2 the input is wrong; 1 the run failed; 130 or 143 interrupted. What is wrong is one
+        the exit code: 0 done; 2 the input is wrong; 1 the run failed; 129, 130 or 143 interrupted. What is wrong is one
         line on standard error. Of several ranks one says it, and all return the same code, but where some have died.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -119,12 +120,9 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _say(line: str) -> None:
-    """Print a line, clear of the progress bar. A reader that has gone away does not end the run."""
-    try:
-        tqdm.write(line)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
+    """Print a line, clear of the progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 class _Program:

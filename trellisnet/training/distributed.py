@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trellisnet.errors import RunError, UserError
-from trellisnet.training.interrupts import Interrupted
+from trellisnet.training.interrupts import SIGNALS, Interrupted
 
 # A rank that has died is noticed by its connections; where NCCL does not, by torchrun, which then ends all. This is
 # only for how long one may have nothing to tell: where a text is scored in one row all others wait for the first.
@@ -113,7 +113,7 @@ class Ranks:
         """Part from the other ranks, when all are here. From now on torchrun cannot end one for another's exit code."""
         if self.size == 1 or not dist.is_initialized():
             return
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError):
             dist.barrier()
@@ -275,8 +275,7 @@ class Told:
     signum: int
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_MARKS = 4 + len(_SIGNALS)  # loss or state not finite, the loss, late, and a signal each
+_MARKS = 4 + len(SIGNALS)  # loss or state not finite, the loss, late, and a signal each
 
 
 class _Marked(nn.Module):
@@ -372,7 +371,7 @@ class Gradient:
                 losses, state = self.task.loss(*part, state=state)
             (losses["loss"] * share).backward()
             return losses, state
-        news = [late, *(signum == known for known in _SIGNALS)] if last else [0.0] * (1 + len(_SIGNALS))
+        news = [late, *(signum == known for known in SIGNALS)] if last else [0.0] * (1 + len(SIGNALS))
         with contextlib.nullcontext() if last else self._together.no_sync(), _reaching():
             with autocast:
                 # DistributedDataParallel takes the mean over ranks.
@@ -400,5 +399,5 @@ class Gradient:
             return Told((finite[0], finite[1], all(finite[2:])), loss.detach(), False, 0)
         with _reaching():
             wrong, stale, loss, late, *signals, finite = known.tolist()
-        signum = max((known for known, sent in zip(_SIGNALS, signals, strict=True) if sent), default=0)
+        signum = max((known for known, sent in zip(SIGNALS, signals, strict=True) if sent), default=0)
         return Told((not wrong, bool(finite), not stale), loss, bool(late), int(signum))

@@ -1,9 +1,12 @@
-"""SIGINT and SIGTERM as exceptions that never fall into the middle of a step."""
+"""SIGINT, SIGTERM and SIGHUP as exceptions that never fall into the middle of a step."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+
+# SIGHUP comes when the terminal goes away; Windows does not have it.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name))
 
 
 class Interrupted(BaseException):
@@ -15,11 +18,11 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM raises :class:`Interrupted`; inside :meth:`held` only at its end.
+    """While entered, the first of SIGNALS raises :class:`Interrupted`; inside :meth:`held` only at its end.
 
     Those that follow change nothing: what is then written is written wholly. Only the main thread can take signals;
     elsewhere, and if it is never entered, nothing changes. After :meth:`note` nothing is raised any more: who runs with
-    others asks for `pending` and agrees with them when to end.
+    others asks for `pending` and agrees with them when to end. A SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -29,7 +32,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            taken = [s for s in SIGNALS if s.name != "SIGHUP" or signal.getsignal(s) is not signal.SIG_IGN]
+            self._before = {s: signal.signal(s, self._handle) for s in taken}
         return self
 
     def __exit__(self, *_) -> None:

@@ -1,0 +1,98 @@
+"""Standard output and standard error that cannot end a program.
+
+A terminal may vanish, a descriptor may be closed from the start (`>&-`), a disk may be full (`>/dev/full`). What a
+program prints is then lost; its work must not be.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+
+class _Lenient:
+    """A text stream that drops what it cannot write. Everything else is left to the stream itself.
+
+    Args:
+        stream: where text goes.
+        report: called once, with the first error.
+    """
+
+    def __init__(self, stream: TextIO, report: Callable[[Exception], None]):
+        self.stream, self._report = stream, report
+        self._failed = False
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, action: Callable[..., Any], *args: str) -> None:
+        try:
+            action(*args)
+        except (OSError, ValueError) as e:  # ValueError: the stream has been closed
+            if not self._failed:
+                self._failed = True
+                self._report(e)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+    """Replace `sys.stdout` and `sys.stderr` for a while by streams that drop what they cannot write.
+
+    Losing standard output is reported once on standard error, unless its reader has closed the pipe. Characters that a
+    stream cannot encode are written as escapes. Afterwards nothing is left in a buffer that would fail when the
+    interpreter exits.
+    """
+    _fill_descriptors()
+    before = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(open(os.devnull, "w")) if s is None else s for s in before]
+        for stream in streams:
+            if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+                with contextlib.suppress(OSError, ValueError):  # it flushes the stream first
+                    stream.reconfigure(errors="backslashreplace")
+        sys.stdout, sys.stderr = _Lenient(streams[0], _report_loss), _Lenient(streams[1], lambda _: None)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in streams:
+                _empty(stream)
+
+
+def _report_loss(error: Exception) -> None:
+    if not isinstance(error, BrokenPipeError):
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"NOTICE: standard output cannot be written ({reason}); going on without it", file=sys.stderr)
+
+
+def _fill_descriptors() -> None:
+    """Open the null device in place of closed standard descriptors.
+
+    Otherwise the next file opened, a checkpoint say, would get the number 1 or 2, and libraries print to these.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError as e:
+            if e.errno != errno.EBADF:
+                raise
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
+
+
+def _empty(stream: TextIO) -> None:
+    """Flush a stream, into the null device if it cannot be written."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+            stream.flush()
