@@ -19,9 +19,13 @@ import re
 import statistics
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from trellisnet import errors  # noqa: E402
+from trellisnet.serialization import read_regular  # noqa: E402
 
 # Test scores of the paper (Tables 1 to 3), by task.
 PAPER = {
@@ -153,6 +157,35 @@ class BadResultError(Exception):
     """A folder in results/ that must not be quoted."""
 
 
+def _printable(record: dict[str, Any]) -> dict[str, Any]:
+    """An object of a JSON file, if its texts can stand in a table and be printed."""
+    for text in (*record, *record.values()):
+        if isinstance(text, str) and not text.isprintable():
+            raise ValueError(f"holds a text with control characters: {errors.shown(text, errors.NAME)}")
+    return record
+
+
+def parsed(path: Path) -> Any:
+    """The content of a JSON file that a run or a script has written.
+
+    Raises:
+        OSError, ValueError: it cannot be read; or it is no JSON, or has control characters in a text.
+    """
+    return _parse(read_regular(path))
+
+
+def parsed_lines(path: Path) -> list[Any]:
+    """:func:`parsed` of every line of a file."""
+    return [_parse(line) for line in read_regular(path).splitlines()]
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, object_hook=_printable)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
 def read(folder: Path, by_script: bool = False) -> tuple[dict, list[dict]]:
     """Metrics and epoch records of one result; with `by_script` its command without what a script adds to it.
 
@@ -161,8 +194,8 @@ def read(folder: Path, by_script: bool = False) -> tuple[dict, list[dict]]:
             command would not work elsewhere.
     """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text())
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics = parsed(folder / "metrics.json")
+        records = parsed_lines(folder / "metrics.jsonl")
         # A continued run may tell of an epoch twice; the last time counts.
         epochs = list({r["epoch"]: r for r in records if r["event"] == "epoch" and r["finished"]}.values())
         complete = metrics["complete"] and [r["epoch"] for r in epochs] == list(range(1, metrics["epochs"] + 1))
@@ -170,7 +203,7 @@ def read(folder: Path, by_script: bool = False) -> tuple[dict, list[dict]]:
             metrics["script command"] = metrics["command"]
             metrics["command"] = re.sub(r" --(out|metrics|threads) \S+| --overwrite", "", metrics["command"])
         section(folder.name, metrics, epochs)
-        (folder / "log.txt").read_text()
+        read_regular(folder / "log.txt")
     except (OSError, ValueError) as e:
         raise BadResultError(f"{folder}: {e}") from e
     except (KeyError, TypeError, StopIteration) as e:
@@ -307,7 +340,7 @@ def results(
 def quoted(folder: Path) -> str:
     """What the run printed, as README shows it: epochs and final scores from its log."""
     lines = [
-        line for line in (folder / "log.txt").read_text().splitlines() if re.match(r"epoch +\d+  |valid|test", line)
+        line for line in read_regular(folder / "log.txt").splitlines() if re.match(r"epoch +\d+  |valid|test", line)
     ]
     name = folder.name
     return "\n".join([f"<!-- output of {name}: begin -->", "```", *lines, "```", f"<!-- output of {name}: end -->"])
@@ -322,13 +355,14 @@ def finished_runs(folder: Path) -> tuple[str, list[float], int, int]:
     score, finished, kinds = "", [], set()
     for path in sorted(folder.glob("seed-*/metrics.json")):
         try:
-            metrics = json.loads(path.read_text())
+            metrics = parsed(path)
             if metrics["complete"] and metrics["corpus"] != "synthetic":
                 score, value = score_of(metrics["test"])
                 if folder.name.startswith("recite"):  # what is asked is how well the training text is known
-                    lines = (path.parent / "metrics.jsonl").read_text().splitlines()
                     score = "accuracy"
-                    value = [r for r in map(json.loads, lines) if r["event"] == "epoch"][-1]["train_score"]
+                    value = [r for r in parsed_lines(path.parent / "metrics.jsonl") if r["event"] == "epoch"][-1][
+                        "train_score"
+                    ]
                 finished.append(100 * value if score == "accuracy" else value)
                 kinds.add((metrics["params"], metrics["epochs"]))
                 if not metrics["commit"] or metrics["commit"].endswith("-dirty"):
@@ -364,7 +398,7 @@ def compared(root: Path) -> str:
         lines += ["| model | test perplexity | parameters | minutes |", "|---|--:|--:|--:|"]
         for name, model in COMPARED.items():
             parameters, ours = row(folder / name)
-            runs = [json.loads(path.read_text()) for path in sorted((folder / name).glob("seed-*/metrics.json"))]
+            runs = [parsed(path) for path in sorted((folder / name).glob("seed-*/metrics.json"))]
             times = ", ".join(f"{run['seconds'] / 60:.0f}" for run in runs if run["complete"])
             lines.append(f"| {model} | {ours} | {parameters} | {times} |")
         lines.append("")
@@ -389,7 +423,7 @@ def equal_time(folder: Path) -> str:
         try:
             planned.add(re.search(r"--out \S*/compare-(\d+)-minutes/", metrics["script command"])[1])
             kinds.add(tuple(metrics[key] for key in ("task", "data", "machine", "threads", "torch", "commit")))
-            tokens = re.search(r"^# training tokens: (\d+)$", (folder / name / "log.txt").read_text(), re.MULTILINE)
+            tokens = re.search(r"^# training tokens: (\d+)$", read_regular(folder / name / "log.txt"), re.MULTILINE)
             speed = int(tokens[1]) * len(epochs) / sum(e["train_seconds"] for e in epochs)
             cells = [
                 COMPARED[name], f"{metrics['params']:,}", metrics["precision"], f"{len(epochs)}",
@@ -449,7 +483,7 @@ def comparison(folder: Path) -> str:
     found, kinds = {}, set()
     for path in folder.glob("*.json"):
         try:
-            metrics = json.loads(path.read_text())
+            metrics = parsed(path)
             score, _ = score_of(metrics["test"])
             same = ("task", "preset", "steps", "seed", "data", "commit", "machine", "torch", "corpus")
             scored = (metrics["valid"]["tokens"], metrics["test"]["tokens"])
@@ -504,7 +538,7 @@ def precision(folder: Path) -> str:
     runs, kinds = {}, set()
     for path in folder.glob("*.json"):
         try:
-            metrics = json.loads(path.read_text())
+            metrics = parsed(path)
             same = ("task", "preset", "epochs", "steps", "data", "commit", "machine", "torch", "corpus", "backend")
             kinds.add(tuple(metrics[key] for key in same))
             runs[metrics["precision"], metrics["seed"]] = metrics
@@ -543,7 +577,7 @@ def committed(path: Path) -> dict:
         BadResultError: of uncommitted code.
         OSError, ValueError, KeyError, TypeError, AttributeError: a damaged file.
     """
-    found = json.loads(path.read_text())
+    found = parsed(path)
     if not found["commit"] or found["commit"].endswith("-dirty"):
         raise BadResultError(f"{path}: of uncommitted code")
     return found
@@ -612,7 +646,7 @@ def adapted(path: Path) -> str:
             command would not work elsewhere.
     """
     try:
-        metrics = json.loads(path.read_text())
+        metrics = parsed(path)
         if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
             raise BadResultError(f"{path}: of synthetic data or uncommitted code")
         if not metrics["complete"]:
@@ -692,7 +726,7 @@ def memory(folder: Path) -> str:
     lines = ["<!-- memory: begin -->", "| command | parameters | peak |", "|---|--:|--:|"]
     for path in sorted(folder.glob("*.json"), key=lambda path: place(path.stem)):
         try:
-            metrics = json.loads(path.read_text())
+            metrics = parsed(path)
             if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
                 raise BadResultError(f"{path}: of synthetic data or uncommitted code")
             command = HERE_ONLY.sub("", metrics["command"])
@@ -765,7 +799,7 @@ def main(argv: list[str] | None = None) -> int:
             number = int(args.table) if args.table.isdigit() else args.table
             print(compared(args.root) if number == "compare" else table(number, args.root))
         except BadResultError as e:
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {errors.shown(e, errors.LINE)}", file=sys.stderr)
             return 2
         return 0
     folders = [
@@ -789,7 +823,7 @@ def main(argv: list[str] | None = None) -> int:
             "README.md": readme,
         }
     except (BadResultError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {errors.shown(e, errors.LINE)}", file=sys.stderr)
         return 2
     stale = []
     for name, content in contents.items():

@@ -18,7 +18,7 @@ import torch
 import trained
 
 from trellisnet.data.corpus import EOS, unknown_tokens
-from trellisnet.errors import UserError
+from trellisnet.errors import NAME, UserError, shown
 from trellisnet.evaluation.generate import Sampling, generate
 from trellisnet.models import count_parameters
 from trellisnet.training.config import Parser
@@ -37,9 +37,10 @@ def encode(prompt: str, model: trained.Trained) -> list[int]:
     if unknown := unknown_tokens(tokens, ids):
         instead = [token for token in (unknown[0].lower(), UNKNOWN) if token in ids]
         advice = f"write {' or '.join(instead)} for it" if instead else "leave it out"
-        shown, more = repr(unknown[0]), " (nor are others of it)" * (len(unknown) > 1)
+        more = " (nor are others of it)" * (len(unknown) > 1)
         raise UserError(
-            f"--prompt: {shown} is not among the {len(ids):,} {model.config.token} of the vocabulary{more}; {advice}"
+            f"--prompt: {shown(repr(unknown[0]), NAME)} is not among the {len(ids):,} {model.config.token} of the "
+            f"vocabulary{more}; {advice}"
         )
     return [ids[token] for token in tokens]
 
@@ -89,6 +90,8 @@ def run(argv: Sequence[str]) -> None:
         if args.samples > 1:
             print(f"--- {i} ---")
         text = model.config.text(model.corpus.vocabulary[id_] for id_ in [*prompt, *ids])
+        if sys.stdout.isatty():  # a word of the vocabulary may be an escape code
+            text = "\n".join(map(shown, text.split("\n")))
         print(wrapped(text, args.width))
     count, parameters = args.length * args.samples, count_parameters(model.model)
     print(

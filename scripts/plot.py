@@ -8,7 +8,6 @@
 All but the last need matplotlib: pip install -e .[plot]. The functions that read numbers need nothing.
 """
 
-import json
 import math
 import re
 import statistics
@@ -79,7 +78,7 @@ def curve(path: Path, label: str) -> Curve:
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = collect.parsed_lines(file)
         # A continued run may tell of an epoch twice; the last time counts.
         epochs = list({r["epoch"]: r for r in records if r["event"] == "epoch" and r["finished"]}.values())
         if not epochs:
@@ -242,7 +241,7 @@ def contexts(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return collect.parsed(path)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:

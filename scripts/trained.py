@@ -28,8 +28,9 @@ import wt103.data  # noqa: E402
 import wt103.model  # noqa: E402
 from trellisnet import weights  # noqa: E402
 from trellisnet.data.corpus import Corpus  # noqa: E402
-from trellisnet.errors import RunError, UserError  # noqa: E402
+from trellisnet.errors import RunError, UserError, of_system  # noqa: E402
 from trellisnet.models import TrellisLanguageModel  # noqa: E402
+from trellisnet.serialization import read_regular  # noqa: E402
 from trellisnet.training.cli import EXIT_FAILED, EXIT_OK, EXIT_USER, is_out_of_memory, plain_warnings  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
 from trellisnet.training.language_model import LanguageModelConfig, build_model  # noqa: E402
@@ -68,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); name the folder of a run") from e
     except (ValueError, RecursionError) as e:
@@ -134,7 +135,7 @@ def guarded(function: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except BrokenPipeError:  # whoever read the output has gone away
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
     except OSError as e:
-        print(f"failed: {e.strerror} ({e.filename})", file=sys.stderr)
+        print(f"failed: {of_system(e)}", file=sys.stderr)
         return EXIT_FAILED
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 
@@ -65,6 +66,8 @@ def test_a_result_is_written_with_everything_it_needs(root):
         ({"command": "python word_ptb/train.py --data /home/me/penn"}, "names a path of one machine"),
         ({"test": {}}, "a field is missing"),
         ({"seconds": None}, "a field is missing or of another kind"),
+        ({"machine": "CPU\x1b[2J"}, "holds a text with control characters: CPU\\x1b[2J"),
+        ({"command": "two\nlines"}, "holds a text with control characters: two\\nlines"),
     ],
 )
 def test_what_is_no_result_is_refused(root, capsys, changes, message):
@@ -72,6 +75,15 @@ def test_what_is_no_result_is_refused(root, capsys, changes, message):
     assert collect.main(["--root", str(folder)]) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "RESULTS.md").exists()
+
+
+def test_a_record_that_is_no_file_is_refused(root, capsys):
+    folder = root()
+    path = folder / "results" / "one" / "log.txt"
+    path.unlink()
+    os.mkfifo(path)
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "a named pipe, not a regular file" in capsys.readouterr().err
 
 
 def test_the_demos_output_is_quoted_in_readme(root):

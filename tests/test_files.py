@@ -1,17 +1,22 @@
-"""Whatever stands where a regular file is expected: one line, at once."""
+"""Whatever a file is or holds: one printable line, at once."""
 
+import json
 import os
 import socket
+from collections import OrderedDict
 
 import pytest
+import torch
 
 from trellisnet import serialization
-from trellisnet.errors import UserError
+from trellisnet.errors import LINE, RunError, UserError, of_system, shown
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint
-from trellisnet.training.config import read_config_file
+from trellisnet.training.config import parse, read_config_file
+from trellisnet.training.runlog import RunFolder
 from trellisnet.weights import load_weights
 from word_ptb.model import Config
+from word_ptb.train import main
 
 KINDS = {
     "pipe": "a named pipe, not a regular file",
@@ -21,6 +26,18 @@ KINDS = {
     "x\0y": "no valid file name",
     "x\ud800y": "no valid file name",
 }
+
+
+HOSTILE = ["\x1b[2Jx", "two\nlines", "\u202etxt", "\x9b31m", "\ud800", "x" * 1_000_000, "\x1b" * 1_000_000]
+
+
+def small():
+    return TrellisLanguageModel(5, 4, 4, 2, output_size=4)
+
+
+def assert_fit_to_print(error, limit=600):
+    assert str(error).isprintable()
+    assert len(str(error)) < limit
 
 
 @pytest.fixture(params=KINDS)
@@ -42,7 +59,7 @@ def special(request, tmp_path, monkeypatch):
 
 def test_readers_refuse_what_is_no_regular_file(special):
     path, said = special
-    model = TrellisLanguageModel(5, 4, 4, 2, output_size=4)
+    model = small()
     for read in (
         lambda: load_weights(model, path),
         lambda: checkpoint.load(path),
@@ -57,3 +74,81 @@ def test_a_regular_file_is_opened_through_links(tmp_path):
     (tmp_path / "file").write_bytes("é".encode())
     (tmp_path / "link").symlink_to("file")
     assert serialization.read_regular(tmp_path / "link") == "é"
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "expected"),
+    [
+        ("é “quoted” naïve 語", None, "é “quoted” naïve 語"),
+        ("a\x1b[31mb\nc\r", None, "a\\x1b[31mb\\nc\\r"),
+        ("\x9b\u202e\ud800", 80, "\\x9b\\u202e\\ud800"),
+        ("0123456789", 10, "0123456789"),
+        ("0123456789x", 10, "012345…89x"),
+        ("\x1b" * 10, 10, "\\x1b\\x…x1b"),
+        ("x" * 10**6, None, "x" * 10**6),
+        (5, None, "5"),
+    ],
+)
+def test_shown_text_is_one_printable_line(text, limit, expected):
+    assert shown(text, limit) == expected
+
+
+def test_messages_are_lines_that_can_be_printed():
+    for kind in (UserError, RunError):
+        assert str(kind("one\x1b[0m\n", "two")) == "one\\x1b[0m\\n\ntwo"
+        assert len(str(kind("x" * 10**7))) == LINE
+        assert str(kind(f"{'x' * 10**7}; what to do")).endswith("; what to do")
+    assert of_system(OSError(28, "full", "a\nb")) == "full (a\\nb)"
+    assert of_system(OSError(28, "full"), "folder") == "full (folder)"
+    assert of_system(OSError("full")) == "full"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_of_files_are_printed_as_one_short_line(tmp_path, text):
+    path = tmp_path / "file"
+    told = [{"model": text}, {"cutoffs": [text] * 9}, {"activation": text}, {"vocabulary": text}]
+    files = [{text: torch.zeros(1)}, {"encoder.weight": torch.zeros(1), text: torch.zeros(1)}]
+    files += [OrderedDict({"encoder.weight": torch.zeros(1)}) for _ in told]
+    for state, metadata in zip(files[2:], told, strict=True):
+        state._metadata = OrderedDict(trellisnet=metadata)
+    for state in files if text != "\ud800" else []:  # which torch cannot write
+        torch.save(state, path)
+        with pytest.raises(UserError) as raised:
+            load_weights(small(), path, vocabulary="0" * 64)
+        assert_fit_to_print(raised.value)
+
+    for content in ({text: 1}, {"nlevels": text}, {"backend": text}, {"settings": {}, "task": text}, {"preset": text}):
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError) as raised:
+            parse(Config, ["--config", str(path)])
+        assert_fit_to_print(raised.value)
+
+
+@pytest.mark.parametrize("text", [text for text in HOSTILE if text != "\ud800"])
+def test_texts_of_checkpoints_are_printed_as_one_short_line(tmp_path, text):
+    path = tmp_path / "file"
+    for content in ({"format": text}, {"format": 2, "content": {text: 1, 5: 2}, "sha256": "x"}):
+        if "content" in content:
+            content["sha256"] = checkpoint.sha256_of(content["content"])
+        torch.save(content, path)
+        with pytest.raises(UserError) as raised:
+            checkpoint.load(path)
+        assert_fit_to_print(raised.value)
+
+
+def test_a_log_has_a_line_for_every_line(tmp_path):
+    folder = RunFolder(tmp_path / "run", fresh=True)
+    folder.log_head("python x.py --name 'a\n\x1b[2J'", {"machine": "b\rc"}, {"corpus": "d\ne"})
+    folder.close()
+    head = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert head[0].endswith("  python x.py --name 'a\\n\\x1b[2J'")
+    assert head[1:] == ["# machine: b\\rc", "# corpus: d\\ne"]
+
+
+def test_names_on_the_command_line_are_printed_as_one_line(tmp_path, capfd):
+    sizes = "--data synthetic --emsize 4 --nhid 4 --nout 4 --nlevels 2 --aux 0 --threads 1".split()
+    for flags in (["--data", f"{tmp_path}/a\n\x1b[2J"], ["--load_weight", "a\n\x1b[2J"], ["--a\n\x1b[2J"]):
+        assert main([*sizes, *flags]) == 2
+        said = capfd.readouterr().err
+        assert "a\\n\\x1b[2J" in said
+        assert said.removesuffix("\n").isprintable()

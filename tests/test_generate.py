@@ -194,6 +194,15 @@ def test_a_run_writes_text(script, run_folder, sizes):
     assert (code, by_flags) == (0, text)
 
 
+def test_escape_codes_in_a_vocabulary_do_not_reach_a_terminal(script, run_folder, monkeypatch):
+    import generate as module
+
+    monkeypatch.setattr(module.trained.TASKS["word_ptb"][0], "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
+    assert script("--run", run_folder, "--width", 0)[1] == "a \x1b[2Jword\nof \x9b31m two\n"
+    monkeypatch.setattr(module.sys.stdout, "isatty", lambda: True)
+    assert script("--run", run_folder, "--width", 0)[1] == "a \\x1b[2Jword\nof \\x9b31m two\n"
+
+
 def test_samples_and_an_empty_prompt(script, run_folder):
     code, text, told = script("--run", run_folder, "--length", 5, "--samples", 3, "--top_k", 5, "--top_p", 0.9)
     assert code == 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trellisnet import serialization
 from trellisnet.baselines import SparseEmbedding
 from trellisnet.core import TrellisNet
-from trellisnet.errors import UserError
+from trellisnet.errors import NAME, UserError, shown
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import GATES
@@ -191,7 +191,7 @@ def load_weights(
     own = _network(model)
     theirs = told.get("model", TRELLISNET if any(name.startswith((_CORE, _PIXEL_CORE)) for name in state) else None)
     if isinstance(theirs, str) and theirs != own:
-        raise UserError(f"{path}: was trained with another network; pass --model {theirs}")
+        raise UserError(f"{path}: was trained with another network; pass --model {shown(theirs, NAME)}")
     if language and model.tied and _is_trellis(model):
         _check_tied(state, path)
         state.pop("decoder.weight", None)
@@ -199,7 +199,7 @@ def load_weights(
     cutoffs = told.get("cutoffs")
     if isinstance(cutoffs, list) and cutoffs != _cutoffs(model):
         bands = " ".join(map(str, cutoffs or [0]))
-        raise UserError(f"{path}: was trained with another split of the softmax; pass --cutoffs {bands}")
+        raise UserError(f"{path}: was trained with another split of the softmax; pass --cutoffs {shown(bands, NAME)}")
     left = [name for name in _TAIL if name in expected and name not in state]
     if left and len(state) + len(left) == len(expected) and not init_tail:
         raise UserError(
@@ -286,6 +286,8 @@ def _unique(state: object, path: str | os.PathLike, first_name: Callable[[str], 
         raise UserError(f"{path}: not {WHAT}; checkpoints of a run (last.pt, best.pt) are continued with --resume")
     unique = {}
     for name, tensor in state.items():
+        if shown(name, NAME) != name:  # all later messages may print names as they are
+            raise UserError(f"{path}: holds a tensor called {shown(name, NAME)}; not {WHAT}")
         if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
             raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
         if not serialization.all_finite(tensor):

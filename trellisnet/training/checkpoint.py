@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from trellisnet import serialization
-from trellisnet.errors import UserError
+from trellisnet.errors import NAME, UserError, shown
 from trellisnet.serialization import sha256_of
 
 FORMAT = 2
@@ -89,7 +89,7 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}: not {WHAT}; weights in the authors' layout are loaded with --load_weight")
     if file["format"] not in (1, FORMAT):
         raise UserError(
-            f"{path}: checkpoint format {file['format']}, this version reads format {FORMAT}; "
+            f"{path}: checkpoint format {shown(file['format'], NAME)}, this version reads format {FORMAT}; "
             "continue the run with the version that started it (see its log.txt)"
         )
     content = file.get("content")
@@ -107,7 +107,9 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
     content.setdefault("skipped", 0)
     content.setdefault("rng_others", [])
     if content.keys() != _KEYS:
-        raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {sorted(content.keys() ^ _KEYS)})")
+        raise UserError(
+            f"{path}: not {WHAT}, or a damaged one (keys {shown(sorted(content.keys() ^ _KEYS, key=repr), NAME)})"
+        )
     return content
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from trellisnet import console, serialization, weights
-from trellisnet.errors import RunError, UserError
+from trellisnet.errors import LINE, NAME, RunError, UserError, of_system, shown
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
@@ -68,7 +68,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
     except RunError as e:
         line, code, known = f"failed: {e}; {program.way_on()}", EXIT_FAILED, not isinstance(e, LostError)
     except OSError as e:
-        line, code = f"failed: {e.strerror} ({e.filename or program.folder}); {program.way_on()}", EXIT_FAILED
+        line, code = f"failed: {of_system(e, program.folder)}; {program.way_on()}", EXIT_FAILED
         known = False
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
@@ -111,7 +111,7 @@ def plain_warnings() -> Iterator[None]:
 
         def plain(message, category, filename, *rest, **options):
             if category is UserWarning and any(map(Path(filename).is_relative_to, OURS)):
-                print(f"warning: {message}", file=sys.stderr)
+                print(f"warning: {shown(message, LINE)}", file=sys.stderr)
             else:
                 show(message, category, filename, *rest, **options)
 
@@ -121,7 +121,7 @@ def plain_warnings() -> Iterator[None]:
 
 def _say(line: str) -> None:
     """Print a line, clear of the progress bar."""
-    tqdm.write(line)
+    tqdm.write(shown(line, LINE))
     sys.stdout.flush()
 
 
@@ -143,7 +143,7 @@ class _Program:
             return "no checkpoint had been written yet"
         resume = ["--resume", str(self.folder / "last.pt")]
         command = command_line(self.cls.program(), resume, self.ranks.launcher())
-        return f"the last checkpoint is kept; go on from it with: {command}"
+        return f"the last checkpoint is kept; go on from it with: {shown(command)}"
 
     def run(self, argv: list[str], interrupts: Interrupts) -> None:
         """Parse, set up, train or score, write the metrics."""
@@ -173,10 +173,10 @@ class _Program:
 
         facts = {"parameters": count_parameters(task.model), **facts}
         env = environment(device) | {"ranks": ranks.size} | {key: getattr(config, key) for key in CHOICES}
-        shown = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
+        summary = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
         how = f"{env['threads']} threads, {config.precision}, {config.backend}"
         how += f", {ranks.size} ranks" if ranks.size > 1 else ""
-        _say(f"{splits.label}: {shown}; {env['device']} ({env['machine']}), {how}")
+        _say(f"{splits.label}: {summary}; {env['device']} ({env['machine']}), {how}")
         notices = [*config.notices(), *([spoilt] if spoilt else [])]
         for notice in notices:
             _say(notice)
@@ -378,8 +378,8 @@ def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) ->
     if differ:
         name = differ[0]
         raise UserError(
-            f"{path}: says {name} {told[name]}, the checkpoint beside it {settings[name]}; put the files of one run "
-            "together, or delete this one if it is damaged"
+            f"{path}: says {name} {shown(told[name], NAME)}, the checkpoint beside it {settings[name]}; put the files "
+            "of one run together, or delete this one if it is damaged"
         )
 
 

@@ -21,7 +21,7 @@ import torch
 
 from trellisnet import ops, serialization
 from trellisnet.data import PROJECT
-from trellisnet.errors import UserError
+from trellisnet.errors import NAME, UserError, shown
 
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -268,9 +268,9 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         flag, kind = field.metadata["flag"] or f"--{field.name}", hints[field.name]
         names = [flag, f"--{field.name}"] if flag != f"--{field.name}" else [flag]
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        shown = field.default_factory() if callable(field.default_factory) else field.default
-        shown = " ".join(map(str, shown)) if isinstance(shown, list) else shown
-        options["help"] = field.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown != "" else "")
+        value = field.default_factory() if callable(field.default_factory) else field.default
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        options["help"] = field.metadata["help"].replace("%", "%%") + (f" (default: {value})" if value != "" else "")
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.name == "resume":
@@ -314,7 +314,7 @@ def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
     """`given` over the preset it names (or `default`) over the defaults of `cls`, validated."""
     preset = cls.preset_of(given)
     if preset not in cls.presets:
-        raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {preset!r}")
+        raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {shown(repr(preset), NAME)}")
     config = cls(**{**cls.presets[preset], **given, "preset": preset})
     config.validate()
     return config
@@ -338,7 +338,9 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected a JSON object of settings")
     if task not in (None, cls.task):
-        raise UserError(f"--config {path}: is of {task}, not of {cls.task}; name the file of a run of this task")
+        raise UserError(
+            f"--config {path}: is of {shown(task, NAME)}, not of {cls.task}; name the file of a run of this task"
+        )
     return check_settings(cls, content, f"--config {path}")
 
 
@@ -349,7 +351,7 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
     checked = {}
     for name, value in content.items():
         if name not in fields:
-            raise UserError(f"{where}: unknown setting {name!r}")
+            raise UserError(f"{where}: unknown setting {shown(repr(name), NAME)}")
         if name in cls.process:
             raise UserError(f"{where}: {name} says what to do now; give it on the command line")
         kind = hints[name]
@@ -358,12 +360,12 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             value = float(value)
         choices = fields[name].metadata["choices"]
         if choices and value not in choices:
-            raise UserError(f"{where}: {name} expects one of {', '.join(choices)}, got {value!r}")
+            raise UserError(f"{where}: {name} expects one of {', '.join(choices)}, got {shown(repr(value), NAME)}")
         fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
         if plain is list:
             fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not fits:
-            raise UserError(f"{where}: {name} expects {plain.__name__}, got {value!r}")
+            raise UserError(f"{where}: {name} expects {plain.__name__}, got {shown(repr(value), NAME)}")
         checked[name] = value
     return checked
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trellisnet.errors import RunError, UserError
+from trellisnet.errors import RunError, UserError, of_system
 from trellisnet.training.interrupts import SIGNALS, Interrupted
 
 # A rank that has died is noticed by its connections; where NCCL does not, by torchrun, which then ends all. This is
@@ -236,23 +236,20 @@ class Ranks:
             raise
         except (UserError, RunError, OSError) as e:
             error = e
-        told = self.gather(None if error is None else (isinstance(error, UserError), _line(error)))
-        if isinstance(error, UserError | RunError):
-            raise error
+        if isinstance(error, OSError):
+            error = RunError(of_system(error))
+        told = self.gather(None if error is None else (isinstance(error, UserError), error.args))
         if error is not None:
-            raise RunError(_line(error)) from error
+            raise error
         for rank, said in enumerate(told):
             if said is not None:
-                raise (UserError if said[0] else RunError)(f"rank {rank}: {said[1]}" if rank else said[1])
+                wrong, (line, *more) = said
+                raise (UserError if wrong else RunError)(f"rank {rank}: {line}" if rank else line, *more)
 
     def heed(self, signum: int) -> None:
         """Raise Interrupted on all ranks if one of them has been told to end, by the signal `signum` (0: has not)."""
         if self.size > 1 and (signum := max(self.gather(signum))):
             raise Interrupted(signum)
-
-
-def _line(error: Exception) -> str:
-    return f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.strerror else str(error)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

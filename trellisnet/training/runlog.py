@@ -19,7 +19,7 @@ import numpy
 import torch
 
 import trellisnet
-from trellisnet.errors import UserError
+from trellisnet.errors import UserError, shown
 from trellisnet.serialization import atomic_write, lock
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
@@ -237,7 +237,7 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Append a line to log.txt."""
-        self._log.write(line + "\n")
+        self._log.write(shown(line) + "\n")
 
     def record(self, event: str, **values: Any) -> None:
         """Append a JSON object to metrics.jsonl; numbers that are not finite become null."""
