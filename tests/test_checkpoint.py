@@ -1,6 +1,7 @@
 """Files that are whole or not there, and reading them back."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import math
@@ -290,3 +291,48 @@ def test_what_is_raised_in_writing_gets_through_and_leaves_the_old_file(tmp_path
         assert raised.value is error
         assert os.listdir(tmp_path) == ["file"]
         assert path.read_bytes() == before
+
+
+def test_the_file_before_a_replaced_one_is_kept(tmp_path):
+    path, previous = tmp_path / "last.pt", tmp_path / "last.previous.pt"
+    for number in (1, 2, 3):
+        serialization.keep(path, previous)
+        serialization.save(path, number)
+    assert (serialization.load(previous, "x"), serialization.load(path, "x")) == (2, 3)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_file_behind_a_link_is_kept(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if not links:
+        monkeypatch.setattr("trellisnet.serialization.os.link", refuse)
+    path, previous, target = tmp_path / "last.pt", tmp_path / "last.previous.pt", tmp_path / "elsewhere"
+    path.symlink_to(target)
+    for number in (1, 2, 3):
+        serialization.keep(path, previous)
+        serialization.save(path, number)
+    assert (path.resolve(), previous.is_symlink()) == (target.resolve(), False)
+    assert (serialization.load(previous, "x"), serialization.load(path, "x")) == (2, 3)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the names of open files")
+def test_a_renamed_file_is_put_on_the_disk_with_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    serialization.save(tmp_path / "file", 1)
+    assert len(synced) == 2
+    assert synced[0].startswith(f"{tmp_path}/.file.")
+    assert synced[1] == str(tmp_path)
+    serialization.keep(tmp_path / "file", tmp_path / "other")
+    assert synced[2:] == [str(tmp_path)]
+
+
+def test_a_system_that_cannot_sync_is_no_failure(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    serialization.sync_folder(tmp_path)
+    serialization.sync_folder(tmp_path / "nowhere")

@@ -16,7 +16,7 @@ from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
 from trellisnet.training.engine import Splits, fit
 from trellisnet.training.optim import Schedule, make_optimizer
-from trellisnet.training.runlog import RunFolder
+from trellisnet.training.runlog import RunFolder, read_records
 
 
 class Regression:
@@ -292,3 +292,34 @@ def test_a_run_cut_short_in_its_first_epoch_scores_what_it_has(tmp_path):
     _, resumed, _ = run(tmp_path / "run", resume="last.pt")
     _, whole, _ = run(tmp_path / "whole")
     assert (resumed.valid, resumed.test) == (whole.valid, whole.test)
+
+
+def test_the_log_is_never_behind_a_checkpoint(tmp_path, monkeypatch):
+    """Whenever last.pt takes its name, the records of all that it holds are on the disk."""
+    save, behind = checkpoint.save, []
+
+    def saved(path, content):
+        records = read_records(tmp_path / "run" / "metrics.jsonl")
+        finished = [r["epoch"] for r in records if r["event"] == "epoch"]
+        behind.append((content["epoch"], finished))
+        save(path, content)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    run(tmp_path / "run", epochs=3, checkpoint_steps=2)
+    assert len(behind) > 6
+    assert all(finished == [*range(1, epoch + 1)] for epoch, finished in behind)
+
+
+@pytest.mark.parametrize("when", ["training", "scoring"])
+def test_a_folder_that_is_deleted_during_the_run_is_named(tmp_path, when):
+    class Deletes(Regression):
+        def evaluate(self, data, **options):
+            if (when == "scoring" and len(evaluated) == 4) or (when == "training" and len(evaluated) == 1):
+                shutil.rmtree(tmp_path / "run")
+            evaluated.append(len(data))
+            return super().evaluate(data, **options)
+
+    evaluated = []
+    with pytest.raises(RunError, match=r"run: the run folder was deleted or moved during the run"):
+        run(tmp_path / "run", task=Deletes())
+    assert len(evaluated) == (2 if when == "training" else 5)

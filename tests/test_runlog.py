@@ -2,13 +2,21 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 
-from trellisnet.errors import UserError
+from trellisnet.errors import RunError, UserError
 from trellisnet.training.config import PROJECT
-from trellisnet.training.runlog import RunFolder, check_metrics_path, command_line, environment, write_metrics
+from trellisnet.training.runlog import (
+    RunFolder,
+    check_metrics_path,
+    command_line,
+    environment,
+    read_records,
+    write_metrics,
+)
 from word_ptb.model import Config
 
 
@@ -86,3 +94,39 @@ def test_metrics_in_the_runs_folder_have_one_name(tmp_path):
     check_metrics_path(str(tmp_path / "run" / "metrics.json"), tmp_path / "run")
     with pytest.raises(UserError, match=r"the file is called metrics\.json"):
         check_metrics_path(str(tmp_path / "run" / "m.json"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("torn", "kept"), [('{"event": "epo', ""), ('{"event": "epoch"}', '{"event": "epoch"}\n')])
+def test_a_torn_last_line_does_not_spoil_the_next(tmp_path, torn, kept):
+    folder = RunFolder(tmp_path, fresh=True)
+    folder.record("train", loss=1.5)
+    folder.close()
+    for name, text in (("metrics.jsonl", torn), ("log.txt", "epoch 1 wi")):
+        with (tmp_path / name).open("a") as file:
+            file.write(text)
+    first, after = {"event": "train", "loss": 1.5}, [{"event": "epoch"}] * bool(kept)
+    assert read_records(tmp_path / "metrics.jsonl") == [first, *after]
+    folder = RunFolder(tmp_path, fresh=False)
+    folder.record("train", loss=0.5)
+    folder.log("epoch 1 window 2")
+    folder.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [first, *after, {"event": "train", "loss": 0.5}]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1:-1] == kept.splitlines()
+    assert (tmp_path / "log.txt").read_text() == "epoch 1 wi\nepoch 1 window 2\n"
+
+
+@pytest.mark.parametrize(("line", "reason"), [('{"event": "ep{"event": "train"}', ": a torn record and "), ("x", "; ")])
+def test_records_that_cannot_be_read_are_named(tmp_path, line, reason):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"event": "train"}}\n{line}\n{{"event": "train"}}\n')
+    with pytest.raises(ValueError, match=f"line 2 is no JSON object{reason}"):
+        read_records(tmp_path / "metrics.jsonl")
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    folder = RunFolder(tmp_path / "run", fresh=True)
+    folder.sync()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()  # another one under its name will not do
+    with pytest.raises(RunError, match=r"run: the run folder was deleted or moved during the run"):
+        folder.sync()
+    folder.close()

@@ -7,6 +7,7 @@ import os
 import pickle
 import pickletools
 import re
+import shutil
 import stat
 import struct
 import tempfile
@@ -32,6 +33,7 @@ _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, At
 _DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
 _PART = 2**20  # elements
 _ZIP = b"PK\3\4"  # what torch knows a zip container by
+_UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)  # of what cannot be synchronised
 _BUSY = (errno.EAGAIN, errno.EACCES)  # of a lock that somebody else has
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -83,6 +85,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; these are ordinary ones
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -92,7 +95,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def keep(path: Path, previous: Path) -> None:
     """Give a file that is about to be replaced a second name, in the place of what had that; nothing is copied.
 
-    While the next file is written the two names stand for one file, so that there is never a third on the disk.
+    While the next file is written the two names stand for one file, so that there is never a third on the disk. A link
+    to a file on another file system is an exception: that file is copied.
 
     Raises:
         OSError: the folder cannot be written.
@@ -100,9 +104,35 @@ def keep(path: Path, previous: Path) -> None:
     if path.is_file():
         previous.unlink(missing_ok=True)
         try:
-            os.link(path, previous)
-        except OSError:  # a file system without hard links: until the next file is whole there is only the previous one
-            os.replace(path, previous)
+            os.link(os.path.realpath(path), previous)  # what a link points to is what will be replaced
+        except OSError:
+            if path.is_symlink():
+                with open(path, "rb") as old, atomic_write(previous) as copy:
+                    shutil.copyfileobj(old, copy)
+            else:  # a file system without hard links: until the next file is whole there is only the previous one
+                os.replace(path, previous)
+        sync_folder(previous.parent)
+
+
+def sync_file(descriptor: int) -> None:
+    """Wait until what was written is on the disk, where the file and the system know how."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _UNSYNCED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: a file's new name is not there yet when its content is."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows, or a folder that may be written but not read
+        return
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

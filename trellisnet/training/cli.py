@@ -139,6 +139,8 @@ class _Program:
         """What is kept and how to go on with it."""
         if self.folder is None:
             return "nothing was written"
+        if not self.folder.is_dir():
+            return "there is nothing left to go on from"
         if not (self.folder / "last.pt").is_file():
             return "no checkpoint had been written yet"
         resume = ["--resume", str(self.folder / "last.pt")]

@@ -521,7 +521,9 @@ class Trainer:
         return figures
 
     def _end_epoch(self, finished: bool) -> None:
-        """Validate, remember the best, anneal, write the checkpoints, then report.
+        """Validate, remember the best, anneal, log, write the checkpoints, then report.
+
+        A run that is killed before the checkpoint logs the epoch again; one killed after it has nothing left to log.
 
         An epoch cut short by `max_steps` is validated for information only, so that a continued run is not changed by
         where it had been stopped.
@@ -556,20 +558,19 @@ class Trainer:
                 self.say(f"epoch {epoch:3d}  no gain in {self.config.anneal} epochs: averaging from here on")
             self.epoch, self.batch, self.carry = epoch, 0, None
             self.running, self.meter = dict.fromkeys(self.running, 0.0), _Meter(self.task.measured, self.ranks)
-        self._save(better)
-
         line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
             f"train {self._score(train_score)}  "
             + (f"valid {self._score(valid[name])}{' *' if better else ''}  " if valid else "")
             + f"{_duration(seconds)}  {rate:,.0f} {self.task.unit}/s"
         )
-        self.say(line)
         self.folder.log(line)
         self.folder.record(
             "epoch", epoch=epoch, step=self.step, lr=lr, train_loss=train["loss"], train_score=train_score,
             valid_loss=valid and valid["loss"], valid_score=valid and valid[name], finished=finished,
             train_seconds=seconds, seconds=self.seconds,
         )  # fmt: skip
+        self._save(better)
+        self.say(line)
 
     def _save(self, best: bool) -> None:
         """Write last.pt, and before it best.pt and weights.pkl if these weights are the best.
@@ -586,6 +587,7 @@ class Trainer:
         with averaged(self.optimizer), self._writing():
             if averages:
                 content["average"] = self.task.model.state_dict()
+            self.folder.sync()
             if best and self.ranks.first:
                 checkpoint.save(self.folder.file("best.pt"), content)
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
@@ -594,18 +596,20 @@ class Trainer:
                 checkpoint.save(self.folder.file("last.pt"), content)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, what: str = "the checkpoint") -> Iterator[None]:
         """The first rank writes, the others wait; if it cannot, that ends them all."""
         with self.ranks.agreed():
             try:
                 yield
             except OSError as e:
-                raise RunError(f"the checkpoint could not be written ({e.strerror}); make room and continue") from e
+                self.folder.check_present()
+                raise RunError(f"{what} could not be written ({e.strerror}); make room and continue") from e
 
     def _take_best(self) -> None:
         """The weights of best.pt, on the first rank."""
         if not self.ranks.first:
             return
+        self.folder.check_present()
         try:
             best = self._load_best()
         except UserError as e:  # it was whole when the run began
@@ -622,7 +626,7 @@ class Trainer:
             valid = self.best["valid"]
         else:
             valid = self._validate()
-        with self.ranks.agreed():
+        with self._writing("weights.pkl"):
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = self._evaluate(self.splits.test, "test")
@@ -640,6 +644,8 @@ class Trainer:
             self.say(line)
             self.folder.log(line)
         self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **everything)
+        with self._writing("the log"):
+            self.folder.sync()
         if self.epoch >= self.config.epochs and self.ranks.first:
             self.folder.file("last.previous.pt").unlink(missing_ok=True)
         return Result(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy
 import torch
 
 import trellisnet
-from trellisnet.errors import UserError, shown
-from trellisnet.serialization import atomic_write, lock
+from trellisnet.errors import RunError, UserError, shown
+from trellisnet.serialization import atomic_write, lock, read_regular, sync_file
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
 try:
@@ -211,6 +211,9 @@ class RunFolder:
             for left in self._left():
                 left.unlink(missing_ok=True)
             tempfile.TemporaryFile(dir=path).close()  # its files may be writable where no checkpoint can be made
+            self._stat = path.stat()
+            _mend(path / "log.txt")
+            _mend(path / "metrics.jsonl", whole=_is_json)
             self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
@@ -247,6 +250,27 @@ class RunFolder:
             for key, value in _flat(finite):
                 self._board.add_scalar(f"{event}/{key}", value, values.get("step"))
 
+    def check_present(self) -> None:
+        """Raise RunError if the folder is no longer where it was."""
+        try:
+            present = os.path.samestat(self._stat, self.path.stat())
+        except OSError:
+            present = False
+        if not present:
+            raise RunError(f"{self.path}: the run folder was deleted or moved during the run")
+
+    def sync(self) -> None:
+        """Put log.txt and metrics.jsonl on the disk, so that they never lag behind a checkpoint.
+
+        Raises:
+            RunError: the folder was deleted or moved.
+            OSError: the disk is full, or the like.
+        """
+        self.check_present()
+        for file in (self._log, self._metrics):
+            file.flush()
+            sync_file(file.fileno())
+
     def write_config(self, config: RunConfig, choices: dict[str, Any]) -> None:
         """Write config.json: all settings, and the choices made at the start of the run."""
         content = {"task": config.task, "settings": to_settings(config), **choices}
@@ -260,10 +284,49 @@ class RunFolder:
             self.log(f"# {key}: {value}")
 
     def close(self) -> None:
-        self._log.close()
-        self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.ExitStack() as stack:  # one that fails, on a full disk, does not leave the others open
+            for file in filter(None, (self._board, self._metrics, self._log)):
+                stack.callback(file.close)
+
+
+def _mend(path: Path, whole: Callable[[bytes], bool] = bytes.__len__) -> None:
+    """End the last line of a file if a kill has torn it, or cut it off unless it is `whole`: more will be appended."""
+    if path.is_file():
+        *_, torn = path.read_bytes().rpartition(b"\n")
+        if torn and whole(torn):
+            with path.open("ab") as file:
+                file.write(b"\n")
+        elif torn:
+            os.truncate(path, path.stat().st_size - len(torn))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl. A last line that was torn, by a kill say, is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: another line is no JSON object; the message says which.
+    """
+    *lines, torn = read_regular(path).split("\n")
+    lines += [torn] if _is_json(torn.encode()) else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as e:
+            glued = ": a torn record and the next one are glued together" if line.rfind('{"event"') > 0 else ""
+            raise ValueError(f"line {number} is no JSON object{glued}; split or delete it") from e
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"line {number} is no JSON object; delete it")
+    return records
 
 
 class NoFolder:
@@ -278,7 +341,7 @@ class NoFolder:
     def nothing(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
-    log = record = write_config = log_head = close = nothing
+    log = record = write_config = log_head = check_present = sync = close = nothing
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
