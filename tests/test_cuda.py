@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+import char_ptb.train
+import cifar10.train
+import pmnist.train
+import word_ptb.train
 from test_graphs import assert_same, kept
 from test_ops import random_inputs
 from trellisnet import TrellisNet, heads, ops
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import fused, gemm
 from trellisnet.training import graphs
-from trellisnet.training.config import PROJECT
+from trellisnet.training.config import PROJECT, parse
 from trellisnet.training.tasks import LanguageModeling
 from word_ptb.model import Config
 from word_ptb.train import main
@@ -25,6 +29,7 @@ CUDA = torch.device("cuda")
 # Relative to the norm of what is compared, which is in float64 on the CPU.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 8e-2}
 BACKENDS = [("reference", "auto"), ("fused", "eager"), ("triton", "auto")]
+TASKS = {"word_ptb": word_ptb.train, "char_ptb": char_ptb.train, "pmnist": pmnist.train, "cifar10": cifar10.train}
 ON_BOTH = pytest.mark.parametrize("precision", TOLERANCE)
 
 
@@ -261,6 +266,22 @@ def test_weights_and_checkpoints_go_from_device_to_device(tmp_path, capsys, here
     assert main(resume) == 0, capsys.readouterr().err
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert settings["cuda_graph"] == {"cuda": "on", "cpu": "off"}[here]
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it announces itself as a prototype
+@pytest.mark.parametrize("task", TASKS)
+def test_batches_are_made_without_waiting_for_the_device(task):
+    config, _ = parse(TASKS[task].Config, ["--data", "synthetic", "--nhid", "8"])
+    made, splits, *_ = TASKS[task].setup(config, CUDA)
+    batches = made.batches(splits.train)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs, targets = batches[0]
+        batches[1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert inputs.is_cuda
+    assert len(inputs) == len(targets) == config.batch_size
 
 
 def test_too_little_memory_is_told_in_one_line(tmp_path, capsys):

@@ -23,6 +23,7 @@ from trellisnet.weights import save_weights
 SMALL = """--data synthetic --nhid 4 --nlevels 11 --batch_size 50 --epochs 2 --max_steps 60 --lr 0.01 --dropouti 0
 --dropout 0 --wdrop 0 --dropouth 0 --log-interval 20 --max_eval_tokens 200 --threads 1""".split()
 TASKS = {"pmnist": (pmnist.model, pmnist.train.main), "cifar10": (cifar10.model, cifar10.train.main)}
+SETUPS = {"pmnist": pmnist.train.setup, "cifar10": cifar10.train.setup}
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +116,24 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
     assert "config.json: is of pmnist, not of cifar10" in capsys.readouterr().err
     assert word_ptb.train.main(["--data", "synthetic", "--preset", "tiny", "--eval", "--load_weight", weights]) == 2
     assert "it is of another model or task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_batches_are_made_without_constants(task):
+    """A tensor made of Python's numbers would be copied to the device, which waits for it, in every step."""
+    config, _ = parse(TASKS[task][0].Config, SMALL[:10])
+    made, splits, *_ = SETUPS[task](config, torch.device("cpu"))
+    batches = made.batches(splits.train)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        inputs, _ = batches[0]
+    assert "aten::lift_fresh" not in {event.key for event in profile.key_averages()}
+    assert inputs.shape[0] == 50
+    mean, std = config.mean, config.std
+    order = np.random.default_rng([config.seed, 0]).permutation(len(splits.train[1]))[:50]
+    stored = splits.train[0][torch.from_numpy(order)]
+    if config.permute:
+        stored = stored[:, pixels.permutation(stored.shape[1], config.permutation_seed)]
+    torch.testing.assert_close(inputs, pixels.normalise(stored, mean, std), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*MNIST")

@@ -89,17 +89,18 @@ def split_validation(train: Split, n: int) -> tuple[Split, Split | None]:
     return Split(*(t[:rest] for t in train)), Split(*(t[rest:] for t in train)) if n else None
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """(pixels / 255 - mean) / std, colour by colour.
 
     Args:
         pixels: (n, L, C) uint8.
-        mean, std: of length C, on the scale from 0 to 1.
+        mean, std: of length C, on the scale from 0 to 1. Float32 tensors on the device of `pixels` are used as they
+            are; anything else is copied there, which waits for a CUDA device.
 
     Returns:
         (n, L, C) float32, on the device of `pixels`.
     """
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
+    mean, std = (torch.as_tensor(values, dtype=torch.float32, device=pixels.device) for values in (mean, std))
     return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 

@@ -122,10 +122,12 @@ def setup(
     model = build_model(config, channels, images.n_classes).to(device)
     if (seen := model.core.receptive_field) < length:
         warnings.warn(f"the last {seen} of {length} pixels are all that the model sees: more --nlevels", stacklevel=2)
+    # On the device once and for all: a copy for every batch would make it wait for the device.
     places = order.to(device)
+    mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
 
     def prepare(pixels: Tensor) -> Tensor:
-        return normalise(pixels[:, places], config.mean, config.std)
+        return normalise(pixels[:, places], mean, std)
 
     task = Classification(
         model,
