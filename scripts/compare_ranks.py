@@ -10,7 +10,6 @@ float64.
 
 import argparse
 import functools
-import json
 import platform
 import shlex
 import subprocess
@@ -33,12 +32,13 @@ import cifar10.train  # noqa: E402
 import pmnist.train  # noqa: E402
 import word_ptb.train  # noqa: E402
 import wt103.train  # noqa: E402
+from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
 from trellisnet.training.engine import Trainer, evaluate  # noqa: E402
 from trellisnet.training.interrupts import Interrupts  # noqa: E402
 from trellisnet.training.optim import make_optimizer  # noqa: E402
-from trellisnet.training.runlog import NoFolder, commit, machine  # noqa: E402
+from trellisnet.training.runlog import NoFolder, check_json_path, commit, machine, write_json  # noqa: E402
 
 STEPS = 5
 BOUNDS = {"float32": 1e-6, "float64": 1e-12}
@@ -162,6 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         worker(args.worker, args.cases)
         return 0
+    if args.json:
+        try:
+            check_json_path(args.json, "--json", ("command", "records"))
+        except UserError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
     records, failed = [], False
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # such networks do not see whole images
@@ -182,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(torch.device("cpu")), "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
     if args.json:
-        Path(args.json).write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
+        write_json(args.json, "--json", {**head, "records": records})
     return int(failed)
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from trellisnet.training.runlog import (
     command_line,
     environment,
     read_records,
-    write_metrics,
+    write_json,
 )
 from word_ptb.model import Config
 
@@ -46,7 +48,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot be written \(.*\); choose another folder with --out"):
         RunFolder(tmp_path / "file" / "run", fresh=True)
     with pytest.raises(UserError, match=r"--metrics .*: cannot be written"):
-        write_metrics(tmp_path / "nowhere" / "m.json", {})
+        write_json(tmp_path / "nowhere" / "m.json", "--metrics", {})
 
 
 def test_what_is_written(tmp_path):
@@ -94,6 +96,41 @@ def test_metrics_in_the_runs_folder_have_one_name(tmp_path):
     check_metrics_path(str(tmp_path / "run" / "metrics.json"), tmp_path / "run")
     with pytest.raises(UserError, match=r"the file is called metrics\.json"):
         check_metrics_path(str(tmp_path / "run" / "m.json"), tmp_path / "run")
+    for name in ("last.pt", "log.txt", "config.json"):
+        with pytest.raises(UserError, match=r"the file is called metrics\.json"):
+            check_metrics_path(str(tmp_path / "run" / name), tmp_path / "run")
+        (tmp_path / "link.json").unlink(missing_ok=True)
+        (tmp_path / "link.json").symlink_to(tmp_path / "run" / name)
+        with pytest.raises(UserError, match=r"the file is called metrics\.json"):
+            check_metrics_path(str(tmp_path / "link.json"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4", b"{}", b'{"task": "x", "command": "y"}', b"[1]", b"{", b"\xff", b" "])
+def test_metrics_replace_nothing_but_metrics(tmp_path, content):
+    (tmp_path / "m.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"m.json: holds something else, which is not overwritten; name a new file"):
+        check_metrics_path(str(tmp_path / "m.json"), None)
+    with pytest.raises(UserError, match=r"best.pt: runs keep something else under this name"):
+        check_metrics_path(str(tmp_path / "best.pt"), None)
+    for allowed in (b"", b'{"task": "x", "command": "y", "valid": null, "test": {}}'):
+        (tmp_path / "m.json").write_bytes(allowed)
+        check_metrics_path(str(tmp_path / "m.json"), None)
+    check_metrics_path(str(tmp_path / "new.json"), None)
+    for special in ("/dev/null", "/dev/stdout"):
+        check_metrics_path(special, None)
+    os.mkfifo(tmp_path / "pipe")
+    check_metrics_path(str(tmp_path / "pipe"), None)
+
+
+def test_metrics_go_to_standard_output_whatever_that_is(tmp_path):
+    """To the open file, behind what was printed; it is never replaced."""
+    code = 'from trellisnet.training.runlog import write_json; print("before", flush=True)'
+    code += "; write_json('/dev/stdout', '--metrics', {'a': 1}); print('after')"
+    expected = 'before\n{\n "a": 1\n}\nafter\n'
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == expected
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == expected
 
 
 @pytest.mark.parametrize(("torn", "kept"), [('{"event": "epo', ""), ('{"event": "epoch"}', '{"event": "epoch"}\n')])

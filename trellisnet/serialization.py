@@ -31,6 +31,7 @@ except ImportError:  # Windows
 # What torch and zipfile raise on damaged input is not documented; these are the kinds seen on altered files.
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _DAMAGE += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
+_LINKS = 40  # that the system follows
 _PART = 2**20  # elements
 _ZIP = b"PK\3\4"  # what torch knows a zip container by
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)  # of what cannot be synchronised
@@ -70,8 +71,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on a clean exit it is flushed to disk and takes the place of `path`.
 
     Whatever goes wrong in between, the old file stays as it was and the temporary one is removed. Links are followed;
-    what is no regular file (a device, a pipe) is written to directly.
+    what is no regular file (a device, a pipe) and what this process has open (/dev/stdout) is written to directly.
     """
+    if (number := stands_for(path)) is not None:
+        with os.fdopen(os.dup(number), "wb") as file:
+            yield file
+        return
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
@@ -90,6 +95,23 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def stands_for(path: str | os.PathLike) -> int | None:
+    """The descriptor of this process that a path such as /dev/stdout stands for on Linux; None if it is another path.
+
+    What such a link seems to point to may be a name of nothing (`pipe:[7]`), or of a file that must not be replaced.
+    """
+    path = os.path.abspath(path)
+    for _ in range(_LINKS):
+        folder, name = os.path.realpath(os.path.dirname(path)), os.path.basename(path)
+        if folder == f"/proc/{os.getpid()}/fd" and name.isdecimal():
+            return int(name)
+        path = os.path.join(folder, name)
+        if not os.path.islink(path):
+            break
+        path = os.path.join(folder, os.readlink(path))
+    return None
 
 
 def keep(path: Path, previous: Path) -> None:

@@ -31,7 +31,7 @@ from trellisnet.training.runlog import (
     command_line,
     environment,
     peak_memory,
-    write_metrics,
+    write_json,
 )
 
 OURS = (PROJECT, Path(weights.__file__).parent)  # where our warnings come from
@@ -206,7 +206,7 @@ class _Program:
             }  # fmt: skip
             with ranks.agreed():
                 if ranks.first:
-                    write_metrics(config.metrics, metrics)
+                    write_json(config.metrics, "--metrics", metrics)
 
     def _start(self, argv: list[str]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
         """Settings, the checkpoint to continue and what to tell of it. Only the first rank looks at files."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 
 import trellisnet
 from trellisnet.errors import RunError, UserError, shown
-from trellisnet.serialization import atomic_write, lock, read_regular, sync_file
+from trellisnet.serialization import atomic_write, lock, read_regular, stands_for, sync_file
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
+
+METRICS = ("task", "command", "valid", "test")  # a metrics file is recognised by
 
 try:
     import resource
@@ -126,26 +128,62 @@ def _forget_peak(device: torch.device) -> bool:
 
 
 def check_metrics_path(path: str, run_folder: Path | None) -> None:
-    """Raise UserError now rather than after hours of training if the metrics file could not be written."""
-    folder = os.path.dirname(os.path.abspath(path))
-    later = run_folder is not None and folder == os.path.abspath(run_folder)  # made with the run
-    if later and os.path.basename(path) not in RunFolder.FILES:
+    """Raise UserError now rather than after hours of training if the metrics file cannot or must not be written."""
+    real = Path(os.path.realpath(path))
+    own = run_folder is not None and real.parent == Path(os.path.realpath(run_folder))  # made with the run
+    if own and real.name != "metrics.json":
         raise UserError(f"--metrics {path}: in the run's own folder the file is called metrics.json")
-    if os.path.isdir(path) or not (later or (os.path.isdir(folder) and os.access(folder, os.W_OK))):
-        raise UserError(f"--metrics {path}: cannot be written; name a file in a folder that exists and is writable")
+    if real.name in RunFolder.FILES and real.name != "metrics.json":
+        raise UserError(f"--metrics {path}: runs keep something else under this name; choose another")
+    check_json_path(path, "--metrics", METRICS, later=own)
 
 
-def write_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
+def check_json_path(path: str, flag: str, keys: Collection[str], *, later: bool = False) -> None:
+    """Check at the start that JSON with certain keys can be written to a file at the end, and replaces nothing else.
+
+    Args:
+        path: a new or empty file, an earlier one of that kind, or no regular file at all (a device, a pipe).
+        flag: that named it.
+        keys: by which such a file is recognised.
+        later: its folder will be made.
+
+    Raises:
+        UserError: it cannot be written, or holds something else.
+    """
+    if stands_for(path) is not None:
+        return
+    real, folder = os.path.realpath(path), os.path.dirname(os.path.realpath(path))
+    special = os.path.exists(real) and not os.path.isfile(real)  # written to as it is, not replaced
+    if os.path.isdir(real) or not (os.access(real if special else folder, os.W_OK) or (later and not special)):
+        raise UserError(f"{flag} {path}: cannot be written; name a file in a folder that exists and is writable")
+    if os.path.isfile(real) and not _holds(real, keys):
+        raise UserError(f"{flag} {path}: holds something else, which is not overwritten; name a new file")
+
+
+def _holds(path: str, keys: Collection[str]) -> bool:
+    """Whether a file is empty or holds a JSON object with certain keys."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"", b"{"):  # such as a checkpoint, which may be large
+                return False
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text or "null")
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not text or (isinstance(content, dict) and content.keys() >= set(keys))
+
+
+def write_json(path: str | os.PathLike, flag: str, content: dict[str, Any]) -> None:
     """Write one JSON object, atomically.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file that `flag` named cannot be written.
     """
     try:
         with atomic_write(path) as file:
-            file.write((json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+            file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     except OSError as e:
-        raise UserError(f"--metrics {path}: cannot be written ({e.strerror})") from e
+        raise UserError(f"{flag} {path}: cannot be written ({e.strerror})") from e
 
 
 @contextlib.contextmanager
