@@ -45,7 +45,7 @@ import pmnist.model  # noqa: E402
 import word_ptb.model  # noqa: E402
 import wt103.model  # noqa: E402
 from trellisnet import ops  # noqa: E402
-from trellisnet.errors import UserError  # noqa: E402
+from trellisnet.errors import UserError, counted  # noqa: E402
 from trellisnet.ops import gemm  # noqa: E402
 from trellisnet.training import tasks  # noqa: E402
 from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
@@ -509,7 +509,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(device), "device": str(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
     }  # fmt: skip
-    print(f"{head['machine']}, {head['threads']} threads, torch {head['torch']}, commit {head['commit']}\n")
+    print(f"{head['machine']}, {counted(head['threads'], 'threads')}, torch {head['torch']}, commit {head['commit']}\n")
     print(table(records))
     if args.json:
         Path(args.json).write_text(json.dumps({**head, "records": records}, indent=1) + "\n")

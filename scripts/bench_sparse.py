@@ -19,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trellisnet.baselines import SparseLSTM
+from trellisnet.errors import counted
 
 # What is timed: inputs, hidden channels, reduce_in, reduce_out; rows and steps of a window.
 LAYERS = [(400, 1725, 1, 0.66666), (1725, 1725, 0.66666, 0.66666), (1725, 400, 0.66666, 1), (1150, 1150, 0.5, 0.5)]
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small layer")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {ROWS} rows of {STEPS} steps, milliseconds")
+    threads = counted(torch.get_num_threads(), "threads")
+    print(f"{threads}, torch {torch.__version__}, {ROWS} rows of {STEPS} steps, milliseconds")
     for inputs, hidden, reduce_in, reduce_out in [(40, 60, 0.5, 0.5)] if args.quick else LAYERS:
         layer = SparseLSTM(inputs, hidden, reduce_in=reduce_in, reduce_out=reduce_out, device=args.device)
         x = torch.randn(ROWS, STEPS, inputs, device=args.device, requires_grad=True)

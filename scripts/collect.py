@@ -233,6 +233,10 @@ def shown(split: dict) -> str:
     return f"{name} **{value:.{digits}f}**{more}"
 
 
+def _threads(record: dict) -> str:
+    return f"{record['threads']} thread{'s' * (record['threads'] != 1)}"
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.{0 if seconds >= 600 else 1}f}"
 
@@ -252,7 +256,7 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
         else "none held out; the last epoch is scored",
         "Parameters": f"{metrics['params']:,}",
         "Wall time": f"{_minutes(metrics['seconds'])} minutes, evaluation included",
-        "Machine": f"{metrics['machine']}, {metrics['threads']} threads, {metrics['device']}, {metrics['precision']}, "
+        "Machine": f"{metrics['machine']}, {_threads(metrics)}, {metrics['device']}, {metrics['precision']}, "
         f"backend {metrics['backend']}, torch {metrics['torch']}",
         "Seed": str(metrics["seed"]),
         "Commit": f"`{metrics['commit']}`",
@@ -658,7 +662,7 @@ def adapted(path: Path) -> str:
         lines = [
             f"## Cache and dynamic evaluation, {metrics['task']}, preset `{metrics['preset']}`",
             "",
-            f"`{command}` on {metrics['machine']}, {metrics['threads']} threads, {metrics['device']}, "
+            f"`{command}` on {metrics['machine']}, {_threads(metrics)}, {metrics['device']}, "
             f"{metrics['precision']}, torch {metrics['torch']}, commit `{metrics['commit']}`, {metrics['corpus']}; "
             f"{metrics['params']:,} parameters, seed {metrics['seed']}; {metrics['test_static']['tokens']:,} test "
             "tokens. Minutes and the peak of the process's memory are those of scoring the test data, after what was "
@@ -751,7 +755,7 @@ def speed(folder: Path) -> str:
                 raise BadResultError(f"{path}: of small networks, or the command names a path of one machine")
             variants = list(dict.fromkeys(r["variant"] for r in found["records"]))
             lines += [
-                f"`{command}` on {found['machine']}, {found['threads']} threads, torch {found['torch']}, "
+                f"`{command}` on {found['machine']}, {_threads(found)}, torch {found['torch']}, "
                 f"commit `{found['commit']}`; medians, in brackets the share of one large product's rate:",
                 "",
                 f"| task | | {' | '.join(variants)} |",

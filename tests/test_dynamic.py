@@ -464,7 +464,7 @@ def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
         ("--eval --dynamic_eval --dynamic_eval_epsilon 0", "--dynamic_eval_epsilon: expected more than 0, got 0.0"),
         ("--eval --dynamic_eval --dynamic_eval_rule adam", "argument --dynamic_eval_rule: invalid choice: 'adam'"),
         ("--eval --dynamic_eval --adapt_rows 9999999", "--adapt_rows 9999999: the text is too short for so many"),
-        ("--eval --dynamic_eval --adapt_rows 4000", "--adapt_rows 4000: rows of 1 tokens of valid are short"),
+        ("--eval --dynamic_eval --adapt_rows 4000", "--adapt_rows 4000: rows of 1 token of valid are too short"),
         ("--eval --cache 9 1", "--cache 9 1: expected three numbers, WINDOW THETA LAMBDA"),
         ("--eval --cache 9.5 1 .1", "--cache 9.5 1 0.1: WINDOW: expected a whole number of positions ≥ 1, got 9.5"),
         ("--eval --cache 0 1 .1", "--cache 0 1 0.1: WINDOW: expected a whole number of positions ≥ 1, got 0"),

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from trellisnet import serialization
-from trellisnet.errors import RunError, UserError
+from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
-from trellisnet.training.engine import Splits, fit
+from trellisnet.training.engine import Bar, Splits, Trainer, _duration, fit
 from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import RunFolder, read_records
 
@@ -323,3 +323,63 @@ def test_a_folder_that_is_deleted_during_the_run_is_named(tmp_path, when):
     with pytest.raises(RunError, match=r"run: the run folder was deleted or moved during the run"):
         run(tmp_path / "run", task=Deletes())
     assert len(evaluated) == (2 if when == "training" else 5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(5.25, "5.2s"), (65, "1m05s"), (3 * 3600, "3h00m"), (172_799.4, "47h59m"), (172_800, "2d00h"), (274_000, "3d04h")],
+)
+def test_durations(seconds, shown):
+    assert _duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "shown"),
+    [
+        (0, "about 10m00s an epoch, 3h20m for all, evaluation aside"),
+        (1, "about 10.0s for 1 step, evaluation aside"),
+        (90, "about 15m00s for 90 steps, evaluation aside"),
+        (2000, "about 10m00s an epoch, 3h20m for all, evaluation aside"),
+    ],
+)
+def test_the_time_told_is_that_of_the_steps_to_come(max_steps, shown):
+    said = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.say = Config(epochs=20, max_steps=max_steps), said.append
+    trainer._tell_duration(10.0, 60)
+    assert said == [shown]
+
+
+@pytest.mark.parametrize(("max_steps", "end"), [(0, 60), (30, 13), (29, 12), (500, 60), (20, 12)])
+def test_the_bar_ends_where_the_run_does(max_steps, end):
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.batch, trainer.step = Config(max_steps=max_steps), 12, 29
+    assert trainer._end(60) == end
+
+
+@pytest.mark.parametrize("n", [0, 7, 12345])
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+def test_a_narrow_bar_keeps_speed_and_remaining_time_and_cuts_no_number(columns, n):
+    progress = Bar(total=12345, desc="epoch 12", unit="window", disable=True)
+    progress.show(["loss 5.4321", "ppl 324.98", "lr 20", "24,435 tok/s"])
+    line = Bar.format_meter(
+        n, 12345, 45_000, ncols=columns, prefix="epoch 12", unit="window", postfix=progress.postfix, rate=n and 0.25
+    )
+    assert len(line) <= columns
+    inside = re.fullmatch(r"epoch 12: +\d+%\|.+\| \d+/12345 \[12:30:00<([\d:]+|\?), (.+)\]", line)
+    assert inside, line
+    figures = ["24,435 tok/s", "loss 5.4321", "ppl 324.98", "lr 20"]
+    assert inside[2].split("  ") in [figures[: i + 1] for i in range(4)]
+    if columns == 200:
+        assert inside[2].split("  ") == figures
+
+
+def test_a_bar_without_figures_is_that_of_tqdm():
+    assert "2.00window/s]" in Bar.format_meter(20, 60, 10, ncols=80, prefix="valid", unit="window")
+
+
+def test_numbers_have_their_nouns():
+    assert counted(1, "threads") == "1 thread"
+    assert counted(0, "threads") == "0 threads"
+    assert counted(1, "steps an epoch") == "1 step an epoch"
+    assert counted(1234, "tokens") == "1,234 tokens"

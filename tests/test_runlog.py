@@ -13,6 +13,7 @@ from trellisnet.errors import RunError, UserError
 from trellisnet.training.config import PROJECT
 from trellisnet.training.runlog import (
     RunFolder,
+    busy,
     check_metrics_path,
     command_line,
     environment,
@@ -167,3 +168,23 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
     with pytest.raises(RunError, match=r"run: the run folder was deleted or moved during the run"):
         folder.sync()
     folder.close()
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "threads", "free"),
+    [
+        (0.0, 2, 2, 0),
+        (0.4, 2, 2, 0),
+        (1.0, 2, 2, 1),
+        (9.0, 2, 2, 1),
+        (9.0, 2, 1, 0),
+        (10.0, 64, 64, 0),
+        (30.5, 64, 64, 33),
+    ],
+)
+def test_a_busy_machine_is_told_of(monkeypatch, load, cores, threads, free):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    found = busy(threads)
+    assert bool(found) == bool(free)
+    assert not free or (f"load {load} on {cores} cores" in found and found.endswith(f"than --threads {free}"))

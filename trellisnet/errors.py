@@ -1,6 +1,7 @@
-"""The exceptions that a command-line program turns into one line and an exit code, and text that is safe to print."""
+"""The exceptions that a command-line program turns into one line and an exit code, and what such lines are made of."""
 
 import errno
+import re
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the fault of what the user asked for
 LINE = 2000  # characters of a message: room for two long paths
@@ -68,3 +69,8 @@ def unwritable(what: str, error: OSError) -> UserError | RunError:
     """
     kind = RunError if error.errno in _DISK_FULL else UserError
     return kind(f"{what} ({error.strerror}); make room or name another folder")
+
+
+def counted(number: int, things: str) -> str:
+    """Return a number with its noun, given in the plural: "2 threads", "1 thread", "1 step an epoch"."""
+    return f"{number:,} " + (re.sub(r"s\b", "", things, count=1) if number == 1 else things)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trellisnet.data.corpus import Corpus, batchify
-from trellisnet.errors import RunError, UserError
+from trellisnet.errors import RunError, UserError, counted
 from trellisnet.evaluation import cache, dynamic
 from trellisnet.training.language_model import LanguageModelConfig, Scores
 from trellisnet.training.runlog import cost
@@ -71,7 +71,10 @@ class _Adapted:
         for split, text in rows.items():
             windows = [task, *([self.segmented] if config.dynamic_eval else [])]
             if any(next(way.windows(text, training=False), None) is None for way in windows):
-                raise UserError(f"--adapt_rows {config.adapt_rows}: rows of {text.size(1)} tokens of {split} are short")
+                short = counted(text.size(1), "tokens")
+                raise UserError(
+                    f"--adapt_rows {config.adapt_rows}: rows of {short} of {split} are too short; pass fewer"
+                )
             if config.cache and config.cache[0] >= text.size(1) - 2:
                 given = f"--cache {' '.join(f'{number:.15g}' for number in config.cache)}"
                 raise UserError(f"{given}: WINDOW: expected less than the {text.size(1)} tokens of a row of {split}")

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trellisnet.errors import counted
 from trellisnet.training.tasks import LanguageModeling, Progress, evaluating
 
 RULES = ("rms", "sgd")
@@ -120,7 +121,7 @@ def gradient_statistics(
     model, parameters = task.model, _trainable(task.model)
     count = sum(1 for _ in itertools.islice(task.windows(rows, training=False), limit or None))
     if not count:
-        raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+        raise ValueError(f"rows of {counted(rows.size(1), 'tokens')} hold no window with anything to score")
     squares = [torch.zeros_like(p) for p in parameters]
     with evaluating(model), _uncached(rows.device):
         groups = [task.windowed(part) for part in rows.split(group or rows.size(0))]
@@ -213,7 +214,7 @@ def evaluate(
                         p.lerp_(before, rate)
                     p.addcmul_(g, step, value=-1)
     if not tokens:
-        raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+        raise ValueError(f"rows of {counted(rows.size(1), 'tokens')} hold no window with anything to score")
     return {"loss": total / tokens, "tokens": tokens}
 
 

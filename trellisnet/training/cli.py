@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from trellisnet import console, serialization, weights
-from trellisnet.errors import LINE, NAME, RunError, UserError, of_system, shown
+from trellisnet.errors import LINE, NAME, RunError, UserError, counted, of_system, shown
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
@@ -27,6 +27,7 @@ from trellisnet.training.runlog import (
     NoFolder,
     RunFolder,
     alone,
+    busy,
     check_metrics_path,
     command_line,
     environment,
@@ -175,10 +176,12 @@ class _Program:
 
         facts = {"parameters": count_parameters(task.model), **facts}
         env = environment(device) | {"ranks": ranks.size} | {key: getattr(config, key) for key in CHOICES}
-        summary = ", ".join(f"{key} {v}" if isinstance(v, str) else f"{v:,} {key}" for key, v in facts.items())
-        how = f"{env['threads']} threads, {config.precision}, {config.backend}"
+        summary = ", ".join(f"{key} {v}" if isinstance(v, str) else counted(v, key) for key, v in facts.items())
+        how = f"{counted(env['threads'], 'threads')}, {config.precision}, {config.backend}"
         how += f", {ranks.size} ranks" if ranks.size > 1 else ""
         _say(f"{splits.label}: {summary}; {env['device']} ({env['machine']}), {how}")
+        if device.type == "cpu" and ranks.size == 1 and (notice := busy(env["threads"])):
+            _say(notice)
         notices = [*config.notices(), *([spoilt] if spoilt else [])]
         for notice in notices:
             _say(notice)

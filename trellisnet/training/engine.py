@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trellisnet import serialization
-from trellisnet.errors import RunError, UserError
+from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
 from trellisnet.training.distributed import Gradient, Ranks, Told
@@ -87,9 +87,30 @@ class Result:
     everything: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def bar(iterable: Iterable | None = None, total: int | None = None, **options: Any) -> tqdm:
+class Bar(tqdm):
+    """A progress bar. On a narrow terminal it leaves out what does not fit of the figures behind it, but the speed.
+
+    tqdm would cut the line within a number, which then reads as another number.
+    """
+
+    def show(self, figures: list[str]) -> None:
+        """Show figures behind the bar, the last of them, the speed, first."""
+        self.set_postfix_str("  ".join([*figures[-1:], *figures[:-1]]))
+
+    @staticmethod
+    def format_meter(*args: Any, ncols: int | None = None, postfix: str | None = None, **options: Any) -> str:
+        figures = postfix.split("  ") if postfix else []
+        if figures:
+            options["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        # Without `ncols` the bar is ten characters wide, and one of them is enough.
+        while figures and ncols and len(tqdm.format_meter(*args, postfix="  ".join(figures), **options)) > ncols + 9:
+            figures.pop()
+        return tqdm.format_meter(*args, ncols=ncols, postfix="  ".join(figures), **options)
+
+
+def bar(iterable: Iterable | None = None, total: int | None = None, **options: Any) -> Bar:
     """A progress bar on standard error; silent where that is no terminal."""
-    return tqdm(iterable, total=total, disable=None, dynamic_ncols=True, leave=False, **options)
+    return Bar(iterable, total=total, disable=None, dynamic_ncols=True, leave=False, **options)
 
 
 def evaluate(
@@ -141,7 +162,7 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     scores = "  ".join(f"{key} {result[key]:.{task.digits}f}" for key in [task.score_name, *others])
     marks = {"partial": "partial", "init_tail": "tail vectors not trained"}
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
-    line = f"{name} {scores}  loss {result['loss']:.4f} nats  {result[task.count]:,} {task.count}"
+    line = f"{name} {scores}  loss {result['loss']:.4f} nats  {counted(result[task.count], task.count)}"
     if "settings" in result:
         settings = result["settings"].items()
         line += "  " + " ".join(f"{key} {v:g}" if isinstance(v, float) else f"{key} {v}" for key, v in settings)
@@ -324,8 +345,8 @@ class Trainer:
             ranks.seed(self.config.seed, self.step)
         if ranks.size != len(states):
             line = (
-                f"NOTICE: the checkpoint is of {len(states)} rank(s), this run has {ranks.size}: the first goes on "
-                "with its random numbers, others begin new ones"
+                f"NOTICE: the checkpoint is of {counted(len(states), 'ranks')}, this run has {ranks.size}: the first "
+                "goes on with its random numbers, others begin new ones"
             )
             self.say(line)
             self.folder.log(line)
@@ -368,13 +389,19 @@ class Trainer:
     def _stopped(self) -> bool:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
 
+    def _end(self, batches: int) -> int:
+        """The last batch of this epoch, of `batches`, before `max_steps` ends the run."""
+        limit = self.config.max_steps
+        return min(batches, self.batch + max(0, limit - self.step)) if limit else batches
+
     def _train_epoch(self, batches: Sequence[Any]) -> bool:
         """Train on what is left of the epoch; False if it was cut short by `max_steps`."""
         task, model, config = self.task, self.task.model, self.config
         model.train()
         self.meter, self.saved = _Meter(task.measured, self.ranks), time.monotonic()
         told, alone = self.epoch > 0, self.ranks.size == 1
-        progress = bar(total=len(batches), initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
+        end = self._end(len(batches))
+        progress = bar(total=end, initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
         with progress:
             for batch in map(batches.__getitem__, range(self.batch, len(batches))):
                 if self._stopped():
@@ -388,16 +415,17 @@ class Trainer:
                 counted = self.meter.steps  # none if all since the last line were skipped
                 if not told and counted and (counted == FIRST_STEPS or self.meter.seconds > FIRST_SECONDS):
                     told = True
-                    self._tell_duration(self.meter.seconds / counted * len(batches))
+                    self._tell_duration(self.meter.seconds / counted, len(batches))
+                progress.total = self._end(len(batches))  # later by every step that is skipped
                 progress.update()
                 due = self.batch % config.log_interval == 0 or self.batch == len(batches) or self._stopped()
                 if due and counted:
                     with self.interrupts.held():
                         figures = self._log_steps(len(batches))
-                    progress.set_postfix_str(figures)
+                    progress.show(figures)
                 # Several ranks tell each other how far they are for the log only.
                 elif not progress.disable and alone and counted and self.meter.shown + 1 < time.monotonic():
-                    progress.set_postfix_str(self._figures())
+                    progress.show(self._figures())
                 due = config.checkpoint_steps and self.step % config.checkpoint_steps == 0
                 late = self._is_late() if alone else self.told.late
                 if due or late:
@@ -484,7 +512,7 @@ class Trainer:
         what = f"training loss became {loss}" if not math.isfinite(loss) else f"{other} is not finite"
         line = (
             f"the {what} by step {self.step + 1} (epoch {self.epoch + 1}, {task.batch_name} {self.batch}), after "
-            f"{before:,} {task.count} of the epoch; the largest gradient norm is {norms[worst]:.3g}, of {worst}"
+            f"{counted(before, task.count)} of the epoch; the largest gradient norm is {norms[worst]:.3g}, of {worst}"
         )
         if self.skipped >= config.skip_bad_steps:
             skipped = f" ({self.skipped} skipped before it)" if self.skipped else ""
@@ -496,23 +524,27 @@ class Trainer:
         place = {"epoch": self.epoch + 1, "batch": self.batch, "step": self.step}
         self.folder.record("skipped", **place, loss=loss, tensor=worst, norm=norms[worst])
 
-    def _tell_duration(self, epoch: float) -> None:
-        left = epoch * (self.config.epochs - self.epoch)
-        self.say(f"about {_duration(epoch)} an epoch, {_duration(left)} for all, evaluation aside")
+    def _tell_duration(self, step: float, batches: int) -> None:
+        """Tell how long an epoch of `batches` and all epochs take, or what `max_steps` leaves of them."""
+        epochs, limit = batches * self.config.epochs, self.config.max_steps
+        every = f"about {_duration(step * batches)} an epoch, {{}} for all, evaluation aside"
+        if limit and limit < epochs:
+            every = f"about {{}} for {counted(limit, 'steps')}, evaluation aside"
+        self.say(every.format(_duration(step * (min(limit, epochs) if limit else epochs))))
 
-    def _figures(self) -> str:
-        """Loss, score, rate and speed since the last log line."""
+    def _figures(self) -> list[str]:
+        """Loss, score, learning rate and speed since the last log line."""
         means, task = self.meter.means(), self.task
         score = self._score(task.training_score(means))
         speed = self.meter.count / max(self.meter.seconds, 1e-9)
-        return f"loss {means['loss']:.4f} {score} lr {self.schedule.lr:g} {speed:,.0f} {task.unit}/s"
+        return [f"loss {means['loss']:.4f}", score, f"lr {self.schedule.lr:g}", f"{speed:,.0f} {task.unit}/s"]
 
     def _score(self, score: float) -> str:
         return f"{self.task.score_name} {score:.{self.task.digits}f}"
 
-    def _log_steps(self, steps: int) -> str:
+    def _log_steps(self, steps: int) -> list[str]:
         figures, name = self._figures(), self.task.batch_name
-        self.folder.log(f"epoch {self.epoch + 1} {name} {self.batch}/{steps} step {self.step} {figures}")
+        self.folder.log(f"epoch {self.epoch + 1} {name} {self.batch}/{steps} step {self.step} {' '.join(figures)}")
         self.folder.record(
             "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, **self.meter.means()
         )
@@ -555,7 +587,9 @@ class Trainer:
             self.schedule.step(epoch, (valid or train)["loss"])
             if self.schedule.averaging and not was_averaging:
                 self.optimizer = make_averaging(self.task.model.parameters(), self.config)
-                self.say(f"epoch {epoch:3d}  no gain in {self.config.anneal} epochs: averaging from here on")
+                self.say(
+                    f"epoch {epoch:3d}  no gain in {counted(self.config.anneal, 'epochs')}: averaging from here on"
+                )
             self.epoch, self.batch, self.carry = epoch, 0, None
             self.running, self.meter = dict.fromkeys(self.running, 0.0), _Meter(self.task.measured, self.ranks)
         line = f"epoch {epoch:3d}{'' if finished else ' (cut short)'}  lr {lr:g}  " + (
@@ -663,6 +697,8 @@ class Trainer:
 def _duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d{hours % 24:02d}h"
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{seconds:.1f}s"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trellisnet.baselines import RHN, SparseEmbedding, rhn, sparse, tcn
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, open_words
-from trellisnet.errors import UserError
+from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
 from trellisnet.training.distributed import Ranks
@@ -313,7 +313,9 @@ def setup(
         steps = 0 if config.eval else len(task.batches(rows["train"]))
         for split in ("valid", "test"):
             if next(task.windows(rows[split], training=False), None) is None:
-                raise ValueError(f"{split}: rows of {rows[split].size(1)} tokens hold no window with anything to score")
+                raise ValueError(
+                    f"{split}: rows of {counted(rows[split].size(1), 'tokens')} hold no window with anything to score"
+                )
     except ValueError as e:
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     schedule = Schedule(

@@ -19,7 +19,7 @@ import numpy
 import torch
 
 import trellisnet
-from trellisnet.errors import RunError, UserError, shown
+from trellisnet.errors import RunError, UserError, counted, shown
 from trellisnet.serialization import atomic_write, lock, read_regular, stands_for, sync_file
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
@@ -64,7 +64,24 @@ def machine(device: torch.device) -> str:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {counted(os.cpu_count() or 1, 'cores')}"
+
+
+def busy(threads: int) -> str:
+    """A notice if other processes leave clearly fewer cores than `threads`, by the load of the last minute, or "".
+
+    Threads that wait for one another make no progress while any of them has no core: two can be nine times slower than
+    one.
+    """
+    try:
+        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on every system
+        return ""
+    if threads == 1 or load + threads <= 1.25 * cores:
+        return ""
+    free = max(1, int(cores - load))
+    where = f"load {load:.1f} on {counted(cores, 'cores')}"
+    return f"NOTICE: the machine is busy ({where}): {threads} threads may be many times slower than --threads {free}"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

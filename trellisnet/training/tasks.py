@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellisnet.core import State
+from trellisnet.errors import counted
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
 from trellisnet.training.distributed import Ranks
@@ -163,7 +164,7 @@ class LanguageModeling:
         else:
             found = _Lazy(self._starts(rows, True), lambda start: self._cut(rows, start, True))
         if not found:
-            raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+            raise ValueError(f"rows of {counted(rows.size(1), 'tokens')} hold no window with anything to score")
         return found
 
     def _random_spans(self, length: int, epoch: int) -> list[tuple[int, int]]:
@@ -205,7 +206,9 @@ class LanguageModeling:
         """
         skip = self.horizon if self._has_history(self.model.training) else 0
         if inputs.size(1) <= skip:
-            raise ValueError(f"a window of {inputs.size(1)} tokens holds nothing to score after the first {skip}")
+            raise ValueError(
+                f"a window of {counted(inputs.size(1), 'tokens')} holds nothing to score after the first {skip}"
+            )
         aux_every = self.aux_every if self.aux_weight > 0 else None
         out = self.model(inputs, state, start=skip, aux_every=aux_every, masks=masks)
         targets = targets[:, skip:]
@@ -341,7 +344,7 @@ class LanguageModeling:
         """
         starts = self._starts(rows, False)
         if not starts:
-            raise ValueError(f"rows of {rows.size(1)} tokens hold no window with anything to score")
+            raise ValueError(f"rows of {counted(rows.size(1), 'tokens')} hold no window with anything to score")
         if max_tokens is None:
             return starts
         return starts[: max(1, math.ceil(max_tokens / (rows.size(0) * starts.step)))]
@@ -424,7 +427,7 @@ class LanguageModeling:
                 return self._averaged(self._stream(rows, self.ranks.part(range(last)), progress))
         windows = [(inputs, targets) for _, inputs, targets in self.windows(rows, training=False)]
         if not windows:
-            raise ValueError(f"a stream of {stream.numel()} tokens holds no window with anything to score")
+            raise ValueError(f"a stream of {counted(stream.numel(), 'tokens')} holds no window with anything to score")
         whole = [w for w in windows[1:] if w[0].size(1) == self.seq_len]
         rest = [w for w in windows[1:] if w[0].size(1) != self.seq_len]
         # The first window has nothing before it: all of it is scored.
