@@ -7,9 +7,13 @@ and every line ends with `<eos>`. The two differ by two spaces a line, which car
 
 import dataclasses
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
 
 from trellisnet.data import corpus, download, penn
 from trellisnet.data.corpus import EOS, SPLITS, Corpus

@@ -1,8 +1,12 @@
 """CIFAR-10, binary version: records of a label and three planes of bytes, as sequences of 1,024 coloured pixels."""
 
 import functools
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
 
 import numpy as np
 import torch

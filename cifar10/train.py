@@ -1,7 +1,11 @@
 """Train or score a TrellisNet on sequential CIFAR-10: `python cifar10/train.py --help`."""
 
 import functools
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 from cifar10 import data
 from cifar10.model import Config

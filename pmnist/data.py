@@ -1,9 +1,13 @@
 """MNIST: four IDX files, plain or compressed, as sequences of 784 grey pixels."""
 
 import functools
+import signal
 import sys
 import warnings
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
 
 import numpy as np
 

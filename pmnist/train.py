@@ -1,7 +1,11 @@
 """Train or score a TrellisNet on sequential or permuted MNIST: `python pmnist/train.py --help`."""
 
 import functools
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 from pmnist import data
 from pmnist.model import Config

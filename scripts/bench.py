@@ -25,6 +25,7 @@ import dataclasses
 import gc
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
 import torch.nn.functional as F

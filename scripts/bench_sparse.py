@@ -8,9 +8,13 @@ three must agree before they are timed; a time is the best of several forward an
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
 import torch.nn.functional as F

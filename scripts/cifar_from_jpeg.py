@@ -10,12 +10,16 @@ where each begins, and the end of the last) and NAME_labels (n integers from 0 t
 import argparse
 import io
 import itertools
+import signal
 import struct
 import sys
 import warnings
 import zipfile
 import zlib
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import numpy as np
 
@@ -28,6 +32,7 @@ from cifar10.data import COLOURS, NAMES, RECORD, SIDE, SOURCE_NAME, TRAIN_NAMES
 from trellisnet import serialization
 from trellisnet.data.pixels import CLASSES
 from trellisnet.errors import RunError, UserError, unwritable
+from trellisnet.training.runlog import pip_install
 
 LABEL = "CIFAR-10 (JPEG)"
 KEYS = [f"{split}_{key}" for split in ("train", "test") for key in ("jpeg", "offsets", "labels")]
@@ -118,7 +123,7 @@ def convert(source: Path, folder: Path) -> dict[str, np.ndarray]:
         RunError: the disk is full.
     """
     if Image is None:
-        raise UserError("Pillow, which decodes the pictures, is not installed; pip install pillow")
+        raise UserError(f"Pillow, which decodes the pictures, is not installed: {pip_install('pillow')}")
     others = [name for name in NAMES if (folder / name).exists()]
     if others and not (folder / SOURCE_NAME).exists():
         raise UserError(f"{folder}: holds other batches ({others[0]}); name another folder")

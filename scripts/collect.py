@@ -16,16 +16,23 @@ Table 6 after equally many updates: what `PRESET=small STEPS=N bash scripts/tabl
 import argparse
 import json
 import re
+import signal
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from trellisnet import errors  # noqa: E402
-from trellisnet.serialization import read_regular  # noqa: E402
+from trellisnet.serialization import atomic_write, read_regular  # noqa: E402
+from trellisnet.training.cli import guarded  # noqa: E402
+from trellisnet.training.config import Parser  # noqa: E402
 
 # Test scores of the paper (Tables 1 to 3), by task.
 PAPER = {
@@ -782,16 +789,8 @@ def speed(folder: Path) -> str:
     return "\n".join([*lines[: len(lines) - (lines[-1] == "")], "<!-- speed: end -->"])
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with 2."""
-        self.exit(2, f"error: {message}; --help lists the flags\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+def run(argv: Sequence[str]) -> int:
+    """Parse, read, write or compare."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
     names = [*map(str, TABLES), *OTHER_TABLES, "compare"]
@@ -803,8 +802,7 @@ def main(argv: list[str] | None = None) -> int:
             number = int(args.table) if args.table.isdigit() else args.table
             print(compared(args.root) if number == "compare" else table(number, args.root))
         except BadResultError as e:
-            print(f"error: {errors.shown(e, errors.LINE)}", file=sys.stderr)
-            return 2
+            raise errors.UserError(str(e)) from e
         return 0
     folders = [
         path
@@ -827,17 +825,22 @@ def main(argv: list[str] | None = None) -> int:
             "README.md": readme,
         }
     except (BadResultError, OSError) as e:
-        print(f"error: {errors.shown(e, errors.LINE)}", file=sys.stderr)
-        return 2
+        raise errors.UserError(str(e)) from e
     stale = []
     for name, content in contents.items():
         path = args.root / name
         if not path.exists() or path.read_text(encoding="utf-8") != content:
             stale.append(name)
             if not args.check:
-                path.write_text(content, encoding="utf-8")
+                with atomic_write(path) as file:
+                    file.write(content.encode())
     print(f"{'out of date' if args.check else 'written'}: {', '.join(stale)}" if stale else "up to date")
     return 1 if stale and args.check else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import functools
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
 from torch import Tensor

@@ -8,9 +8,13 @@ them and nothing else: with 1, 2, 4, … and, of a TrellisNet or a TCN, as many 
 """
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import trained
 
@@ -18,6 +22,7 @@ from trellisnet.errors import UserError
 from trellisnet.evaluation.context import context_lengths, loss_by_context
 from trellisnet.models import count_parameters
 from trellisnet.serialization import atomic_write
+from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
 from trellisnet.training.runlog import environment
 
@@ -66,7 +71,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return trained.guarded(run, argv)
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ data=()
 case " $* " in
 *" --data "* | *" --data="*) ;; # the caller's choice
 *)
-    if ! "$PY" -m word_ptb.data "$ROOT/data/penn"; then
+    status=0
+    "$PY" -m word_ptb.data "$ROOT/data/penn" || status=$?
+    [ "$status" -lt 128 ] || exit "$status" # a signal
+    if [ "$status" -ne 0 ]; then
         echo "NOTICE: no Penn Treebank in data/penn (train.txt, valid.txt, test.txt), and it could not be fetched;"
         echo "NOTICE: training on a small synthetic corpus instead. Its perplexities mean nothing beyond it."
         data=(--data synthetic)

@@ -12,11 +12,15 @@ of the file and its scores, measured again after rounding, on all of the data an
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
 import trained
@@ -29,6 +33,7 @@ import wt103.train
 from trellisnet import weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.serialization import atomic_write
+from trellisnet.training.cli import guarded
 from trellisnet.training.config import PROJECT, Parser, check_settings
 
 # The program of every task, and how many tokens or images the short score is of.
@@ -162,7 +167,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return trained.guarded(run, argv)
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

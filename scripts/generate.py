@@ -9,10 +9,14 @@ for a single `<eos>`. Words must be of the vocabulary, which the data of the mod
 text on the same machine.
 """
 
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
 import trained
@@ -21,6 +25,7 @@ from trellisnet.data.corpus import EOS, unknown_tokens
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.evaluation.generate import Sampling, generate
 from trellisnet.models import count_parameters
+from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
 
 UNKNOWN = "<unk>"
@@ -103,7 +108,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return trained.guarded(run, argv)
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

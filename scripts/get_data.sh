@@ -24,5 +24,6 @@ cd "$ROOT"
 status=0
 for set in "${sets[@]}"; do
     "$PY" -m "${set%%:*}" "data/${set#*:}" || status=$? # the others may do better
+    [ "$status" -lt 128 ] || break # a signal is meant for all
 done
 exit "$status"

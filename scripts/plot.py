@@ -10,19 +10,24 @@ All but the last need matplotlib: pip install -e .[plot]. The functions that rea
 
 import math
 import re
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
+
 import collect
-import trained
 
 from trellisnet.errors import UserError
 from trellisnet.ops.pruning import dependencies
 from trellisnet.serialization import atomic_write
+from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
+from trellisnet.training.runlog import pip_install
 
 PROJECT = Path(__file__).resolve().parents[1]
 # What colour-blind readers tell apart (Okabe & Ito, 2008), and two more.
@@ -355,7 +360,7 @@ def pyplot() -> Any:
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
     except ImportError as e:
-        raise UserError("plots need matplotlib: pip install -e .[plot], or pip install matplotlib") from e
+        raise UserError(f"plots need matplotlib: {pip_install('matplotlib')}") from e
     plt.rcParams.update(
         {
             "svg.hashsalt": "trellisnet", "svg.fonttype": "none", "font.size": 10, "figure.dpi": 150,
@@ -607,7 +612,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    return trained.guarded(run, argv)
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,16 @@ Letters: N sentences of a batch, L their length, V words, E embedding width, H h
 import functools
 import hashlib
 import random
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import numpy as np
 import torch

@@ -9,9 +9,8 @@ Either way the flags of the task's train.py that say where things are and how th
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +27,9 @@ import wt103.data  # noqa: E402
 import wt103.model  # noqa: E402
 from trellisnet import weights  # noqa: E402
 from trellisnet.data.corpus import Corpus  # noqa: E402
-from trellisnet.errors import RunError, UserError, of_system  # noqa: E402
+from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.models import TrellisLanguageModel  # noqa: E402
 from trellisnet.serialization import read_regular  # noqa: E402
-from trellisnet.training.cli import EXIT_FAILED, EXIT_OK, EXIT_USER, is_out_of_memory, plain_warnings  # noqa: E402
 from trellisnet.training.config import parse  # noqa: E402
 from trellisnet.training.language_model import LanguageModelConfig, build_model  # noqa: E402
 
@@ -118,32 +116,3 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
     model = build_model(config, len(corpus.vocabulary)).to(device).eval()
     weights.load_weights(model, config.load_weight, vocabulary=corpus.vocabulary_sha256, **config.load_options())
     return Trained(config, model, corpus, device)
-
-
-def guarded(function: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Call a script's function with its arguments; the exit code, as of train.py."""
-    try:
-        with plain_warnings():
-            function(sys.argv[1:] if argv is None else list(argv))
-            sys.stdout.flush()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_USER
-    except RunError as e:
-        print(f"failed: {e}", file=sys.stderr)
-        return EXIT_FAILED
-    except BrokenPipeError:  # whoever read the output has gone away
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open for the rest of the process)
-    except OSError as e:
-        print(f"failed: {of_system(e)}", file=sys.stderr)
-        return EXIT_FAILED
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        print("failed: out of memory; ask for less at once, or pass another --device", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as e:  # --help
-        return e.code or EXIT_OK
-    return EXIT_OK

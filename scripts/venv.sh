@@ -6,13 +6,16 @@ PY="$ROOT/.venv/bin/python"
 
 use_venv() {
     local extras="$1" base="${PYTHON:-python3}" stamp wanted
-    if [ ! -x "$PY" ]; then
+    if [ ! -x "$PY" ] || [ ! -e "$ROOT/.venv/bin/pip" ]; then # missing, or interrupted while it was made
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
             echo "error: $base is older than Python 3.11; name a newer one with PYTHON=..." >&2
             return 2
         }
         echo "making $ROOT/.venv"
-        "$base" -m venv "$ROOT/.venv"
+        # As -m venv does, without a traceback at Ctrl-C.
+        "$base" -c 'import runpy, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+runpy.run_module("venv", run_name="__main__")' "$ROOT/.venv"
     fi
     # Install again only when what is to be installed has changed.
     stamp="$ROOT/.venv/.installed-${extras:-base}"

@@ -15,6 +15,7 @@ from cifar10.data import NAMES, RECORD
 from trellisnet.data import download
 from trellisnet.errors import UserError
 from trellisnet.training.config import PROJECT
+from trellisnet.training.runlog import pip_install
 
 spec = importlib.util.spec_from_file_location("cifar_from_jpeg", PROJECT / "scripts" / "cifar_from_jpeg.py")
 converter = importlib.util.module_from_spec(spec)
@@ -326,4 +327,5 @@ def test_without_pillow_or_room_it_says_so(convert, tmp_path, monkeypatch):
     assert convert(tmp_path / "a file")[0] == 2
     monkeypatch.setattr(converter, "Image", None)
     code, _, err = convert()
-    assert (code, err) == (2, "error: Pillow, which decodes the pictures, is not installed; pip install pillow\n")
+    way = pip_install("pillow")
+    assert (code, err) == (2, f"error: Pillow, which decodes the pictures, is not installed: {way}\n")

@@ -443,10 +443,8 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
 
 
 def test_a_mistyped_flag_is_one_line(capsys):
-    with pytest.raises(SystemExit) as left:
-        collect.main(["--nonsense"])
-    assert left.value.code == 2
-    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense; --help lists the flags\n"
+    assert collect.main(["--nonsense"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense; see --help\n"
 
 
 def test_networks_after_equal_time(root, capsys):

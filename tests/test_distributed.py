@@ -18,6 +18,7 @@ from trellisnet.errors import UserError
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
 from trellisnet.training.distributed import Ranks
+from trellisnet.training.runlog import runnable
 
 spec = importlib.util.spec_from_file_location("compare_ranks", PROJECT / "scripts" / "compare_ranks.py")
 compare_ranks = importlib.util.module_from_spec(spec)
@@ -170,9 +171,10 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     codes, printed, err = torchrun(2, *plan)
     assert codes == [[2, 0, 143, 0, 1, 0, 0]] * 2, err
     lines = [line for line in err.splitlines() if line.startswith(("error", "failed", "interrupted"))]
-    way_on = "torchrun --nproc_per_node 2 wt103/train.py --resume"
+    resume = ["--resume", str(out["parts"] / "last.pt")]
+    way_on = runnable("wt103/train.py", resume, ["torchrun", "--nproc_per_node", "2"])
     assert lines[0].startswith("error: --batch_size 25: its rows cannot be divided among 2 ranks; pass --batch_size 24")
-    assert lines[1] == f"interrupted; the last checkpoint is kept; go on from it with: {way_on} {out['parts']}/last.pt"
+    assert lines[1] == f"interrupted; the last checkpoint is kept; go on from it with: {way_on}"
     assert lines[2].startswith("failed: the ")
     assert len(lines) == 3
     assert "Traceback" not in err
@@ -260,7 +262,7 @@ def test_a_signal_from_outside_ends_all_ranks_with_a_checkpoint(tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert err.count("interrupted; the last checkpoint is kept; go on from it with: torchrun --nproc_per_node 2 ") == 1
+    assert err.count("interrupted; the last checkpoint is kept; go on from it with: ") == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] > 0
 
 

@@ -18,6 +18,7 @@ from trellisnet.data import pixels
 from trellisnet.models import TrellisClassifier, count_parameters
 from trellisnet.training.classification import DILATION
 from trellisnet.training.config import PROJECT, build_parser, parse
+from trellisnet.training.runlog import runnable
 from trellisnet.weights import save_weights
 
 SMALL = """--data synthetic --nhid 4 --nlevels 11 --batch_size 50 --epochs 2 --max_steps 60 --lr 0.01 --dropouti 0
@@ -109,7 +110,7 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
     assert "it is of images with 1 channels and 10 classes" in err
     before = last.read_bytes()
     assert cifar10.train.main(["--resume", str(last)]) == 2
-    way = f"is of a run of pmnist; continue it with python pmnist/train.py --resume {last}"
+    way = f"is of a run of pmnist; continue it with {runnable('pmnist/train.py', ['--resume', str(last)])}"
     assert capsys.readouterr().err == f"error: {last}: {way}\n"
     assert last.read_bytes() == before
     assert cifar10.train.main(["--config", str(folder / "config.json"), "--out", str(tmp_path / "new")]) == 2

@@ -12,6 +12,7 @@ import pytest
 from trellisnet import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.training.config import PROJECT
+from trellisnet.training.runlog import pip_install
 
 
 @pytest.fixture
@@ -216,9 +217,7 @@ def test_the_committed_trellis_is_what_the_script_draws(plot, tmp_path, capsys):
 def test_without_matplotlib_one_line_says_what_to_install(plot, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main(["curves", str(written(tmp_path, epoch(1, 6, 5)))]) == 2
-    assert (
-        capsys.readouterr().err == "error: plots need matplotlib: pip install -e .[plot], or pip install matplotlib\n"
-    )
+    assert capsys.readouterr().err == f"error: plots need matplotlib: {pip_install('matplotlib')}\n"
 
 
 def test_pictures_are_drawn_and_drawn_again_alike(plot, root, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from trellisnet.data import synthetic
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
-from trellisnet.training.runlog import alone
+from trellisnet.training.runlog import alone, runnable
 from word_ptb.train import main
 
 MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 50
@@ -124,7 +124,7 @@ def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, co
     stopped = interrupted(13, signum, *argv, "--out", tmp_path / "parts")
     assert stopped.returncode == code
     last = tmp_path / "parts" / "last.pt"
-    way_on = f"python word_ptb/train.py --resume {last}"
+    way_on = runnable("word_ptb/train.py", ["--resume", str(last)])
     assert stopped.stderr == f"interrupted; the last checkpoint is kept; go on from it with: {way_on}\n"
     assert checkpoint.load(last)["step"] == 13
     assert main(["--resume", str(last)]) == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trellisnet.errors import RunError, UserError
+from trellisnet.training import runlog
 from trellisnet.training.config import PROJECT
 from trellisnet.training.runlog import (
     RunFolder,
@@ -17,7 +18,9 @@ from trellisnet.training.runlog import (
     check_metrics_path,
     command_line,
     environment,
+    pip_install,
     read_records,
+    runnable,
     write_json,
 )
 from word_ptb.model import Config
@@ -74,6 +77,55 @@ def test_commands_are_quoted_for_a_shell():
     elsewhere = f"{PROJECT}x/runs"
     argv = ["--out", f"{PROJECT}/runs/a", f"--metrics={PROJECT}/m.json", elsewhere, f"{PROJECT}/"]
     assert command_line("t.py", argv) == f"python t.py --out runs/a --metrics=m.json {elsewhere} {PROJECT}/"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A checkout whose .venv has Python and torchrun, and nothing on PATH; the working directory is the checkout."""
+    project = tmp_path / "a clone"
+    there = project / ".venv" / "bin"
+    (project / "word_ptb").mkdir(parents=True)
+    there.mkdir(parents=True)
+    for name in ("python", "python3", "torchrun"):
+        (there / name).write_text('#!/bin/sh\necho "$0 $@"\n')
+        (there / name).chmod(0o755)
+    monkeypatch.setattr(runlog, "PROJECT", project)
+    monkeypatch.setattr(sys, "executable", str(there / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.chdir(project)
+    return project
+
+
+def test_commands_that_are_shown_run_as_they_are(elsewhere, monkeypatch, tmp_path):
+    ranks = ["torchrun", "--nproc_per_node", "2"]
+
+    def shown(launcher=("python",)):
+        command = runnable("word_ptb/train.py", ["--resume", "a b/last.pt"], launcher)
+        done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("word_ptb/train.py --resume a b/last.pt\n")
+        return command
+
+    assert shown() == ".venv/bin/python word_ptb/train.py --resume 'a b/last.pt'"
+    assert shown(ranks).startswith(".venv/bin/python -m torch.distributed.run --nproc_per_node 2 word_ptb/train.py ")
+    assert pip_install("pillow") == ".venv/bin/python -m pip install pillow"
+    monkeypatch.chdir(tmp_path)
+    assert shown() == "'a clone/.venv/bin/python' 'a clone/word_ptb/train.py' --resume 'a b/last.pt'"
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert shown() == f"'{elsewhere}/.venv/bin/python' '{elsewhere}/word_ptb/train.py' --resume 'a b/last.pt'"
+    monkeypatch.setenv("PATH", f"{elsewhere}/.venv/bin:/usr/bin:/bin")  # as `activate` does
+    assert shown() == f"python '{elsewhere}/word_ptb/train.py' --resume 'a b/last.pt'"
+    assert shown(ranks).startswith("torchrun --nproc_per_node 2 ")
+    (elsewhere / ".venv" / "bin" / "python").write_text("another one\n")
+    monkeypatch.setattr(sys, "executable", f"{elsewhere}/.venv/bin/python3")
+    assert runlog.python() == ["python3"]
+
+
+def test_a_command_can_be_shown_when_the_working_directory_is_gone(elsewhere, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert runnable("word_ptb/train.py", []) == f"'{elsewhere}/.venv/bin/python' '{elsewhere}/word_ptb/train.py'"
 
 
 def test_hidden_files_of_others_are_kept(tmp_path):

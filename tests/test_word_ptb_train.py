@@ -17,6 +17,7 @@ from trellisnet.data import penn
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
+from trellisnet.training.runlog import pip_install, runnable
 from trellisnet.weights import load_weights, save_weights
 from word_ptb import data
 from word_ptb.model import Config, build_model
@@ -225,7 +226,8 @@ def test_a_run_that_dies_between_two_files_ends_as_the_whole_one(run, tmp_path, 
         code, _, err, _ = run("--epochs", "2", "--resume", "--checkpoint_steps", every, out="parts")
         assert code == 1
         assert "could not be written (No space left on device)" in err
-        assert f"go on from it with: python word_ptb/train.py --resume {tmp_path / 'parts' / 'last.pt'}" in err
+        way_on = runnable("word_ptb/train.py", ["--resume", str(tmp_path / "parts" / "last.pt")])
+        assert f"go on from it with: {way_on}" in err
     again = run("--epochs", "2", "--resume", out="parts")[3]
     assert [again[key] for key in ("valid", "test", "best_epoch")] == [
         whole[key] for key in ("valid", "test", "best_epoch")
@@ -439,7 +441,7 @@ def test_tensorboard_is_optional(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     code, _, err, _ = run("--tensorboard")
     assert code == 2
-    assert err == "error: --tensorboard: needs the package tensorboard: pip install tensorboard\n"
+    assert err == f"error: --tensorboard: needs the package tensorboard: {pip_install('tensorboard')}\n"
 
 
 def test_published_mixtures_are_scored_with_their_epsilon(run, tmp_path):

@@ -17,12 +17,12 @@ class _Lenient:
 
     Args:
         stream: where text goes.
-        report: called once, with the first error.
+        report: called once, with the first error, which is kept as `error`.
     """
 
     def __init__(self, stream: TextIO, report: Callable[[Exception], None]):
         self.stream, self._report = stream, report
-        self._failed = False
+        self.error: Exception | None = None
 
     def write(self, text: str) -> int:
         self._attempt(self.stream.write, text)
@@ -35,8 +35,8 @@ class _Lenient:
         try:
             action(*args)
         except (OSError, ValueError) as e:  # ValueError: the stream has been closed
-            if not self._failed:
-                self._failed = True
+            if self.error is None:
+                self.error = e
                 self._report(e)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,8 +1,12 @@
 """Word-level Penn Treebank: three files of words, `<eos>` at the end of every line, ids by first appearance."""
 
 import functools
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
 
 from trellisnet.data import corpus, download, penn
 from trellisnet.data.corpus import Corpus

@@ -1,7 +1,11 @@
 """Train or score a TrellisNet on word-level Penn Treebank: `python word_ptb/train.py --help`."""
 
 import functools
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 from trellisnet.evaluation import adaptation
 from trellisnet.training import cli, language_model

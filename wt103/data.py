@@ -1,8 +1,12 @@
 """WikiText-103: three files of words, `<eos>` at the end of every line, blank ones too."""
 
 import functools
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
 
 from trellisnet.data import archive, corpus, download, encoder, synthetic
 from trellisnet.data.corpus import SPLITS, Corpus, cache_folder

@@ -32,6 +32,7 @@ from trellisnet.training.runlog import (
     command_line,
     environment,
     peak_memory,
+    runnable,
     write_json,
 )
 
@@ -84,6 +85,41 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         print(line, file=sys.stderr)
     if known:
         ranks.leave()
+    return code
+
+
+@console.lenient()
+def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Run a script's program, which is no run of its own.
+
+    Args:
+        function: from command-line arguments to the exit code; None: 0.
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        the exit code, as :func:`main` does.
+    """
+    try:
+        with Interrupts(), plain_warnings():
+            code = function(sys.argv[1:] if argv is None else list(argv)) or EXIT_OK
+        sys.stdout.flush()
+        # What was printed may be all that was asked for; a reader that stops early has read what it wanted.
+        return code if isinstance(sys.stdout.error, BrokenPipeError | None) else EXIT_FAILED
+    except UserError as e:
+        line, code = f"error: {e}", EXIT_USER
+    except RunError as e:
+        line, code = f"failed: {e}", EXIT_FAILED
+    except OSError as e:
+        line, code = f"failed: {of_system(e)}", EXIT_FAILED
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        line, code = "failed: out of memory; ask for less at once, or pass another --device", EXIT_FAILED
+    except Interrupted as e:
+        line, code = "interrupted", 128 + e.signum
+    except SystemExit as e:  # --help
+        return e.code or EXIT_OK
+    print(line, file=sys.stderr)
     return code
 
 
@@ -145,7 +181,7 @@ class _Program:
         if not (self.folder / "last.pt").is_file():
             return "no checkpoint had been written yet"
         resume = ["--resume", str(self.folder / "last.pt")]
-        command = command_line(self.cls.program(), resume, self.ranks.launcher())
+        command = runnable(self.cls.program(), resume, self.ranks.launcher())
         return f"the last checkpoint is kept; go on from it with: {shown(command)}"
 
     def run(self, argv: list[str], interrupts: Interrupts) -> None:
@@ -397,7 +433,8 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
     content, spoilt = _newest(path)
     if content["task"] not in (None, cls.task):
         owner = content["task"]
-        raise UserError(f"{path}: is of a run of {owner}; continue it with python {owner}/train.py --resume {path}")
+        command = runnable(f"{owner}/train.py", ["--resume", str(path)])
+        raise UserError(f"{path}: is of a run of {owner}; continue it with {command}")
     if not isinstance(content["settings"], dict):
         raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,47 @@ except ImportError:  # Windows
 def command_line(program: str, argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
     """The command as one would type it from the project's folder: what lies in there is named from there.
 
-    Outside a checkout that folder is the working directory.
+    Outside a checkout that folder is the working directory. This is what records keep, the same on every machine;
+    :func:`runnable` is what to show a user.
     """
     here = re.compile(rf"(^|=){re.escape(f'{PROJECT}{os.sep}')}(?=.)")
     return shlex.join([*launcher, program, *(here.sub(r"\1", argument) for argument in argv)])
+
+
+def runnable(program: str, argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
+    """The command as it runs from the working directory, whether or not this Python's environment is activated."""
+    name, *options = launcher
+    if name == "torchrun" and not _is_on_path(name):
+        name, options = "python", ["-m", "torch.distributed.run", *options]
+    start = python() if name == "python" else [name]
+    return shlex.join([*start, *options, _from_here(PROJECT / program), *argv])
+
+
+def python() -> list[str]:
+    """How to call this Python from the working directory: by its name if that is on PATH, else by its path."""
+    for name in ("python", "python3"):
+        if _is_on_path(name) and os.path.samefile(shutil.which(name), sys.executable):
+            return [name]
+    return [_from_here(Path(sys.executable))] if sys.executable else ["python"]
+
+
+def pip_install(package: str) -> str:
+    """The command that installs a package for this Python."""
+    return shlex.join([*python(), "-m", "pip", "install", package])
+
+
+def _is_on_path(name: str) -> bool:
+    """Whether a name typed into a shell starts what lies beside this Python; environments share one interpreter."""
+    found = shutil.which(name)
+    return found is not None and os.path.dirname(found) == os.path.dirname(sys.executable)
+
+
+def _from_here(path: Path) -> str:
+    """The path from the working directory if it lies in there, else the whole one."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere, or the working directory has been deleted
+        return str(path)
 
 
 def commit() -> str | None:
@@ -253,7 +291,7 @@ class RunFolder:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as e:
-                raise UserError("--tensorboard: needs the package tensorboard: pip install tensorboard") from e
+                raise UserError(f"--tensorboard: needs the package tensorboard: {pip_install('tensorboard')}") from e
         try:
             path.mkdir(parents=True, exist_ok=True)
             if fresh and any(path.iterdir()):

@@ -1,0 +1,67 @@
+"""What all programs have in common, as their users start them: signals, outputs that cannot be written, mistakes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from trellisnet.training.cli import guarded
+from trellisnet.training.config import PROJECT
+
+TASKS = ["word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"]
+SCRIPTS = """bench bench_sparse cifar_from_jpeg collect compare_ranks context export generate plot pos_tagging
+torture""".split()
+PROGRAMS = [f"{task}/{name}.py" for task in TASKS for name in ("train", "data")]
+PROGRAMS += [f"scripts/{name}.py" for name in SCRIPTS]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_interrupt_during_the_imports_ends_in_silence(program, tmp_path):
+    """With packages in the place of numpy and torch whose import takes a Ctrl-C."""
+    for package in ("numpy", "torch"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n"
+        )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(PROJECT / program)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_script_that_is_interrupted_cleans_up_and_says_so(signum, code, capsys):
+    cleaned = []
+
+    def script(argv):
+        try:
+            os.kill(os.getpid(), signum)
+        finally:
+            cleaned.append(argv)
+
+    before = signal.getsignal(signum)
+    assert guarded(script, ["a"]) == code
+    assert cleaned == [["a"]]
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert signal.getsignal(signum) == before
+
+
+def test_the_demo_does_not_go_on_after_an_interrupted_download(tmp_path):
+    """With a Python that a signal ends while it fetches the data."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "demo.sh").write_text((PROJECT / "scripts" / "demo.sh").read_text())
+    (scripts / "venv.sh").write_text(f"ROOT={tmp_path} PY={tmp_path}/python\nuse_venv() {{ :; }}\n")
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit $CODE\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def demo(code):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment = os.environ | {"CODE": str(code)}
+        done = subprocess.run(["bash", scripts / "demo.sh"], env=environment, capture_output=True, check=False)
+        return done.returncode, [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    assert demo(130) == (130, ["-m"])
+    assert demo(2) == (2, ["-m", f"{tmp_path}/word_ptb/train.py"])  # without the data: on synthetic ones
