@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cifar10.data import MEAN, STD
+from trellisnet.data.augmentation import AffineMaps
 from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
 from trellisnet.training.config import setting
 
@@ -18,6 +19,7 @@ class Config(ClassificationConfig):
     default_data: ClassVar[str] = "data/cifar10"
     mean: ClassVar = MEAN
     std: ClassVar = STD
+    augmentation: ClassVar = AffineMaps(shift=4, whole_pixels=True, mirror=True)
     presets: ClassVar = {
         **PRESETS,
         # For two CPU cores.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pmnist.data import MEAN, STD
+from trellisnet.data.augmentation import AffineMaps
 from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
 from trellisnet.training.config import setting
 
@@ -18,6 +19,7 @@ class Config(ClassificationConfig):
     default_data: ClassVar[str] = "data/mnist"
     mean: ClassVar = MEAN
     std: ClassVar = STD
+    augmentation: ClassVar = AffineMaps(shift=2, rotation=10, scale=0.1)
     presets: ClassVar = {
         **PRESETS,
         # For two CPU cores: the authors' model and a few of their 200 epochs, little regularised.

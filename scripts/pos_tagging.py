@@ -43,7 +43,7 @@ from trellisnet.training import cli  # noqa: E402
 from trellisnet.training.config import RunConfig, setting  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
 from trellisnet.training.engine import Splits  # noqa: E402
-from trellisnet.training.optim import Schedule  # noqa: E402
+from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
 Sentence = list[tuple[str, str]]
@@ -231,8 +231,11 @@ class Tagging:
     batch_name, unit, count = "batch", "tok", "tokens"
     measured = ("loss", "accuracy")
 
-    def __init__(self, model: Tagger, *, batch_size: int, eval_batch_size: int, seed: int):
+    def __init__(
+        self, model: Tagger, *, batch_size: int, eval_batch_size: int, seed: int, label_smoothing: float = 0.0
+    ):
         self.model, self.batch_size, self.eval_batch_size, self.seed = model, batch_size, eval_batch_size, seed
+        self.label_smoothing = label_smoothing
 
     def batches(self, data: Tagged, epoch: int = 0) -> Sequence[tuple[Tensor, ...]]:
         """The batches of an epoch, shuffled by seed and epoch; the last one may be smaller."""
@@ -247,16 +250,20 @@ class Tagging:
         """Factor of the learning rate: always 1."""
         return 1.0
 
-    def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss, and how many words are tagged rightly."""
+    def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor, smoothing: float = 0.0) -> tuple[Tensor, ...]:
+        """Summed losses without and with label smoothing, and how many words are tagged rightly."""
         logits = self.model(words, lengths).flatten(0, 1)
         known = tags.flatten().masked_fill(tags.flatten() >= logits.size(1), NO_TAG)
-        return F.cross_entropy(logits, known, reduction="sum"), (logits.argmax(1) == tags.flatten()).sum()
+        loss = smoothed = F.cross_entropy(logits, known, reduction="sum")
+        if smoothing:
+            smoothed = F.cross_entropy(logits, known, reduction="sum", label_smoothing=smoothing)
+        return loss, smoothed, (logits.argmax(1) == tags.flatten()).sum()
 
     def loss(self, words: Tensor, tags: Tensor, lengths: Tensor, state: None = None) -> tuple[dict[str, Tensor], None]:
         """Mean loss of the words of a batch, and their accuracy."""
-        loss, right = (part / lengths.sum() for part in self._sums(words, tags, lengths))
-        return {"loss": loss, "raw": loss, "accuracy": right}, None
+        sums = self._sums(words, tags, lengths, self.label_smoothing)
+        raw, loss, right = (part / lengths.sum() for part in sums)
+        return {"loss": loss, "raw": raw, "accuracy": right}, None
 
     @torch.no_grad()
     def evaluate(self, data: Tagged, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]:
@@ -267,7 +274,7 @@ class Tagging:
         for start in progress(starts, len(starts)) if progress is not None else starts:
             batch = data.batch(slice(start, start + self.eval_batch_size))
             of_batch = self._sums(*batch)
-            loss, right, tokens = loss + of_batch[0].item(), right + of_batch[1].item(), tokens + self.size(batch)
+            loss, right, tokens = loss + of_batch[0].item(), right + of_batch[-1].item(), tokens + self.size(batch)
             if max_tokens is not None and tokens >= max_tokens:
                 break
         self.model.train(training)
@@ -308,7 +315,10 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
         dropout=config.dropout, input_dropout=config.dropouti, embedding_dropout=config.emb_dropout,
         weight_dropout=config.wdrop,
     ).to(device)  # fmt: skip
-    task = Tagging(model, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed)
+    task = Tagging(
+        model, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,
+        label_smoothing=config.label_smoothing,
+    )  # fmt: skip
     data = {split: encode(part, words, tags, device) for split, part in zip(SPLITS, parts, strict=True)}
     splits = Splits(
         **data,
@@ -317,7 +327,8 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
         sizes=tuple(int(part.lengths.sum()) for part in data.values()),
     )
     facts = {"training tokens": splits.sizes[0], "words": len(words), "tags": len(tags)}
-    return task, splits, Schedule(config.lr, when=config.when, decay=config.decay, decay_from=config.decay_from), facts
+    schedule = make_schedule(config, lambda epoch: len(task.batches(data["train"], epoch)))
+    return task, splits, schedule, facts
 
 
 main = functools.partial(cli.main, Config, setup)

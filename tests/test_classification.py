@@ -129,3 +129,16 @@ def test_what_is_prepared_is_what_the_model_gets():
     assert classification.evaluate((x, y)) == plain.evaluate((x.flip(1), y))
     ours, theirs = classification.batches((x, y))[0], plain.batches((x.flip(1), y))[0]
     assert torch.equal(ours[0], theirs[0])
+
+
+def test_label_smoothing_is_in_the_training_loss_alone():
+    model, x, classes = classifier().train(), torch.randn(6, 11, 2, dtype=torch.float64), torch.arange(6) % 5
+    plain, smooth = (Classification(model, batch_size=6, label_smoothing=e) for e in (0.0, 0.1))
+    logits = model(x).logits
+    losses, _ = smooth.loss(x, classes)
+    assert_close(losses["loss"], torch.nn.functional.cross_entropy(logits, classes, label_smoothing=0.1))
+    assert_close(losses["raw"], torch.nn.functional.cross_entropy(logits, classes))
+    assert losses["loss"] != losses["raw"]
+    assert smooth.evaluate((x, classes)) == plain.evaluate((x, classes))
+    with pytest.raises(ValueError, match="label_smoothing: expected a share"):
+        Classification(model, batch_size=6, label_smoothing=1.0)

@@ -107,6 +107,12 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
         (["--eval", "--resume"], "--eval and --resume exclude each other"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--config", "nothing.json"], "--config nothing.json: cannot be read"),
+        (["--schedule", "linear"], "argument --schedule: invalid choice: 'linear'"),
+        (["--schedule", "cosine", "--anneal", "3"], "--anneal: is a rule of --schedule step, without effect on cosine"),
+        (["--schedule", "onecycle", "--asgd"], "--asgd: is a rule of --schedule step, without effect on onecycle"),
+        (["--ema", "0.9", "--asgd"], "--ema: --asgd averages the weights as well; leave one of the two out"),
+        (["--ema", "0.9", "--nonmono", "3"], "--ema: --nonmono 3 averages the weights as well; leave one"),
+        (["--label_smoothing", "0.1", "--n_experts", "3"], "--label_smoothing: needs the log-probabilities of all"),
     ],
 )
 def test_what_makes_no_sense_is_named(argv, message):

@@ -10,7 +10,7 @@ from trellisnet.data.corpus import batchify
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.config import RunConfig
-from trellisnet.training.optim import averaged, make_averaging, make_optimizer
+from trellisnet.training.optim import averaged, averages, make_averaging, make_optimizer
 from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
 
 FORWARD = cases.names("lm_forward")
@@ -308,7 +308,7 @@ def test_averaged_sgd(tmp_path):
     raw = [p.detach().clone() for p in model.parameters()]
     final = case.model()
     load_weights(final, case.file(".final.pkl"))
-    with averaged(optimizer):
+    with averaged(averages(optimizer)):
         close("eval_loss_final")
         for ours, theirs in zip(model.parameters(), final.parameters(), strict=True):
             assert_close(ours, theirs, atol=2e-5, rtol=0)

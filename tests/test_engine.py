@@ -15,7 +15,7 @@ from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
 from trellisnet.training.engine import Bar, Splits, Trainer, _duration, fit
-from trellisnet.training.optim import Schedule, make_optimizer
+from trellisnet.training.optim import Schedule, make_optimizer, make_schedule
 from trellisnet.training.runlog import RunFolder, read_records
 
 
@@ -144,6 +144,70 @@ def test_a_checkpoint_has_the_weights_and_their_average(tmp_path):
     for weights, average, state in zip(last["model"].values(), last["average"].values(), states, strict=True):
         assert torch.equal(average, state["ax"])
         assert not torch.equal(average, weights)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"schedule": "step", "warmup": 9}, {"schedule": "cosine", "warmup": 4}, {"schedule": "onecycle"}],
+    ids=["step", "cosine", "onecycle"],
+)
+@pytest.mark.parametrize("cut", [3, 8, 12])  # within an epoch before there is a best one, later, and after an epoch
+def test_recipes_are_continued_bit_equal(tmp_path, settings, cut):
+    def start(path, *spoil_at, **more):
+        """An epoch has six batches, of which one is skipped in all."""
+        schedule = make_schedule(Config(lr=0.05, epochs=4, **settings), lambda _: 6)
+        options = {"optim": "Adam", "ema": 0.8, "skip_bad_steps": 1}
+        return run(path, task=Regression(spoil_at=spoil_at), schedule=schedule, **options, **more)
+
+    whole, result, _ = start(tmp_path / "whole", 3)
+    start(tmp_path / "parts", 3, max_steps=cut)
+    parts, again, _ = start(tmp_path / "parts", resume="last.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert (result.test, result.valid, result.best_epoch) == (again.test, again.valid, again.best_epoch)
+    for file in ("last.pt", "best.pt"):
+        a, b = (checkpoint.load(tmp_path / p / file) for p in ("whole", "parts"))
+        assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "average") for k in a["model"])
+        assert (a["step"], a["best"], a["schedule"]) == (b["step"], b["best"], b["schedule"])
+    rates = [
+        [(r["step"], r["lr"]) for r in map(json.loads, (tmp_path / p / "metrics.jsonl").read_text().splitlines())
+         if r["event"] == "train" and r["step"] > cut]
+        for p in ("whole", "parts")
+    ]  # fmt: skip
+    assert rates[0] == rates[1]
+    assert len({lr for _, lr in rates[0]}) > 3 or settings["schedule"] == "step"
+
+
+def test_a_moving_average_is_scored_and_saved_and_skipped_steps_are_not_in_it(tmp_path, monkeypatch):
+    seen, step = [], Trainer._step
+
+    def watched(self, batch):
+        means = step(self, batch)
+        if means is not None:
+            seen.append({name: p.detach().clone() for name, p in self.task.model.named_parameters()})
+        return means
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    task, result, _ = run(tmp_path / "run", epochs=1, ema=0.7, task=Regression(spoil_at=[3]), skip_bad_steps=1)
+    assert len(seen) == 5
+    expected = seen[0]
+    for now in seen[1:]:
+        expected = {name: 0.7 * average + 0.3 * now[name] for name, average in expected.items()}
+    last = checkpoint.load(tmp_path / "run" / "last.pt")
+    weights = torch.load(tmp_path / "run" / "weights.pkl", weights_only=True)
+    for name, average in expected.items():
+        assert torch.equal(last["model"][name], seen[-1][name])
+        assert torch.allclose(last["average"][name], average, rtol=1e-12)
+        assert torch.equal(weights[name], last["average"][name])
+        assert torch.equal(task.model.state_dict()[name], last["average"][name])
+    assert result.test["loss"] == task.evaluate(splits().test)["loss"]
+    assert result.valid["loss"] == task.evaluate(splits().valid)["loss"]
+
+    seen.clear()
+    cut, result, _ = run(tmp_path / "cut", ema=0.7, max_steps=3)  # no epoch was finished
+    expected = 0.7 * (0.7 * seen[0]["0.bias"] + 0.3 * seen[1]["0.bias"]) + 0.3 * seen[2]["0.bias"]
+    assert torch.allclose(cut.model[0].bias, expected, rtol=1e-12)
+    assert torch.equal(torch.load(tmp_path / "cut" / "weights.pkl", weights_only=True)["0.bias"], cut.model[0].bias)
+    assert result.test["loss"] == cut.evaluate(splits().test)["loss"]
 
 
 def test_what_a_run_leaves_and_says(tmp_path):

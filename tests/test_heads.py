@@ -275,3 +275,13 @@ def test_losses_of_several_features_are_those_of_each(make):
             assert_close(a, b)
     with pytest.raises(ValueError, match=r"x: expected shape \(2, .*, 6\), got \(3, "):
         module.losses(x, target, weights[:2])
+
+
+def test_margin_makes_label_smoothing_of_a_loss():
+    module, x, target = head()
+    tensors = [x.requires_grad_(), module.weight, module.bias]
+    smoothed = module.loss(x, target) + 0.1 * module.margin(x, target).mean()
+    expected = nn.functional.cross_entropy(module.logits(x).flatten(0, 1), target.flatten(), label_smoothing=0.1)
+    assert_close(smoothed, expected)
+    for a, b in zip(torch.autograd.grad(smoothed, tensors), torch.autograd.grad(expected, tensors), strict=True):
+        assert_close(a, b)

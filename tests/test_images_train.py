@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import signal
 import warnings
 
 import numpy as np
@@ -16,8 +17,10 @@ import pmnist.train
 import word_ptb.train
 from trellisnet.data import pixels
 from trellisnet.models import TrellisClassifier, count_parameters
+from trellisnet.training import checkpoint
 from trellisnet.training.classification import DILATION
 from trellisnet.training.config import PROJECT, build_parser, parse
+from trellisnet.training.engine import Trainer
 from trellisnet.training.runlog import runnable
 from trellisnet.weights import save_weights
 
@@ -36,10 +39,12 @@ def _threads():
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    def call(*argv, task="pmnist", out="run"):
+    def call(*argv, task="pmnist", out="run", base=True):
         metrics = tmp_path / "metrics.json"
         metrics.unlink(missing_ok=True)
-        code = TASKS[task][1]([str(a) for a in (*SMALL, "--out", tmp_path / out, "--metrics", metrics, *argv)])
+        code = TASKS[task][1](
+            [str(a) for a in (*(SMALL if base else ()), "--out", tmp_path / out, "--metrics", metrics, *argv)]
+        )
         printed = capsys.readouterr()
         return code, printed.out, printed.err, json.loads(metrics.read_text()) if metrics.exists() else None
 
@@ -241,3 +246,65 @@ def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
     assert "it is of images with 3 channels and 10 classes" in of(channels=3)
     assert "pass --ksize 3" in of(kernel_size=3)
     assert "pass --no-wnorm" in of(weight_norm=False)
+
+
+RECIPES = {
+    "step": "--schedule step --warmup 10 --decay 2 --ema 0.9",
+    "cosine": "--schedule cosine --warmup 5 --label_smoothing 0.1 --optim AdamW --wdecay 0.01",
+    "onecycle": "--schedule onecycle --ema 0.9 --label_smoothing 0.1 --dropouth 0.1 --precision bf16",
+}
+
+
+@pytest.mark.parametrize(("task", "name"), [("pmnist", "step"), ("cifar10", "cosine"), ("pmnist", "onecycle")])
+def test_recipes_and_augmentation_are_continued_bit_equal(run, tmp_path, monkeypatch, task, name):
+    """Interrupted within an epoch of three batches and after one."""
+    monkeypatch.setattr(pixels, "TRAIN_IMAGES", 33)
+    flags = [*RECIPES[name].split(), "--augment", "--batch_size", "10", "--epochs", "3", "--max_steps", "0"]
+    flags += ["--max_eval_tokens", "64", "--eval_batch_size", "64"]
+    code, out, err, whole = run(*flags, task=task)
+    assert code == 0, err
+    assert "augmentation shifts up to" in out
+    assert (whole["augment"], whole["schedule"], whole["steps"]) == (True, name, 9)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["settings"]["augment"]
+    step = Trainer._step
+    for at in (2, 3, 7):
+
+        def interrupted(self, batch, at=at):
+            means = step(self, batch)
+            if self.step == at:
+                signal.raise_signal(signal.SIGINT)
+            return means
+
+        monkeypatch.setattr(Trainer, "_step", interrupted)
+        start = flags if at == 2 else ["--resume"]
+        assert run(*start, task=task, out="parts", base=start is flags)[0] == 130
+    monkeypatch.setattr(Trainer, "_step", step)
+    code, _, err, parts = run("--resume", task=task, out="parts", base=False)
+    assert code == 0, err
+    assert (parts["test"], parts["valid"], parts["augment"]) == (whole["test"], whole["valid"], True)
+    a, b = (checkpoint.load(tmp_path / out / "last.pt") for out in ("run", "parts"))
+    for part in ("model", "average") if a["average"] else ("model",):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    weights = [torch.load(tmp_path / out / "weights.pkl", weights_only=True) for out in ("run", "parts")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+    for flag, value in (("--epochs", 4), ("--max_steps", 5)):
+        code, _, err, _ = run("--resume", flag, value, task=task, out="parts", base=False)
+        assert code == (0 if name == "step" else 2), err
+        if name != "step":
+            reason = f"--schedule {name} spreads the learning rate over all updates of the run: leave the flag out"
+            assert f"error: {flag} {value}: the run in" in err
+            assert reason in err
+
+
+def test_augmentation_makes_another_run_and_needs_square_images(run, tmp_path):
+    plain = run("--max_steps", "3", out="plain")[3]
+    varied = run("--max_steps", "3", "--augment", out="varied")[3]
+    assert (plain["augment"], varied["augment"]) == (False, True)
+    assert plain["test"] != varied["test"]
+    scored = run("--eval", "--load_weight", tmp_path / "varied" / "weights.pkl")[3]
+    assert scored["test"] == varied["test"]
+    assert "augment" not in scored
+    assert "# augmentation" not in (tmp_path / "plain" / "log.txt").read_text()
+    assert "# augmentation: shifts up to 2 pixels, rot" in (tmp_path / "varied" / "log.txt").read_text()

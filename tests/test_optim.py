@@ -1,12 +1,23 @@
 """Optimisers by name, and the authors' learning-rate rules."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from trellisnet.errors import UserError
 from trellisnet.training.config import RunConfig
-from trellisnet.training.optim import Schedule, averaged, make_averaging, make_optimizer
+from trellisnet.training.optim import (
+    EMA,
+    Curve,
+    Schedule,
+    averaged,
+    averages,
+    make_averaging,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def test_schedule_divides_on_a_plateau_above_the_floor():
@@ -61,12 +72,109 @@ def test_averaged_swaps_and_puts_back_also_after_an_error():
         seen.append(p.item())
 
     def interrupted_while_averaged():
-        with averaged(optimizer):
+        with averaged(averages(optimizer)):
             assert p.item() == pytest.approx(sum(seen[1:]) / 2)  # torch averages from the second iterate on
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_while_averaged()
     assert p.item() == seen[-1]
-    with averaged(torch.optim.SGD([p], lr=1.0)):
+    with averaged(averages(torch.optim.SGD([p], lr=1.0))):
         assert p.item() == seen[-1]
+
+
+def rates_of_torch(make, updates, lr):
+    """What a scheduler of torch sets in the optimiser that trains."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler, rates = make(optimizer), []
+    for _ in range(updates):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def half_cosine(share):
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+def test_schedules_over_the_run_are_those_of_torch():
+    rules, lr, T = torch.optim.lr_scheduler, 0.02, 40
+    expected = {
+        ("step", 4): [lr * min((n + 1) / 5, 1) for n in range(T)],
+        ("cosine", 0): rates_of_torch(lambda o: rules.CosineAnnealingLR(o, T), T, lr),
+        ("cosine", 4): [lr * ((n + 1) / 5 if n < 4 else half_cosine((n - 4) / (T - 4))) for n in range(T)],
+        ("onecycle", 0): rates_of_torch(lambda o: rules.OneCycleLR(o, lr, T, cycle_momentum=False), T, lr),
+        ("onecycle", 10): [
+            lr / 25 + lr * (1 - 1 / 25) * (1 - half_cosine(n / 9)) if n < 10
+            else lr / 25e4 + lr * (1 - 1 / 25e4) * half_cosine((n - 9) / 30) for n in range(T)
+        ],
+    }  # fmt: skip
+    for (name, warmup), rates in expected.items():
+        config = RunConfig(schedule=name, warmup=warmup, lr=lr, epochs=4, when=[99])
+        schedule = make_schedule(config, lambda epoch: 7 + 2 * epoch)  # 7 + 9 + 11 + 13 updates
+        assert [schedule.rate(n) for n in range(T)] == pytest.approx(rates, rel=1e-9, abs=1e-12), (name, warmup)
+        assert schedule.step(1, 5.0) == lr
+    shorter = make_schedule(RunConfig(schedule="cosine", lr=lr, epochs=4, max_steps=10), lambda _: 10)
+    assert [shorter.rate(n) for n in range(10)] == pytest.approx([lr * half_cosine(n / 10) for n in range(10)])
+
+
+@pytest.mark.parametrize(("name", "warmup"), [("step", 5), ("cosine", 0), ("cosine", 5), ("onecycle", 5)])
+def test_a_curve_goes_on_from_any_update_bit_equal(name, warmup):
+    whole = Curve(name, warmup, 30)
+    factors = [whole.factor(n) for n in range(30)]
+    assert len(set(factors)) > 5
+    for start in (0, 3, 5, 6, 21, 29):
+        curve = Curve(name, warmup, 30)
+        assert [curve.factor(n) for n in range(start, 30)] == factors[start:]
+
+
+def test_rules_after_epochs_are_of_step_alone():
+    config = RunConfig(schedule="onecycle", lr=1.0, epochs=2)
+    schedule = make_schedule(config, lambda _: 10, anneal=1, asgd=True)
+    for epoch in (1, 2, 3):
+        assert schedule.step(epoch, float(epoch)) == 1.0
+    assert not schedule.averaging
+    assert make_schedule(RunConfig(lr=1.0, when=[1]), lambda _: 10).step(1, 1.0) == 0.1
+
+
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+def test_a_warm_up_that_fills_the_run_is_refused(name):
+    config = RunConfig(schedule=name, warmup=20, epochs=2)
+    with pytest.raises(UserError, match=f"--warmup 20: --schedule {name} needs fewer than the run's 20 updates"):
+        make_schedule(config, lambda _: 10)
+    make_schedule(RunConfig(schedule=name, warmup=19, epochs=2), lambda _: 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "cosine", "when": [3]}, "--when: is a rule of --schedule step, without effect on cosine"),
+        ({"schedule": "onecycle", "decay": 2.0}, "--decay: is a rule of --schedule step, without effect on onecycle"),
+        ({"schedule": "onecycle", "warmup": 1}, "--warmup 1: with --schedule onecycle expected 0 or at least 2"),
+        ({"warmup": -1}, "--warmup: expected at least 0, got -1"),
+        ({"ema": 1.0}, r"--ema: expected a share in \[0, 1\), got 1.0"),
+        ({"label_smoothing": -0.1}, r"--label_smoothing: expected a share in \[0, 1\), got -0.1"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig(**settings).validate()
+
+
+def test_a_moving_average_is_that_by_hand():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(3, dtype=torch.float64)), nn.Parameter(torch.randn(2, 2, dtype=torch.float64))]
+    ema, optimizer, expected = EMA(weights, 0.9), torch.optim.SGD(weights, lr=0.3), None
+    assert averages(optimizer, ema) == []
+    for _ in range(5):
+        for p in weights:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        ema.update()
+        now = [p.detach().clone() for p in weights]
+        expected = now if expected is None else [0.9 * a + 0.1 * p for a, p in zip(expected, now, strict=True)]
+    with averaged(averages(optimizer, ema)):
+        assert all(torch.allclose(p, a, rtol=1e-14) for p, a in zip(weights, expected, strict=True))
+        assert not any(torch.allclose(p, a) for p, a in zip(weights, now, strict=True))
+    assert all(torch.equal(p, a) for p, a in zip(weights, now, strict=True))

@@ -267,3 +267,37 @@ def test_masks_without_a_latent_one_drop_no_latent():
     mask = torch.zeros(2, 1, 8)
     dropped = t.loss(data[:, :-1], data[:, 1:], masks=Masks(latent=mask, latent_aux=mask[:, None]))[0]["loss"]
     assert dropped != losses[0]
+
+
+def test_label_smoothing_is_that_of_cross_entropy_in_every_loss():
+    """Training losses of the last layer and of auxiliary ones; what is reported and scored stays as it is."""
+    options = {"aux_weight": 0.3, "aux_every": 1}
+    plain, smooth = task(**options), task(**options, label_smoothing=0.2)
+    _, inputs, targets = next(plain.windows(rows()))
+    out = smooth.model(inputs, start=5, aux_every=1)
+    parts = [(1.0, out.output), *((0.3, aux) for aux in out.aux)]
+    assert len(parts) == 4
+    logits = [(weight, smooth.model.head.logits(x).flatten(0, 1)) for weight, x in parts]
+    expected = sum(
+        weight * torch.nn.functional.cross_entropy(each, targets[:, 5:].flatten(), label_smoothing=0.2)
+        for weight, each in logits
+    )
+    (theirs, _), (ours, _) = (t.loss(inputs, targets) for t in (plain, smooth))
+    assert_close(ours["loss"], expected)
+    wanted = list(smooth.model.parameters())
+    exact = torch.autograd.grad(expected, wanted)
+    for a, b in zip(torch.autograd.grad(ours["loss"], wanted), exact, strict=True):
+        assert_close(a, b)
+    assert_close(ours["loss"], ours["raw"] + ours["aux"] + ours["smoothing"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("raw", "aux"))
+    assert ours["smoothing"].abs() > 0.01
+    assert smooth.evaluate(rows()) == plain.evaluate(rows())
+
+
+@pytest.mark.parametrize("kind", [{"n_experts": 2}, {"cutoffs": [5, 10]}])
+def test_label_smoothing_needs_a_plain_softmax(kind):
+    model = TrellisLanguageModel(20, 4, 7, 3, output_size=4, **kind)
+    with pytest.raises(ValueError, match="label_smoothing: needs a plain softmax"):
+        LanguageModeling(model, horizon=5, seq_len=12, label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing: expected a share in \[0, 1\), got 1"):
+        LanguageModeling(model, horizon=5, seq_len=12, label_smoothing=1)

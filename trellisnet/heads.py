@@ -191,6 +191,22 @@ class LinearSoftmax(_Softmax):
         """Log-probabilities in nats, (..., in_features) → (..., V)."""
         return F.log_softmax(self.logits(x), dim=-1)
 
+    def margin(self, x: Tensor, target: Tensor) -> Tensor:
+        """Logit of the target less the mean of all logits, without making these.
+
+        Cross-entropy with label smoothing ε is the loss plus ε times it.
+
+        Args:
+            x: (..., in_features).
+            target: class ids, int64 (...).
+
+        Returns:
+            (...), float32 at least.
+        """
+        weight = F.embedding(target, self.matrix()) - self.matrix().mean(0)
+        bias = F.embedding(target, self.bias.unsqueeze(1)).squeeze(-1) - self.bias.mean()
+        return (x * weight).sum(-1) + bias
+
     def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
         x = x.reshape(-1, 1, self.in_features)
         return cross_entropy(x, self.matrix(), self.bias, target.reshape(-1), scale, gemm=self.gemm)

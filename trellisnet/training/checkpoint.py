@@ -8,7 +8,7 @@ a dict of tensors and plain values:
     command     the command line that started the run
     data        what the data are (`Splits.fingerprint`)
     model       state dict
-    average     state dict with the averaged weights in it, or None before averaging starts
+    average     state dict with the averaged weights in it (--asgd, --ema), or None before averaging starts
     optimizer   state dict
     schedule    learning rate, validation history, whether averaging has started
     epoch       epochs finished

@@ -5,6 +5,7 @@ A task folder adds its data, how its pixels are normalised, and whether they are
 
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from trellisnet.baselines import TCN
+from trellisnet.data.augmentation import AffineMaps
 from trellisnet.data.pixels import Images, normalise, permutation
+from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
 from trellisnet.training.config import setting
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
-from trellisnet.training.optim import Schedule
+from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.tasks import Classification
 
 DILATION = [1, 1, *(2**i for i in range(1, 10))]  # one output sees 1,025 pixels
@@ -47,6 +50,7 @@ class ClassificationConfig(NetworkConfig):
     mean: ClassVar[tuple[float, ...]]  # of the pixels, colour by colour, on the scale from 0 to 1
     std: ClassVar[tuple[float, ...]]
     classes: ClassVar[int] = 10
+    augmentation: ClassVar[AffineMaps]  # of --augment
 
     optim: str = setting("Adam", "optimiser: a class of torch.optim")
     lr: float = setting(4e-3, "initial learning rate")
@@ -71,6 +75,7 @@ class ClassificationConfig(NetworkConfig):
 
     permute: bool = setting(True, "permute the pixels, all images alike")
     permutation_seed: int = setting(0, "which permutation; independent of --seed")
+    augment: bool = setting(False, "vary training images at random, before they are permuted; each task in its own way")
     validation: bool = setting(True, "hold out the last 5,000 training images and choose the epoch by them")
 
     def channels(self) -> int:
@@ -79,6 +84,9 @@ class ClassificationConfig(NetworkConfig):
         Of a TCN all are the output.
         """
         return self.nhid + (self.classes if self.model == TRELLISNET else 0)
+
+    def recipe(self) -> dict[str, Any]:
+        return super().recipe() | {"augment": self.augment}
 
     def validate(self) -> None:
         super().validate()
@@ -112,13 +120,15 @@ def setup(
         ranks: the processes that train together; by default this one is alone.
 
     Raises:
-        UserError: images that cannot be read.
+        UserError: images that cannot be read, or cannot be augmented.
     """
     if device.type == "cpu":
         keep_freed_memory()  # worth about a third of a step here, nothing to language models, whose products weigh more
     images = load(config.data_folder(), download=config.download and not config.data, validation=config.validation)
     length, channels = images.train.pixels.shape[1:]
     order = permutation(length, config.permutation_seed) if config.permute else torch.arange(length)
+    if config.augment and math.isqrt(length) ** 2 != length:
+        raise UserError(f"--augment: needs square images, and these have {length} pixels; leave it out")
     model = build_model(config, channels, images.n_classes).to(device)
     if (seen := model.core.receptive_field) < length:
         warnings.warn(f"the last {seen} of {length} pixels are all that the model sees: more --nlevels", stacklevel=2)
@@ -135,6 +145,8 @@ def setup(
         eval_batch_size=config.eval_batch_size,
         prepare=prepare,
         seed=config.seed,
+        augment=config.augmentation if config.augment else None,
+        label_smoothing=config.label_smoothing,
         ranks=ranks,
     )
     parts = {"train": images.train, "valid": images.valid, "test": images.test}
@@ -150,8 +162,10 @@ def setup(
         choices={"permutation": order.tolist()} if config.permute else {},
     )
     facts = {"training images": len(images.train.labels), "pixels": length}
-    if not config.eval:
-        facts["steps an epoch"] = len(task.batches(splits.train))
+    steps = 0 if config.eval else len(task.batches(splits.train))
+    if steps:
+        facts["steps an epoch"] = steps
     facts["order"] = f"permuted, seed {config.permutation_seed}" if config.permute else "row by row"
-    schedule = Schedule(config.lr, when=config.when, decay=config.decay, decay_from=config.decay_from)
-    return task, splits, schedule, facts
+    if steps and config.augment:
+        facts["augmentation"] = str(config.augmentation)
+    return task, splits, make_schedule(config, lambda epoch: steps), facts

@@ -242,6 +242,7 @@ class _Program:
                 **{key: env[key] for key in ("device", "machine", "threads", "ranks")},
                 **{key: env[key] for key in (*CHOICES, "torch")},
                 "seed": config.seed, "deterministic": config.deterministic,
+                **({} if config.eval else config.recipe()),
             }  # fmt: skip
             with ranks.agreed():
                 if ranks.first:
@@ -441,10 +442,10 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
     _check_config(path.with_name("config.json"), settings, cls)
     kept = from_settings(cls, settings)  # with today's defaults for what an earlier version did not know
     for name, value in given.items():
-        if name not in cls.resumable and value != getattr(kept, name):
+        if (reason := kept.fixed(name)) and value != getattr(kept, name):
             raise UserError(
-                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {getattr(kept, name)}, and a "
-                "continued run keeps its settings: leave the flag out, or start a new run with another --out"
+                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {getattr(kept, name)}, and "
+                f"{reason}: leave the flag out, or start a new run with another --out"
             )
     changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
     return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, spoilt

@@ -25,6 +25,7 @@ from trellisnet.errors import NAME, UserError, shown
 
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
+SCHEDULES = ("step", "cosine", "onecycle")
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
@@ -53,6 +54,9 @@ class RunConfig:
         | {"log_interval", "data", "cuda_graph"}
         | {"checkpoint_minutes", "checkpoint_steps", "tensorboard", "skip_bad_steps"}
     )
+
+    # The rules of --schedule step.
+    stepwise: ClassVar[frozenset[str]] = frozenset({"when", "decay", "decay_from", "anneal"})
 
     name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
     preset: str = setting("default", "named settings to start from")
@@ -90,6 +94,12 @@ class RunConfig:
     batch_size: int = setting(16, "rows of a training batch")
     eval_batch_size: int = setting(10, "rows for validation and test")
     momentum: float = setting(0.0, "of the optimiser, if it has one")
+    ema: float = setting(0.0, "score and save an average of the weights that keeps this share per update; 0: none")
+    label_smoothing: float = setting(0.0, "in training, share of the target spread evenly over all classes")
+    schedule: str = setting(
+        "step", "learning rate: by the rules below, or over the whole run (momentum is left alone)", choices=SCHEDULES
+    )
+    warmup: int = setting(0, "updates in which the learning rate first rises; 0: none, with onecycle 30 % of all")
     when: list[int] = setting([-1], "divide the learning rate by 10 after these epochs")
     decay: float = setting(1.0, "divide the learning rate by this after every epoch from --decay_from on")
     decay_from: int = setting(1, "see --decay")
@@ -137,12 +147,37 @@ class RunConfig:
         self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
         self.check_at_least(1, "decay", "decay_from")
         self.check_rates("momentum")
+        self.check_at_least(0, "warmup")
+        for name in ("ema", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name}: expected a share in [0, 1), got {getattr(self, name)}")
+        if self.schedule != "step":
+            for name in [f.name for f in dataclasses.fields(self) if f.name in self.stepwise]:
+                if getattr(self, name) != self.preset_value(name):
+                    raise UserError(
+                        f"{flag_of(self, name)}: is a rule of --schedule step, without effect on {self.schedule}; "
+                        "leave one of the two out"
+                    )
+        if self.schedule == "onecycle" and self.warmup == 1:
+            raise UserError("--warmup 1: with --schedule onecycle expected 0 or at least 2 updates")
         if self.seed >= 2**63:
             raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if self.eval and self.resume:
             raise UserError("--eval and --resume exclude each other: to score a run pass --load_weight RUN/weights.pkl")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: one continues a run, the other deletes it")
+
+    def preset_value(self, name: str) -> Any:
+        """A setting as it is without flags and --config."""
+        field = next(f for f in dataclasses.fields(self) if f.name == name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        return self.presets[self.preset].get(name, default)
+
+    def fixed(self, name: str) -> str:
+        """Why a continuation of this run must keep a setting; empty if it need not."""
+        if self.schedule != "step" and name in ("epochs", "max_steps"):
+            return f"--schedule {self.schedule} spreads the learning rate over all updates of the run"
+        return "" if name in self.resumable else "a continued run keeps its settings"
 
     def check_at_least(self, least: float, *names: str) -> None:
         for name in names:
@@ -221,6 +256,10 @@ class RunConfig:
             return f"is of CUDA devices, and this is {device.type}"
         several = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
         return "processes that train together exchange gradients within a step" if several else ""
+
+    def recipe(self) -> dict[str, Any]:
+        """Settings of training that a score is reported with, by name."""
+        return {name: getattr(self, name) for name in ("schedule", "warmup", "ema", "label_smoothing")}
 
     def marks(self) -> dict[str, bool]:
         """What every score of weights that were loaded and not trained further is marked with."""

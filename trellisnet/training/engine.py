@@ -20,7 +20,7 @@ from trellisnet.training.config import RunConfig, to_settings
 from trellisnet.training.distributed import Gradient, Ranks, Told
 from trellisnet.training.graphs import CUDARecorder, Recorded
 from trellisnet.training.interrupts import Interrupted, Interrupts
-from trellisnet.training.optim import Schedule, averaged, make_averaging
+from trellisnet.training.optim import EMA, Schedule, averaged, averages, make_averaging, put
 from trellisnet.training.runlog import NoFolder, RunFolder
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
@@ -239,6 +239,8 @@ class Trainer:
         self.told: Told | None = None  # of the last step
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
+        self.lr = schedule.rate(0)  # of the last update, or the first one
+        self.ema = EMA(task.model.parameters(), config.ema) if config.ema else None
         self.best: dict[str, Any] | None = None
         self.skipped = 0  # steps, see --skip_bad_steps
         # Of this epoch, up to the last log line; and since then.
@@ -319,6 +321,9 @@ class Trainer:
         self.best = content["best"]
         if self.best is not None and self.ranks.first:
             self._load_best()
+        if self.ema is not None and content["average"] is not None:
+            self.task.model.load_state_dict(content["average"])
+            self.ema.update()  # the first one copies
         self.task.model.load_state_dict(content["model"])
         self.schedule.lr = content["schedule"]["lr"]
         self.schedule.history = list(content["schedule"]["history"])
@@ -327,6 +332,7 @@ class Trainer:
             self.optimizer = make_averaging(self.task.model.parameters(), self.config)
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch, self.batch, self.step = (int(content[key]) for key in ("epoch", "batch", "step"))
+        self.lr = self.schedule.rate(max(self.step - 1, 0))
         device = next(self.task.model.parameters()).device
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(self.ranks.part(part).to(device) for part in carry)
@@ -459,9 +465,12 @@ class Trainer:
             return None
         if config.clip > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
+        self.lr = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr * self.task.rate(batch)
+            group["lr"] = self.lr * self.task.rate(batch)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
         self.carry = tuple(carry) or None
         self.step += 1
         return means
@@ -537,7 +546,7 @@ class Trainer:
         means, task = self.meter.means(), self.task
         score = self._score(task.training_score(means))
         speed = self.meter.count / max(self.meter.seconds, 1e-9)
-        return [f"loss {means['loss']:.4f}", score, f"lr {self.schedule.lr:g}", f"{speed:,.0f} {task.unit}/s"]
+        return [f"loss {means['loss']:.4f}", score, f"lr {self.lr:g}", f"{speed:,.0f} {task.unit}/s"]
 
     def _score(self, score: float) -> str:
         return f"{self.task.score_name} {score:.{self.task.digits}f}"
@@ -546,7 +555,7 @@ class Trainer:
         figures, name = self._figures(), self.task.batch_name
         self.folder.log(f"epoch {self.epoch + 1} {name} {self.batch}/{steps} step {self.step} {' '.join(figures)}")
         self.folder.record(
-            "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.schedule.lr, **self.meter.means()
+            "train", epoch=self.epoch + 1, batch=self.batch, step=self.step, lr=self.lr, **self.meter.means()
         )
         self.running = self._running()
         self.meter = _Meter(self.task.measured, self.ranks)
@@ -560,7 +569,7 @@ class Trainer:
         An epoch cut short by `max_steps` is validated for information only, so that a continued run is not changed by
         where it had been stopped.
         """
-        with averaged(self.optimizer, self.interrupts.held):
+        with averaged(averages(self.optimizer, self.ema), self.interrupts.held):
             valid = self._validate()
         with self.interrupts.held():
             self._close_epoch(finished, valid)
@@ -574,7 +583,7 @@ class Trainer:
         return evaluate(self.task, data, name, self.config, method, self.ranks, self.interrupts)
 
     def _close_epoch(self, finished: bool, valid: dict[str, Any] | None) -> None:
-        epoch, lr, name, seconds = self.epoch + 1, self.schedule.lr, self.task.score_name, self.running["seconds"]
+        epoch, lr, name, seconds = self.epoch + 1, self.lr, self.task.score_name, self.running["seconds"]
         train = {key: self.running[key] / max(self.running["count"], 1) for key in self.task.measured}
         train_score = self.task.training_score(train)
         rate = self.running["count"] / max(seconds, 1e-9)
@@ -616,10 +625,11 @@ class Trainer:
         if not all(serialization.all_finite(p) for p in self.task.model.parameters()):
             raise RunError(f"the weights are no longer finite numbers at step {self.step}; lower --lr or --clip")
         content = self.checkpoint()
-        if averages := any("ax" in state for state in self.optimizer.state.values()):
+        pairs = averages(self.optimizer, self.ema)
+        if pairs:
             content["model"] = copy.deepcopy(content["model"])  # the model is about to hold the averages
-        with averaged(self.optimizer), self._writing():
-            if averages:
+        with averaged(pairs), self._writing():
+            if pairs:
                 content["average"] = self.task.model.state_dict()
             self.folder.sync()
             if best and self.ranks.first:
@@ -659,6 +669,7 @@ class Trainer:
             self.ranks.copy(self.task.model)
             valid = self.best["valid"]
         else:
+            put(averages(self.optimizer, self.ema))
             valid = self._validate()
         with self._writing("weights.pkl"):
             if self.ranks.first:

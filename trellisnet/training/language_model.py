@@ -20,7 +20,7 @@ from trellisnet.training.config import setting
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
-from trellisnet.training.optim import Schedule
+from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.tasks import LanguageModeling
 
 
@@ -33,6 +33,7 @@ class LanguageModelConfig(NetworkConfig):
         "cache cache_tune dynamic_eval dynamic_eval_tune dynamic_eval_rule dynamic_eval_lr dynamic_eval_decay".split()
         + "dynamic_eval_epsilon dynamic_eval_segment dynamic_eval_stats adapt_rows".split()
     )
+    stepwise: ClassVar[frozenset[str]] = NetworkConfig.stepwise | {"asgd", "nonmono", "anneal_by", "anneal_recent"}
     # The authors' rules for the learning rate differ in these, see trellisnet.training.optim.Schedule.
     plateau_factor: ClassVar[float] = 4.0
     plateau_floor: ClassVar[float] = 0.0
@@ -99,6 +100,14 @@ class LanguageModelConfig(NetworkConfig):
         blocks = min(self.emb_blocks, self.emsize)
         if not 1 / blocks <= self.emb_density <= 1:
             raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
+        if self.ema and self.schedule == "step" and (self.asgd or self.nonmono):
+            flag = "--asgd" if self.asgd else f"--nonmono {self.nonmono}"
+            raise UserError(f"--ema: {flag} averages the weights as well; leave one of the two out")
+        if self.label_smoothing and self.n_experts:
+            raise UserError(
+                "--label_smoothing: needs the log-probabilities of all classes, which the loss of a mixture never has "
+                "at once; leave it out or pass --n_experts 0"
+            )
         if self.anneal_by and self.anneal_by < 1:
             raise UserError(f"--anneal_by: expected 0 or at least 1, got {self.anneal_by}")
         if self.model == RHN.model_name and self.nout != self.nhid:
@@ -294,6 +303,11 @@ def setup(
     # Only the project's own folder is filled by itself; a folder that the user names is theirs.
     corpus = load(config.data_folder(), download=config.download and not config.data, **config.data_options())
     model = build_model(config, len(corpus.vocabulary)).to(device)
+    if config.label_smoothing and config.bands(len(corpus.vocabulary)):
+        raise UserError(
+            "--label_smoothing: needs the log-probabilities of all classes, and a split softmax computes those of the "
+            "target's band only; leave it out or pass --cutoffs 0"
+        )
     task = config.make_task(
         model,
         corpus,
@@ -305,6 +319,7 @@ def setup(
         alpha=config.alpha,
         beta=config.beta,
         length_seed=config.seed if config.random_length else None,
+        label_smoothing=config.label_smoothing,
         ranks=ranks,
     )
     sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
@@ -318,16 +333,14 @@ def setup(
                 )
     except ValueError as e:
         raise UserError(f"the corpus is too short for these settings: {e}") from e
-    schedule = Schedule(
-        config.lr,
-        config.nonmono or config.patience(),
+    schedule = make_schedule(
+        config,
+        lambda epoch: len(task.batches(rows["train"], epoch)),
+        anneal=config.nonmono or config.patience(),
         recent=config.anneal_recent,
         factor=config.anneal_by or config.plateau_factor,
         floor=config.plateau_floor,
-        when=config.when,
         when_floor=config.when_floor,
-        decay=config.decay,
-        decay_from=config.decay_from,
         asgd=config.asgd or config.nonmono > 0,
     )
     tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)

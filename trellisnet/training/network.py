@@ -88,10 +88,8 @@ class NetworkConfig(RunConfig):
         if self.model != preset.get("model", TRELLISNET):
             raise UserError(f"--model {self.model}: --preset {self.preset} is of {preset['model']}; leave one out")
         for field in dataclasses.fields(self):
-            if field.name in UNREAD[self.model]:
-                default = field.default_factory() if callable(field.default_factory) else field.default
-                if getattr(self, field.name) != preset.get(field.name, default):
-                    raise UserError(f"--{field.name}: --model {self.model} has nothing of the kind; leave it out")
+            if field.name in UNREAD[self.model] and getattr(self, field.name) != self.preset_value(field.name):
+                raise UserError(f"--{field.name}: --model {self.model} has nothing of the kind; leave it out")
         if self.model != TRELLISNET and self.backend not in ("auto", "reference"):
             raise UserError(f"--backend {self.backend}: is of TrellisNet; --model {self.model} needs auto or reference")
         if self.model == TCN.model_name and self.nlevels > 30:

@@ -1,11 +1,14 @@
-"""The optimiser and the learning-rate schedule."""
+"""The optimiser, averages of the weights and the learning-rate schedule."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trellisnet.errors import UserError
 from trellisnet.training.config import RunConfig
@@ -38,28 +41,109 @@ def make_averaging(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
     return torch.optim.ASGD(parameters, lr=config.lr, t0=0, lambd=0.0, weight_decay=config.wdecay)
 
 
-@contextlib.contextmanager
-def averaged(
-    optimizer: torch.optim.Optimizer,
-    held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-) -> Iterator[None]:
-    """Put the averaged weights of ASGD in place of the parameters for a while; nothing happens without an average.
+class EMA:
+    """Exponential moving average of the weights after every update, which starts with those after the first.
 
     Args:
-        optimizer: the optimiser that may hold an average.
+        parameters: the weights.
+        decay: share of the average that an update keeps.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+        self._parameters = list(parameters)
+        self._averages: list[Tensor] = []
+        self._average = get_ema_multi_avg_fn(decay)  # AveragedModel would wait for the device in every update
+
+    def update(self) -> None:
+        """Take the weights of now into the average."""
+        if self._averages:
+            self._average(self._averages, [p.detach() for p in self._parameters], None)
+        else:
+            self._averages = [p.detach().clone() for p in self._parameters]
+
+    def pairs(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every weight with its average; none before the first update."""
+        return list(zip(self._parameters, self._averages, strict=bool(self._averages)))
+
+
+def averages(optimizer: torch.optim.Optimizer, ema: EMA | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+    """Every weight that has an average, with it: that of `ema`, or else the one that ASGD keeps in its state."""
+    if ema is not None:
+        return ema.pairs()
+    return [(p, state["ax"]) for p, state in optimizer.state.items() if "ax" in state]
+
+
+@torch.no_grad()
+def put(pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Copy the second of every pair into the first."""
+    for p, value in pairs:
+        p.copy_(value)
+
+
+@contextlib.contextmanager
+def averaged(
+    pairs: list[tuple[nn.Parameter, Tensor]],
+    held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[None]:
+    """Put averages in place of the weights for a while; nothing happens without averages.
+
+    Args:
+        pairs: of :func:`averages`.
         held: keeps signals out while weights are exchanged.
     """
-    pairs = [(p, state["ax"]) for p, state in optimizer.state.items() if "ax" in state]
-    raw = [p.detach().clone() for p, _ in pairs]
+    raw = [(p, p.detach().clone()) for p, _ in pairs]
     try:
-        with held(), torch.no_grad():
-            for p, average in pairs:
-                p.copy_(average)
+        with held():
+            put(pairs)
         yield
     finally:
-        with held(), torch.no_grad():
-            for (p, _), value in zip(pairs, raw, strict=True):
-                p.copy_(value)
+        with held():
+            put(raw)
+
+
+class Curve:
+    """Factor of the learning rate in every update, from torch's own schedulers.
+
+    It depends on nothing but the number of updates made, so that a continued run has it from there. The schedulers
+    drive an optimiser of their own: the one that trains may be replaced (ASGD), and tasks scale its rate per batch.
+
+    Args:
+        schedule: "step": 1. "cosine": from 1 along half a cosine to 0 (CosineAnnealingLR). "onecycle": from 1/25 up
+            to 1 and down to 1/250,000, each along half a cosine (OneCycleLR; momentum is left alone).
+        warmup: updates before 1 is reached, in which the factor rises linearly (LinearLR), of "onecycle" along its
+            first half cosine; 0: none, of "onecycle" 30 % of all.
+        updates: of the whole run; "step" does not look at it.
+
+    Raises:
+        UserError: the warm-up fills the run.
+    """
+
+    def __init__(self, schedule: str, warmup: int, updates: int):
+        if schedule != "step" and warmup >= updates:
+            raise UserError(f"--warmup {warmup}: --schedule {schedule} needs fewer than the run's {updates:,} updates")
+        optimizer = self._optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0)
+        self._update = 0
+        self._scheduler: lr_scheduler.LRScheduler | None = None
+        if schedule == "onecycle":
+            rise = warmup / updates if warmup else 0.3
+            options = {"pct_start": rise, "cycle_momentum": False}
+            self._scheduler = lr_scheduler.OneCycleLR(optimizer, 1.0, updates, **options)
+            return
+        parts: list[lr_scheduler.LRScheduler] = []
+        if warmup:
+            parts.append(lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup))
+        if schedule == "cosine":
+            parts.append(lr_scheduler.CosineAnnealingLR(optimizer, updates - warmup))
+        if parts:
+            self._scheduler = lr_scheduler.SequentialLR(optimizer, parts, [warmup] * (len(parts) - 1))
+
+    def factor(self, update: int) -> float:
+        """Factor of the update after `update` others, which must not be asked for in falling order."""
+        while self._scheduler is not None and self._update < update:
+            self._optimizer.step()  # first, or torch warns; there is nothing to update
+            self._scheduler.step()
+            self._update += 1
+        return self._optimizer.param_groups[0]["lr"]
 
 
 @dataclass
@@ -82,6 +166,7 @@ class Schedule:
         decay, decay_from: see above; with 1 nothing happens.
         asgd: at the first plateau switch to averaged SGD instead, at the initial rate, and never anneal after it.
         averaging: whether that has happened.
+        curve: factor of the rate in every update; None: 1.
         history: validation losses of the epochs so far.
     """
 
@@ -95,11 +180,16 @@ class Schedule:
     decay: float = 1.0
     decay_from: int = 1
     asgd: bool = False
+    curve: Curve | None = None
     averaging: bool = False
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.initial = self.lr
+
+    def rate(self, update: int) -> float:
+        """The rate of the update after `update` others, which must not be asked for in falling order."""
+        return self.lr if self.curve is None else self.lr * self.curve.factor(update)
 
     def step(self, epoch: int, loss: float) -> float:
         """Take the validation loss of `epoch`; returns the rate for the next one."""
@@ -121,3 +211,26 @@ class Schedule:
             return len(self.history) >= FIRST_PLATEAU and loss >= max(self.history[-self.recent :])
         older = self.history[: -self.anneal] if self.anneal else []
         return bool(older) and loss > min(older)
+
+
+def make_schedule(config: RunConfig, updates: Callable[[int], int], **plateaus: Any) -> Schedule:
+    """The schedule that the settings ask for.
+
+    Args:
+        config: the settings.
+        updates: of an epoch, counted from 0.
+        plateaus: the task's rules on plateaus, arguments of :class:`Schedule`; --schedule step alone has rules.
+
+    Raises:
+        UserError: the warm-up fills the run.
+    """
+    if config.eval:
+        return Schedule(config.lr)
+    if config.schedule == "step":
+        curve = Curve("step", config.warmup, 0) if config.warmup else None
+        rules = {"when": config.when, "decay": config.decay, "decay_from": config.decay_from}
+        return Schedule(config.lr, curve=curve, **rules, **plateaus)
+    total = sum(map(updates, range(config.epochs)))
+    if config.max_steps:
+        total = min(total, config.max_steps)
+    return Schedule(config.lr, curve=Curve(config.schedule, config.warmup, total))

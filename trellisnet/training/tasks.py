@@ -12,7 +12,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trellisnet.core import State
 from trellisnet.errors import counted
+from trellisnet.heads import LinearSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
 from trellisnet.training.distributed import Ranks
@@ -42,6 +43,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+class Augmentation(Protocol):
+    """Random variation of training sequences."""
+
+    def draw(self, count: int, random: np.random.Generator) -> Tensor:
+        """Draw how to vary so many sequences: a tensor with a row for each."""
+
+    def __call__(self, sequences: Tensor, drawn: Tensor) -> Tensor:
+        """Vary sequences, each by its row of `drawn`."""
 
 
 def _mean(total: float, count: int) -> float:
@@ -68,6 +79,8 @@ class LanguageModeling:
         length_seed: train on windows of random length (Merity et al., 2018, section 5): normally distributed about
             `horizon`, or in one of twenty about half of it, with deviation 5, at least 5; others for every epoch, drawn
             from this seed. The learning rate of an update is scaled by the length. Only with `repackage`.
+        label_smoothing: share of every target, auxiliary ones included, that training spreads evenly over all tokens.
+            Only with a plain softmax.
         ranks: the processes among which evaluation is divided; all get the result of the whole. By default this one
             evaluates alone.
 
@@ -92,6 +105,7 @@ class LanguageModeling:
         alpha: float = 0.0,
         beta: float = 0.0,
         length_seed: int | None = None,
+        label_smoothing: float = 0.0,
         ranks: Ranks | None = None,
     ):
         if horizon < 1:
@@ -102,6 +116,10 @@ class LanguageModeling:
             raise ValueError("aux_every: expected a number of layers when aux_weight > 0, got None")
         if length_seed is not None and (seq_len > 0 or not repackage):
             raise ValueError("length_seed: windows of random length need repackage and seq_len = 0")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}")
+        if label_smoothing and not isinstance(model.head, LinearSoftmax):
+            raise ValueError("label_smoothing: needs a plain softmax, neither a mixture nor a split one")
         if repackage and seq_len > 0:
             warnings.warn(
                 f"repackaging with seq_len = {seq_len}: training windows overlap by {horizon} positions although the "
@@ -117,6 +135,7 @@ class LanguageModeling:
         self.alpha = alpha
         self.beta = beta
         self.length_seed = length_seed
+        self.label_smoothing = label_smoothing
         self.ranks = ranks or Ranks()
         self.earlier = 0  # windows whose states `windowed` can compute again, see there
 
@@ -198,8 +217,8 @@ class LanguageModeling:
             masks: explicit dropout masks.
 
         Returns:
-            0-dim terms `raw`, `aux`, `alpha`, `beta`, already multiplied by their weights, and their sum `loss`;
-            and the state to carry: detached when repackaging, else None.
+            0-dim terms `raw`, `aux`, `smoothing`, `alpha`, `beta`, already multiplied by their weights, and their sum
+            `loss`; and the state to carry: detached when repackaging, else None.
 
         Raises:
             ValueError: the window has nothing to score.
@@ -215,21 +234,26 @@ class LanguageModeling:
 
         latent, latent_aux = (masks.latent, masks.latent_aux) if masks else (None, None)
         draw = masks is None
+        outputs, weights = [out.output, *out.aux], [1.0] + [self.aux_weight] * len(out.aux)
         if out.aux:
-            weights = [1.0] + [self.aux_weight] * len(out.aux)
             masked = [latent, *([None] * len(out.aux) if latent_aux is None else latent_aux.unbind(1))]
-            outputs = [out.output, *out.aux]
             loss, each = self.model.losses(outputs, targets, weights, latent_masks=masked, draw=draw)
             raw, aux = each[0], self.aux_weight * each[1:].sum()
         else:
             loss = raw = self.model.loss(out.output, targets, latent_mask=latent, draw=draw)
             aux = raw.new_zeros(())
-        alpha = beta = raw.new_zeros(())
+        smoothing = alpha = beta = raw.new_zeros(())
+        if self.label_smoothing:
+            margins = [
+                weight * self.model.head.margin(x, targets).mean() for weight, x in zip(weights, outputs, strict=True)
+            ]
+            smoothing = self.label_smoothing * sum(margins)
         if self.alpha:
             alpha = activation_regularization(out.output, self.alpha)
         if self.beta:
             beta = temporal_activation_regularization(out.raw_output, self.beta)
-        losses = {"loss": loss + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
+        losses = {"raw": raw, "aux": aux, "smoothing": smoothing, "alpha": alpha, "beta": beta}
+        losses["loss"] = loss + smoothing + alpha + beta
         return losses | self._measure(out.output.detach(), targets), self._carried(out.state)
 
     def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -586,7 +610,9 @@ class Classification:
         batch_size: sequences of a training batch; the last one of an epoch may be smaller.
         eval_batch_size: sequences that are evaluated at a time; it does not change results.
         prepare: what is done to a batch of stored sequences (n, L, C), of any dtype, before the model gets it.
-        seed: of the order of the training data, which is another one in every epoch.
+        seed: of the order of the training data, which is another one in every epoch, and of what `augment` draws.
+        augment: what varies training sequences at random, before `prepare`.
+        label_smoothing: share of every target that training spreads evenly over all classes.
         ranks: the processes among which evaluation is divided, see :class:`LanguageModeling`.
     """
 
@@ -603,30 +629,43 @@ class Classification:
         eval_batch_size: int = 64,
         prepare: Callable[[Tensor], Tensor] = lambda sequences: sequences,
         seed: int = 0,
+        augment: Augmentation | None = None,
+        label_smoothing: float = 0.0,
         ranks: Ranks | None = None,
     ):
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}")
         self.model = model
         self.ranks = ranks or Ranks()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.prepare = prepare
         self.seed = seed
+        self.augment = augment
+        self.label_smoothing = label_smoothing
 
     def batches(self, data: tuple[Tensor, Tensor], epoch: int = 0) -> Sequence[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, shuffled by seed and epoch: (inputs, targets), made when they are asked for.
+        """The batches of an epoch, shuffled and augmented by seed and epoch: (inputs, targets), made when asked for.
 
         Args:
             data: sequences (n, L, C) and their classes, int64 (n,).
             epoch: counted from 0.
         """
         sequences, classes = data
-        # A stream of numbers for every pair of seed and epoch; the global ones are left alone.
+        # A stream of numbers for every pair of seed and epoch; the global ones are left alone. Everything is drawn and
+        # copied to the device once per epoch: no batch waits for that, and any of them can be made again.
         order = np.random.default_rng([self.seed, epoch]).permutation(len(classes))
         order = torch.from_numpy(order).to(classes.device)
+        drawn = None
+        if self.augment is not None:
+            drawn = self.augment.draw(len(classes), np.random.default_rng([self.seed, epoch, 1])).to(sequences.device)
 
         def make(start: int) -> tuple[Tensor, Tensor]:
-            chosen = order[start : start + self.batch_size]
-            return self.prepare(sequences[chosen]), classes[chosen]
+            batch = slice(start, start + self.batch_size)
+            inputs = sequences[order[batch]]
+            if drawn is not None:
+                inputs = self.augment(inputs, drawn[batch])
+            return self.prepare(inputs), classes[order[batch]]
 
         return _Lazy(range(0, len(classes), self.batch_size), make)
 
@@ -650,12 +689,15 @@ class Classification:
             masks: explicit dropout masks.
 
         Returns:
-            0-dim terms `loss` and `raw` (the same, nats a sequence) and `accuracy` (0 to 1); and no state.
+            0-dim terms `loss`, `raw` (the same without label smoothing; nats per sequence) and `accuracy` (0 to 1); and
+            no state.
         """
         logits = self.model(inputs, masks=masks).logits
-        loss = F.cross_entropy(logits, targets)
+        loss = raw = F.cross_entropy(logits, targets)
+        if self.label_smoothing:
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         accuracy = (logits.argmax(1) == targets).float().mean()
-        return {"loss": loss, "raw": loss, "accuracy": accuracy}, None
+        return {"loss": loss, "raw": raw, "accuracy": accuracy}, None
 
     @torch.no_grad()
     def evaluate(
