@@ -200,7 +200,7 @@ def test_what_cannot_be_recorded_fails_in_one_line(counts, tmp_path, monkeypatch
         (pmnist.model, [], ""),
         (wt103.model, [], "which words lie in which band of the softmax is found on the CPU"),
         (wt103.model, ["--cutoffs", "0"], ""),
-        (word_ptb.model, ["--model", "awd-lstm"], "of --model awd-lstm none is made"),
+        (word_ptb.model, ["--model", "awd-lstm"], "--model awd-lstm is not recorded"),
         (char_ptb.model, ["--random_length"], "with --random_length no two windows are alike"),
     ],
 )

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from pmnist.train import main as pmnist_main
+from trellisnet import ops
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import gemm
 from trellisnet.training import checkpoint, network
+from trellisnet.training.config import parse
 from word_ptb.model import Config
 from word_ptb.train import main as word_main
 
@@ -39,7 +41,8 @@ def test_training_in_bfloat16_follows_training_in_float32(run, tmp_path, main, f
         code, out, err, metrics = run(main, *flags, "--max_steps", 12, "--precision", precision, out=precision)
         assert (code, err) == (0, "")
         assert metrics["precision"] == precision
-        assert f"threads, {precision}, fused" in out
+        kernels = ops.resolve_gates("auto", torch.device("cpu"), network.COMPUTE[precision])
+        assert out.splitlines()[0].endswith(f", {precision}, fused, {kernels} gates")
         found[precision] = losses(tmp_path / precision)
     assert len(found["bf16"]) == 12
     assert found["bf16"] != found["fp32"]
@@ -96,6 +99,52 @@ def test_what_the_fused_operator_lacks_is_said(run, tmp_path, flags):
     assert err.startswith("error: --backend: fused cannot run this, it has no ")
     assert err.count("\n") == 1
     assert not (tmp_path / "asked").exists()
+
+
+def test_gates_that_cannot_be_fast_are_said(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(ops.fused.compiled, "_library", lambda: "it has not been built")
+    code, out, err, metrics = run(word_main, *TEXT, "--max_steps", 1)
+    assert (code, err, metrics["gates"]) == (0, "", "eager")
+    first, *lines = out.splitlines()
+    assert first.endswith(", fp32, fused, eager gates")
+    notice = "gates eager, slower than compiled: it has not been built"
+    assert notice in lines
+    assert f"# notice: {notice}\n" in (tmp_path / "run" / "log.txt").read_text()
+    code, out, *_ = run(word_main, *TEXT, "--max_steps", 1, "--backend", "reference", out="reference")
+    assert code == 0
+    assert out.splitlines()[0].endswith(", fp32, reference")
+    code, _, err, _ = run(word_main, *TEXT, "--gates", "compiled", out="asked")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: --gates: compiled cannot run, it has not been built; expected auto or eager")
+
+
+@pytest.mark.parametrize(
+    ("flags", "notices"),
+    [
+        (["--gates", "eager"], ["gates eager, slower than triton: no compiler"]),
+        (["--gates", "triton"], []),
+        (["--gates", "eager", "--backend", "reference"], []),
+        (["--model", "awd-lstm"], ["no CUDA graph: --model awd-lstm is not recorded"]),
+        (["--model", "awd-lstm", "--eval"], []),
+    ],
+)
+def test_what_slows_a_cuda_device_down_is_said(monkeypatch, flags, notices):
+    monkeypatch.setattr(ops.fused, "reason_against", lambda choice, *_: "no compiler" if choice == "triton" else "")
+    config, _ = parse(Config, flags)
+    assert config.notices(torch.device("cuda")) == notices
+
+
+def test_a_broken_triton_is_as_none(monkeypatch):
+    def broken():
+        raise ImportError("libstdc++.so.6: version not found\nmore")
+
+    monkeypatch.setattr(ops.fused.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ops.fused, "_triton", broken)
+    reason = "the package triton cannot be imported (libstdc++.so.6: version not found)"
+    assert ops.slow_gates(torch.device("cuda"), torch.float32) == f"slower than triton: {reason}"
+    assert ops.resolve_gates("auto", torch.device("cuda"), torch.float32) == "eager"
+    with pytest.raises(ValueError, match="gates: triton cannot run, the package triton cannot be imported"):
+        ops.resolve_gates("triton", torch.device("cuda"), torch.float32)
 
 
 def test_products_are_chosen_once(run, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ __all__ = [
     "not_fused",
     "resolve",
     "resolve_gates",
+    "slow_gates",
     "trellis",
 ]
 
@@ -84,6 +85,13 @@ def resolve_gates(gates: str, device: torch.device, compute: torch.dtype, activa
     """
     module = fused.gates_of(gates, device, compute, activation).__name__.rpartition(".")[2]
     return {"gates": "eager", "triton_gates": "triton"}.get(module, module)
+
+
+def slow_gates(device: torch.device, compute: torch.dtype, activation: str = "lstm") -> str:
+    """Why `auto` falls back to eager gates here, naming the faster ones; empty if it does not."""
+    fastest = fused.fastest_gates(device)
+    reason = fused.reason_against(fastest, device, compute, activation)
+    return f"slower than {fastest}: {reason}" if reason else ""
 
 
 def trellis(

@@ -42,9 +42,34 @@ ARENA = 2 << 30  # bytes of rows that are collected on a GPU
 GATE_KERNELS = ("auto", "compiled", "triton", "eager")
 
 
+def _triton() -> ModuleType:
+    return importlib.import_module("trellisnet.ops.triton_gates")  # it needs an extra
+
+
 def no_triton() -> str:
     """Why there is no Triton; empty if there is."""
-    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "the package triton is not installed"
+    try:
+        _triton()
+    except Exception as e:  # a library that it needs is missing, another version of torch, …
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:80]
+        return f"the package triton cannot be imported ({reason})"
+    return ""
+
+
+def fastest_gates(device: torch.device) -> str:
+    """The gate kernels that `auto` tries first on this device."""
+    return "triton" if device.type == "cuda" else "compiled"
+
+
+def reason_against(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> str:
+    """Why these gate kernels cannot run here; empty if they can."""
+    if choice == "eager":
+        return ""
+    if choice == "compiled":
+        return compiled.reason_against(device, compute, activation)
+    return no_triton() or _triton().reason_against(device, compute, activation)
 
 
 def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> ModuleType:
@@ -55,22 +80,13 @@ def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation
     """
     if choice not in GATE_KERNELS:
         raise ValueError(f"gates: expected one of {', '.join(GATE_KERNELS)}, got {choice!r}")
-    if choice == "auto":
-        choice = "triton" if device.type == "cuda" else "compiled"
-        try:
-            return gates_of(choice, device, compute, activation)
-        except ValueError:
+    auto = choice == "auto"
+    choice = fastest_gates(device) if auto else choice
+    if reason := reason_against(choice, device, compute, activation):
+        if auto:
             return eager
-    if choice == "eager":
-        return eager
-    if choice == "compiled":
-        module, reason = compiled, ""
-    else:
-        reason = no_triton()
-        module = None if reason else importlib.import_module("trellisnet.ops.triton_gates")
-    if reason := reason or module.reason_against(device, compute, activation):
         raise ValueError(f"gates: {choice} cannot run, {reason}; expected auto or eager")
-    return module
+    return {"eager": eager, "compiled": compiled}.get(choice) or _triton()
 
 
 class _Setting(NamedTuple):

@@ -213,12 +213,15 @@ class _Program:
         facts = {"parameters": count_parameters(task.model), **facts}
         env = environment(device) | {"ranks": ranks.size} | {key: getattr(config, key) for key in CHOICES}
         summary = ", ".join(f"{key} {v}" if isinstance(v, str) else counted(v, key) for key, v in facts.items())
-        how = f"{counted(env['threads'], 'threads')}, {config.precision}, {config.backend}"
-        how += f", {ranks.size} ranks" if ranks.size > 1 else ""
-        _say(f"{splits.label}: {summary}; {env['device']} ({env['machine']}), {how}")
+        how = [counted(env["threads"], "threads"), config.precision, config.backend]
+        how += [f"{config.gates} gates"] if config.backend != "reference" else []
+        if device.type == "cuda" and not config.eval:
+            how.append("CUDA graph" if config.cuda_graph == "on" else "no CUDA graph")
+        how += [f"{ranks.size} ranks"] if ranks.size > 1 else []
+        _say(f"{splits.label}: {summary}; {env['device']} ({env['machine']}), {', '.join(how)}")
         if device.type == "cpu" and ranks.size == 1 and (notice := busy(env["threads"])):
             _say(notice)
-        notices = [*config.notices(), *([spoilt] if spoilt else [])]
+        notices = [*config.notices(device), *([spoilt] if spoilt else [])]
         for notice in notices:
             _say(notice)
         command = command_line(config.program(), argv, ranks.launcher())

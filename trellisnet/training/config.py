@@ -205,9 +205,10 @@ class RunConfig:
             raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
         return device
 
-    def notices(self) -> list[str]:
-        """What the user should know of the choices that were made."""
-        return []
+    def notices(self, device: torch.device) -> list[str]:
+        """What the user should know of the choices that were made for this device."""
+        reason = self.no_graph(device) if device.type == "cuda" and not self.eval else ""
+        return [f"no CUDA graph: {reason}"] if reason else []
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which models and losses are computed, for `precision`."""

@@ -173,16 +173,20 @@ class NetworkConfig(RunConfig):
         """The rate of dropping single numbers of the core's input, for a core that does it itself."""
         return 0.0
 
-    def notices(self) -> list[str]:
-        """What the user should know of the choices that were made."""
+    def notices(self, device: torch.device) -> list[str]:
+        notices = super().notices(device)
         if self.model != TRELLISNET:
-            return []
-        if self.backend == "reference" and (reason := ops.not_fused(self.activation, self.mixed_group or None)):
-            return [f"backend reference, slower than fused: {reason}"]
-        return []
+            return notices
+        if self.backend == "reference":
+            reason = ops.not_fused(self.activation, self.mixed_group or None)
+            notices += [f"backend reference, slower than fused: {reason}"] if reason else []
+        elif self.gates == "eager":
+            reason = ops.slow_gates(device, COMPUTE[self.precision], self.activation)
+            notices += [f"gates eager, {reason}"] if reason else []
+        return notices
 
     def no_graph(self, device: torch.device) -> str:
-        reason = "" if self.model == TRELLISNET else f"of --model {self.model} none is made"
+        reason = "" if self.model == TRELLISNET else f"--model {self.model} is not recorded"
         return super().no_graph(device) or reason
 
     def channels(self) -> int:
