@@ -3,18 +3,26 @@
 import importlib.util
 import json
 import os
+import platform
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 
+import trellisnet
 import word_ptb.train
 import wt103.train
+from trellisnet import serialization, weights
+from trellisnet.data import corpus
 from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.ops import compiled
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
 from trellisnet.training.distributed import Ranks
@@ -205,13 +213,13 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     assert checkpoint.load(tmp_path / "alone" / "last.pt")["step"] == 34
 
 
-def started(tmp_path, size, *argv, code=DRIVER):
+def started(tmp_path, size, *argv, code=DRIVER, plan=None):
     """Ranks without torchrun, so that their exit codes and messages can be told apart."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     (tmp_path / "driver.py").write_text(code)
-    (tmp_path / "plan.json").write_text(json.dumps([[str(flag) for flag in argv]]))
+    (tmp_path / "plan.json").write_text(json.dumps([[str(flag) for flag in argv] for argv in plan or [argv]]))
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": PROJECT}
     processes = []
     for rank in range(size):
@@ -321,3 +329,108 @@ def test_an_error_of_the_first_ranks_folder_is_told_once(tmp_path, torchrun):
     codes, _, err = torchrun(2, ["word_ptb", *MODEL, "--out", tmp_path / "run"])
     assert codes == [[2], [2]]
     assert err.count("error: ") == 1
+
+
+# Every rank has a working directory of its own, as on machines of their own, and rank 1 other versions if asked.
+DIFFERENT = """
+import json, os, sys
+import torch, trellisnet, numpy, word_ptb.train
+from trellisnet.ops import compiled
+plan, out = sys.argv[1:3]
+rank = os.environ["RANK"]
+os.chdir(f"{out}/{rank}")
+codes = []
+for what, *argv in json.load(open(plan)):
+    library, versions = compiled._library, [(m, m.__version__) for m in (torch, trellisnet, numpy)]
+    if rank == "1" and what == "gates":
+        compiled._library = lambda: "it has not been built"
+    if rank == "1" and what == "versions":
+        torch.__version__, trellisnet.__version__, numpy.__version__ = "1.0", "0.0.1", "0.9"
+    codes.append(word_ptb.train.main(argv))
+    compiled._library = library
+    for module, version in versions:
+        module.__version__ = version
+print(codes, file=sys.stderr)
+"""
+
+
+def test_ranks_that_differ_are_refused_by_name(tmp_path):
+    """Other data, other sizes of splits with the same text in all, other weights, gates and versions."""
+    text = "the cat sat on the mat\n" * 40
+    splits = {"0": [text, text, text], "1": [text, text, text.replace("mat", "cat")]}
+    model = TrellisLanguageModel(6, 8, 14, 3, output_size=8, weight_norm=False)
+    for rank, texts in splits.items():
+        for name, (train, valid, test) in {
+            "same": [text] * 3,
+            "other": texts,
+            "moved": [text * 3, text * 2, text] if rank == "0" else [text * 2, text * 3, text],
+        }.items():
+            (tmp_path / rank / name).mkdir(parents=True)
+            for split, content in zip(corpus.SPLITS, (train, valid, test), strict=True):
+                (tmp_path / rank / name / f"{split}.txt").write_text(content)
+        for path in ("same.pkl", "other.pkl"):
+            with torch.no_grad():
+                model.head.bias.fill_(float(rank) * (path == "other.pkl"))
+            weights.save_weights(model, tmp_path / rank / path)
+    flags = [*MODEL, "--batch_size", 2, "--no-download", "--max_steps", 1, "--out", tmp_path / "run", "--data"]
+    score = [*MODEL, "--eval", "--data", "same", "--load_weight"]
+    plan = [
+        ["data", *flags, "other"],
+        ["data", *flags, "moved"],
+        ["data", *score, "same.pkl"],
+        ["data", *score, "other.pkl"],
+        ["data", *score, "other.pkl", "--data", "other"],
+        ["versions", *flags, "same"],
+        ["gates", *flags, "same"],
+    ]
+    processes = started(tmp_path, 2, plan=plan, code=DIFFERENT)
+    (_, err), (_, other) = (process.communicate(timeout=200) for process in processes)
+    *lines, codes = [line for line in err.splitlines() if not line.startswith("warning: none of this is the Penn")]
+    built = not compiled.reason_against(torch.device("cpu"), torch.float32, "lstm")
+    assert json.loads(codes) == [2, 2, 0, 2, 2, 2, 2 if built else 0], err
+    assert other.splitlines() == [codes]
+    host = platform.node()
+    shas = {rank: corpus.digest(texts)[:16] for rank, texts in splits.items()}
+    sums = {rank: serialization.sha256_of_file(tmp_path / rank / "other.pkl")[:16] for rank in splits}
+    expected = [
+        f"error: rank 1 on {host} has data sha256 {shas['1']}…; rank 0 on {host} has data sha256 "
+        f"{shas['0']}…; give all ranks the same files",
+        r"error: rank 1 on .* has data sizes \(560, 840, 280\); rank 0 on .* has data sizes \(840, 560, 280\); give .*",
+        f"error: rank 1 on {host} has weights sha256 {sums['1']}…; rank 0 on .* has weights sha256 {sums['0']}…; .*",
+        "error: rank 1 on .* has data sha256 .*, weights sha256 .*; rank 0 on .* has data sha256 .*; give .*",
+        f"error: rank 1 on {host} has numpy 0.9, torch 1.0, trellisnet 0.0.1 .*; rank 0 on {host} has numpy "
+        f"{numpy.__version__}, torch {re.escape(torch.__version__)}, trellisnet {trellisnet.__version__} .*; run .*",
+        *[f"error: rank 1 on {host} has gates eager; rank 0 on {host} has gates compiled; build .*"] * built,
+    ]
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), line
+    assert built == (not (tmp_path / "run").exists())
+
+
+HANG = """
+import os, sys, time
+from trellisnet.training import watch
+from trellisnet.training.distributed import Ranks
+watch.LIMIT = 1.0
+ranks = Ranks.of_environment()
+ranks.join()
+with ranks.watched():
+    print(ranks.gather(os.getpid()), file=sys.stderr)
+    for late in (1, 0):
+        if ranks.rank == late:
+            time.sleep(4)
+        ranks.gather(None)
+ranks.leave()
+"""
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    processes = started(tmp_path, 2, code=HANG)
+    said = [process.communicate(timeout=100)[1].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    pids = json.loads(said[0][0])
+    for rank, (_, first, *more) in enumerate(said):
+        name = rf"rank {1 - rank} \({platform.node()}, pid {pids[1 - rank]}\)"
+        for line in (first, *more):
+            assert re.fullmatch(rf"NOTICE: rank {rank} has been waiting for \d\.\d seconds for {name}; .*", line), line
+        assert len(more) <= 2  # after about 1, 2 and 4 seconds

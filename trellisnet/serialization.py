@@ -190,6 +190,12 @@ def read_regular(path: str | os.PathLike) -> str:
         return file.read().decode("utf-8")
 
 
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Digest of a file's bytes, as hexadecimal. Errors as of :func:`open_regular`."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class _Writer:
     """What torch.save writes to. What goes wrong in writing is kept and not raised: torch would lose it.
 

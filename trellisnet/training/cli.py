@@ -33,6 +33,7 @@ from trellisnet.training.runlog import (
     environment,
     peak_memory,
     runnable,
+    software,
     write_json,
 )
 
@@ -64,7 +65,8 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
     try:
         with _heard(ranks), Interrupts() as interrupts, plain_warnings(), program.stack:
             ranks.join()
-            program.run(argv, interrupts)
+            with ranks.watched():
+                program.run(argv, interrupts)
     except UserError as e:
         line, code = f"error: {e}", EXIT_USER
     except RunError as e:
@@ -187,6 +189,7 @@ class _Program:
     def run(self, argv: list[str], interrupts: Interrupts) -> None:
         """Parse, set up, train or score, write the metrics."""
         started, ranks = time.monotonic(), self.ranks
+        ranks.check_same(lambda: software(self.cls), "run the same versions everywhere")
         with ranks.agreed():
             config, resumed, spoilt = self._start(argv)
         config, resumed, spoilt = ranks.share((config, resumed, spoilt))
@@ -202,12 +205,19 @@ class _Program:
             device = config.torch_device()
             config = config.chosen(device)
             torch.use_deterministic_algorithms(config.deterministic)
+        ranks.check_same(
+            lambda: {"device": device.type, "backend": config.backend, "gates": config.gates},
+            "build trellisnet everywhere alike, or pass a --device, --backend and --gates that all ranks have",
+        )
         config = ranks.share(config)  # some choices were made by a stopwatch
         self.stack.enter_context(config.float32_products())
         for last in (False, True)[: ranks.size]:  # data are fetched and encoded once on every machine
             with ranks.agreed():
                 if last == (ranks.local_rank > 0):
                     (task, splits, schedule, facts), untrained = self._build(config, device, resumed is None)
+        ranks.check_same(
+            lambda: _read_by_all(splits, config.load_weight if resumed is None else ""), "give all ranks the same files"
+        )
         ranks.seed(config.seed)
 
         facts = {"parameters": count_parameters(task.model), **facts}
@@ -354,6 +364,15 @@ class _Program:
         if fresh:
             self.stack.enter_context(alone(config.folder()))
         return RunFolder(config.folder(), fresh=fresh, overwrite=config.overwrite, tensorboard=config.tensorboard)
+
+
+def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
+    """What every rank has read from its own disk; `weight_file` is empty if there is none."""
+    digests = {"data": splits.sha256, "vocabulary": splits.vocabulary}
+    if weight_file:
+        digests["weights"] = serialization.sha256_of_file(weight_file)
+    facts = {f"{name} sha256": f"{digest[:16]}…" for name, digest in digests.items() if digest}
+    return {"data sizes": splits.sizes, **facts}
 
 
 def _checkpoint_path(config: RunConfig) -> Path:

@@ -8,9 +8,11 @@ have to tell each other within a step travels with the gradients: no step waits 
 import contextlib
 import datetime
 import os
+import platform
 import re
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from trellisnet.errors import RunError, UserError, of_system
+from trellisnet.errors import LINE, NAME, RunError, UserError, of_system, shown
 from trellisnet.training.interrupts import SIGNALS, Interrupted
+from trellisnet.training.watch import Progress, Watch
 
 # A rank that has died is noticed by its connections; where NCCL does not, by torchrun, which then ends all. This is
 # only for how long one may have nothing to tell: where a text is scored in one row all others wait for the first.
@@ -36,10 +40,11 @@ class LostError(RunError):
 
 
 @contextlib.contextmanager
-def _reaching() -> Iterator[None]:
-    """What a broken connection raises, as LostError."""
+def _reaching(progress: Progress | None = None) -> Iterator[None]:
+    """Raise as LostError what a broken connection raises; with `progress`, mark a collective call in it."""
     try:
-        yield
+        with progress.meeting() if progress is not None else contextlib.nullcontext():
+            yield
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or not (isinstance(e, dist.DistError) or _LOST.search(str(e))):
             raise
@@ -79,7 +84,10 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
+        self.progress = Progress()
         self._store: dist.Store | None = None
+        self._prefix = ""  # of its keys
+        self._console = sys.stderr  # which may be silenced later
 
     @classmethod
     def of_environment(cls) -> "Ranks":
@@ -102,12 +110,34 @@ class Ranks:
             # A process may join more than once, and torchrun keeps what it stored before.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             count = store.add(f"trellisnet {attempt} {self.rank}", 1)
-            self._store = dist.PrefixStore(f"trellisnet {attempt} {count}", store)
+            self._prefix = f"trellisnet {attempt} {count}"
+            self._store = dist.PrefixStore(self._prefix, store)
             options = {"store": self._store, "rank": self.rank, "world_size": self.size, "timeout": PATIENCE}
             dist.init_process_group(backend, **options)
         except RuntimeError as e:
             reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
             raise RunError(f"the {self.size} processes of torchrun could not meet ({reason})") from e
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While inside, say on standard error which rank the others have been waiting for for minutes."""
+        if self.size == 1:
+            yield
+            return
+
+        def connect() -> dist.Store:
+            address, patience = (
+                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+                datetime.timedelta(minutes=1),
+            )
+            store = dist.TCPStore(*address, is_master=False, timeout=patience, wait_for_workers=False)
+            return dist.PrefixStore(f"{self._prefix} watch", store)
+
+        def say(line: str) -> None:
+            tqdm.write(shown(line, LINE), file=self._console)
+
+        with Watch(connect, self.rank, self.size, self.progress, say):
+            yield
 
     def leave(self) -> None:
         """Part from the other ranks, when all are here. From now on torchrun cannot end one for another's exit code."""
@@ -185,7 +215,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        with _reaching():
+        with _reaching(self.progress):
             dist.all_gather_object(values, value)
         return values
 
@@ -209,7 +239,7 @@ class Ranks:
             return tensors[place.index]
 
         sent = [_mapped(value, taken, Tensor) if self.first else None]
-        with _reaching():
+        with _reaching(self.progress):
             dist.broadcast_object_list(sent, src=0)
             value = _mapped(sent[0], made, _Place)
             for tensor in filter(Tensor.numel, tensors):
@@ -219,7 +249,7 @@ class Ranks:
     def copy(self, model: nn.Module) -> None:
         """Give all ranks the first one's weights."""
         if self.size > 1:
-            with _reaching():
+            with _reaching(self.progress):
                 for tensor in model.state_dict().values():
                     dist.broadcast(tensor, src=0)
 
@@ -245,6 +275,28 @@ class Ranks:
             if said is not None:
                 wrong, (line, *more) = said
                 raise (UserError if wrong else RunError)(f"rank {rank}: {line}" if rank else line, *more)
+
+    def check_same(self, facts: Callable[[], dict[str, Any]], advice: str) -> None:
+        """Raise UserError on all ranks if they differ; it names a rank, its host and both values.
+
+        Args:
+            facts: gives what must be equal on all ranks, by name; not called where there is one rank.
+            advice: what to do about a difference.
+        """
+        if self.size == 1:
+            return
+        told = self.gather((platform.node(), {name: str(value) for name, value in facts().items()}))
+        host, first = told[0]
+        differ = [rank for rank, (_, other) in enumerate(told) if other != first]
+        if not differ:
+            return
+        there, other = told[differ[0]]
+        names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
+        theirs, ours = (
+            ", ".join(f"{name} {shown(values.get(name), NAME)}" for name in sorted(names)) for values in (other, first)
+        )
+        more = f" (ranks that differ from rank 0: {', '.join(map(str, differ))})" if len(differ) > 1 else ""
+        raise UserError(f"rank {differ[0]} on {there} has {theirs}; rank 0 on {host} has {ours}{more}; {advice}")
 
     def heed(self, signum: int) -> None:
         """Raise Interrupted on all ranks if one of them has been told to end, by the signal `signum` (0: has not)."""
@@ -321,7 +373,7 @@ class Gradient:
         self.task, self.ranks = task, ranks
         self._together = None
         if ranks.size > 1:
-            with _reaching():
+            with _reaching(ranks.progress):
                 self._together = nn.parallel.DistributedDataParallel(_Marked(task), gradient_as_bucket_view=True)
                 self._rehearse()
 
@@ -373,7 +425,8 @@ class Gradient:
             with autocast:
                 # DistributedDataParallel takes the mean over ranks.
                 objective, losses, state = self._together(part, state, share, self.ranks.size, news)
-            objective.backward()
+            with self.ranks.progress.meeting() if last else contextlib.nullcontext():
+                objective.backward()
         return losses, state
 
     def known(self, loss: Tensor, norm: Tensor, carry: Sequence[Tensor]) -> Tensor:
@@ -394,7 +447,7 @@ class Gradient:
         if self._together is None:
             finite = known.tolist()
             return Told((finite[0], finite[1], all(finite[2:])), loss.detach(), False, 0)
-        with _reaching():
+        with _reaching(self.ranks.progress):
             wrong, stale, loss, late, *signals, finite = known.tolist()
         signum = max((known for known, sent in zip(SIGNALS, signals, strict=True) if sent), default=0)
         return Told((not wrong, bool(finite), not stale), loss, bool(late), int(signum))

@@ -136,8 +136,12 @@ def evaluate(
 
     def progress(it: Iterable, total: int) -> Iterable:
         shown = bar(it, total, desc=name, unit=task.batch_name)
-        # A rank that has been told to end leaves off, and tells the others where all meet.
-        return shown if ranks.size == 1 else itertools.takewhile(lambda _: not interrupts.pending, shown)
+        return shown if ranks.size == 1 else itertools.takewhile(going_on, shown)
+
+    def going_on(_: Any) -> bool:
+        """A rank that has been told to end leaves off, and tells the others where all meet."""
+        ranks.progress.work += 1
+        return not interrupts.pending
 
     try:
         with config.autocast(next(task.model.parameters()).device):

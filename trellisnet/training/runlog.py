@@ -1,6 +1,8 @@
 """What a run leaves behind: its folder, log, metrics, and where they came from."""
 
 import contextlib
+import hashlib
+import inspect
 import json
 import math
 import os
@@ -21,7 +23,7 @@ import torch
 
 import trellisnet
 from trellisnet.errors import RunError, UserError, counted, shown
-from trellisnet.serialization import atomic_write, lock, read_regular, stands_for, sync_file
+from trellisnet.serialization import atomic_write, lock, read_regular, sha256_of_file, stands_for, sync_file
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
 METRICS = ("task", "command", "valid", "test")  # a metrics file is recognised by
@@ -133,6 +135,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "machine": machine(device),
         "threads": torch.get_num_threads(),
+    }
+
+
+def software(cls: type[RunConfig]) -> dict[str, str]:
+    """Versions, and a digest of the code of the package and of the task with settings `cls`, for comparing ranks."""
+    digest = hashlib.sha256()
+    for folder in (Path(trellisnet.__file__).parent, Path(inspect.getfile(cls)).parent):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".c", ".h")):
+            digest.update(f"{path.relative_to(folder)} {sha256_of_file(path)}\n".encode())
+    return {
+        "trellisnet": f"{trellisnet.__version__} (source {digest.hexdigest()[:12]})",
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
     }
 
 
