@@ -7,7 +7,6 @@ where each begins, and the end of the last) and NAME_labels (n integers from 0 t
     python cifar10/train.py --data data/cifar10-jpeg
 """
 
-import argparse
 import io
 import itertools
 import signal
@@ -16,6 +15,7 @@ import sys
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,7 +31,9 @@ except ImportError:  # told when it is needed
 from cifar10.data import COLOURS, NAMES, RECORD, SIDE, SOURCE_NAME, TRAIN_NAMES
 from trellisnet import serialization
 from trellisnet.data.pixels import CLASSES
-from trellisnet.errors import RunError, UserError, unwritable
+from trellisnet.errors import UserError, unwritable
+from trellisnet.training.cli import guarded
+from trellisnet.training.config import Parser
 from trellisnet.training.runlog import pip_install
 
 LABEL = "CIFAR-10 (JPEG)"
@@ -124,42 +126,39 @@ def convert(source: Path, folder: Path) -> dict[str, np.ndarray]:
     """
     if Image is None:
         raise UserError(f"Pillow, which decodes the pictures, is not installed: {pip_install('pillow')}")
-    others = [name for name in NAMES if (folder / name).exists()]
-    if others and not (folder / SOURCE_NAME).exists():
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (others := sorted(there.intersection(NAMES))) and SOURCE_NAME not in there:
         raise UserError(f"{folder}: holds other batches ({others[0]}); name another folder")
+    if foreign := sorted(there - {SOURCE_NAME, *NAMES}):
+        raise UserError(f"{folder}: holds {foreign[0]}, which is no batch; name another folder")
     arrays = read(source)
     train, test = (records(source, arrays, split) for split in ("train", "test"))
     if len(train) < len(TRAIN_NAMES):
         raise UserError(f"{source}: {len(train)} training pictures are too few for {len(TRAIN_NAMES)} batches")
     batches = dict(zip(NAMES, [*np.array_split(train, len(TRAIN_NAMES)), test], strict=True))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The mark goes first, so that the batches are never without it.
-        for name, content in {SOURCE_NAME: f"{LABEL}\n".encode(), **batches}.items():
-            with serialization.atomic_write(folder / name) as file:
-                file.write(content)
+        with serialization.atomic_folder(folder) as new:  # so that batches never stand beside another source's
+            for name, content in {SOURCE_NAME: f"{LABEL}\n".encode(), **batches}.items():
+                with (new / name).open("wb") as file:
+                    file.write(content)
     except OSError as e:
         raise unwritable(f"{folder}: the batches cannot be written there", e) from e
     return batches
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(argv: Sequence[str]) -> None:
+    """Parse, convert, list."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("source", type=Path, help=".npz file with the pictures")
     parser.add_argument("folder", type=Path, help="where the batches go, made if need be")
     args = parser.parse_args(argv)
-    try:
-        batches = convert(args.source, args.folder)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except RunError as e:
-        print(f"failed: {e}", file=sys.stderr)
-        return 1
-    for name, batch in batches.items():
+    for name, batch in convert(args.source, args.folder).items():
         print(f"{args.folder / name}: {len(batch):,} pictures")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

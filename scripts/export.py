@@ -5,10 +5,12 @@
 writes into the second folder `weights.pkl`, the weights in the authors' layout rounded to float16 (a model in float32
 loads them as they are); `config.json`, the settings of the run without what is of one machine; `weights.json`, the sum
 of the file and its scores, measured again after rounding, on all of the data and on their beginning; and `log.txt`,
-`metrics.jsonl` and `metrics.json`, where the run's folder has them. Further flags go to the task's train.py: `--data`,
+`metrics.jsonl` and `metrics.json`, where the run's folder has them. The folder is made beside its place and put there
+when all is done: an earlier export stays whole until then. Further flags go to the task's train.py: `--data`,
 `--device`, `--eval_batch_size`.
 """
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -32,7 +34,7 @@ import word_ptb.train
 import wt103.train
 from trellisnet import weights
 from trellisnet.errors import RunError, UserError
-from trellisnet.serialization import atomic_write
+from trellisnet.serialization import atomic_folder, atomic_write
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import PROJECT, Parser, check_settings
 
@@ -46,6 +48,7 @@ PROGRAMS = {
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 10  # MB
+WRITTEN = ("weights.pkl", "config.json", "weights.json")
 COPIED = ("log.txt", "metrics.jsonl", "metrics.json")
 # What a run's config.json says of its machine.
 OF_THE_MACHINE = ("command", "device", "threads")
@@ -68,13 +71,17 @@ def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict
 
     Raises:
         RunError: they could not be scored; what train.py says stands on standard error.
+        SystemExit: a signal ended the evaluation.
     """
     with tempfile.TemporaryDirectory() as temporary:
         metrics = Path(temporary) / "metrics.json"
         command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval"]
         command += [*flags, "--max_eval_tokens", limit, "--metrics", metrics]
-        if code := PROGRAMS[task][0].main([str(part) for part in command]):
-            raise RunError(f"{folder}: its weights could not be scored (exit code {code})")
+        code = PROGRAMS[task][0].main([str(part) for part in command])
+        if code > 128:
+            raise SystemExit(code)
+        if code:
+            raise RunError(f"the weights could not be scored (exit code {code})")
         return json.loads(metrics.read_text())
 
 
@@ -98,8 +105,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def copy(run: Path, out: Path, overwrite: bool) -> None:
-    """Check that `out` is free, or of the same run, and copy what belongs to its results.
+def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
+    """Check that `out` is free, or of the same run, and copy what belongs to its results into `new`.
 
     Raises:
         UserError: something there would be replaced, or there is nothing to export.
@@ -108,17 +115,17 @@ def copy(run: Path, out: Path, overwrite: bool) -> None:
         raise UserError(f"{run}: has no weights.pkl, which a run writes when its first epoch is done")
     if out.resolve() == run.resolve():
         raise UserError(f"{out}: is the folder of the run; name another, such as results/NAME")
-    present = [name for name in COPIED if (run / name).is_file()]
-    there = [name for name in present if (out / name).is_file()]
-    other = [name for name in there if (out / name).read_bytes() != (run / name).read_bytes()]
-    other += ["weights.pkl"] * (out / "weights.pkl").exists()
-    if other and not overwrite:
-        raise UserError(f"{out}: holds {other[0]} of another export or run; name another folder or pass --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in present:
-        shutil.copyfile(run / name, out / name)
-    if not (out / "metrics.json").is_file():
-        print(f"NOTICE: {run} has no metrics.json: give {out} what --metrics has written", file=sys.stderr)
+    there = {path.name for path in out.iterdir()} if out.exists() else set()
+    if foreign := sorted(there - {*WRITTEN, *COPIED}):
+        raise UserError(f"{out}: holds {foreign[0]}, which no export wrote; name another folder")
+    present = {name for name in COPIED if (run / name).is_file()}
+    other = [name for name in sorted(present & there) if (out / name).read_bytes() != (run / name).read_bytes()]
+    if (replaced := [*other, *(name for name in WRITTEN if name in there)]) and not overwrite:
+        raise UserError(f"{out}: holds {replaced[0]} of another export or run; name another folder or pass --overwrite")
+    # What the run's folder lacks may have been put into an earlier export of it.
+    sources = {name: out for name in there.intersection(COPIED) if not other} | dict.fromkeys(present, run)
+    for name, source in sources.items():
+        shutil.copyfile(source / name, new / name)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -134,27 +141,32 @@ def run(argv: Sequence[str]) -> None:
     config = trained.read_config(args.run)
     if config["task"] not in PROGRAMS:
         raise UserError(f"{args.run}: is of {config['task']}; expected one of {', '.join(PROGRAMS)}")
-    task, out = config["task"], args.out
-    check_settings(PROGRAMS[task][0].Config, config["settings"], str(args.run / "config.json"))
-    # A file that is too large leaves nothing behind.
-    with tempfile.TemporaryDirectory() as temporary:
-        small = Path(temporary) / "weights.pkl"
-        if (args.run / "weights.pkl").is_file():
-            weights.round_weights(args.run / "weights.pkl", small, DTYPES[args.dtype])
-            if (size := small.stat().st_size) > args.max_mb * 1e6:
-                raise UserError(f"{args.run}: its weights take {size / 1e6:.1f} MB in {args.dtype}; see --max_mb")
-        copy(args.run, out, args.overwrite)
-        shutil.copyfile(small, out / "weights.pkl")
-    write(out / "config.json", portable(config))
-    measured = score(task, out, [*trained.HERE, *flags])
+    out = args.out
+    check_settings(PROGRAMS[config["task"]][0].Config, config["settings"], str(args.run / "config.json"))
+    with atomic_folder(out) as new:
+        size = fill(new, config, args, flags)
+    if not (out / "metrics.json").is_file():
+        print(f"NOTICE: {args.run} has no metrics.json: give {out} what --metrics has written", file=sys.stderr)
+    print(f"{out / 'weights.pkl'}: {size / 1e6:.2f} MB, {args.dtype}; scores in {out / 'weights.json'}")
+
+
+def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Write all files of an export into an empty folder; returns the bytes of its weights."""
+    task, small = config["task"], new / "weights.pkl"
+    copy(args.run, args.out, new, args.overwrite)
+    weights.round_weights(args.run / "weights.pkl", small, DTYPES[args.dtype])
+    if (size := small.stat().st_size) > args.max_mb * 1e6:
+        raise UserError(f"{args.run}: its weights take {size / 1e6:.1f} MB in {args.dtype}; see --max_mb")
+    write(new / "config.json", portable(config))
+    measured = score(task, new, [*trained.HERE, *flags])
     limit = args.partial or PROGRAMS[task][1]
-    short = score(task, out, [*trained.HERE, *flags], limit)
+    short = score(task, new, [*trained.HERE, *flags], limit)
     splits = ("valid", "test")
     write(
-        out / "weights.json",
+        new / "weights.json",
         {
             "task": task, "preset": measured["preset"], "params": measured["params"], "dtype": args.dtype,
-            "bytes": size, "sha256": hashlib.sha256((out / "weights.pkl").read_bytes()).hexdigest(),
+            "bytes": size, "sha256": hashlib.sha256(small.read_bytes()).hexdigest(),
             "corpus": measured["corpus"], "data": measured["data"],
             **{split: measured[split] for split in splits}, "before_rounding": before(args.run),
             "partial": {"max_eval_tokens": limit, **{split: short[split] for split in splits}},
@@ -162,7 +174,7 @@ def run(argv: Sequence[str]) -> None:
             "machine": measured["machine"], "torch": measured["torch"], "commit": measured["commit"],
         },
     )  # fmt: skip
-    print(f"{out / 'weights.pkl'}: {size / 1e6:.2f} MB, {args.dtype}; scores in {out / 'weights.json'}")
+    return size
 
 
 def main(argv: Sequence[str] | None = None) -> int:

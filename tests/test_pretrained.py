@@ -3,8 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import re
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,6 +117,70 @@ def test_an_export_scores_what_it_says(export, run_folder, tmp_path, capsys):
     (out / "weights.pkl").unlink()
     assert export.main([str(run_folder), str(out)]) == 2
     assert "holds log.txt of another" in capsys.readouterr().err
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def earlier(export, run_folder, tmp_path):
+    """An export whose scores are not those of its run any more."""
+    out = tmp_path / "results" / "my_words"
+    assert export.main([str(run_folder), str(out), "--partial", "150", "--max_eval_tokens", "150"]) == 0
+    (out / "weights.json").write_text("{}")
+    (out / "metrics.json").write_text('{"given": "by hand"}')
+    return out
+
+
+@pytest.mark.parametrize("how", ["fails", "is stopped", "is killed"])
+def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(export, run_folder, earlier, how, monkeypatch, capsys):
+    before = contents(earlier)
+    argv = [str(run_folder), str(earlier), "--overwrite"]
+    if how == "is killed":
+        code = "import os, signal, sys\nimport export\n"
+        code += "export.score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nexport.main(sys.argv[1:])"
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT / "scripts")}
+        done = subprocess.run([sys.executable, "-c", code, *argv], env=environment, check=False)
+        assert done.returncode == -signal.SIGKILL
+    else:
+        program, _ = export.PROGRAMS["word_ptb"]
+        main = {"fails": lambda _: 1, "is stopped": lambda _: 143}[how]
+        monkeypatch.setattr(program, "main", main)
+        assert export.main(argv) == {"fails": 1, "is stopped": 143}[how]
+        assert [path.name for path in earlier.parent.iterdir()] == ["my_words"]
+        monkeypatch.undo()
+    assert contents(earlier) == before
+    if how == "is killed":  # what it has left is not in the way
+        assert export.main([*argv, "--partial", "150", "--max_eval_tokens", "150"]) == 0
+        assert [path.name for path in earlier.parent.iterdir()] == ["my_words"]
+        after = contents(earlier)
+        assert json.loads(after["weights.json"])["sha256"] == hashlib.sha256(after["weights.pkl"]).hexdigest()
+        assert after["metrics.json"] == before["metrics.json"]  # of the same run
+
+
+def test_an_export_replaces_nothing_but_exports(export, run_folder, earlier, capsys):
+    (earlier / "thesis.tex").write_text("years of work")
+    assert export.main([str(run_folder), str(earlier), "--overwrite"]) == 2
+    assert "my_words: holds thesis.tex, which no export wrote; name another folder" in capsys.readouterr().err
+    file = earlier / "thesis.tex"
+    assert export.main([str(run_folder), str(file), "--overwrite"]) == 2
+    assert capsys.readouterr().err == f"error: {file}: is a file; name another folder\n"
+    assert file.read_text() == "years of work"
+
+
+def test_a_folder_that_a_kill_has_left_between_two_names_comes_back(tmp_path):
+    (tmp_path / ".a.old").mkdir()
+    (tmp_path / ".a.old" / "file").write_text("old")
+    with pytest.raises(RuntimeError), serialization.atomic_folder(tmp_path / "a"):
+        raise RuntimeError
+    assert (tmp_path / "a" / "file").read_text() == "old"
+    with serialization.atomic_folder(tmp_path / "a") as new:
+        (new / "file").write_text("new")
+        with pytest.raises(UserError, match="another process is at work there"):
+            serialization.atomic_folder(tmp_path / "a").__enter__()
+    assert (tmp_path / "a" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_mistakes_are_one_line(export, run_folder, tmp_path, capsys):

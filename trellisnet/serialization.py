@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from trellisnet.errors import UserError
+from trellisnet.errors import UserError, unwritable
 
 try:
     import fcntl
@@ -95,6 +95,56 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Make a new folder beside `path`; on a clean exit it is flushed to disk and takes the place of `path`.
+
+    Whatever goes wrong in between, the old folder stays as it was and the new one is removed. Between the last two
+    renames a kill leaves the old folder whole under a hidden name, from which the next call puts it back.
+
+    Args:
+        path: a folder of files alone, or none yet.
+
+    Raises:
+        UserError: it is no folder or cannot be written, or another process is making it.
+    """
+    path = Path(os.path.realpath(path))
+    new, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; name another folder")
+    try:
+        new.mkdir(parents=True, exist_ok=True)
+        descriptor = lock(new, wait=False)
+    except BlockingIOError as e:
+        raise UserError(f"{path}: another process is at work there; wait for it, or name another folder") from e
+    except OSError as e:
+        raise unwritable(f"{path}: cannot be written", e) from e
+    try:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        for left in new.iterdir():  # by a process that was killed
+            left.unlink()
+        yield new
+        for name in os.listdir(new):
+            with open(new / name, "rb") as file:
+                sync_file(file.fileno())
+        sync_folder(new)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def stands_for(path: str | os.PathLike) -> int | None:

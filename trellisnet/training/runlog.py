@@ -208,13 +208,18 @@ def check_metrics_path(path: str, run_folder: Path | None) -> None:
     check_json_path(path, "--metrics", METRICS, later=own)
 
 
-def check_json_path(path: str, flag: str, keys: Collection[str], *, later: bool = False) -> None:
-    """Check at the start that JSON with certain keys can be written to a file at the end, and replaces nothing else.
+def check_json_path(path: str | os.PathLike, flag: str, keys: Collection[str], *, later: bool = False) -> None:
+    """:func:`check_output` of a JSON object, recognised by certain keys."""
+    check_output(path, flag, lambda real: _holds(real, keys), later=later)
+
+
+def check_output(path: str | os.PathLike, flag: str, is_ours: Callable[[str], bool], *, later: bool = False) -> None:
+    """Check before the work that its result can be written to a file, and replaces nothing else there.
 
     Args:
-        path: a new or empty file, an earlier one of that kind, or no regular file at all (a device, a pipe).
+        path: a new or empty file, an earlier result, or no regular file at all (a device, a pipe).
         flag: that named it.
-        keys: by which such a file is recognised.
+        is_ours: whether the file at a path, which is not empty, is an earlier result.
         later: its folder will be made.
 
     Raises:
@@ -223,24 +228,26 @@ def check_json_path(path: str, flag: str, keys: Collection[str], *, later: bool 
     if stands_for(path) is not None:
         return
     real, folder = os.path.realpath(path), os.path.dirname(os.path.realpath(path))
-    special = os.path.exists(real) and not os.path.isfile(real)  # written to as it is, not replaced
-    if os.path.isdir(real) or not (os.access(real if special else folder, os.W_OK) or (later and not special)):
+    if os.path.exists(real) and not os.path.isfile(real):  # written to as it is, not replaced
+        writable = not os.path.isdir(real) and os.access(real, os.W_OK)
+    else:
+        writable = later or (os.path.isdir(folder) and os.access(folder, os.W_OK))
+    if not writable:
         raise UserError(f"{flag} {path}: cannot be written; name a file in a folder that exists and is writable")
-    if os.path.isfile(real) and not _holds(real, keys):
+    if os.path.isfile(real) and os.path.getsize(real) and not is_ours(real):
         raise UserError(f"{flag} {path}: holds something else, which is not overwritten; name a new file")
 
 
 def _holds(path: str, keys: Collection[str]) -> bool:
-    """Whether a file is empty or holds a JSON object with certain keys."""
+    """Whether a file holds a JSON object with certain keys."""
     try:
         with open(path, "rb") as file:
-            if file.read(1) not in (b"", b"{"):  # such as a checkpoint, which may be large
+            if file.read(1) != b"{":  # such as a checkpoint, which may be large
                 return False
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text or "null")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return not text or (isinstance(content, dict) and content.keys() >= set(keys))
+    return isinstance(content, dict) and content.keys() >= set(keys)
 
 
 def write_json(path: str | os.PathLike, flag: str, content: dict[str, Any]) -> None:
