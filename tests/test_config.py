@@ -81,8 +81,22 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
     [
         (["--nlevel", "3"], "unknown argument --nlevel; did you mean --nlevels?"),
         (["--nlevels", "many"], "argument --nlevels: invalid int value: 'many'; see --help"),
-        (["--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
-        (["--backend", "fast"], "argument --backend: invalid choice: 'fast'"),
+        (
+            ["--preset", "huge"],
+            "argument --preset: invalid choice: 'huge'; choose from default, paper, paper-mos, small",
+        ),
+        (["--preset", "tini"], "argument --preset: invalid choice: 'tini'; did you mean tiny?"),
+        (["--model", "lstm"], "argument --model: invalid choice: 'lstm'; did you mean awd-lstm or sparse-lstm?"),
+        (["--model", "TCN"], "argument --model: invalid choice: 'TCN'; did you mean tcn?"),
+        (
+            ["--backend", "fast"],
+            "argument --backend: invalid choice: 'fast'; choose from auto, reference, fused, triton",
+        ),
+        (["--precision=bf32"], "argument --precision: invalid choice: 'bf32'; did you mean "),
+        (["--tied", "False"], "--tied False: the flag takes no value; did you mean --no-tied?"),
+        (["--tied=0", "--nhid", "3"], "--tied 0: the flag takes no value; did you mean --no-tied?"),
+        (["--wnorm", "true"], "--wnorm true: the flag takes no value; did you mean --wnorm?"),
+        (["--nhid", "3", "--no-cuda", "no"], "--no-cuda no: the flag takes no value; did you mean --cuda?"),
         (["--nlevels", "0"], "--nlevels: expected at least 1, got 0"),
         (["--ksize", "1"], "--ksize: expected at least 2, got 1"),
         (["--dilation", "0"], r"--dilation: expected integers ≥ 1, got [0]"),
@@ -127,7 +141,9 @@ def test_what_makes_no_sense_is_named(argv, message):
     [
         ("{", "not JSON"),
         ("[1]", "expected a JSON object"),
-        ('{"nlevls": 3}', "unknown setting 'nlevls'"),
+        ('{"nlevls": 3}', "unknown setting 'nlevls'; did you mean nlevels?"),
+        ('{"preset": "tini"}', "got 'tini'; did you mean tiny?"),
+        ('{"model": "lstm"}', "got 'lstm'; did you mean awd-lstm or sparse-lstm?"),
         ('{"nlevels": "3"}', "nlevels expects int, got '3'"),
         ('{"wnorm": 1}', "wnorm expects bool, got 1"),
         ('{"nlevels": true}', "nlevels expects int, got True"),
@@ -171,3 +187,13 @@ def test_a_gap_that_only_training_minds_is_allowed_for_scoring():
 )
 def test_the_authors_epsilon_is_on_to_score_loaded_weights_only(argv, epsilon):
     assert config("--n_experts", "2", *argv).log_epsilon() == epsilon
+
+
+def test_a_runs_folder_stands_for_its_settings(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "word_ptb", "settings": {"nlevels": 9, "aux": 0.0}}')
+    assert config("--config", str(tmp_path)).nlevels == 9
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=f"--config {tmp_path}: the folder holds no config.json; name a run's folder or a"
+    ):
+        config("--config", str(tmp_path))

@@ -8,12 +8,15 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import math
+import os
+import sys
 import types
 import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -26,6 +29,7 @@ from trellisnet.errors import NAME, UserError, shown
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("step", "cosine", "onecycle")
+SWITCHED = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
@@ -288,11 +292,42 @@ def flag_of(config: type[RunConfig] | RunConfig, name: str) -> str:
     return field.metadata["flag"] or f"--{name}"
 
 
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean X?" with the name that resembles `word` and those that contain it, or "" if none does."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
+    if word.lower() not in names and len(word) >= 3:
+        near += [name for name in names if word.lower() in name and name not in near]
+    return f"; did you mean {' or '.join(names[name] for name in near)}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
-    """Complains in one line instead of a usage dump, and names the nearest flag."""
+    """Complain in one line instead of a usage dump, and name the nearest flag or choice."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        args = sys.argv[1:] if args is None else list(args)
+        switches = {flag: action for action in self._actions if action.nargs == 0 for flag in action.option_strings}
+        if any(not action.option_strings for action in self._actions):  # what follows a flag may be one of those
+            switches = {}
+        for argument, following in itertools.zip_longest(args, args[1:], fillvalue=""):
+            flag, given, value = argument.partition("=")
+            value = value if given else following
+            if flag in switches and value.lower() in SWITCHED:
+                on = SWITCHED[value.lower()] != flag.startswith("--no-")
+                wanted = [f for f in switches[flag].option_strings if f.startswith("--no-") != on]
+                advice = f"did you mean {wanted[0]}?" if wanted else "leave it out"
+                raise UserError(f"{flag} {value}: the flag takes no value; {advice}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = list(map(str, action.choices))
+            near = did_you_mean(str(value), names) or f"; choose from {', '.join(names)}"
+            flag = "/".join(action.option_strings) or action.metavar or action.dest
+            raise UserError(f"argument {flag}: invalid choice: {value!r}{near}")
 
 
 def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
@@ -339,10 +374,8 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.8)
-        raise UserError(
-            f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
-        )
+        near = did_you_mean(unknown[0].split("=")[0], flags, cutoff=0.8)
+        raise UserError(f"unknown argument {unknown[0]}{near or '; --help lists the flags'}")
     flags = vars(namespace)
     given = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
     if "preset" in given:
@@ -354,18 +387,23 @@ def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
     """`given` over the preset it names (or `default`) over the defaults of `cls`, validated."""
     preset = cls.preset_of(given)
     if preset not in cls.presets:
-        raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {shown(repr(preset), NAME)}")
+        near = did_you_mean(str(preset), cls.presets)
+        raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {shown(repr(preset), NAME)}{near}")
     config = cls(**{**cls.presets[preset], **given, "preset": preset})
     config.validate()
     return config
 
 
 def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
-    """Settings from a JSON object; the config.json of a run is one.
+    """Settings from a JSON object; the config.json of a run, for which its folder may be named, is one.
 
     Raises:
         UserError: unreadable, no JSON object, an unknown setting or a value of another type.
     """
+    if os.path.isdir(path):
+        folder, path = path, os.path.join(path, "config.json")
+        if not os.path.isfile(path):
+            raise UserError(f"--config {folder}: the folder holds no config.json; name a run's folder or a JSON file")
     try:
         content = json.loads(serialization.read_regular(path))
     except OSError as e:
@@ -391,7 +429,7 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
     checked = {}
     for name, value in content.items():
         if name not in fields:
-            raise UserError(f"{where}: unknown setting {shown(repr(name), NAME)}")
+            raise UserError(f"{where}: unknown setting {shown(repr(name), NAME)}{did_you_mean(str(name), fields)}")
         if name in cls.process:
             raise UserError(f"{where}: {name} says what to do now; give it on the command line")
         kind = hints[name]
@@ -400,7 +438,10 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             value = float(value)
         choices = fields[name].metadata["choices"]
         if choices and value not in choices:
-            raise UserError(f"{where}: {name} expects one of {', '.join(choices)}, got {shown(repr(value), NAME)}")
+            near = did_you_mean(str(value), choices)
+            raise UserError(
+                f"{where}: {name} expects one of {', '.join(choices)}, got {shown(repr(value), NAME)}{near}"
+            )
         fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
         if plain is list:
             fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
