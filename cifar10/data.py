@@ -15,6 +15,7 @@ from trellisnet.data import archive, download, pixels
 from trellisnet.data.download import Source
 from trellisnet.data.pixels import OWN, SYNTHETIC, Images, Split
 from trellisnet.errors import UserError
+from trellisnet.serialization import open_regular
 
 LABEL = "CIFAR-10"
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # for pixels.normalise
@@ -110,7 +111,8 @@ def read_batch(path: Path) -> Split:
         UserError: missing, unreadable or empty, not made of whole records, or with a label above 9.
     """
     try:
-        content = np.fromfile(path, np.uint8)
+        with open_regular(path) as file:
+            content = np.fromfile(file, np.uint8)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); put it there or name another folder") from e
     if not content.size or content.size % RECORD:
@@ -126,7 +128,7 @@ def read_batch(path: Path) -> Split:
 def _source(path: Path) -> str | None:
     """What SOURCE.txt calls the images; None if there is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             line = file.readline(200).decode("utf-8").strip()
     except FileNotFoundError:
         return None

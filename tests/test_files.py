@@ -4,11 +4,15 @@ import json
 import os
 import socket
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 
+import cifar10.data
 from trellisnet import serialization
+from trellisnet.data import archive, download, pixels
+from trellisnet.data.download import Source
 from trellisnet.errors import LINE, RunError, UserError, of_system, shown
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint
@@ -57,17 +61,26 @@ def special(request, tmp_path, monkeypatch):
     return path, KINDS[request.param]
 
 
-def test_readers_refuse_what_is_no_regular_file(special):
+def test_readers_refuse_what_is_no_regular_file(special, tmp_path):
     path, said = special
     model = small()
     for read in (
         lambda: load_weights(model, path),
         lambda: checkpoint.load(path),
         lambda: read_config_file(Config, path),
+        lambda: pixels.read_idx(Path(path), 3),
+        lambda: cifar10.data.read_batch(Path(path)),
+        lambda: archive.extract(Path(path), {"x": "x"}, tmp_path, max_size=9),
     ):
         with pytest.raises(UserError) as raised:
             read()
         assert f"cannot be read ({said})" in str(raised.value)
+
+
+def test_a_pipe_in_the_place_of_a_file_to_fetch_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(UserError, match="x: cannot be read .a named pipe, not a regular file.; move it away"):
+        download.is_there(Source("x", ("https://example.org/x",), "0" * 32, 1), tmp_path)
 
 
 def test_a_regular_file_is_opened_through_links(tmp_path):

@@ -71,7 +71,7 @@ def extract(archive: Path, members: dict[str, str], folder: Path, *, max_size: i
         if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
             raise ValueError(f"members: expected names of files without folder, got {name!r}")
     try:
-        file = archive.open("rb")
+        file = serialization.open_regular(archive)
     except OSError as e:
         raise UserError(f"{archive}: cannot be read ({e.strerror}); put the archive there") from e
     with file, contextlib.ExitStack() as stack:

@@ -127,7 +127,7 @@ def is_there(source: Source, folder: Path) -> bool:
     """
     path = folder / source.name
     try:
-        with path.open("rb") as file:
+        with serialization.open_regular(path) as file:
             found = _md5(file)
     except (FileNotFoundError, NotADirectoryError):  # the second is reported when the folder is made
         return False

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trellisnet.errors import UserError
+from trellisnet.serialization import open_regular
 
 VALIDATION = 5000  # images held out, as in the paper; of small sets a tenth
 CLASSES = 10
@@ -149,7 +150,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[BinaryIO]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             packed = file.read(2) == _GZIP
             file.seek(0)
             with gzip.GzipFile(fileobj=file) if packed else contextlib.nullcontext(file) as unpacked:
