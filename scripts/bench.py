@@ -413,8 +413,10 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if work.config.no_graph(device):
         variants = [variant for variant in variants if not variant.graph]
     gate(work, variants, args.parts)
-    rates: dict[str, float] = {}
-    for part in work.parts(args.parts):
+    parts = work.parts(args.parts)
+    compared = set(parts) - set(OF_LANGUAGE)  # with the peak
+    peaks = {precision: peak_gflops(work, precision) for precision in work.chosen} if compared else {}
+    for part in parts:
         times: dict[Variant, list[float]] = {
             v: [] for v in variants if not (v.recompute or v.graph) or part in TRAINING
         }
@@ -423,8 +425,6 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 work.run(part, variant)
         tokens = {variant: work.run(part, variant) for variant in times}  # once unmeasured
         for _ in range(args.repeats):
-            for precision in work.chosen:  # in turns with the rest: the machine may be slower for a while
-                rates[precision] = max(rates.get(precision, 0.0), peak_gflops(work, precision))
             for variant, taken in times.items():
                 taken.append(seconds(lambda v=variant, p=part: work.run(p, v), device))
         base = statistics.median(times[REFERENCE]) / tokens[REFERENCE]
@@ -435,9 +435,9 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "slowest": max(taken), "repeats": args.repeats, "tokens": tokens[variant],
                 "per_second": tokens[variant] / median, "ratio": base * tokens[variant] / median,
             }  # fmt: skip
-            if part not in OF_LANGUAGE:
+            if part in compared:
                 rate = work.flops(part, variant) / median / 1e9
-                peak = rates[variant.precision]
+                peak = peaks[variant.precision]
                 record |= {"gflops": rate, "share_of_peak": rate / peak, "peak_gflops": peak}
             yield record
     if args.memory:

@@ -1,5 +1,6 @@
 """The benchmark: it times nothing that is wrong, and runs."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -71,6 +72,27 @@ def test_it_measures_evaluation_and_generation(tmp_path, task):
     assert [r["part"] for r in records] == ["evaluation"] * 3 + ["generation"] * 3
     assert all(r["per_second"] > 0 for r in records)
     assert all(r["ratio"] == pytest.approx(r["per_second"] / records[3]["per_second"]) for r in records[3:])
+
+
+@pytest.mark.parametrize(("parts", "measured"), [(["core", "step"], ["fp32", "bf16"]), (["head"], [])])
+def test_the_peak_is_measured_once_per_precision(monkeypatch, parts, measured):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench as module
+
+    asked = []
+    monkeypatch.setattr(module, "peak_gflops", lambda work, precision: asked.append(precision) or 2.0)
+    monkeypatch.setattr(module, "gate", lambda *_: None)
+    args = argparse.Namespace(
+        device="cpu", quick=True, flags=SMALL[1:], recompute=[], parts=parts, repeats=2, memory=False
+    )
+    records = list(module.measure("word_ptb", args))
+    assert asked == measured
+    assert len(records) == 3 * len(parts)
+    for record in records:
+        if measured:
+            assert record["share_of_peak"] == record["gflops"] / 2.0
+        else:
+            assert "share_of_peak" not in record
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
