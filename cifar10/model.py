@@ -22,6 +22,8 @@ class Config(ClassificationConfig):
     augmentation: ClassVar = AffineMaps(shift=4, whole_pixels=True, mirror=True)
     presets: ClassVar = {
         **PRESETS,
+        "best": {**PRESETS["best"], "augment": True},
+        "gpu": {**PRESETS["gpu"], "augment": True},
         # For two CPU cores.
         "small": {
             "name": "small", "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.1, "wdrop": 0.0, "epochs": 4,

@@ -271,9 +271,10 @@ def section(name: str, metrics: dict, epochs: list[dict]) -> str:
         "Log": f"[results/{name}/](results/{name})",
     }
     order = f", {ORDERS[1]}" if "--no-permute" in metrics["command"] else ""
+    augmented = ", augmented" if metrics.get("augment") else ""
     weights = re.search(r"--load_weight[ =](\S+)", metrics["command"])
     start = f", from `{weights[1]}`" if weights else ""
-    lines = [f"## {metrics['task']}, preset `{metrics['preset']}`{order}{start}", ""]
+    lines = [f"## {metrics['task']}, preset `{metrics['preset']}`{order}{augmented}{start}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", f"| epoch | lr | train {score} | valid {score} | minutes |", "|--:|--:|--:|--:|--:|"]
     lines += [
@@ -305,23 +306,29 @@ def summary(runs: list[tuple[dict, list[dict]]]) -> str:
         "| table | task | the paper's model | paper | ours | preset | parameters | data | minutes |",
         "|--:|---|---|--:|--:|---|--:|---|--:|",
     ]
-    best: dict[tuple[str, str], dict] = {}
+    best: dict[tuple[str, str, str], dict] = {}
     for metrics, _ in runs:
         name, value = score_of(metrics["test"])
-        key = metrics["task"], "" if metrics["task"] != "pmnist" else ORDERS["--no-permute" in metrics["command"]]
+        order = ORDERS["--no-permute" in metrics["command"]] if metrics["task"] == "pmnist" else ""
+        key = metrics["task"], order, "augmented" if metrics.get("augment") else ""
         known = best.get(key)
         if known is None or (value > known["test"][name] if name == "accuracy" else value < known["test"][name]):
             best[key] = metrics
-    rows = sorted(best.items(), key=lambda item: (TABLE_OF[item[0][0]], place(item[0][0]), item[0][1] != ORDERS[0]))
-    for (task, kind), metrics in rows:
+
+    def position(key: tuple[str, str, str]) -> tuple:
+        task, order, augmented = key
+        return TABLE_OF[task], place(task), order != ORDERS[0], augmented
+
+    for task, order, augmented in sorted(best, key=position):
+        metrics = best[task, order, augmented]
         name, value = score_of(metrics["test"])
         paper, model = PAPER[task]
         if task == "pmnist":  # two numbers in one
-            paper = re.findall(r"[\d.]+ %", paper)[ORDERS.index(kind)]
+            paper = re.findall(r"[\d.]+ %", paper)[ORDERS.index(order)]
         ours = f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.{SCORES[name][1]}f}"
         weights = re.search(r"--load_weight[ =](\S+)/", metrics["command"])
         cells = [
-            str(TABLE_OF[task]), f"{task}, {kind}" if kind else task, model, str(paper), ours,
+            str(TABLE_OF[task]), ", ".join(filter(None, (task, order, augmented))), model, str(paper), ours,
             f"`{metrics['preset']}`", f"{metrics['params']:,}", metrics["corpus"],
             _minutes(metrics["seconds"]) + (f" after `{weights[1]}`" if weights else ""),
         ]  # fmt: skip
@@ -357,11 +364,13 @@ def quoted(folder: Path) -> str:
     return "\n".join([f"<!-- output of {name}: begin -->", "```", *lines, "```", f"<!-- output of {name}: end -->"])
 
 
-def finished_runs(folder: Path) -> tuple[str, list[float], int, int]:
-    """The finished runs in runs/tables/table<number>/<row>: name and values of their score, parameters, epochs.
+def finished_runs(folder: Path) -> tuple[str, list[float], int, int, bool]:
+    """The finished runs in runs/tables/table<number>/<row>: name and values of their score, parameters, epochs, and
+    whether they were augmented.
 
     Raises:
-        BadResultError: a damaged file, or runs of one row that differ in size or length or come from uncommitted code.
+        BadResultError: a damaged file, or runs of one row that differ in size, length or augmentation or come from
+            uncommitted code.
     """
     score, finished, kinds = "", [], set()
     for path in sorted(folder.glob("seed-*/metrics.json")):
@@ -375,24 +384,27 @@ def finished_runs(folder: Path) -> tuple[str, list[float], int, int]:
                         "train_score"
                     ]
                 finished.append(100 * value if score == "accuracy" else value)
-                kinds.add((metrics["params"], metrics["epochs"]))
+                kinds.add((metrics["params"], metrics["epochs"], metrics.get("augment", False)))
                 if not metrics["commit"] or metrics["commit"].endswith("-dirty"):
                     raise BadResultError(f"{path}: the code of the run was not committed")
         except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
             raise BadResultError(f"{path}: a file of another kind, or a damaged one ({e})") from e
     if len(kinds) > 1:
-        raise BadResultError(f"{folder}: holds runs that differ in size or number of epochs; keep those of one kind")
-    return score, finished, *(kinds.pop() if kinds else (0, 0))
+        raise BadResultError(
+            f"{folder}: holds runs that differ in size, number of epochs or augmentation; keep those of one kind"
+        )
+    return score, finished, *(kinds.pop() if kinds else (0, 0, False))
 
 
 def row(folder: Path) -> tuple[str, str]:
     """Size and score of the finished runs of a row: parameters; mean ± spread (n). Errors as :func:`finished_runs`."""
-    score, finished, parameters, epochs = finished_runs(folder)
+    score, finished, parameters, epochs, augmented = finished_runs(folder)
     if not finished:
         return "", "not run"
     digits = 4 if score == "bpc" else 2
     spread = f" ± {statistics.stdev(finished):.{digits}f}" if len(finished) > 1 else ""
-    result = f"{statistics.mean(finished):.{digits}f}{spread} (n = {len(finished)}, {epochs} epochs)"
+    kind = f"n = {len(finished)}, {epochs} epochs" + (", augmented" if augmented else "")
+    result = f"{statistics.mean(finished):.{digits}f}{spread} ({kind})"
     return f"{parameters:,}", result
 
 

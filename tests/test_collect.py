@@ -422,7 +422,8 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
     for name, changes in {
         "char": {"task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.4, "tokens": 5}, "valid": None},
         "sequential": images | {"command": "python pmnist/train.py --no-permute"},
-        "permuted": images | {"command": "python pmnist/train.py"},
+        "permuted": images | {"command": "python pmnist/train.py", "augment": False},
+        "augmented": images | {"command": "python pmnist/train.py", "augment": True},
         "better": {
             "command": "python t.py --load_weight results/one/weights.pkl", "params": 7,
             "test": METRICS["test"] | {"ppl": 20.0},
@@ -438,8 +439,11 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
         f"| 1 | word_ptb | {size['word_ptb']} | 56.97 | 20.00 | `small` | 7 | Penn Treebank | 60 after `results/one` |",
         f"| 3 | char_ptb | {size['char_ptb']} | 1.158 | 1.4000 | {after} |",
         f"| 4 | pmnist, permuted | {size['pmnist']} | 98.13 % | 95.00 % | {after} |",
+        f"| 4 | pmnist, permuted, augmented | {size['pmnist']} | 98.13 % | 95.00 % | {after} |",
         f"| 4 | pmnist, not permuted | {size['pmnist']} | 99.20 % | 95.00 % | {after} |",
     ]
+    assert "\n## pmnist, preset `small`, augmented\n" in text
+    assert text.count("\n## pmnist, preset `small`\n") == 1
 
 
 def test_a_mistyped_flag_is_one_line(capsys):

@@ -180,10 +180,14 @@ def test_a_model_that_does_not_see_the_whole_image_is_told_of(run):
         ("pmnist", "paper", 99_110, (4_831, 12_544)),
         ("pmnist", "8m", 8_020_110, (4_831, 12_544)),
         ("pmnist", "small", 137_910, (1_571, 8_624)),
+        ("pmnist", "best", 137_910, (1_571, 8_624)),
+        ("pmnist", "gpu", 2_010_110, (1_571, 8_624)),
         ("cifar10", "default", 139_990, (2_047, 11_264)),
         ("cifar10", "paper", 100_870, (6_222, 16_384)),
         ("cifar10", "8m", 8_036_110, (6_222, 16_384)),
         ("cifar10", "small", 139_990, (2_047, 11_264)),
+        ("cifar10", "best", 139_990, (2_047, 11_264)),
+        ("cifar10", "gpu", 2_018_110, (2_047, 11_264)),
     ],
 )
 def test_sizes_and_layer_steps(task, preset, size, steps):
