@@ -423,7 +423,7 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
         "char": {"task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.4, "tokens": 5}, "valid": None},
         "sequential": images | {"command": "python pmnist/train.py --no-permute"},
         "permuted": images | {"command": "python pmnist/train.py", "augment": False},
-        "augmented": images | {"command": "python pmnist/train.py", "augment": True},
+        "varied": images | {"command": "python pmnist/train.py", "augment": True},
         "better": {
             "command": "python t.py --load_weight results/one/weights.pkl", "params": 7,
             "test": METRICS["test"] | {"ppl": 20.0},
