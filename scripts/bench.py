@@ -5,7 +5,7 @@ pruned) on the very tensors that are timed; a wrong result is not timed. Then al
 that is slower for a while is slower for all. Text and images are random, of the real shapes; dropout is as in training.
 
     python scripts/bench.py                        what word_ptb and pmnist train with: some twenty minutes on two cores
-    python scripts/bench.py --quick                small networks, a minute
+    python scripts/bench.py --quick                small networks, a few minutes
     python scripts/bench.py --tasks word_ptb char_ptb wt103 pmnist cifar10 --json bench.json
 
 `forward` is the core in evaluation mode, `core` its forward and backward pass, `step` a whole training step: loss with
@@ -39,6 +39,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
@@ -49,14 +50,22 @@ import pmnist.model  # noqa: E402
 import word_ptb.model  # noqa: E402
 import wt103.model  # noqa: E402
 from trellisnet import ops  # noqa: E402
-from trellisnet.errors import UserError, counted  # noqa: E402
+from trellisnet.errors import RunError, UserError, counted  # noqa: E402
 from trellisnet.ops import gemm  # noqa: E402
 from trellisnet.training import tasks  # noqa: E402
 from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
-from trellisnet.training.config import parse  # noqa: E402
+from trellisnet.training.cli import guarded  # noqa: E402
+from trellisnet.training.config import Parser, RunConfig, parse  # noqa: E402
 from trellisnet.training.graphs import WARM_UP, CUDARecorder, Recorded, Recorder  # noqa: E402
 from trellisnet.training.optim import make_optimizer  # noqa: E402
-from trellisnet.training.runlog import commit, machine, peak_memory  # noqa: E402
+from trellisnet.training.runlog import (  # noqa: E402
+    check_json_path,
+    command_line,
+    commit,
+    machine,
+    peak_memory,
+    write_json,
+)
 from trellisnet.training.tasks import LanguageModeling  # noqa: E402
 
 # What is timed: the task's settings, and classes (or pixels and colours) of its data.
@@ -210,10 +219,6 @@ class Work:
         self._recorder = self._recorder or CUDARecorder(self.device)
         return self._recorder
 
-    def parts(self, parts: Sequence[str]) -> list[str]:
-        """Those that this task has."""
-        return [part for part in parts if self.name in LANGUAGE or part not in OF_LANGUAGE]
-
     def run(self, part: str, variant: Variant) -> int:
         """Compute a part once; how many tokens (or images) that was for."""
         if part == "core":
@@ -314,20 +319,54 @@ class Work:
         return N * layer_steps * products * (1 if part == "forward" else 3)
 
 
+def parts_of(task: str, parts: Sequence[str]) -> list[str]:
+    """Those that a task has."""
+    return [part for part in parts if task in LANGUAGE or part not in OF_LANGUAGE]
+
+
+def weighed(task: str, args: argparse.Namespace) -> dict[str, str]:
+    """The parts whose memory is measured, and what that is called."""
+    measured = {"step": "memory"} | ({"head": "head memory"} if "head" in parts_of(task, args.parts) else {})
+    return measured if args.memory else {}
+
+
+class Display:
+    """What is being measured: a bar on a terminal, else a line for each part of a task.
+
+    Args:
+        total: number of parts, that of all comparisons with the reference included.
+    """
+
+    def __init__(self, total: int):
+        self.bar = tqdm(total=total, disable=None, dynamic_ncols=True, leave=False, unit="part")
+
+    def begin(self, part: str) -> None:
+        """Name the part that begins, which is the end of the one before."""
+        if self.bar.disable:
+            print(part, file=sys.stderr, flush=True)
+        else:
+            self.bar.update(self.bar.postfix is not None)
+            self.bar.set_postfix_str(part)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def gate(work: Work, variants: Sequence[Variant], parts: Sequence[str] = PARTS) -> None:
-    """Exit unless every variant computes what the first of them, the reference, does."""
+    """Compare what every variant computes with what the first of them, the reference, does.
+
+    Raises:
+        RunError: one computes something else.
+    """
 
     def compare(ours: torch.Tensor, truth: torch.Tensor) -> None:
         error = ((ours.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)).item()
         if not error <= TOLERANCE[variant.precision]:
-            sys.exit(f"error: {work.name}, {variant.name}: differs from the reference by {error:.2g}; nothing is timed")
+            raise RunError(f"{work.name}, {variant.name}: differs from the reference by {error:.2g}; nothing is timed")
 
-    parts, plain = work.parts(parts), [variant for variant in variants[1:] if not variant.graph]
+    parts, plain = parts_of(work.name, parts), [variant for variant in variants[1:] if not variant.graph]
     if "head" in parts:
         expected = work.head(variants[0])
         for variant in plain:
@@ -388,13 +427,18 @@ def peak_gflops(work: Work, precision: str) -> float:
 
 
 def memory(task: str, part: str, variant: Variant, args: argparse.Namespace) -> int:
-    """Peak of two training steps, or of another part run twice, in a process of their own, bytes."""
+    """Peak of two training steps, or of another part run twice, in a process of their own, bytes.
+
+    Raises:
+        RunError: that process failed.
+    """
     command = [sys.executable, __file__, "--child", json.dumps([part, *variant])]
     command += ["--tasks", task, "--device", args.device]
     command += ["--quick"] * args.quick + ["--threads", str(args.threads)] + ["--flags", *args.flags] * bool(args.flags)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"error: measuring memory failed: {done.stderr.strip().splitlines()[-1:]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RunError(f"{task}, {variant.name}: measuring memory failed: {reason.removeprefix('failed: ')}")
     return json.loads(done.stdout)
 
 
@@ -404,8 +448,9 @@ def prepare(task: str, device: torch.device) -> None:
         keep_freed_memory()
 
 
-def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(task: str, args: argparse.Namespace, display: Display) -> Iterator[dict[str, Any]]:
     """One record for every part and variant."""
+    display.begin(f"{task}: comparison with the reference")
     device = torch.device(args.device)
     prepare(task, device)
     work = Work(task, args.quick, device, args.flags)
@@ -413,10 +458,11 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if work.config.no_graph(device):
         variants = [variant for variant in variants if not variant.graph]
     gate(work, variants, args.parts)
-    parts = work.parts(args.parts)
+    parts = parts_of(task, args.parts)
     compared = set(parts) - set(OF_LANGUAGE)  # with the peak
     peaks = {precision: peak_gflops(work, precision) for precision in work.chosen} if compared else {}
     for part in parts:
+        display.begin(f"{task}: {part}")
         times: dict[Variant, list[float]] = {
             v: [] for v in variants if not (v.recompute or v.graph) or part in TRAINING
         }
@@ -440,16 +486,14 @@ def measure(task: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 peak = peaks[variant.precision]
                 record |= {"gflops": rate, "share_of_peak": rate / peak, "peak_gflops": peak}
             yield record
-    if args.memory:
-        measured = {"step": "memory"}
-        if "head" in work.parts(args.parts):
-            measured["head"] = "head memory"
+    if measured := weighed(task, args):
         del work
-        for part, name in measured.items():
-            for variant in variants:
-                if part == "step" or not (variant.recompute or variant.graph):
-                    used = memory(task, part, variant, args)
-                    yield {"task": task, "part": name, "variant": variant.name, "bytes": used}
+    for part, name in measured.items():
+        display.begin(f"{task}: {name}")
+        for variant in variants:
+            if part == "step" or not (variant.recompute or variant.graph):
+                used = memory(task, part, variant, args)
+                yield {"task": task, "part": name, "variant": variant.name, "bytes": used}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -468,28 +512,35 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def run(argv: Sequence[str]) -> None:
+    """Parse, measure, print and write."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     names = [*LANGUAGE, *IMAGES]
     parser.add_argument("--tasks", nargs="+", choices=names, help="default: word_ptb and pmnist; with --quick all")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: only memory")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median counts (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="small networks; ends in a minute")
+    parser.add_argument("--quick", action="store_true", help="small networks; ends in a few minutes")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure memory")
     parser.add_argument("--recompute", nargs="+", type=int, default=[], help="also keep only every so many layers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="any torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py; must be last")
     parser.add_argument("--json", help="also write the records to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error("--repeats: expected at least 1")
+    for name, value, least in (
+        ("repeats", args.repeats, 1), ("threads", args.threads, 0), ("recompute", min(args.recompute, default=1), 1),
+    ):  # fmt: skip
+        if not least <= value < 2**31:
+            raise UserError(f"--{name}: expected at least {least}, got {value}")
+    if args.json:
+        check_json_path(args.json, "--json", ("command", "records"))
     if args.tasks is None:
         args.tasks = names if args.quick else ["word_ptb", "pmnist"]
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = RunConfig(device=args.device).torch_device()
+    args.device = str(device)
     if args.child:
         part, *variant = json.loads(args.child)
         prepare(args.tasks[0], device)
@@ -498,26 +549,25 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(2 + WARM_UP * variant.graph):
             work.run(part, variant)
         print(peak_memory(device))
-        return 0
-    records = []
-    for task in args.tasks:
-        try:
-            for record in measure(task, args):
-                records.append(record)
-                if sys.stderr.isatty():
-                    print(f"{task} {record['part']} {record['variant']}", file=sys.stderr)
-        except UserError as e:
-            parser.error(str(e))
+        return
+    parts = [1 + len(parts_of(task, args.parts)) + len(weighed(task, args)) for task in args.tasks]
+    display = Display(sum(parts))
+    with contextlib.closing(display.bar):
+        records = [record for task in args.tasks for record in measure(task, args, display)]
     head = {
-        "command": " ".join(["python scripts/bench.py", *(argv if argv is not None else sys.argv[1:])]),
+        "command": command_line("scripts/bench.py", argv),
         "machine": machine(device), "device": str(device), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": platform.python_version(), "commit": commit(),
     }  # fmt: skip
     print(f"{head['machine']}, {counted(head['threads'], 'threads')}, torch {head['torch']}, commit {head['commit']}\n")
     print(table(records))
     if args.json:
-        Path(args.json).write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
-    return 0
+        write_json(args.json, "--json", {**head, "records": records})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ three must agree before they are timed; a time is the best of several forward an
     python scripts/bench_sparse.py [--device cuda]
 """
 
-import argparse
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trellisnet.baselines import SparseLSTM
 from trellisnet.errors import counted
+from trellisnet.training.cli import guarded
+from trellisnet.training.config import Parser, RunConfig
 
 # What is timed: inputs, hidden channels, reduce_in, reduce_out; rows and steps of a window.
 LAYERS = [(400, 1725, 1, 0.66666), (1725, 1725, 0.66666, 0.66666), (1725, 400, 0.66666, 1), (1150, 1150, 0.5, 0.5)]
@@ -89,24 +91,29 @@ def seconds(way: str, layer: SparseLSTM, x: Tensor) -> float:
     return best
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(argv: Sequence[str]) -> None:
+    """Parse, measure, print."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--device", default="cpu", help="any torch device")
     parser.add_argument("--quick", action="store_true", help="a small layer")
     args = parser.parse_args(argv)
+    device = RunConfig(device=args.device).torch_device()
     torch.manual_seed(0)
     threads = counted(torch.get_num_threads(), "threads")
     print(f"{threads}, torch {torch.__version__}, {ROWS} rows of {STEPS} steps, milliseconds")
     for inputs, hidden, reduce_in, reduce_out in [(40, 60, 0.5, 0.5)] if args.quick else LAYERS:
-        layer = SparseLSTM(inputs, hidden, reduce_in=reduce_in, reduce_out=reduce_out, device=args.device)
-        x = torch.randn(ROWS, STEPS, inputs, device=args.device, requires_grad=True)
+        layer = SparseLSTM(inputs, hidden, reduce_in=reduce_in, reduce_out=reduce_out, device=device)
+        x = torch.randn(ROWS, STEPS, inputs, device=device, requires_grad=True)
         expected = layer(x)[0]
         for way, compute in WAYS.items():
             torch.testing.assert_close(compute(layer, x), expected, atol=1e-4, rtol=1e-3, msg=f"{way} is wrong")
         times = "  ".join(f"{way} {1000 * seconds(way, layer, x):.1f}" for way in WAYS)
         print(f"{inputs} → {hidden}, {len(layer.parts)} parts: {times}", flush=True)
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

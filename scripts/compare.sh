@@ -8,6 +8,7 @@
 #   MINUTES=60      of training for each network
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
+check MINUTES '[1-9][0-9]*' "a number of minutes, 1 or more"
 MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
 PROBE=300 # updates of the measurement; the first ones are faster than those that last

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ import cifar10.train  # noqa: E402
 import pmnist.train  # noqa: E402
 import word_ptb.train  # noqa: E402
 import wt103.train  # noqa: E402
-from trellisnet.errors import UserError  # noqa: E402
-from trellisnet.training.config import parse  # noqa: E402
+from trellisnet.errors import RunError, UserError, counted  # noqa: E402
+from trellisnet.training.cli import guarded  # noqa: E402
+from trellisnet.training.config import Parser, parse  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
 from trellisnet.training.engine import Trainer, evaluate  # noqa: E402
 from trellisnet.training.interrupts import Interrupts  # noqa: E402
@@ -147,17 +148,17 @@ def launch(size: int, path: Path, cases: Iterable[str]) -> dict[str, dict[str, A
     """Start so many ranks with torchrun; kind of number → case → what :func:`train` has found.
 
     Raises:
-        subprocess.CalledProcessError: a rank failed.
+        RunError: a rank failed.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), __file__]
-    subprocess.run([*command, "--worker", str(path), "--cases", *cases], check=True)
+    if code := subprocess.run([*command, "--worker", str(path), "--cases", *cases], check=False).returncode:
+        raise RunError(f"{counted(size, 'ranks')} could not train (exit code {code} of torchrun)")
     return torch.load(path, weights_only=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 all agree, 1 something does not."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def run(argv: Sequence[str]) -> int:
+    """Parse, train, compare, write."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to train (default: all)")
     parser.add_argument("--json", help="also write the findings to this file")
@@ -166,12 +167,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         worker(args.worker, args.cases)
         return 0
+    if min(args.ranks) < 1:
+        raise UserError(f"--ranks: expected at least 1, got {min(args.ranks)}")
     if args.json:
-        try:
-            check_json_path(args.json, "--json", ("command", "records"))
-        except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 2
+        check_json_path(args.json, "--json", ("command", "records"))
     records, failed = [], False
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # such networks do not see whole images
@@ -194,6 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         write_json(args.json, "--json", {**head, "records": records})
     return int(failed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 all agree, 1 something does not, 2 wrong arguments."""
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

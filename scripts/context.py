@@ -7,11 +7,9 @@ The loss of the same targets, spread evenly over the validation text, is compute
 them and nothing else: with 1, 2, 4, … and, of a TrellisNet or a TCN, as many as it can see, and twice as many.
 """
 
-import json
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
@@ -21,10 +19,9 @@ import trained
 from trellisnet.errors import UserError
 from trellisnet.evaluation.context import context_lengths, loss_by_context
 from trellisnet.models import count_parameters
-from trellisnet.serialization import atomic_write
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
-from trellisnet.training.runlog import environment
+from trellisnet.training.runlog import check_json_path, environment, write_json
 
 
 def run(argv: Sequence[str]) -> None:
@@ -40,8 +37,8 @@ def run(argv: Sequence[str]) -> None:
     for name, least in (("lengths", min(args.lengths or [1])), ("longest", args.longest), ("targets", args.targets)):
         if least < 1:
             raise UserError(f"--{name}: expected at least 1, got {least}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: cannot be written; name a file in a folder that exists")
+    if args.json:
+        check_json_path(args.json, "--json", ("task", "receptive_field", "records"))
     model = trained.load(args, flags)
     field = getattr(model.model.core, "receptive_field", None)
     stream, lengths = getattr(model.corpus, args.split), args.lengths or context_lengths(field, args.longest)
@@ -65,8 +62,7 @@ def run(argv: Sequence[str]) -> None:
             "precision": config.precision, "machine": env["machine"], "torch": env["torch"], "commit": env["commit"],
             "records": found,
         }  # fmt: skip
-        with atomic_write(args.json) as file:
-            file.write((json.dumps(told, indent=1, allow_nan=False) + "\n").encode())
+        write_json(args.json, "--json", told)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,19 @@ if [ -z "${PY:-}" ]; then
     use_venv ""
 fi
 TABLE="$(basename "$0" .sh)"
-if ! [[ "${STEPS:-1}" =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: STEPS=$STEPS: expected a number of updates, 1 or more" >&2
+
+# check NAME PATTERN EXPECTED: refuse an environment variable that is set to something else, before anything is trained.
+check() {
+    if ! [[ "${!1:-}" =~ ^($2)?$ ]]; then
+        echo "error: $1=${!1}: expected $3" >&2
+        exit 2
+    fi
+}
+check STEPS '[1-9][0-9]*' "a number of updates, 1 or more"
+check SEEDS '[0-9]+( +[0-9]+)*' "whole numbers with spaces between them"
+check SMOKE 1 "1, or nothing"
+if ! command -v "$PY" >/dev/null; then
+    echo "error: PY=$PY: no such program" >&2
     exit 2
 fi
 
@@ -62,13 +73,13 @@ train() {
 # rows NAME...: run them, or those of them that ROWS names.
 rows() {
     local name
-    for name in ${ROWS:-"$@"}; do
-        case " $* " in
-        *" $name "*) "$name" ;;
-        *)
+    for name in ${ROWS:-}; do
+        if [[ " $* " != *" $name "* ]]; then
             echo "error: $TABLE has no row $name; it has: $*" >&2
             exit 2
-            ;;
-        esac
+        fi
+    done
+    for name in ${ROWS:-"$@"}; do
+        "$name"
     done
 }

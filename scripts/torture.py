@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import json
 import math
 import os
 import platform
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,11 @@ import mutations  # noqa: E402
 import payloads  # noqa: E402
 
 from trellisnet import serialization  # noqa: E402
+from trellisnet.errors import RunError, UserError  # noqa: E402
 from trellisnet.training import checkpoint  # noqa: E402
-from trellisnet.training.runlog import commit, machine  # noqa: E402
+from trellisnet.training.cli import guarded  # noqa: E402
+from trellisnet.training.config import Parser  # noqa: E402
+from trellisnet.training.runlog import check_json_path, commit, machine, write_json  # noqa: E402
 
 PROGRAM = PROJECT / "word_ptb" / "train.py"
 # Dropout, so that random numbers matter; carried state; Adam, which has a state of its own.
@@ -390,10 +392,9 @@ def damaged(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 nothing was lost, 1 something was, 2 wrong arguments."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def run(argv: Sequence[str]) -> None:
+    """Parse, break things, print and write."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to survive (default: 100)")
     parser.add_argument("--epochs", type=int, default=12, help="of every run that is killed (default: 12)")
     parser.add_argument("--writes", type=int, default=150, help="writes that fail (default: 150)")
@@ -403,8 +404,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of all that is done at random (default: 1)")
     parser.add_argument("--json", help="also write the findings to this file")
     args = parser.parse_args(argv)
-    if min(args.kills, args.writes, args.mutations, args.soak, args.seed) < 0 or args.epochs < 1:
-        parser.error("expected numbers of 0 or more, and at least one epoch")
+    for name, least in {"kills": 0, "epochs": 1, "writes": 0, "mutations": 0, "soak": 0, "seed": 0}.items():
+        if not least <= (value := getattr(args, name)) < 2**31:
+            raise UserError(f"--{name}: expected at least {least}, got {value}")
+    if args.json:
+        check_json_path(args.json, "--json", ("command", "seed", "machine"))
     torch.set_num_threads(1)
     device = torch.device("cpu")
     head = {
@@ -431,16 +435,19 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 findings[part] = act()
             except BrokenError as e:
-                print(f"failed: {part}: {e}", file=sys.stderr)
-                return 1
+                raise RunError(f"{part}: {e}") from e
             for record in findings[part] if isinstance(findings[part], list) else [findings[part]]:
                 shown = ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
                                   for key, value in record.items() if value != [])  # fmt: skip
                 print(f"{part}: {shown}", flush=True)
             print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({**head, **findings}, indent=1) + "\n")
-    return 0
+        write_json(args.json, "--json", {**head, **findings})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 nothing was lost, 1 something was, 2 wrong arguments."""
+    return guarded(run, argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ PY="$ROOT/.venv/bin/python"
 use_venv() {
     local extras="$1" base="${PYTHON:-python3}" stamp wanted
     if [ ! -x "$PY" ] || [ ! -e "$ROOT/.venv/bin/pip" ]; then # missing, or interrupted while it was made
+        command -v "$base" >/dev/null || {
+            echo "error: $base: no such program; name a Python of 3.11 or newer with PYTHON=..." >&2
+            return 2
+        }
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
             echo "error: $base is older than Python 3.11; name a newer one with PYTHON=..." >&2
             return 2

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,10 +11,19 @@ import pytest
 import torch
 
 from test_graphs import Player
+from trellisnet.errors import RunError
 from trellisnet.training.config import PROJECT
 
 SCRIPT = PROJECT / "scripts" / "bench.py"
 SMALL = ["--flags", "--nhid", "8", "--nlevels", "6"]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench as module
+
+    return module
 
 
 def bench(*arguments):
@@ -56,10 +66,7 @@ def test_it_measures_heads_and_their_memory(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "precisions"), [("cpu", ["fp32"]), ("cuda", ["fp32", "tf32", "bf16"])])
-def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(monkeypatch, device, precisions):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench as module
-
+def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(module, device, precisions):
     variants = module.variants_on(torch.device(device), recompute=[4])
     assert variants[0] == module.REFERENCE
     assert [v.precision for v in variants if v.backend == "reference"] == precisions
@@ -75,17 +82,14 @@ def test_it_measures_evaluation_and_generation(tmp_path, task):
 
 
 @pytest.mark.parametrize(("parts", "measured"), [(["core", "step"], ["fp32", "bf16"]), (["head"], [])])
-def test_the_peak_is_measured_once_per_precision(monkeypatch, parts, measured):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench as module
-
+def test_the_peak_is_measured_once_per_precision(module, monkeypatch, parts, measured):
     asked = []
     monkeypatch.setattr(module, "peak_gflops", lambda work, precision: asked.append(precision) or 2.0)
     monkeypatch.setattr(module, "gate", lambda *_: None)
     args = argparse.Namespace(
         device="cpu", quick=True, flags=SMALL[1:], recompute=[], parts=parts, repeats=2, memory=False
     )
-    records = list(module.measure("word_ptb", args))
+    records = list(module.measure("word_ptb", args, module.Display(0)))
     assert asked == measured
     assert len(records) == 3 * len(parts)
     for record in records:
@@ -95,10 +99,7 @@ def test_the_peak_is_measured_once_per_precision(monkeypatch, parts, measured):
             assert "share_of_peak" not in record
 
 
-def test_a_wrong_result_is_not_timed(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench as module
-
+def test_a_wrong_result_is_not_timed(module, monkeypatch):
     from trellisnet.ops import fused
 
     work = module.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
@@ -110,14 +111,11 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         return count, h * 1.01, *rest
 
     monkeypatch.setattr(fused._Trellis, "apply", wrong)
-    with pytest.raises(SystemExit, match="error: pmnist, fused: differs from the reference by 0.01; nothing is timed"):
+    with pytest.raises(RunError, match="pmnist, fused: differs from the reference by 0.01; nothing is timed"):
         module.gate(work, module.variants_on(work.device))
 
 
-def test_graphs_compute_what_their_variants_do(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench as module
-
+def test_graphs_compute_what_their_variants_do(module, monkeypatch):
     counts = Counter()
     monkeypatch.setattr(module.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
     work = module.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
@@ -132,7 +130,28 @@ def test_graphs_compute_what_their_variants_do(monkeypatch):
     assert [v.name for v in variants[-2:]] == ["fused bf16", "fused bf16 graph"]
 
 
-def test_bad_arguments():
-    done = bench("--repeats", "0")
-    assert done.returncode == 2
-    assert "--repeats: expected at least 1" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (["--threads", "-1"], "--threads: expected at least 0, got -1"),
+        (["--recompute", "2", "0"], "--recompute: expected at least 1, got 0"),
+        (["--device", "warp"], "--device warp: not usable here (.*); try --device cpu"),
+        (["--tasks", "nothing"], "argument --tasks: invalid choice: 'nothing'.*"),
+        (["--json", "/no/where.json"], "--json /no/where.json: cannot be written; name a file in a folder that .*"),
+        (["--json", str(PROJECT / "setup.py")], "--json .*setup.py: holds something else, .*"),
+        (["--flags", "--emsize", "0"], "--emsize: expected at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, arguments, message):
+    assert module.main(["--quick", "--tasks", "word_ptb", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = [line for line in printed.err.splitlines() if not line.startswith("word_ptb: ")]
+    assert len(said) == 1
+    assert re.fullmatch(f"error: {message}", said[0])
+
+
+def test_what_is_being_measured_is_said(tmp_path):
+    done = bench("--tasks", "pmnist", "--repeats", "1", "--parts", "forward")
+    assert done.stderr.splitlines() == ["pmnist: comparison with the reference", "pmnist: forward", "pmnist: memory"]

@@ -63,5 +63,14 @@ def test_the_program(monkeypatch, capsys, tmp_path, run_folder):
     assert [r["context"] for r in told["records"]] == [1, 2, 4, 8]
     assert told["records"][2]["loss"] == pytest.approx(told["records"][3]["loss"], abs=1e-5)
     assert capsys.readouterr().out.count("±") == 4
+    weights = run_folder / "weights.pkl"
+    before = weights.read_bytes()
+    for wrong, message in ((weights, "holds something else"), ("/no/where.json", "cannot be written")):
+        assert script.main(["--run", "unread", "--json", str(wrong)]) == 2  # before the work
+        assert capsys.readouterr().err.startswith(f"error: --json {wrong}: {message}")
+    assert weights.read_bytes() == before
+    assert script.main(["--run", str(run_folder), "--targets", "5", "--json", str(path)]) == 0  # an earlier result
+    assert json.loads(path.read_text())["targets"] == 5
+    capsys.readouterr()
     assert script.main(["--run", str(run_folder), "--lengths", "999999"]) == 2
     assert capsys.readouterr().err.startswith("error: --lengths 999999: ")

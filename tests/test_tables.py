@@ -185,10 +185,42 @@ def test_rows_at_equal_steps(stub):
     assert again.stdout == "table3 trellisnet, seed 1111: finished\n"
     metrics.write_text(json.dumps({"complete": False, "steps": 7, "seed": 1}, indent=1))
     assert table(3, stub, STEPS="70", ROWS="trellisnet").stdout.startswith("table3 trellisnet, seed 1111: python")
-    for steps in ("0", "-1", "many"):
-        refused = table(3, stub, STEPS=steps)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert refused.stderr == f"error: STEPS={steps}: expected a number of updates, 1 or more\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("STEPS", "0", "STEPS=0: expected a number of updates, 1 or more"),
+        ("STEPS", "-1", "STEPS=-1: expected a number of updates, 1 or more"),
+        ("STEPS", "many", "STEPS=many: expected a number of updates, 1 or more"),
+        ("SEEDS", "1,2", "SEEDS=1,2: expected whole numbers with spaces between them"),
+        ("SMOKE", "0", "SMOKE=0: expected 1, or nothing"),
+        ("PY", "/no/python", "PY=/no/python: no such program"),
+        (
+            "ROWS",
+            "trellisnet nothing",
+            "table3 has no row nothing; it has: trellisnet trellisnet_standard tcn awd_lstm",
+        ),
+    ],
+)
+def test_variables_are_checked_before_anything_is_trained(stub, name, value, message):
+    refused = table(3, stub, **{name: value})
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"error: {message}\n")
+    assert not (stub / "runs").exists()
+
+
+@pytest.mark.parametrize("minutes", ["x", "0", "-5", "1.5"])
+def test_minutes_are_checked_before_anything_is_trained(stub, minutes):
+    refused = script("compare", stub, MINUTES=minutes)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"error: MINUTES={minutes}: expected a number of minutes, 1 or more\n"
+
+
+def test_a_python_that_is_not_there_is_named_as_that(tmp_path):
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    done = script("demo", tmp_path, PYTHON="no-such-python")
+    assert done.returncode == 2
+    assert done.stderr == ("error: no-such-python: no such program; name a Python of 3.11 or newer with PYTHON=...\n")
 
 
 @pytest.mark.parametrize(

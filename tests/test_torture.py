@@ -111,9 +111,10 @@ def test_what_was_lost_is_told(torture, monkeypatch, capsys):
 
 
 def test_bad_arguments(torture, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        torture.main(["--kills", "-1"])
-    assert "expected numbers of 0 or more" in capsys.readouterr().err
+    assert torture.main(["--kills", "-1"]) == 2
+    assert capsys.readouterr().err == "error: --kills: expected at least 0, got -1\n"
+    assert torture.main(["--json", "/no/where.json"]) == 2  # before anything is done
+    assert capsys.readouterr().err.startswith("error: --json /no/where.json: cannot be written; ")
 
 
 @pytest.mark.slow
