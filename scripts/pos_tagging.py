@@ -36,8 +36,10 @@ sys.path.insert(0, str(PROJECT))
 
 from trellisnet.baselines import SparseEmbedding  # noqa: E402
 from trellisnet.baselines.lstm import WeightDropLSTM  # noqa: E402
+from trellisnet.core import check_lengths, check_tensor  # noqa: E402
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS, read_text  # noqa: E402
 from trellisnet.errors import UserError  # noqa: E402
+from trellisnet.ops import hide_padding  # noqa: E402
 from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
 from trellisnet.training import cli  # noqa: E402
 from trellisnet.training.config import RunConfig, setting  # noqa: E402
@@ -206,8 +208,13 @@ class Tagger(nn.Module):
         self.hidden = nn.Linear(2 * hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, n_tags)
 
-    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        """Word ids (N, L) and lengths (N,) → logits (N, L, n_tags); those behind a sentence's end mean nothing."""
+    def forward(self, words: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
+        """Word ids (N, L) and lengths (N,) → logits (N, L, n_tags); what lies behind a sentence's end has no influence,
+        and logits there mean nothing.
+        """
+        check_tensor("words", words)
+        lengths = check_lengths(lengths, words)
+        words = hide_padding(words, lengths)
         x = self.embedding(words)  # (N, L, E)
         rows = (self.embedding.num_embeddings, 1)
         kept = dropout_scale(x, rows, self.embedding_dropout, self.training, None, "embedding")
@@ -253,6 +260,7 @@ class Tagging:
     def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor, smoothing: float = 0.0) -> tuple[Tensor, ...]:
         """Summed losses without and with label smoothing, and how many words are tagged rightly."""
         logits = self.model(words, lengths).flatten(0, 1)
+        tags = hide_padding(tags, lengths, NO_TAG)
         known = tags.flatten().masked_fill(tags.flatten() >= logits.size(1), NO_TAG)
         loss = smoothed = F.cross_entropy(logits, known, reduction="sum")
         if smoothing:

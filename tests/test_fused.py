@@ -14,6 +14,7 @@ import word_ptb.model
 import wt103.model
 from test_ops import SHAPES, random_inputs
 from trellisnet import TrellisNet, ops
+from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import compiled, fused, gemm, pruning
 from trellisnet.ops import gates as eager
 from trellisnet.training.config import parse
@@ -282,8 +283,9 @@ def test_a_scale_that_needs_a_gradient_is_for_the_reference():
     options = {"num_layers": 2, "dilation": (1,), "output_size": 4, "hidden_scale": scale}
     ops.trellis(**inputs, state=state, **options).output.sum().backward()
     assert scale.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="hidden_scale: fused has no gradient for it"):
-        ops.trellis(**inputs, state=state, backend="fused", **options)
+    for backend in ("fused", "triton"):
+        with pytest.raises(ValueError, match=f"hidden_scale: {backend} has no gradient for it"):
+            ops.trellis(**inputs, state=state, backend=backend, **options)
 
 
 def test_a_state_made_in_inference_mode_and_tensors_without_data():
@@ -334,15 +336,6 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     assert peaks[0] < peaks[1] / 3
 
 
-def test_a_second_derivative_is_refused():
-    inputs = random_inputs(2, 3, requires_grad=True)
-    state = (inputs.pop("h0"), inputs.pop("c0"))
-    out = ops.trellis(**inputs, state=state, num_layers=2, dilation=(1,), output_size=4, backend="fused")
-    (first,) = torch.autograd.grad(out.output.square().sum(), inputs["bias"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match=r"backend: fused cannot run this, it has no gru gates; expected auto or ref"):
         TrellisNet(3, 4, 2, backend="fused", activation="gru")
@@ -352,6 +345,22 @@ def test_what_it_cannot_do_is_said():
     assert ops.resolve("auto", "tanh") == "fused"
     assert ops.resolve("auto", "gru") == ops.resolve("auto", "lstm", 2) == "reference"
     assert ops.resolve("reference") == "reference"
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"backend": "reference"}])
+def test_the_equation_can_be_traced(options):
+    torch.manual_seed(0)
+    core = TrellisNet(3, 4, 4, dilation=(1, 2), output_size=3, **options).eval()
+    classifier = TrellisClassifier(3, 5, 4, 4, **options).eval()
+    language = TrellisLanguageModel(7, 3, 4, 4, output_size=3, **options).eval()
+    x, tokens = torch.randn(2, 9, 3), torch.randint(7, (2, 9))
+    for module, example, other in ((core, x, x[:1, :5]), (classifier, x, x[:1, :5]), (language, tokens, tokens[:, :4])):
+        traced = torch.jit.trace(module, (example,))
+        for given in (example, other):
+            assert_close(traced(given)[0], module(given)[0])
+    traced = torch.jit.trace_module(language.head, {"loss": (x, tokens)})
+    assert_close(traced.loss(x[:1], tokens[:1]), language.head.loss(x[:1], tokens[:1]))
 
 
 @pytest.mark.parametrize("options", [{}, {"aux_every": 2}, {"last_only": True}])
@@ -372,13 +381,16 @@ def test_the_equation_can_be_compiled_and_exported(backend, options):
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_the_fused_operator_says_that_it_cannot_be_compiled_or_exported():
     module = TrellisNet(3, 4, 4, backend="fused").eval()
-    message = "fused cannot run this, torch cannot compile or export it; expected auto or reference"
+    message = "fused cannot run this, torch cannot compile, export or trace it; expected auto or reference"
     with pytest.raises(Exception, match=message):
         torch.export.export(module, (torch.randn(2, 9, 3),))
     with pytest.raises(Exception, match=message):
         torch.compile(module, backend="eager", fullgraph=True)(torch.randn(2, 9, 3))
+    with pytest.raises(Exception, match=message):
+        torch.jit.trace(module, (torch.randn(2, 9, 3),))
 
 
 @pytest.mark.parametrize("arena", [1 << 30, 20_000, 0])

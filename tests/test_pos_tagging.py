@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
+from trellisnet.ops import hide_padding
 from trellisnet.training.config import PROJECT
 
 
@@ -111,3 +112,17 @@ def test_three_ways_of_computing_a_sparse_layer_agree(capsys):
     """It refuses to time what is wrong."""
     assert bench.main(["--quick"]) == 0
     assert "40 → 60, 5 parts: parts " in capsys.readouterr().out
+
+
+def test_a_tagger_does_not_see_words_and_tags_behind_a_sentence():
+    torch.manual_seed(0)
+    model = pos.Tagger(9, 4, 3, 5)
+    task = pos.Tagging(model, batch_size=3, eval_batch_size=3, seed=0)
+    words, tags, lengths = torch.randint(9, (3, 7)), torch.randint(4, (3, 7)), torch.tensor([3, 7, 1])
+    found = []
+    for word, tag in ((0, pos.NO_TAG), (8, 2), (-1, 99)):
+        losses, _ = task.loss(hide_padding(words, lengths, word), hide_padding(tags, lengths, tag), lengths)
+        found.append([*losses.values(), *torch.autograd.grad(losses["loss"], list(model.parameters()))])
+    for other in found[1:]:
+        assert_close(other, found[0], rtol=0, atol=0)
+    assert_close(model(words, lengths.tolist()), model(words, lengths), rtol=0, atol=0)

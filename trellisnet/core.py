@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from trellisnet import ops
 from trellisnet.ops import streaming
@@ -19,6 +20,46 @@ from trellisnet.regularization import Masks, check_rate, draw_mask, drop_connect
 INIT_STD = 0.01
 
 State = tuple[Tensor, ...]  # (h, c) of a TrellisNet; other cores carry other tensors, the batch in front
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is no padded tensor.
+
+    Raises:
+        TypeError: the argument `name` is a packed sequence, or no tensor at all.
+    """
+    if isinstance(value, PackedSequence):
+        advice = "unpack it with torch.nn.utils.rnn.pad_packed_sequence(…, batch_first=True)"
+        raise TypeError(f"{name}: expected a padded tensor, got a PackedSequence; {advice}")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_sequence(x: Tensor, input_size: int) -> None:
+    """Refuse x unless it is a tensor (N, L ≥ 1, input_size).
+
+    Raises:
+        TypeError: x is no tensor.
+        ValueError: x has another shape.
+    """
+    check_tensor("x", x)
+    if x.dim() != 3 or x.size(2) != input_size or x.size(1) < 1:
+        raise ValueError(f"x: expected (N, L ≥ 1, {input_size}), got {tuple(x.shape)}")
+
+
+def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+    """The valid steps of every row of x (N, L, …) as int64 (N,) on its device.
+
+    Raises:
+        ValueError: not N integers from 1 to L.
+    """
+    N, L = x.shape[:2]
+    lengths = torch.as_tensor(lengths)
+    if lengths.shape != (N,):
+        raise ValueError(f"lengths: expected shape ({N},), got {tuple(lengths.shape)}")
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or not ((lengths >= 1) & (lengths <= L)).all():
+        raise ValueError(f"lengths: expected integers from 1 to {L}, got {lengths.tolist()}")
+    return lengths.to(x.device, torch.int64)
 
 
 class TrellisOutput(NamedTuple):
@@ -269,7 +310,7 @@ class TrellisNet(nn.Module):
         start: int = 0,
         aux_every: int | None = None,
         last_only: bool = False,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         masks: Masks | None = None,
     ) -> TrellisOutput:
         """Run the trellis over a segment.
@@ -281,15 +322,16 @@ class TrellisNet(nn.Module):
                 layer-steps that they depend on. Outputs, state and gradients are those of the full computation.
             aux_every: also return the outputs of the layers i = 1..num_layers with i % aux_every == 0.
             last_only: the last time step alone, start = L − 1, which any backend computes from what it depends on.
-            lengths: valid steps of every row of a right-padded batch, int64 (N,) in 1..L. The state is then that of the
-                last valid step; outputs behind it mean nothing. Not with last_only.
+            lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L. The state is then that of
+                the last valid step; what lies behind it in x has no influence, and outputs there mean nothing. Not with
+                start or last_only.
             masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
 
         Raises:
+            TypeError: x is no tensor.
             ValueError: a shape or setting that does not fit.
         """
-        if x.dim() != 3 or x.size(2) != self.input_size or x.size(1) < 1:
-            raise ValueError(f"x: expected (N, L ≥ 1, {self.input_size}), got {tuple(x.shape)}")
+        check_sequence(x, self.input_size)
         if aux_every is not None and aux_every < 1:
             raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
         if not 0 <= start < x.size(1):
@@ -297,7 +339,9 @@ class TrellisNet(nn.Module):
         if aux_every is not None and last_only:
             raise ValueError(f"aux_every: expected None with last_only, got {aux_every}")
         if lengths is not None:
-            lengths = self._check_lengths(lengths, x, start, last_only)
+            if last_only or start:
+                raise ValueError("lengths: expected None with last_only or start, which skip steps of all rows alike")
+            lengths = check_lengths(lengths, x)
         expected = (x.size(0), self.hidden_size)
         if state is not None and len(state) != 2:
             raise ValueError(f"state: expected (h, c), got {len(state)} parts")
@@ -325,19 +369,8 @@ class TrellisNet(nn.Module):
             gemm=self.gemm,
             gates=self.gates,
         )
-        return TrellisOutput(out.output, out.state, out.aux)
-
-    @staticmethod
-    def _check_lengths(lengths: Tensor, x: Tensor, start: int, last_only: bool) -> Tensor:
-        """The lengths as int64 on the device of x."""
-        N, L, _ = x.shape
-        if last_only or start:
-            raise ValueError("lengths: expected None with last_only or start, which skip steps of all rows alike")
-        if lengths.shape != (N,):
-            raise ValueError(f"lengths: expected shape ({N},), got {tuple(lengths.shape)}")
-        if lengths.is_floating_point() or lengths.dtype == torch.bool or not ((lengths >= 1) & (lengths <= L)).all():
-            raise ValueError(f"lengths: expected integers from 1 to {L}, got {lengths.tolist()}")
-        return lengths.to(x.device, torch.int64)
+        # A trace cannot hold an empty list, whose type it would not know.
+        return TrellisOutput(out.output, out.state, out.aux or (() if torch.jit.is_tracing() else []))
 
     @torch.no_grad()
     def init_stream(self, batch_size: int) -> Stream:
@@ -404,7 +437,8 @@ class TrellisNet(nn.Module):
         return h[:, self.hidden_size - self.output_size :], stream
 
     def _check_piece(self, x: Tensor, stream: Stream, dimensions: int) -> None:
+        check_tensor(name := "x" if dimensions == 3 else "x_t", x)
         N = stream.x.size(1)
         expected = f"({N}, {'T ≥ 1, ' * (dimensions - 2)}{self.input_size})"
         if x.dim() != dimensions or x.size(0) != N or x.size(-1) != self.input_size or not x.size(1):
-            raise ValueError(f"{'x' if dimensions == 3 else 'x_t'}: expected {expected}, got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected {expected}, got {tuple(x.shape)}")

@@ -302,11 +302,11 @@ class MixtureOfSoftmaxes(_Softmax):
             latent_mask: explicit 0/1 mask (..., 1, K·E); acts in training and evaluation mode.
             draw: draw a mask in training mode if none is given.
         """
-
-        matrix = self.matrix()
+        # Those of this pass: a backward pass may come when `torch.func.functional_call` has put others back.
+        matrix, bias = self.matrix(), self.bias
 
         def mixture(log_prior: Tensor, z: Tensor) -> Tensor:
-            log_p = F.log_softmax(_linear(z, matrix, self.bias), dim=-1)  # (P, K, V)
+            log_p = F.log_softmax(_linear(z, matrix, bias), dim=-1)  # (P, K, V)
             return self._add_epsilon(torch.logsumexp(log_prior.unsqueeze(2) + log_p, dim=1))  # (P, V)
 
         log_p = _in_chunks(mixture, self.n_experts * self.n_classes, *self._mix(x, latent_mask, draw))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trellisnet.core import State, Stream, TrellisNet
+from trellisnet.core import State, Stream, TrellisNet, check_sequence, check_tensor
 from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
@@ -199,8 +199,10 @@ class TrellisLanguageModel(nn.Module):
             masks: explicit dropout masks; None draws them in training mode.
 
         Raises:
+            TypeError: tokens is no tensor.
             ValueError: a shape that does not fit.
         """
+        check_tensor("tokens", tokens)
         if tokens.dim() != 2 or tokens.size(1) < 1:
             raise ValueError(f"tokens: expected (N, L ≥ 1), got {tuple(tokens.shape)}")
         x = self.embed(tokens, masks)
@@ -230,10 +232,12 @@ class TrellisLanguageModel(nn.Module):
             what :meth:`forward` calls `output` of one long pass in evaluation mode, (N, T, output_size), and the stream
             to go on from.
         """
+        check_tensor("tokens", tokens)
         return self.core.stream(F.embedding(tokens, self.embedding.weight), stream)
 
     def step(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """As :meth:`stream` for one more token of every text: int64 (N,) → features (N, output_size)."""
+        check_tensor("tokens", tokens)
         return self.core.step(F.embedding(tokens, self.embedding.weight), stream)
 
     def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
@@ -358,7 +362,12 @@ class TrellisClassifier(nn.Module):
         self.head = nn.Linear(self.core.output_size, num_classes, **factory)
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, lengths: Tensor | None = None, masks: Masks | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        masks: Masks | None = None,
     ) -> ClassifierOutput:
         """Classify sequences by their last step.
 
@@ -370,16 +379,17 @@ class TrellisClassifier(nn.Module):
             masks: explicit dropout masks (`input`, `weight_x`, `weight_h`, `hidden` and `output` are read).
 
         Raises:
+            TypeError: x is no tensor.
             ValueError: a shape or length that does not fit.
         """
+        check_sequence(x, self.core.input_size)
         x = scaled(x, dropout_scale(x, x.shape, self.input_dropout, self.training, masks, "input"))
         if lengths is None:
             output, state, _ = self.core(x, state, last_only=True, masks=masks)  # (N, 1, output_size)
         else:
             output, state, _ = self.core(x, state, lengths=lengths, masks=masks)
-            output = output.gather(
-                1, (lengths.to(x.device, torch.int64) - 1).view(-1, 1, 1).expand(-1, 1, output.size(2))
-            )
+            last = torch.as_tensor(lengths).to(x.device, torch.int64) - 1
+            output = output.gather(1, last.view(-1, 1, 1).expand(-1, 1, output.size(2)))
         with torch.autocast(x.device.type, enabled=False):  # a product of no weight, and what a loss is made of
             logits = self.head(output.squeeze(1).to(self.head.weight.dtype))
         shape, p = logits.shape, self.output_dropout

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trellisnet.core import TrellisOutput
+from trellisnet.core import TrellisOutput, check_sequence
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 
@@ -189,10 +189,10 @@ def check_call(x: Tensor, input_size: int, start: int, aux_every: int | None) ->
     """Refuse what no core here can do with its arguments.
 
     Raises:
+        TypeError: x is no tensor.
         ValueError: x is not (N, L ≥ 1, input_size), `start` lies outside it, or auxiliary outputs are wanted.
     """
-    if x.dim() != 3 or x.size(2) != input_size or x.size(1) < 1:
-        raise ValueError(f"x: expected (N, L ≥ 1, {input_size}), got {tuple(x.shape)}")
+    check_sequence(x, input_size)
     if not 0 <= start < x.size(1):
         raise ValueError(f"start: expected 0 to {x.size(1) - 1}, got {start}")
     if aux_every is not None:

@@ -4,16 +4,34 @@ and Recurrent Networks for Sequence Modeling", arXiv:1803.01271, section 3).
 Letters: N batch, L length, C channels, k kernel size.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from trellisnet.baselines.lstm import check_call
-from trellisnet.core import TrellisOutput
-from trellisnet.regularization import Masks, check_rate
+from trellisnet.core import TrellisOutput, check_lengths
+from trellisnet.ops import hide_padding
+from trellisnet.regularization import Masks, check_rate, weight_norm
 
 INIT_STD = 0.01
+
+
+class WeightNorm(nn.Module):
+    """Weight normalisation of a kernel, as a parametrization with the names and values of torch's own.
+
+    That one computes w by a fused kernel whose second derivatives are wrong (torch 2.13 on a CPU).
+    """
+
+    def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """w of g (rows, 1, 1) and v (rows, in, k)."""
+        return weight_norm(v, g)
+
+    def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """g and v, which is w itself."""
+        return torch.linalg.vector_norm(w, dim=(1, 2), keepdim=True), w
 
 
 class ResidualBlock(nn.Module):
@@ -44,9 +62,9 @@ class ResidualBlock(nn.Module):
         self.dropout = dropout
         factory = {"device": device, "dtype": dtype}
         sizes = ((input_size, output_size), (output_size, output_size))
-        self.convolutions = nn.ModuleList(
-            weight_norm(nn.Conv1d(*size, kernel_size, dilation=dilation, **factory)) for size in sizes
-        )
+        self.convolutions = nn.ModuleList(nn.Conv1d(*size, kernel_size, dilation=dilation, **factory) for size in sizes)
+        for convolution in self.convolutions:
+            register_parametrization(convolution, "weight", WeightNorm())
         self.fit = nn.Conv1d(input_size, output_size, 1, **factory) if input_size != output_size else None
         if self.fit is not None:
             nn.init.normal_(self.fit.weight, std=INIT_STD)
@@ -130,7 +148,7 @@ class TCN(nn.Module):
         start: int = 0,
         aux_every: int | None = None,
         last_only: bool = False,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         masks: Masks | None = None,
     ) -> TrellisOutput:
         """Run the network over a whole sequence.
@@ -141,7 +159,8 @@ class TCN(nn.Module):
             start: the first time step whose outputs are wanted. What they do not see is not computed.
             aux_every: None only.
             last_only: the last time step alone.
-            lengths: valid steps of every row of a right-padded batch; outputs are causal, so nothing is to be done.
+            lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L; what lies behind them has
+                no influence, and outputs there mean nothing.
             masks: if given, nothing is dropped: there are no masks for this network.
 
         Returns:
@@ -153,6 +172,8 @@ class TCN(nn.Module):
         check_call(x, self.input_size, start, aux_every)
         if state:
             raise ValueError(f"state: expected None, for a TCN carries none, got {len(state)} parts")
+        if lengths is not None:
+            x = hide_padding(x, check_lengths(lengths, x))
         start, drop = (x.size(1) - 1 if last_only else start), self.training and masks is None
         first = max(0, start + 1 - self.receptive_field)
         y = F.dropout(x[:, first:], self.input_dropout, drop).mT  # (N, C, L)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trellisnet.ops import fused, mixed_group, reference
+from trellisnet.ops import fused, higher_order, mixed_group, reference
 from trellisnet.ops.fused import GATE_KERNELS
 from trellisnet.ops.gemm import GEMMS
 from trellisnet.ops.last_step import last_step as _last_step
@@ -26,6 +26,7 @@ __all__ = [
     "GEMMS",
     "Trellis",
     "dependencies",
+    "hide_padding",
     "not_fused",
     "resolve",
     "resolve_gates",
@@ -50,10 +51,24 @@ class Trellis(NamedTuple):
     layer_steps: int
 
 
+def _traced() -> bool:
+    """Whether torch records what is run, to compile, export or trace it."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def hide_padding(x: Tensor, lengths: Tensor, value: float = 0) -> Tensor:
+    """x (N, L, …) with `value` behind the `lengths` (N,) of its rows, even where NaN stands there."""
+    at = torch.arange(x.size(1), device=x.device)
+    behind = at >= lengths.unsqueeze(1)  # (N, L)
+    return x.masked_fill(behind.view(*behind.shape, *[1] * (x.dim() - 2)), value)
+
+
 def not_fused(activation: str = "lstm", kernel_groups: int | None = None) -> str:
     """Why the fused operator cannot run this kind of layer; empty if it can."""
-    if torch.compiler.is_compiling():  # exporting too
-        return "torch cannot compile or export it"
+    if _traced():
+        return "torch cannot compile, export or trace it"
+    if higher_order.transformed():
+        return "torch.func cannot transform it"
     if kernel_groups is not None:
         return "it has no mixed group convolution"
     return "" if activation in fused.GATES else f"it has no {activation} gates"
@@ -134,7 +149,7 @@ def trellis(
             0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched. `fused` has no gradient for
             it.
         lengths: valid steps of every row of a right-padded batch, int64 (N,) in start + 1..L; the state is then that of
-            the last valid step. None: all are valid.
+            the last valid step, and what x has behind it is without influence. None: all are valid.
         activation: one of `GATES`, which says how many gates G it has.
         kernel_groups: None for a dense kernel. A number of groups for the kernel of Theorem 1: weight_x is then
             (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
@@ -149,8 +164,8 @@ def trellis(
         ValueError: unknown backend, gemm or gates, or one that cannot run here.
     """
     if hidden_scale is not None and hidden_scale.requires_grad:
-        if backend == "fused":
-            raise ValueError("hidden_scale: fused has no gradient for it; expected a tensor without, or reference")
+        if backend in ("fused", "triton"):
+            raise ValueError(f"hidden_scale: {backend} has no gradient for it; expected a tensor without, or reference")
         backend = "reference" if backend == "auto" else backend
     if x.is_meta and backend == "auto":
         backend = "reference"
@@ -166,16 +181,18 @@ def trellis(
     }
     if backend == "triton":
         gates = "triton"
+    if lengths is not None:
+        x = hide_padding(x, lengths)
     if resolve(backend, activation, kernel_groups) != "reference":
         options |= {"start": start, "aux_every": aux_every, "lengths": lengths, "recompute": recompute}
         options |= {"gemm": gemm, "gates": gates}
         return Trellis(*fused.trellis(x, weight_x, weight_h, bias, state, **options))
-    if recompute:
+    if recompute and not _traced():
         raise ValueError(f"recompute: the reference keeps everything; expected 0, got {recompute}")
     if state is None:
         state = (x.new_zeros(N, H), x.new_zeros(N, H))
-    # A compiler traces the equation, not the sets of positions.
-    if start == L - 1 and aux_every is None and lengths is None and not torch.compiler.is_compiling():
+    # What torch records is the equation, not the sets of positions.
+    if start == L - 1 and aux_every is None and lengths is None and not _traced():
         if kernel_groups is not None:
             weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
         output, state, layer_steps = _last_step(x, weight_x, weight_h, bias, state, **options)

@@ -10,7 +10,8 @@ Expert k of a mixture (Yang et al., 2018) has the logits a_k = W x_k + b. With a
 and a plain softmax is the mixture of one, ρ = 1. So the logits of a few positions tell all that is ever needed of these
 positions, if it is known beforehand how their losses will be summed: the loss, and the gradient of that sum. Both are
 made in the forward pass, a chunk of positions at a time, by the three products of an ordinary backward pass; to make
-logits again would take a fourth. That is left to the gradient of anything else than the sum.
+logits again would take a fourth. That is left to the gradient of anything else than the sum. Where the backward pass is
+itself differentiated, it is that of the definition, with all logits at once.
 
 Letters: P positions, K experts, E width of x, V classes, R rows of a product: K for each position of a chunk.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trellisnet.ops import gemm as products
+from trellisnet.ops import higher_order
 
 # Logits of a chunk: 8 MB in fp32. But every chunk reads the matrix W twice and adds to its gradient, so that it has a
 # few rows at least; and, on a CPU, a multiple of BUCKET: oneDNN keeps a megabyte for every number of rows it has met.
@@ -44,10 +46,11 @@ def reference(
 ) -> Tensor:
     """The losses (P,) as they are defined, all logits at once; arguments as in :func:`cross_entropy`."""
     log_p = F.log_softmax(F.linear(x, weight, bias), dim=-1)  # (P, K, V)
+    log_p = log_p.gather(2, target.view(-1, 1, 1).expand(-1, x.size(1), 1)).squeeze(2)  # (P, K)
     if log_prior is not None:
-        log_p = log_p + log_prior.unsqueeze(-1)
-    p = log_p.logsumexp(dim=1).exp() + log_epsilon  # (P, V)
-    return -p.log().gather(1, target.unsqueeze(1)).squeeze(1)
+        log_p = log_p + log_prior
+    log_p = log_p.logsumexp(dim=1)
+    return -(torch.logaddexp(log_p, log_p.new_full((), math.log(log_epsilon))) if log_epsilon else log_p)
 
 
 def _log_softmax(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,10 +128,11 @@ class _CrossEntropy(torch.autograd.Function):
         return None if scale is None else (loss * scale).sum(), loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dtotal, dloss):
         if dtotal is None and dloss is None:
             return (None,) * 7
+        if higher_order.needed((dtotal, dloss)):
+            return _CrossEntropy._differentiable(ctx, dtotal, dloss)
         x, weight, bias, target, log_prior, scale = ctx.saved_tensors
 
         def again(scale: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,6 +151,24 @@ class _CrossEntropy(torch.autograd.Function):
         dweight = None if dweight is None else dweight.to(weight.dtype)
         return None, dx, dweight, dbias.to(bias.dtype), None, dlog_prior, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents):
+        raise NotImplementedError("cross_entropy has no forward-mode derivatives; take the cross_entropy of log_prob")
+
+    @staticmethod
+    def _differentiable(ctx: Any, dtotal, dloss):
+        x, weight, bias, target, log_prior, scale = ctx.saved_tensors
+        sums = torch.float64 if ctx.setting.compute == torch.float64 else torch.float32
+
+        def losses(*inputs):
+            x, weight, bias, log_prior = (None if t is None else t.to(sums) for t in inputs)
+            return (reference(x, weight, bias, target, log_prior, ctx.setting.log_epsilon),)
+
+        grad = dloss if dtotal is None else dtotal * scale if dloss is None else dloss + dtotal * scale
+        wanted = [*ctx.needs_input_grad[1:4], ctx.needs_input_grad[5]]
+        *dx, dlog_prior = higher_order.gradients(losses, (x, weight, bias, log_prior), wanted, (grad,))
+        return None, *dx, None, dlog_prior, None
+
 
 def cross_entropy(
     x: Tensor,
@@ -161,7 +183,7 @@ def cross_entropy(
 ) -> tuple[Tensor | None, Tensor]:
     """Negative log-likelihood in nats, −log(log_epsilon + Σ_k prior_k · softmax(W x_k + b)[target]).
 
-    Differentiable, once, in x, weight, bias and log_prior. The gradient of the sum is made together with it; that of
+    Differentiable in x, weight, bias and log_prior. The gradient of the sum is made together with it; that of
     the single losses takes their logits a second time. Within `torch.autocast` the products are in its type; softmax
     and losses, and the gradients of weight and bias until they are complete, are in float32 at least.
 
@@ -179,8 +201,13 @@ def cross_entropy(
         The sum of scale · loss, 0-dim (or None), and the losses (P,): float64 if weight is, else float32.
 
     Raises:
-        ValueError: an unknown gemm, or one that cannot run here.
+        ValueError: an unknown gemm, or one that cannot run here; a scale that needs a gradient.
     """
+    if scale is not None and scale.requires_grad:
+        raise ValueError("scale: there is no gradient for it; expected a tensor that needs none")
+    if higher_order.transformed() or torch.jit.is_tracing():
+        losses = reference(x, weight, bias, target, log_prior, log_epsilon)
+        return None if scale is None else (losses * scale).sum(), losses
     K, V, device = x.size(1), weight.size(0), x.device.type
     compute = weight.dtype
     if torch.is_autocast_enabled(device) and compute != torch.float64:

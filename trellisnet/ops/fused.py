@@ -15,7 +15,9 @@ It computes what :mod:`trellisnet.ops.reference` says, with these differences in
 
 Products may be in bfloat16; cells, gates at work and sums over layers are then in float32.
 
-It has no second derivatives and does not run under `torch.func`; the reference does.
+Where its backward pass is itself differentiated, it is replaced by that of the same layers in differentiable operations
+(:func:`trellisnet.ops.last_step.layers`), computed anew; so there are derivatives of any order, in the memory and time
+of the reference. It has no forward-mode derivatives and does not run under `torch.func`; the reference does.
 
 Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trellisnet.ops import compiled, pruning
+from trellisnet.ops import compiled, higher_order, last_step, pruning
 from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
 from trellisnet.ops.gates import GATES, Step
@@ -288,15 +290,21 @@ def _at(last: Tensor | None, N: int) -> Any:
 
 
 class _Trellis(torch.autograd.Function):
-    """(setting, weight, bias, h0, c0, scale, last, N, *x̃) → layer-steps computed, h, c, and the auxiliary outputs.
+    """(setting, weight, bias, h0, c0, scale, last, N, weight_x, *rows, *x̃) → layer-steps computed, h, c, and the
+    auxiliary outputs.
 
     weight (GH, k·H), bias (GH,), h0 and c0 (N, H) or None for zeros, scale (N, H) or None, every x̃ (P, N, GH) with its
     bias in it. h (S, N, H), unmasked, is that of the last layer, c (N, H) its cell at the positions `last` (N,), or
     at the end of all for None; auxiliary outputs (S, N, output_size).
+
+    x̃ = rows · weight_xᵀ + bias, rows (P, N, k·C), is not kept: where the backward pass is differentiated, it is made
+    again of its factors, which the product that made it keeps anyway. They have no gradient of their own here.
     """
 
     @staticmethod
-    def forward(ctx: Any, setting: _Setting, weight, bias, h0, c0, scale, last, batch, *x_tilde):
+    def forward(ctx: Any, setting: _Setting, weight, bias, h0, c0, scale, last, batch, weight_x, *rows_and_x_tilde):
+        dilations = len(setting.inject_dilations)
+        rows, x_tilde = rows_and_x_tilde[:dilations], rows_and_x_tilde[dilations:]
         run = _Layers(setting, weight, bias, h0, c0, scale, batch, x_tilde)
         geometry, layers = run.geometry, setting.plan.layers
         N, H, wanted = geometry.N, geometry.H, layers[-1].size
@@ -321,21 +329,57 @@ class _Trellis(torch.autograd.Function):
         ctx.shapes, ctx.dtypes = [tuple(x.shape) for x in x_tilde], [x.dtype for x in x_tilde]
         if setting.keep:
             again = x_tilde if checkpoints else [None] * len(x_tilde)
-            ctx.save_for_backward(weight, bias, h0, c0, scale, last, *again, *checkpoints, *kept)
+            ctx.save_for_backward(weight, bias, h0, c0, scale, last, weight_x, *rows, *again, *checkpoints, *kept)
         return layer_steps, h, (h if c is None else c)[_at(last, N)].clone(), *aux
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _, dh, dc, *daux):
-        with torch.autocast(dh.device.type, enabled=False):
-            return _Trellis._backward(ctx, dh, dc, *daux)
+    def backward(ctx: Any, _, *grads):
+        if higher_order.needed(grads):
+            return _Trellis._differentiable(ctx, grads)
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _Trellis._backward(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents):
+        raise NotImplementedError('fused has no forward-mode derivatives; take backend="reference"')
+
+    @staticmethod
+    def _differentiable(ctx: Any, grads: Sequence[Tensor]):
+        setting: _Setting = ctx.setting
+        weight, bias, h0, c0, scale, last, weight_x, *saved = ctx.saved_tensors
+        dilations = setting.inject_dilations
+        rows, needs = saved[: len(dilations)], ctx.needs_input_grad
+        work = torch.float64 if setting.compute == torch.float64 else torch.float32
+
+        def wide(tensor):
+            return None if tensor is None else tensor.to(work)
+
+        def outputs(*inputs):
+            weight, bias, h0, c0, *x_tilde = map(wide, inputs)
+            zero = bias.new_zeros(ctx.batch, bias.numel() // GATES[setting.activation])
+            state, aux = (zero if h0 is None else h0, zero if c0 is None else c0), []
+            x_tilde = dict(zip(dilations, (x.transpose(0, 1) for x in x_tilde), strict=True))
+            arguments = setting.plan, x_tilde, weight.t(), bias, state, wide(scale), setting.activation
+            for number, (h, c) in enumerate(last_step.layers(*arguments), start=1):  # noqa: B007
+                if number in setting.aux_layers:
+                    wanted = pruning.rows(h, setting.plan.layers[number - 1].wanted, dim=1)
+                    aux.append(wanted[..., wanted.size(2) - setting.output_size :].transpose(0, 1))
+            return h.transpose(0, 1), c.transpose(0, 1)[_at(last, ctx.batch)], *aux
+
+        with torch.autocast(grads[0].device.type, enabled=False):
+            x_tilde = [torch.nn.functional.linear(wide(r), wide(weight_x), wide(bias)) for r in rows]
+        wanted = [*needs[1:5], *needs[-len(dilations) :]]
+        found = higher_order.gradients(outputs, (weight, bias, h0, c0, *x_tilde), wanted, grads)
+        dx = [None if g is None else g.to(dtype) for g, dtype in zip(found[4:], ctx.dtypes, strict=True)]
+        return None, *found[:4], *[None] * (4 + len(dilations)), *dx
 
     @staticmethod
     def _backward(ctx: Any, dh, dc_last, *daux):
         setting: _Setting = ctx.setting
         layers, lstm = setting.plan.layers, setting.activation == "lstm"
-        weight, bias, h0, c0, scale, last, *saved = ctx.saved_tensors
-        x_tilde, saved = saved[: len(ctx.shapes)], saved[len(ctx.shapes) :]
+        weight, bias, h0, c0, scale, last, _, *saved = ctx.saved_tensors
+        dilations = len(ctx.shapes)
+        x_tilde, saved = saved[dilations : 2 * dilations], saved[2 * dilations :]
         run = _Layers(setting, weight, bias, h0, c0, scale, ctx.batch, x_tilde)
         geometry = run.geometry
         N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
@@ -396,7 +440,7 @@ class _Trellis(torch.autograd.Function):
             dh_left *= run.scale
         grads = [dx[d].to(dtype) for d, dtype in zip(setting.inject_dilations, ctx.dtypes, strict=True)]
         state = [None if s is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]
-        return None, dw.to(weight.dtype), dbias, *state, None, None, None, *grads
+        return None, dw.to(weight.dtype), dbias, *state, *[None] * (4 + dilations), *grads
 
 
 def _again(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -> tuple[list, list]:
@@ -441,8 +485,8 @@ def trellis(
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor], int]:
     """The outputs of the last layer from `start` on, the state, the auxiliary outputs, and the layer-steps computed.
 
-    Arguments and shapes as in :func:`trellisnet.ops.trellis`. Differentiable, once, in x, the kernels, the bias and the
-    state, but not in `hidden_scale`. Within `torch.autocast` the products are in its type.
+    Arguments and shapes as in :func:`trellisnet.ops.trellis`. Differentiable in x, the kernels, the bias and the state,
+    but not in `hidden_scale`. Within `torch.autocast` the products are in its type.
     """
     (N, L, C), k = x.shape, weight_h.size(2)
     device = x.device.type
@@ -454,10 +498,10 @@ def trellis(
     weight_x, weight_h = (w.transpose(1, 2).flatten(1) for w in (weight_x, weight_h))  # (GH, k·C), (GH, k·H)
     x = x.transpose(0, 1)  # (L, N, C)
     nothing = x.new_zeros(1, N, C)
-    x_tilde = [
-        torch.nn.functional.linear(torch.cat([pruning.take(x, read, nothing) for read in reads], dim=2), weight_x, bias)
-        for reads in plan.x.values()
-    ]
+    rows = [torch.cat([pruning.take(x, read, nothing) for read in reads], dim=2) for reads in plan.x.values()]
+    if compute != weight_h.dtype:  # as autocast would, so that what the products keep can be kept for this operator
+        weight_x, rows = weight_x.to(compute), [r.to(compute) for r in rows]
+    x_tilde = [torch.nn.functional.linear(r, weight_x, bias) for r in rows]
     aux_layers = frozenset(range(aux_every, num_layers + 1, aux_every)) if aux_every else frozenset()
     # What was made in inference mode cannot be kept for a backward pass.
     h0, c0 = (s.clone() if s.is_inference() else s for s in state) if state else (None, None)
@@ -473,7 +517,7 @@ def trellis(
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     last = None if lengths is None else lengths - start - 1
     with torch.autocast(device, enabled=False):
-        layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, last, N, *x_tilde)
+        layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, last, N, weight_x, *rows, *x_tilde)
     h, c, *aux = (part.to(weight_h.dtype) for part in parts)
     outputs = [part.transpose(0, 1) for part in (h[..., h.size(2) - output_size :], *aux)]
     return outputs[0], (h[_at(last, N)], c), outputs[1:], layer_steps

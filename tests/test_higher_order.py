@@ -1,0 +1,388 @@
+"""Second derivatives: those of the reference, of finite differences, and of whoever asks for them in another way."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from test_ops import SHAPES, random_inputs
+from trellisnet import TrellisNet, ops
+from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack
+from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
+from trellisnet.models import TrellisClassifier, TrellisLanguageModel
+from trellisnet.ops import fused
+from trellisnet.ops.cross_entropy import cross_entropy
+
+MASK = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)[:, :, None]
+EXACT = {"atol": 1e-10, "rtol": 1e-10}
+
+
+def network(backend="fused", **options):
+    """Large weights, so that a missing derivative shows."""
+    torch.manual_seed(0)
+    net = TrellisNet(4, 8, 5, backend=backend, **options).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(30)
+    return net, torch.randn(1, 3, 4, dtype=torch.float64)
+
+
+def second(outputs, wanted, generator, dtype=torch.float64):
+    """First derivatives of a curved function of the outputs, then those of a curved function of these."""
+
+    def curved(tensors):
+        each = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+        return sum((t * (t + r)).sum() for t, r in zip(tensors, each, strict=True))
+
+    options = {"allow_unused": True, "materialize_grads": True}
+    first = torch.autograd.grad(curved(outputs), wanted, create_graph=True, **options)
+    return [*first, *torch.autograd.grad(curved(first), wanted, **options)]
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
+@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("carried", [False, True])
+def test_those_of_the_fused_operator_are_those_of_the_equation(recompute, k, dilation, length, activation, carried):
+    inputs = random_inputs(k, length)
+    if activation == "tanh":
+        inputs |= {name: inputs[name][:4].clone() for name in ("weight_x", "weight_h", "bias")}
+    lengths = torch.tensor([1, length])
+    for num_layers, inject_every, settings in (
+        (4, 1, {}),
+        (4, 2, {"start": length // 2, "aux_every": 2, "hidden_scale": MASK}),
+        (3, 2, {"start": length - 1}),
+        (3, 1, {"lengths": lengths, "aux_every": 1}),
+    ):
+        options = {"num_layers": num_layers, "dilation": dilation, "output_size": 3, "activation": activation}
+        options |= {"inject_every": inject_every, **settings}
+        found = []
+        for backend in ("fused", "reference"):
+            tensors = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+            state = tuple(tensors.pop(name) for name in ("h0", "c0")) if carried else None
+            tensors = {name: t for name, t in tensors.items() if name not in ("h0", "c0")}
+            again = {"recompute": recompute} if backend == "fused" else {}
+            out = ops.trellis(**tensors, state=state, backend=backend, **options, **again)
+            wanted = [*tensors.values(), *(state or ())]
+            outputs = [out.output, *out.state, *out.aux]
+            found.append(second(outputs, wanted, torch.Generator().manual_seed(1)))
+        for a, b in zip(*found, strict=True):
+            assert_close(a, b, **EXACT)
+
+
+def gradgradcheck(module, call, *inputs):
+    """Against finite differences, in all parameters and the inputs."""
+    torch.manual_seed(0)
+    names = [f"module.{name}" for name, _ in module.named_parameters()]
+    parameters = [torch.randn_like(p).mul_(0.7).requires_grad_() for p in module.parameters()]
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs):
+            return call(self.module, *inputs)
+
+    def run(*tensors):
+        named = dict(zip(names, tensors[: len(names)], strict=True))
+        return torch.func.functional_call(Called(), named, tensors[len(names) :])
+
+    tensors = [*parameters, *(t.requires_grad_() for t in inputs)]
+    assert torch.autograd.gradgradcheck(run, tensors, gen_non_contig_grad_outputs=True, fast_mode=True)
+
+
+CORES = {
+    "fused": {},
+    "fused-tanh": {"activation": "tanh", "dilation": (1, 2)},
+    "fused-k3": {"kernel_size": 3, "dilation": (1, 2), "weight_norm": False, "recompute": True},
+    "reference": {"backend": "reference"},
+    "reference-gru": {"activation": "gru"},
+    "reference-grouped": {"kernel_groups": 3},
+}
+
+
+@pytest.mark.parametrize("options", CORES.values(), ids=CORES)
+@pytest.mark.parametrize("call", [{"start": 1}, {"last_only": True}, {"aux_every": 2, "lengths": torch.tensor([3, 2])}])
+def test_those_of_cores_are_exact(options, call):
+    core = TrellisNet(2, 3, 3, dtype=torch.float64, output_size=2, **options)
+
+    def run(core, x, h, c):
+        out = core(x, (h, c), **call)
+        return out.output.sum(1), *out.state, *(aux[:, 0] for aux in out.aux)
+
+    x, h, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 2), (2, 3), (2, 3)))
+    gradgradcheck(core, run, x, h, c)
+
+
+HEADS = {
+    "plain": lambda: LinearSoftmax(3, 7, dtype=torch.float64),
+    "mixture": lambda: MixtureOfSoftmaxes(3, 5, 2, 2, log_epsilon=1e-2, dtype=torch.float64),
+    "split": lambda: SplitSoftmax(3, 7, [2, 4], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_those_of_heads_are_exact(make, reduction):
+    target = torch.tensor([[0, 3, 4], [1, 2, 4]])
+    gradgradcheck(make(), lambda head, x: head.loss(x, target, reduction), torch.randn(2, 3, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+def test_those_of_weighted_losses_and_probabilities_are_exact(make, monkeypatch):
+    monkeypatch.setattr("trellisnet.heads.CHUNK_LOGITS", 20)  # a mixture computes some of them again
+    target = torch.tensor([[0, 3, 4]])
+    x = torch.randn(2, 1, 3, 3, dtype=torch.float64)
+    gradgradcheck(make(), lambda head, x: head.losses(x, target, (1.0, 0.3)), x)
+    gradgradcheck(make(), lambda head, x: head.log_prob(x[0, 0]).sum(1), x)
+
+
+def test_total_and_losses_together_are_exact():
+    torch.manual_seed(0)
+    x, weight, bias, prior = (
+        torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((4, 2, 3), (5, 3), (5,), (4, 2))
+    )
+    target, scale = torch.randint(5, (4,)), torch.rand(4, dtype=torch.float64)
+
+    def run(x, weight, bias, prior):
+        return cross_entropy(x, weight, bias, target, scale, log_prior=prior.log_softmax(1), log_epsilon=1e-2)
+
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias, prior), fast_mode=True)
+    with pytest.raises(ValueError, match="scale: there is no gradient for it"):
+        cross_entropy(x, weight, bias, target, scale.requires_grad_())
+
+
+KINDS = {"tied": {}, "untied": {"tied": False}, "mixture": {"n_experts": 2}, "split": {"cutoffs": [3]}}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_those_of_language_models_are_exact(kind, backend):
+    """Tied: the embedding reaches the loss by two ways."""
+    options = {"network": TrellisNet, "backend": backend, "dtype": torch.float64, "hidden_dropout": 0.3}
+    options |= {"weight_dropout": 0.3, "input_dropout": 0.2, "output_dropout": 0.2} | kind
+    model = TrellisLanguageModel(5, 2, 4, 3, output_size=2, **options)
+    torch.manual_seed(1)
+    masks = model.draw_masks(1)
+    tokens, target = torch.tensor([[0, 3, 4]]), torch.tensor([[3, 4, 1]])
+
+    def run(model):
+        out = model(tokens, masks=masks, aux_every=2)
+        return model.losses([out.output, *out.aux], target, (1.0, 0.5), draw=False)[0], *out.state
+
+    gradgradcheck(model, run)
+
+
+BASELINES = {"awd-lstm": AWDLSTM, "rhn": RHN, "tcn": TCN, "sparse": SparseStack}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_those_of_baselines_are_exact(name):
+    options = {"mode": "sparse_all", "fraction": 0.7} if name == "sparse" else {}
+    core = BASELINES[name](4, 4, 2, dtype=torch.float64, **options)
+    gradgradcheck(core, lambda core, x: core(x).output.sum(1), torch.randn(1, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_those_of_a_classifier_are_exact(backend):
+    model = TrellisClassifier(2, 3, 4, 3, dilation=(1, 2), backend=backend, dtype=torch.float64)
+    lengths, target = [3, 2], torch.tensor([0, 2])
+
+    def run(model, x):
+        return nn.functional.cross_entropy(model(x, lengths=lengths).logits, target), *model(x).logits
+
+    gradgradcheck(model, run, torch.randn(2, 3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"vectorize": True}])
+@pytest.mark.parametrize("backend", ["auto", "fused", "reference"])
+def test_a_hessian(backend, options):
+    net, x = network(backend)
+    hessian = torch.autograd.functional.hessian(lambda z: net(z).output.square().sum(), x, **options)
+    assert hessian.abs().sum().item() == pytest.approx(2.9027, abs=5e-5)
+
+
+def test_many_gradients_at_once():
+    net, x = network()
+    each, together = (
+        torch.autograd.functional.jacobian(lambda z: net(z).output, x, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    assert_close(together, each, **EXACT)
+    logits = torch.randn(6, 8, dtype=torch.float64)
+    head = LinearSoftmax(8, 5, dtype=torch.float64)
+    target = torch.arange(6) % 5
+    for reduction in ("none", "mean"):
+        each, together = (
+            torch.autograd.functional.jacobian(lambda z: head.loss(z, target, reduction), logits, vectorize=vectorize)  # noqa: B023
+            for vectorize in (False, True)
+        )
+        assert_close(together, each, **EXACT)
+
+
+def check_gradients(function, parameters):
+    """`grad` of all parameters against central differences along two directions each."""
+    generator, step = torch.Generator().manual_seed(2), 1e-6
+    function().backward()
+    for p in parameters:
+        for _ in range(2):
+            direction, values = torch.randn(p.shape, generator=generator, dtype=p.dtype), []
+            for sign in (1, -2, 1):  # there, to the other side, and back
+                with torch.no_grad():
+                    p.add_(direction, alpha=sign * step)
+                values.append(function().item())
+            expected = (values[0] - values[1]) / (2 * step)
+            assert abs(expected) > 1e-5
+            assert (p.grad * direction).sum().item() == pytest.approx(expected, abs=1e-7, rel=1e-5)
+
+
+def test_a_gradient_penalty():
+    net, x = network(weight_norm=False)
+    x.requires_grad_()
+
+    def penalty():
+        (grad,) = torch.autograd.grad(net(x).output.sum(), x, create_graph=True)
+        return (grad.norm() - 1).square()
+
+    check_gradients(penalty, net.parameters())
+
+
+@pytest.mark.parametrize("head", ["plain", "mixture", "split"])
+def test_a_step_of_maml(head):
+    """Through a step of descent, to the loss of other data behind it."""
+    torch.manual_seed(0)
+    kind = {"mixture": {"n_experts": 2}, "split": {"cutoffs": [2]}}.get(head, {})
+    model = TrellisLanguageModel(5, 3, 4, 3, output_size=3, dtype=torch.float64, **kind)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.7)
+    parameters = dict(model.named_parameters())
+
+    def loss(named, tokens):
+        class Loss(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self):
+                return self.model.loss(self.model(tokens[:, :-1]).output, tokens[:, 1:])
+
+        return torch.func.functional_call(Loss(), {f"model.{name}": p for name, p in named.items()})
+
+    def outer():
+        inner = loss(parameters, torch.tensor([[0, 3, 1, 4]]))
+        grads = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
+        fast = {name: p - 0.5 * g for (name, p), g in zip(parameters.items(), grads, strict=True)}
+        return loss(fast, torch.tensor([[2, 4, 0, 1]]))
+
+    check_gradients(outer, parameters.values())
+
+
+def test_third_derivatives():
+    found = []
+    for backend in ("fused", "reference"):
+        net, x = network(backend)
+        grad = x.requires_grad_()
+        value = net(x).output.square().sum()
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            value = grad.square().sum()
+        found.append(torch.autograd.grad(value, x)[0])
+    assert_close(*found, **EXACT)
+    assert found[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_they_are_as_good_as_in_float32(dtype):
+    """And the operator's gradients, asked for in this way, are not those of another network."""
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(20, 8, 16, 6, output_size=8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    tokens = torch.randint(20, (3, 9))
+
+    def gradients(model, enabled, create_graph, within=False):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = model.loss(model(tokens[:, :-1]).output, tokens[:, 1:])
+        first = torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
+        if not create_graph:
+            return first
+        with torch.autocast("cpu", dtype=dtype, enabled=within):
+            penalty = sum(g.float().square().sum() if within else g.square().sum() for g in first)
+            return first, torch.autograd.grad(penalty, list(model.parameters()))
+
+    low = gradients(model, dtype != torch.float32, create_graph=True)
+    first = gradients(model, dtype != torch.float32, create_graph=False)
+    exact = gradients(model.double(), False, create_graph=True)
+    scale = 1e-4 if dtype == torch.float32 else 5e-2
+    for ours, truth in zip((low[0], first, low[1]), (exact[0], exact[0], exact[1]), strict=True):
+        for a, b in zip(ours, truth, strict=True):
+            assert a.dtype == torch.float32
+            assert (a - b).norm() <= scale * b.norm() + 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_torch_func(kind):
+    """`auto` takes the reference there, and so do the heads."""
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(5, 2, 4, 3, output_size=2, dtype=torch.float64, **kind)
+    tokens, bias = torch.tensor([[0, 3, 4, 2]]), model.core.bias.detach().clone()
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return self.model.loss(self.model(tokens[:, :-1]).output, tokens[:, 1:])
+
+    def loss(bias):
+        return torch.func.functional_call(Loss(), {"model.core.bias": bias})
+
+    assert_close(torch.func.hessian(loss)(bias), torch.autograd.functional.hessian(loss, bias), **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_has_no_derivatives_of_a_kind_names_the_reference():
+    net, x = network("fused")
+    with pytest.raises(ValueError, match="fused cannot run this, torch.func cannot transform it; expected auto or ref"):
+        torch.func.hessian(lambda z: net(z).output.sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(
+            NotImplementedError, match='fused has no forward-mode derivatives; take backend="reference"'
+        ):
+            net(dual)
+        assert torch.autograd.forward_ad.unpack_dual(network("reference")[0](dual).output).tangent.abs().max() > 1e-2
+
+
+def test_backward_passes_of_either_kind_in_any_order():
+    net, x = network()
+    head = LinearSoftmax(8, 5, dtype=torch.float64)
+    wanted = [x.requires_grad_(), *net.parameters(), *head.parameters()]
+    loss = head.loss(net(x).output, torch.tensor([[0, 3, 1]]))
+    results = [
+        torch.autograd.grad(loss, wanted, retain_graph=True, create_graph=create_graph)
+        for create_graph in (True, False, False, True)
+    ]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_close(a, b, **EXACT)
+    seconds = [
+        torch.autograd.grad(sum(g.square().sum() for g in results[i]), wanted, retain_graph=True) for i in (0, 3)
+    ]
+    for a, b in zip(*seconds, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_first_backward_pass_does_not_take_this_way(monkeypatch):
+    def refused(*args):
+        raise AssertionError("not the hand-written pass")
+
+    monkeypatch.setattr("trellisnet.ops.higher_order.gradients", refused)
+    model = TrellisLanguageModel(5, 3, 4, 3, output_size=3)
+    model.loss(model(torch.tensor([[1, 2]])).output, torch.tensor([[2, 3]])).backward()
+    assert all(p.grad is not None for p in model.parameters())
