@@ -54,7 +54,7 @@ JSON = st.recursive(
 def one_line(error: UserError) -> None:
     said = str(error)
     assert said
-    assert "\n" not in said.strip()
+    assert said.isprintable()
 
 
 def flags(config):
