@@ -149,6 +149,8 @@ def test_what_makes_no_sense_is_named(argv, message):
         ('{"nlevels": true}', "nlevels expects int, got True"),
         ('{"dilation": [1, 0.5]}', "dilation expects list, got [1, 0.5]"),
         ('{"settings": 5}', "expected a JSON object"),
+        (r'{"name": "a\u0000b"}', r"name expects str, got 'a\x00b'"),
+        (r'{"data": "\ud800"}', r"data expects str, got '\ud800'"),
         ('{"backend": "fast"}', "backend expects one of auto, reference, fused, triton, got 'fast'"),
         ('{"overwrite": true}', "overwrite says what to do now; give it on the command line"),
         ('{"lr": 1' + "0" * 400 + "}", "lr expects float"),

@@ -445,10 +445,20 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
         fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
         if plain is list:
             fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        if plain is str:  # most are parts of file names
+            fits = fits and _is_text_of_system(value)
         if not fits:
             raise UserError(f"{where}: {name} expects {plain.__name__}, got {shown(repr(value), NAME)}")
         checked[name] = value
     return checked
+
+
+def _is_text_of_system(text: str) -> bool:
+    """Whether the text could be an argument of a command; JSON can hold zero bytes and lone surrogates."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def to_settings(config: RunConfig) -> dict[str, Any]:
