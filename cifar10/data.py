@@ -129,7 +129,7 @@ def _source(path: Path) -> str | None:
     """What SOURCE.txt calls the images; None if there is none."""
     try:
         with open_regular(path) as file:
-            line = file.readline(200).decode("utf-8").strip()
+            line = file.readline(200).decode("utf-8-sig").strip()
     except FileNotFoundError:
         return None
     except OSError as e:

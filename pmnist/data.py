@@ -98,14 +98,10 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
         raise UserError(
             f"{folder}: the training images are {train_size}, the test images {test_size}; put images of one size there"
         )
-    others = [
-        f"{paths[name]} has md5 {md5} instead of {MD5[name]} (unpacked)"
-        for name, array in arrays.items()
-        if (md5 := pixels.idx_md5(array)) != MD5[name]
-    ]
+    others = [paths[name].name for name, array in arrays.items() if pixels.idx_md5(array) != MD5[name]]
     if others:
-        which = "only a part of this" if len(others) < len(MD5) else "none of this"
-        warnings.warn(f"{which} is {LABEL}: {', '.join(others)}; going on with it as images of your own", stacklevel=2)
+        which = "these are" if len(others) == len(MD5) else f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}"
+        warnings.warn(f"{folder}: {which} not of {LABEL}; going on with images of your own", stacklevel=2)
     return pixels.assemble(train, test, validation=validation, label=OWN if others else LABEL)
 
 

@@ -22,6 +22,7 @@ import torch
 import trained
 
 from trellisnet.data.corpus import EOS, unknown_tokens
+from trellisnet.data.text import normalised
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.evaluation.generate import Sampling, generate
 from trellisnet.models import count_parameters
@@ -38,13 +39,13 @@ def encode(prompt: str, model: trained.Trained) -> list[int]:
         UserError: it holds something that is not in the vocabulary.
     """
     ids = {token: i for i, token in enumerate(model.corpus.vocabulary)}
-    tokens = model.config.spell(prompt)
+    tokens = model.config.spell(normalised(prompt))
     if unknown := unknown_tokens(tokens, ids):
         instead = [token for token in (unknown[0].lower(), UNKNOWN) if token in ids]
         advice = f"write {' or '.join(instead)} for it" if instead else "leave it out"
-        more = " (nor are others of it)" * (len(unknown) > 1)
+        first, more = repr(model.config.text(unknown[:1])), " (nor are others of it)" * (len(unknown) > 1)
         raise UserError(
-            f"--prompt: {shown(repr(unknown[0]), NAME)} is not among the {len(ids):,} {model.config.token} of the "
+            f"--prompt: {shown(first, NAME)} is not among the {len(ids):,} {model.config.token} of the "
             f"vocabulary{more}; {advice}"
         )
     return [ids[token] for token in tokens]

@@ -15,6 +15,7 @@ Letters: N sentences of a batch, L their length, V words, E embedding width, H h
 import functools
 import hashlib
 import random
+import re
 import signal
 import sys
 from collections import Counter
@@ -37,7 +38,8 @@ sys.path.insert(0, str(PROJECT))
 from trellisnet.baselines import SparseEmbedding  # noqa: E402
 from trellisnet.baselines.lstm import WeightDropLSTM  # noqa: E402
 from trellisnet.core import check_lengths, check_tensor  # noqa: E402
-from trellisnet.data.corpus import ALL_ORDERS, SPLITS, read_text  # noqa: E402
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS  # noqa: E402
+from trellisnet.data.text import Texts  # noqa: E402
 from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.ops import hide_padding  # noqa: E402
 from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
@@ -48,6 +50,7 @@ from trellisnet.training.engine import Splits  # noqa: E402
 from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
+COLUMN = re.compile(r"\S+", re.ASCII)  # other white space, such as a no-break space, may be part of a word
 Sentence = list[tuple[str, str]]
 
 
@@ -106,8 +109,8 @@ def sentences(text: str, name: str = "text") -> list[Sentence]:
         UserError: a line with one column only, or no sentence at all.
     """
     found, sentence = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
-        columns = line.split()
+    for number, line in enumerate(text.split("\n"), start=1):
+        columns = COLUMN.findall(line)
         if len(columns) == 1:
             raise UserError(f"{name}, line {number}: expected a word and its tag, got {line.strip()[:40]!r}")
         if columns:
@@ -311,9 +314,11 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     if ranks.size > 1:
         raise UserError("this program runs in one process; start it with python")
     if config.data:
-        parts = synthetic()
+        parts, notices = synthetic(), []
     else:
-        parts = [sentences(read_text(Path(path)), path) for path in (config.train, config.valid, config.test)]
+        paths = [config.train, config.valid, config.test]
+        texts = Texts(list(map(Path, paths)))
+        parts, notices = [sentences(text, path) for text, path in zip(texts.read(), paths, strict=True)], texts.notices
     counts = Counter({PAD: 0, UNKNOWN: 0})
     counts.update(word for sentence in parts[0] for word, _ in sentence)
     words = {word: i for i, word in enumerate(ordered(counts, config.vocab_order))}
@@ -333,6 +338,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
         label="synthetic" if config.data else "tagged sentences",
         sha256=hashlib.sha256(repr(parts).encode()).hexdigest(),
         sizes=tuple(int(part.lengths.sum()) for part in data.values()),
+        notices=tuple(notices),
     )
     facts = {"training tokens": splits.sizes[0], "words": len(words), "tags": len(tags)}
     schedule = make_schedule(config, lambda epoch: len(task.batches(data["train"], epoch)))

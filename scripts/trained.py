@@ -113,6 +113,9 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
     config = config.chosen(device)
     # Only the project's own folder is filled by itself; a folder that the user names is theirs.
     corpus = read(config.data_folder(), download=config.download and not config.data, **config.data_options())
+    for notice in corpus.notices:
+        print(notice, file=sys.stderr)
     model = build_model(config, len(corpus.vocabulary)).to(device).eval()
-    weights.load_weights(model, config.load_weight, vocabulary=corpus.vocabulary_sha256, **config.load_options())
+    options = {"vocabulary": corpus.vocabulary_sha256, "changed": corpus.changed, **config.load_options()}
+    weights.load_weights(model, config.load_weight, **options)
     return Trained(config, model, corpus, device)

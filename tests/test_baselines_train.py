@@ -83,7 +83,6 @@ def test_stopped_within_an_epoch_and_continued_it_ends_bit_equal(run, tmp_path, 
     assert_same(outcome(tmp_path / "parts"), whole)
 
 
-@pytest.mark.filterwarnings("ignore:none of this is the Penn Treebank")
 def test_nonmonotone_averaging(run, tmp_path):
     text = text_to_get_worse_at(tmp_path / "text")
     flags = "--model awd-lstm --horizon 20 --optim Adam --lr 0.03 --nonmono 1 --epochs 5".split()

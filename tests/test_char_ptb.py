@@ -18,9 +18,6 @@ SMALL = """--emsize 6 --nhid 8 --nout 6 --nlevels 3 --horizon 12 --batch_size 8 
 PENN = PROJECT / "data" / "penn"
 HAS_PENN = (PENN / "test.txt").is_file()
 
-# The texts of these tests are not the Penn Treebank's, and the program says so.
-pytestmark = pytest.mark.filterwarnings("ignore:none of this is the Penn Treebank")
-
 
 def test_the_two_spellings():
     text = " a bc \n d <unk> \n"

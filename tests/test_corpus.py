@@ -1,4 +1,4 @@
-"""Encoding, rows, and the files that are refused."""
+"""Encoding and rows."""
 
 import hashlib
 
@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from trellisnet.data import synthetic
-from trellisnet.data.corpus import EOS, batchify, by_frequency, cached, digest, encode, read_splits, words
-from trellisnet.errors import UserError
+from trellisnet.data.corpus import (
+    ALL_ORDERS,
+    EOS,
+    batchify,
+    by_frequency,
+    digest,
+    encode,
+    only_held_out,
+    reordered,
+    words,
+)
 
 
 def test_words_end_every_line_also_a_blank_one():
@@ -73,30 +82,6 @@ def test_batchify_refuses(ids, batch_size, message):
         batchify(ids, batch_size)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "train.txt: cannot be read"),
-        (b"", "train.txt: is empty"),
-        (b" \n \n", "train.txt: is empty"),
-        (b"a b\xff\xfe", "train.txt: not UTF-8 text"),
-        (b"a\0b", "train.txt: holds zero bytes"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, content, message):
-    for split in ("valid", "test"):
-        (tmp_path / f"{split}.txt").write_text("a\n")
-    if content is not None:
-        (tmp_path / "train.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read_splits(tmp_path)
-
-
-def test_a_missing_folder_names_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"no such folder; make it with train.txt.*--data synthetic"):
-        read_splits(tmp_path / "nowhere")
-
-
 def test_the_synthetic_corpus_is_the_same_everywhere():
     texts = synthetic.texts()
     assert digest(texts) == "e99f17d011f777cbcdf31ae85733d745437b78f5ce9d1244c8d03930f304be3e"
@@ -114,33 +99,10 @@ def test_the_synthetic_grammar_agrees_at_a_distance():
     assert max(map(len, asked)) > 20
 
 
-def test_an_encoded_corpus_is_kept_under_its_content(tmp_path, monkeypatch):
-    texts = ["a b\nc\n", "b\n", "c d\n"]
-    first = cached(tmp_path / "cache", texts, words, label="one")
-    (file,) = (tmp_path / "cache").iterdir()
-    with monkeypatch.context() as patch:  # found again without encoding
-        patch.setattr("trellisnet.data.corpus.encode", None)
-        second = cached(tmp_path / "cache", texts, words, label="two")
-    assert second.vocabulary == first.vocabulary == ["a", "b", EOS, "c", "d"]
-    for split in ("train", "valid", "test"):
-        assert torch.equal(getattr(first, split), getattr(second, split))
-        assert getattr(second, split).dtype == torch.int64
-    assert (second.label, second.sha256) == ("two", first.sha256)
-    moved = cached(tmp_path / "cache", ["a b\nc\nb\n", "", "c d\n"], words, label="moved")  # the border has moved
-    assert moved.train.numel() == 7
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(cached(tmp_path / "cache", texts, words, label="one").train, first.train)
-    (tmp_path / "blocked").write_text("")
-    assert torch.equal(cached(tmp_path / "blocked" / "cache", texts, words, label="one").train, first.train)
-
-
-def test_the_cache_of_another_text_is_not_taken(tmp_path):
-    texts = [["a b\nc\n", "b\n", "c d\n"], ["b a\nc\n", "b\n", "c d\n"]]
-    for text in texts:
-        cached(tmp_path, text, words, label="x")
-    one, two = sorted(tmp_path.iterdir())
-    content = one.read_bytes()
-    one.write_bytes(two.read_bytes())
-    two.write_bytes(content)
-    assert [cached(tmp_path, text, words, label="x").vocabulary[0] for text in texts] == ["a", "b"]
+@pytest.mark.parametrize("order", ALL_ORDERS)
+def test_what_only_valid_and_test_have_is_counted(order):
+    splits = [["a", "b", "b"], ["c", "a", "c", "d"], ["b", "d"]]
+    corpus = reordered(encode(splits, sha256="", label="x"), order, seed=3)
+    assert only_held_out(corpus) == {"valid": (2, 3), "test": (1, 1)}
+    splits[0] += ["c", "d"]
+    assert only_held_out(reordered(encode(splits, sha256="", label="x"), order, seed=3)) == {}

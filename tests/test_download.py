@@ -126,10 +126,13 @@ def left(folder):
 
 
 def refusal(source, folder):
-    """The message of the refusal, which is one line and leaves nothing under the final name."""
+    """The message of the refusal, which is three lines and leaves nothing under the final name."""
     with pytest.raises(UserError) as caught:
         fetch(source, folder)
-    assert "\n" not in str(caught.value)
+    what, where, otherwise = str(caught.value).split("\n")
+    assert what.startswith(f"{folder}: {source.name} missing; {source.name} could not be fetched (")
+    assert where.startswith(f"Put {source.name} there under this name, or try again")
+    assert otherwise == "Or go on without: train.py --data synthetic needs no files."
     assert not (folder / source.name).exists()
     return str(caught.value)
 
@@ -159,7 +162,8 @@ def test_a_file_of_another_content_is_not_replaced(mirror, tmp_path):
 
 def test_the_next_call_continues_what_has_arrived(mirror, tmp_path):
     message = refusal(mirror.source("/truncated"), tmp_path)
-    assert f"/truncated: ended after {HALF:,} of {len(BODY):,} bytes; try again ({HALF:,} of {len(BODY):,}" in message
+    assert f"/truncated: ended after {HALF:,} of {len(BODY):,} bytes)\n" in message
+    assert f"try again ({HALF:,} of {len(BODY):,} bytes are kept in train.txt.part and will be continued)." in message
     assert part_of(tmp_path).read_bytes() == BODY[:HALF]
     fetch(mirror.source("/ranged"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
@@ -231,14 +235,49 @@ def test_a_partial_file_that_needs_no_continuing(mirror, tmp_path, part, ranges,
     assert mirror.ranges() == ranges
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe"])
+def test_a_partial_file_that_is_another_files_is_not_written_to(mirror, tmp_path, kind):
+    other, folder = tmp_path / "precious", tmp_path / "data"
+    folder.mkdir()
+    if kind != "dangling link":
+        other.write_bytes(BODY[:HALF])
+    if kind == "pipe":
+        os.mkfifo(part_of(folder))
+    elif kind == "hard link":
+        os.link(other, part_of(folder))
+    else:
+        part_of(folder).symlink_to(other)
+    fetch(mirror.source("/ranged"), folder)
+    assert (folder / "train.txt").read_bytes() == BODY
+    assert not (folder / "train.txt").is_symlink()
+    assert left(folder) == ["train.txt"]
+    assert other.exists() == (kind != "dangling link")
+    assert kind == "dangling link" or other.read_bytes() == BODY[:HALF]
+
+
+def test_wrong_content_is_not_written_through_a_link(mirror, tmp_path):
+    other, folder = tmp_path / "precious", tmp_path / "data"
+    folder.mkdir()
+    other.write_bytes(b"mine")
+    (folder / "train.txt.wrong").symlink_to(other)
+    refusal(mirror.source("/wrong"), folder)
+    assert other.read_bytes() == b"mine"
+    assert (folder / "train.txt.wrong").read_bytes() == BODY[::-1]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(mirror, tmp_path):
+    os.mkfifo(tmp_path / "train.txt")
+    with pytest.raises(UserError, match=r"train.txt: cannot be read \(a named pipe, not a regular file\); move it"):
+        fetch(mirror.source("/whole"), tmp_path)
+    assert mirror.requests == []
+
+
 def test_a_wrong_sum_everywhere_is_told_and_kept_aside(mirror, tmp_path):
     mirror.answers["/resumed"] = lambda handler: ranged(handler, BODY[::-1])
     part_of(tmp_path).write_bytes(BODY[:HALF])
     message = refusal(mirror.source("/resumed", "/wrong"), tmp_path)
-    assert message.startswith("train.txt could not be fetched: ")
-    for path in ("/resumed", "/wrong"):
-        assert f"{mirror.url(path)}: md5 {md5(BODY[::-1])} instead of {md5(BODY)} (kept as train.txt.wrong)" in message
-    assert message.endswith(f"; try again, or put train.txt into {tmp_path} by hand")
+    reason = f"md5 {md5(BODY[::-1])} instead of {md5(BODY)} (kept as train.txt.wrong)"
+    assert f"({mirror.url('/resumed')} and 1 more: {reason})\n" in message  # the same reason is told once
     assert left(tmp_path) == ["train.txt.wrong"]
     assert (tmp_path / "train.txt.wrong").read_bytes() == BODY[::-1]
     assert mirror.paths() == ["/resumed", "/resumed", "/wrong"]
@@ -256,7 +295,7 @@ def test_wrong_content_is_kept_only_if_it_can_be(mirror, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(download.serialization, "atomic_write", full)
         message = refusal(mirror.source("/wrong"), tmp_path)
-    assert f"md5 {md5(BODY[::-1])} instead of {md5(BODY)}; try again" in message
+    assert f"md5 {md5(BODY[::-1])} instead of {md5(BODY)})\n" in message
     assert (tmp_path / "train.txt.wrong").read_bytes() == b"an older one"
     assert "(kept as train.txt.wrong)" in refusal(mirror.source("/wrong"), tmp_path)
     assert (tmp_path / "train.txt.wrong").read_bytes() == BODY[::-1]
@@ -267,8 +306,9 @@ def test_the_first_failure_names_every_missing_file(mirror, tmp_path):
     sources = [mirror.source("/whole", name="a"), mirror.source("/wrong", name="b"), mirror.source("/whole", name="c")]
     with pytest.raises(UserError) as caught:
         fetch_all(sources, tmp_path)
-    assert str(caught.value).startswith(f"b could not be fetched: {mirror.url('/wrong')}: md5 ")
-    assert f"put b, c (from {mirror.url('/whole')}) into {tmp_path} by hand" in str(caught.value)
+    what, where, _ = str(caught.value).split("\n")
+    assert what.startswith(f"{tmp_path}: b, c missing; b could not be fetched ({mirror.url('/wrong')}: md5 ")
+    assert where == "Put b, c there under these names, or try again."
     assert left(tmp_path) == ["a", "b.wrong"]
     assert mirror.paths() == ["/whole", "/wrong"]
 
@@ -281,7 +321,7 @@ def test_it_says_it_is_a_browser(mirror, tmp_path, monkeypatch):
     fetch(mirror.source("/choosy"), tmp_path / "a")
     assert (tmp_path / "a" / "train.txt").read_bytes() == BODY
     monkeypatch.setattr(download, "USER_AGENT", "Python-urllib/3")
-    assert "/choosy: HTTP 403 Forbidden;" in refusal(mirror.source("/choosy"), tmp_path / "b")
+    assert "/choosy: HTTP 403 Forbidden)" in refusal(mirror.source("/choosy"), tmp_path / "b")
 
 
 def test_redirects_are_followed_on_the_same_host(mirror, tmp_path):
@@ -308,7 +348,7 @@ def test_redirects_are_followed_on_the_same_host(mirror, tmp_path):
 def test_redirects_elsewhere_are_not_followed(mirror, tmp_path, location, reason):
     location = location.format(port=mirror.server.server_port)
     mirror.answers["/away"] = lambda handler: handler.reply(301, Location=location)
-    assert f"/away: {reason}; try again" in refusal(mirror.source("/away"), tmp_path)
+    assert f"/away: {reason})" in refusal(mirror.source("/away"), tmp_path)
     assert set(mirror.paths()) == {"/away"}
 
 
@@ -330,7 +370,7 @@ def test_a_redirect_never_leaves_https():
 )
 def test_a_body_of_another_size_is_cut_off(mirror, tmp_path, length, reason):
     mirror.answers["/size"] = lambda handler: handler.reply(content=BODY + b"xxx", length=length)
-    assert f"/size: {reason}; try again" in refusal(mirror.source("/size"), tmp_path)
+    assert f"/size: {reason})" in refusal(mirror.source("/size"), tmp_path)
     assert left(tmp_path) == []
 
 
@@ -349,7 +389,7 @@ def test_a_server_that_hangs_is_left(mirror, tmp_path, monkeypatch, begun):
 
     mirror.answers["/hang"] = hang
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    assert "/hang: no answer for 0.3 s; try again" in refusal(mirror.source("/hang"), tmp_path)
+    assert "/hang: no answer for 0.3 s)" in refusal(mirror.source("/hang"), tmp_path)
     assert left(tmp_path) == (["train.txt.part"] if begun else [])
     fetch(mirror.source("/hang", "/ranged"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
@@ -378,7 +418,7 @@ def test_nonsense_instead_of_http_is_told_in_one_printable_line(mirror, tmp_path
     mirror.answers["/nonsense"] = lambda handler: handler.wfile.write(b"\x1b[31mhello\r\n\r\n")
     message = refusal(mirror.source("/nonsense"), tmp_path)
     assert "hello" in message
-    assert message.isprintable()
+    assert all(line.isprintable() for line in message.splitlines())
 
 
 def test_those_who_want_the_same_file_take_turns(mirror, tmp_path):
@@ -419,9 +459,8 @@ def test_an_interruption_keeps_what_has_arrived(mirror, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_named(mirror, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert f"{tmp_path}/file: train.txt cannot be written there (File exists); make room or name another" in refusal(
-        mirror.source("/whole"), tmp_path / "file"
-    )
+    with pytest.raises(UserError, match=r"file: train.txt cannot be written there \(File exists\); make room or name "):
+        fetch(mirror.source("/whole"), tmp_path / "file")
     (tmp_path / "train.txt").mkdir()
     with pytest.raises(UserError, match="train.txt: cannot be read .*; move it away"):
         fetch(mirror.source("/whole"), tmp_path)
@@ -518,16 +557,18 @@ def test_load_does_not_complete_another_corpus(ptb, tmp_path):
 def test_load_warns_of_a_mixture(ptb, tmp_path):
     for split in SPLITS:
         (tmp_path / f"{split}.txt").write_text("mine\n")
-    with pytest.warns(UserWarning, match="none of this is the Penn Treebank: .*train.txt has md5 .* instead of "):
-        assert data.load(tmp_path, download=True).label == "own corpus"
+    with warnings.catch_warnings(action="error"):
+        own = data.load(tmp_path, download=True)
+    assert (own.label, own.notices) == ("own corpus", (f"{tmp_path}: a text of your own, not the Penn Treebank",))
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text(TEXTS[split])
     with warnings.catch_warnings(record=True, action="always") as caught:
         assert data.load(tmp_path, download=True).label == "own corpus"
     (warning,) = caught
-    found, expected = md5(b"mine\n"), md5(TEXTS["valid"].encode())
-    assert f"{tmp_path}/valid.txt has md5 {found} instead of {expected};" in str(warning.message)
-    assert "train.txt" not in str(warning.message)
+    assert str(warning.message) == (
+        f"{tmp_path}: train.txt, test.txt of the Penn Treebank, but valid.txt of another text; going on with them as a "
+        "corpus of your own"
+    )
     assert Path(warning.filename).name == "test_download.py"  # it points at the caller
     assert ptb.requests == []
 
@@ -547,7 +588,9 @@ def test_the_command_says_what_it_did(ptb, tmp_path, capsys):
     assert data.main([str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"error: test.txt could not be fetched: .*HTTP 404 Not Found; try again, or put .*\n", err)
+    what, where, otherwise = err.splitlines()
+    assert re.fullmatch(r"error: .*: test.txt missing; test.txt could not be fetched \(.*HTTP 404 Not Found\)", what)
+    assert (where[:18], otherwise[:20]) == ("Put test.txt there", "Or go on without: tr")
 
 
 def test_the_script_knows_its_names():

@@ -1,6 +1,7 @@
 """Encoding in blocks: the same ids as in memory, and a cache that survives kills, damage and company."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from trellisnet.data import encoder
-from trellisnet.data.corpus import SPLITS, by_frequency, digest, encode, read_text, words
-from trellisnet.data.encoder import encode_files
+from trellisnet.data import text as text_files
+from trellisnet.data.corpus import SPLITS, by_frequency, digest, encode, words
+from trellisnet.data.text import Texts, normalised
 from trellisnet.errors import RunError, UserError
 
 TEXTS = ["b a b\n\nc c c\n", "d a\nc", "e d\n"]
@@ -35,6 +38,10 @@ def written(folder, texts):
     return paths
 
 
+def encode_files(paths, cache, **options):
+    return encoder.encode_files(Texts(paths), cache, **options)
+
+
 def same(found, expected):
     assert found.vocabulary == expected.vocabulary
     assert found.sha256 == expected.sha256
@@ -45,6 +52,7 @@ def same(found, expected):
 
 
 def reference(texts, order="appearance"):
+    texts = list(map(normalised, texts))
     corpus = encode(map(words, texts), sha256=digest(texts), label="x")
     return by_frequency(corpus) if order == "frequency" else corpus
 
@@ -55,7 +63,7 @@ def left(cache):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 16])
 def test_any_text_is_encoded_like_in_memory(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(encoder, "_BLOCK", block)
+    monkeypatch.setattr(text_files, "_BLOCK", block)
     monkeypatch.setattr(encoder, "_IDS", 5)
     monkeypatch.setattr(encoder, "_BITS", 3)  # many words for a slot
     draw = random.Random(block)
@@ -64,6 +72,7 @@ def test_any_text_is_encoded_like_in_memory(tmp_path, monkeypatch, block):
         "\n",
         "\n\n",
         "\r\n",
+        "\r",
         "\u200b",
         "\u2030",
         "é",
@@ -147,12 +156,12 @@ def test_an_unknown_order_is_refused(paths, tmp_path):
     ],
 )
 def test_bad_files_are_refused_like_in_memory(paths, tmp_path, monkeypatch, block, content):
-    monkeypatch.setattr(encoder, "_BLOCK", block)
+    monkeypatch.setattr(text_files, "_BLOCK", block)
     paths[1].unlink()
     if content is not None:
         paths[1].write_bytes(content)
     with pytest.raises(UserError) as expected:
-        read_text(paths[1])
+        "".join(text_files.Part(paths[1]).pieces())
     with pytest.raises(UserError) as found:
         encode_files(paths, tmp_path / "cache", label="x")
     assert str(found.value) == str(expected.value)
@@ -187,6 +196,66 @@ def test_a_damaged_cache_is_made_again(paths, tmp_path, name, damage):
     same(encode_files(paths, cache, label="x"), reference(TEXTS))
     assert left(cache) == [folder.name]
     assert path.read_bytes() == content
+
+
+def forge(folder, vocabulary=None, counts=None, **streams):
+    """Write other content into a cache, with sums that are right."""
+    meta = json.loads((folder / "meta.json").read_text())
+    if vocabulary is not None:
+        (folder / "vocabulary.txt").write_text("\n".join(vocabulary))
+        meta["counts"]["types"] = len(vocabulary)
+    for split, ids in streams.items():
+        (folder / f"{split}.i32").write_bytes(np.array(ids, "<i4").tobytes())
+        meta["counts"][split] = len(ids)
+    meta["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in meta["sha256"]}
+    meta |= {} if counts is None else {"counts": counts}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"valid": [0] * 5},  # in range, and of the right number
+        {"valid": [0, 1, 2, 3, 4, 2]},
+        {"valid": []},
+        {"train": [2, 0, 1, 2, 2, 3, 3, 3, 2]},  # as many `<eos>`, other words
+        {"test": [5, 6, 2]},
+        {"test": [5, -1, 2]},
+        {"vocabulary": ["b", "a", "<eos>", "c", "d", "b"]},
+        {"vocabulary": ["b", "a", "<eos>", "c", "d"]},
+        {"vocabulary": ["b", "a", "end", "c", "d", "e"]},
+        {"counts": 6},
+        {"counts": {"types": "6", "train": 9, "valid": 5, "test": 3}},
+    ],
+)
+def test_a_cache_with_right_sums_and_wrong_content_is_made_again(paths, tmp_path, content):
+    encode_files(paths, tmp_path / "cache", label="x")
+    (folder,) = (tmp_path / "cache").iterdir()
+    forge(folder)
+    before = (folder / "meta.json").stat().st_ino
+    same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
+    assert (folder / "meta.json").stat().st_ino == before  # forged with what it holds, it is believed
+    forge(folder, **content)
+    same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
+    same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
+    assert (folder / "meta.json").stat().st_ino != before
+
+
+@pytest.mark.parametrize("meta", ["7", "[]", "null", '{"format": 2}', "[" * 100_000, "\ufeff{}"])
+def test_a_cache_that_says_something_else_of_itself_is_made_again(paths, tmp_path, meta):
+    encode_files(paths, tmp_path / "cache", label="x")
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / "meta.json").write_text(meta)
+    same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
+
+
+def test_a_pipe_in_a_cache_is_not_waited_for(paths, tmp_path):
+    encode_files(paths, tmp_path / "cache", label="x")
+    (folder,) = (tmp_path / "cache").iterdir()
+    for name in ("meta.json", "train.i32"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
 
 
 def test_the_cache_of_another_text_is_not_taken(paths, tmp_path):
@@ -229,11 +298,12 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from trellisnet.data import encoder
+from trellisnet.data.text import Texts
 def slow(vocabulary, folder):
     print("half-way", flush=True)
     time.sleep(60)
 encoder._renumber = slow
-encoder.encode_files([Path(p) for p in sys.argv[2:]], Path(sys.argv[1]), order="frequency", label="x")
+encoder.encode_files(Texts([Path(p) for p in sys.argv[2:]]), Path(sys.argv[1]), order="frequency", label="x")
 """
 
 
@@ -281,10 +351,11 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from trellisnet.data.encoder import encode_files
+from trellisnet.data.text import Texts
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-corpus = encode_files([Path(p) for p in sys.argv[2:]], Path(sys.argv[1]), order="frequency", label="x")
+corpus = encode_files(Texts([Path(p) for p in sys.argv[2:]]), Path(sys.argv[1]), order="frequency", label="x")
 print(len(corpus.train), (peak() - before) // 1024)
 """
 

@@ -98,7 +98,6 @@ def text_to_get_worse_at(folder):
     return str(folder)
 
 
-@pytest.mark.filterwarnings("ignore:none of this is the Penn Treebank")
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
     argv = [*MODEL, *MODES[mode].split()]

@@ -161,6 +161,7 @@ def load_weights(
     *,
     init_tail: bool = False,
     vocabulary: str | None = None,
+    changed: str = "",
 ) -> list[str]:
     """Copy weights in the authors' layout into `model`; either all of them or, on any error, none.
 
@@ -174,6 +175,7 @@ def load_weights(
             scripts do not save them, and scores with untrained ones say little.
         vocabulary: digest as in :func:`save_weights` of what the model is to work on; a file that names another one is
             refused.
+        changed: how the text of this vocabulary is read where version 0.1.0 read it otherwise, for the message.
 
     Returns:
         names of the parameters that the file does not have: tail vectors with `init_tail`, otherwise none.
@@ -216,6 +218,7 @@ def load_weights(
     if _is_kind(kind) and kind != _kind(model):
         flags = " ".join(f"--{flag} {value}" for flag, value in kind.items() if value != _kind(model)[flag])
         raise UserError(f"{path}: was trained with another kind of layer; pass {flags}")
+    _check_vocabulary(told.get("vocabulary"), vocabulary, path, language, changed)
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
             advice = _SIZES
@@ -227,7 +230,6 @@ def load_weights(
             raise UserError(f"{path}: {name} has shape {shapes[0]}, the model needs {shapes[1]}; {advice}")
         if state[name].dtype != parameter.dtype and not serialization.all_finite(state[name].to(parameter.dtype)):
             raise UserError(f"{path}: {name} holds numbers that are too large for {parameter.dtype}")
-    _check_vocabulary(told.get("vocabulary"), vocabulary, path, language)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
@@ -264,7 +266,7 @@ def _metadata(loaded: dict[str, Tensor]) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike, language: bool) -> None:
+def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike, language: bool, changed: str) -> None:
     """Refuse weights whose ids, or places, stand for something else; files that do not say for what pass."""
     if vocabulary is not None and isinstance(told, str) and told != vocabulary:
         what, flags = (
@@ -272,9 +274,10 @@ def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike
             if language
             else ("order of the pixels", "--permute or --no-permute, and the --permutation_seed,")
         )
+        reread = f"; if that was this very text, train it again: the text is read {changed} now" if changed else ""
         raise UserError(
             f"{path}: was trained on another {what} (sha256 {told[:12]}… instead of {vocabulary[:12]}…): pass the "
-            f"{flags} that it was trained on"
+            f"{flags} that it was trained on{reread}"
         )
 
 

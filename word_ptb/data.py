@@ -17,14 +17,13 @@ VOCABULARY = 10_000
 
 
 def load(folder: str | Path, download: bool = False, order: str = "appearance") -> Corpus:
-    """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.texts`.
+    """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.load`.
 
     Args:
         order: of the vocabulary, see :func:`trellisnet.data.corpus.reordered`.
     """
-    texts, label = penn.texts(folder, download)
-    loaded = corpus.cached(corpus.cache_folder(), texts, corpus.words, label=label)
-    if label == penn.LABEL:
+    loaded, _ = penn.load(folder, download, corpus.words)
+    if loaded.label == penn.LABEL:
         loaded.check(TOKENS, VOCABULARY)
     return corpus.reordered(loaded, order)
 

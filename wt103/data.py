@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from trellisnet.data import archive, corpus, download, encoder, synthetic
 from trellisnet.data.corpus import SPLITS, Corpus, cache_folder
 from trellisnet.data.download import Source
-from trellisnet.errors import UserError
+from trellisnet.data.text import Texts, find
 
 # What the corpus must come to, which is also how it is known: the whole text has no published checksum.
 TOKENS = (103_227_021, 217_646, 245_569)
@@ -52,28 +52,12 @@ def fetch(folder: str | Path) -> list[Path]:
     return archive.extract(path, {f"wikitext-103/{name}": name for name in missing}, folder, max_size=MAX_SIZE)
 
 
-def files(folder: Path) -> list[Path]:
-    """The three texts in `folder`, under their published names or as train.txt, valid.txt, test.txt.
-
-    Raises:
-        UserError: no such folder, or neither set of names is complete.
-    """
-    for names in LAYOUTS:
-        if all((folder / name).is_file() for name in names):
-            return [folder / name for name in names]
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the folder of the text with --data, or try --data synthetic")
-    raise UserError(
-        f"{folder}: expected {', '.join(LAYOUTS[0])} or {', '.join(LAYOUTS[1])} there; put them there or name their "
-        "folder with --data"
-    )
-
-
 def load(folder: str | Path, download: bool = False, order: str = "appearance") -> Corpus:
     """Read and encode the corpus; its streams are int32 and mapped from a file.
 
     Args:
-        folder: holds the three texts, see :func:`files`; or "synthetic" for a small generated corpus.
+        folder: holds the three texts, under their published names or as train.txt, valid.txt, test.txt; or a single
+            text file, which is cut into them; or "synthetic" for a small generated corpus.
         download: fetch WikiText-103 if `folder` holds no text, or only a part of it beside the archive.
         order: of the vocabulary, see :func:`trellisnet.data.encoder.encode_files`.
 
@@ -89,7 +73,8 @@ def load(folder: str | Path, download: bool = False, order: str = "appearance") 
     there = any((folder / name).exists() for names in LAYOUTS for name in names)
     if download and (not there or (folder / ARCHIVE.name).exists()):  # the archive: to go on where a kill broke it off
         fetch(folder)
-    loaded = encoder.encode_files(files(folder), cache_folder(), order=order, label="own corpus")
+    texts = Texts(find(folder, LAYOUTS))
+    loaded = texts.describe(encoder.encode_files(texts, cache_folder(), order=order, label="own corpus"))
     counts = tuple(getattr(loaded, split).numel() for split in SPLITS)
     if loaded.sha256 == SAMPLE_SHA256:
         return loaded.renamed(SAMPLE_LABEL)

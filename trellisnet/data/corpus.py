@@ -9,29 +9,21 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trellisnet import serialization
 from trellisnet.data import PROJECT
-from trellisnet.errors import UserError
 
 CACHE = PROJECT / "data" / "cache"
-_FORMAT = 2  # of what is cached; another one is needed whenever other ids would be made of the same text
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
 ORDERS = ("appearance", "frequency")
 ALL_ORDERS = (*ORDERS, "frequency_up", "random")  # of text that fits into lists
-
-# Why a file is refused, for str.format: its path, and what the system or the codec says.
-UNREADABLE = "{}: cannot be read ({}); put it there or name its folder with --data"
-NOT_UTF8 = "{}: not UTF-8 text (byte {}); convert it to UTF-8"
-ZERO_BYTES = "{}: holds zero bytes, so it is no text; name the folder of the text with --data"
-EMPTY = "{}: is empty; put the text there or name its folder with --data"
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,9 @@ class Corpus:
         sha256: digest of the content that the streams were made from.
         label: what to call the corpus in logs and results.
         spelled: for text that can be spelled in several ways: name of the spelling → split → symbols.
+        notices: what the user should know of how the text was read.
+        changed: how the text is read where version 0.1.0 read it otherwise, in words that follow "it is read"; or "".
+        stored_sha256: digest of the text as it is stored, which differs from `sha256` if line ends were normalised.
     """
 
     vocabulary: list[str]
@@ -53,6 +48,9 @@ class Corpus:
     sha256: str
     label: str
     spelled: dict[str, dict[str, int]] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    changed: str = ""
+    stored_sha256: str = ""
 
     @property
     def vocabulary_sha256(self) -> str:
@@ -94,13 +92,33 @@ def joined_words(tokens: Iterable[str]) -> str:
     return re.sub(" ?\n ?", "\n", " ".join("\n" if token == EOS else token for token in tokens))
 
 
+class Numbering(dict):
+    """Id of every token; a new one gets the next id."""
+
+    def __missing__(self, token: str | bytes) -> int:
+        number = self[token] = len(self)
+        return number
+
+
 def encode(splits: Iterable[Iterable[str]], *, sha256: str, label: str) -> Corpus:
     """Number the tokens of train, valid and test by first appearance, in this order, from 0."""
-    ids: dict[str, int] = {}
-    streams = [
-        torch.tensor([ids.setdefault(token, len(ids)) for token in tokens], dtype=torch.int64) for tokens in splits
-    ]
+    ids = Numbering()
+    streams = [torch.from_numpy(np.fromiter(map(ids.__getitem__, tokens), np.int64)) for tokens in splits]
     return Corpus(list(ids), *streams, sha256=sha256, label=label)
+
+
+def only_held_out(corpus: Corpus) -> dict[str, tuple[int, int]]:
+    """How many types of valid and of test, and tokens of these types there, the training text does not have.
+
+    In every order of the vocabulary the training text's types come first.
+    """
+    known, found = int(corpus.train.max()) + 1, {}
+    for split in SPLITS[1:]:
+        ids = getattr(corpus, split)
+        new = ids[ids >= known]
+        if new.numel():
+            found[split] = new.unique().numel(), new.numel()
+    return found
 
 
 def by_frequency(corpus: Corpus) -> Corpus:
@@ -163,65 +181,6 @@ def cache_folder() -> Path:
             if os.access(folder, os.W_OK):
                 return folder
     return CACHE
-
-
-def cached(folder: Path, texts: list[str], tokenize: Callable[[str], Iterable[str]], *, label: str) -> Corpus:
-    """:func:`encode` of the tokenised texts, kept in `folder` under a name made from their content.
-
-    A cache that cannot be read or written only costs time: the texts are encoded again.
-    """
-    sha256 = digest(texts)
-    borders = "-".join(str(len(text)) for text in texts)
-    key = f"{tokenize.__name__}-{hashlib.sha256(f'{_FORMAT}-{sha256}-{borders}'.encode()).hexdigest()[:32]}"
-    path = folder / f"{key}.pt"
-    if path.is_file():
-        with contextlib.suppress(UserError, KeyError, TypeError, RuntimeError):  # damaged: made again below
-            file = serialization.load(path, "an encoded corpus")
-            content = file["content"]
-            if file["sha256"] == serialization.sha256_of([key, content]):
-                streams = [content[split].to(torch.int64) for split in SPLITS]
-                return Corpus(content["vocabulary"], *streams, sha256=sha256, label=label)
-    corpus = encode(map(tokenize, texts), sha256=sha256, label=label)
-    content = {"vocabulary": corpus.vocabulary} | {split: getattr(corpus, split).to(torch.int32) for split in SPLITS}
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        serialization.save(path, {"sha256": serialization.sha256_of([key, content]), "content": content})
-    return corpus
-
-
-def read_text(path: Path) -> str:
-    """A whole UTF-8 text file.
-
-    Raises:
-        UserError: missing, unreadable, empty or not UTF-8 text.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise UserError(UNREADABLE.format(path, e.strerror)) from e
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(NOT_UTF8.format(path, e.start)) from e
-    if "\0" in text:
-        raise UserError(ZERO_BYTES.format(path))
-    if not text.strip():
-        raise UserError(EMPTY.format(path))
-    return text
-
-
-def read_splits(folder: Path) -> list[str]:
-    """The texts of `train.txt`, `valid.txt` and `test.txt` in `folder`.
-
-    Raises:
-        UserError: a file that :func:`read_text` refuses, or no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder; make it with train.txt, valid.txt and test.txt, name another with --data, "
-            "or try --data synthetic"
-        )
-    return [read_text(folder / f"{split}.txt") for split in SPLITS]
 
 
 def digest(texts: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ except ImportError:  # Windows
 TIMEOUT = 10.0  # seconds to connect, and between two pieces of an answer
 USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"  # some answer Python's with 403
 _BLOCK = 1 << 16  # bytes
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 5
 
@@ -86,9 +88,9 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
     """Fetch the files that are missing in `folder`, which is made if need be.
 
     What has arrived of a file is kept as `<name>.part` when something goes wrong, and the next mirror or the next call
-    continues it. Only a whole file with the right checksum gets its name; one with another is kept as `<name>.wrong`,
-    which replaces an older one. Processes that fetch the same file at the same time take turns, and the later ones find
-    it there.
+    continues it; a link or anything else of that name is removed first. Only a whole file with the right checksum gets
+    its name; one with another is kept as `<name>.wrong`, which replaces an older one. Processes that fetch the same
+    file at the same time take turns, and the later ones find it there.
 
     Args:
         sources: the files. Nothing is asked of the net for those that are there.
@@ -111,10 +113,12 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
         except OSError as e:  # those of the net are _MirrorErrors
             raise unwritable(f"{folder}: {source.name} cannot be written there", e) from e
         if failures:  # the others would most likely fail as slowly
-            others = [f"{other.name} (from {other.urls[0]})" for other in missing[number + 1 :]]
+            names = ", ".join(other.name for other in missing[number:])
             raise UserError(
-                f"{source.name} could not be fetched: {'; '.join(failures)}; try again{_kept(source, folder)}, or put "
-                f"{', '.join([source.name, *others])} into {folder} by hand"
+                f"{folder}: {names} missing; {source.name} could not be fetched ({_reasons(failures)})",
+                f"Put {names} there under {'this name' if len(missing) - number == 1 else 'these names'}, or try again"
+                f"{_kept(source, folder)}.",
+                "Or go on without: train.py --data synthetic needs no files.",
             )
     return [folder / source.name for source in missing]
 
@@ -157,26 +161,37 @@ def _kept(source: Source, folder: Path) -> str:
     return f" ({part.stat().st_size:,} of {source.size:,} bytes are kept in {part.name} and will be continued)"
 
 
-def _fetch(source: Source, path: Path) -> list[str]:
+def _reasons(failures: dict[str, str]) -> str:
+    """Why no mirror gave a file, every reason once: without a network it is the same for all."""
+    urls: dict[str, list[str]] = {}
+    for url, reason in failures.items():
+        urls.setdefault(reason, []).append(url)
+    return "; ".join(
+        f"{first} and {len(others)} more: {reason}" if others else f"{first}: {reason}"
+        for reason, (first, *others) in urls.items()
+    )
+
+
+def _fetch(source: Source, path: Path) -> dict[str, str]:
     """Put the file in place.
 
     Returns:
-        what went wrong if no mirror gave it, one text for every mirror; empty when all is well.
+        what went wrong if no mirror gave it, by URL; empty when all is well.
     """
-    part, failures = _part(path), []
+    part, failures = _part(path), {}
     with _exclusive(part) as file:
         if is_there(source, path.parent):  # another process fetched it meanwhile
             os.unlink(part)
-            return []
+            return {}
         for url in source.urls:
             try:
                 _complete(source, url, file)
             except _MirrorError as e:
-                failures.append(f"{url}: {e}")
+                failures[url] = str(e)
                 continue
             os.fsync(file.fileno())
             os.replace(part, path)
-            return []
+            return {}
         if not _size(file):
             os.unlink(part)
     return failures
@@ -187,7 +202,8 @@ def _exclusive(part: Path) -> Iterator[BinaryIO]:
     """Open the partial file for appending, alone: whoever else wants it waits until this one is done."""
     ours = False
     while not ours:
-        with part.open("a+b") as file:
+        _remove_unless_ours(part)
+        with open(part, "a+b", opener=lambda path, flags: os.open(path, flags | _NO_LINK, 0o666)) as file:
             if fcntl is not None:
                 with contextlib.suppress(OSError):  # a file system without locks: one process at a time, then
                     fcntl.flock(file, fcntl.LOCK_EX)
@@ -196,6 +212,14 @@ def _exclusive(part: Path) -> Iterator[BinaryIO]:
                 ours = os.path.samestat(os.fstat(file.fileno()), part.stat())
             if ours:
                 yield file
+
+
+def _remove_unless_ours(part: Path) -> None:
+    """Remove what only has the name of a partial file: writing to it would change another file, or never end."""
+    with contextlib.suppress(FileNotFoundError):
+        found = part.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            part.unlink()
 
 
 def _size(file: BinaryIO) -> int:
@@ -235,6 +259,8 @@ def _keep_aside(file: BinaryIO, path: Path) -> str:
     """Copy the wrong content to `path`, for whoever wants to know what it is; what to tell of it."""
     file.seek(0)
     try:
+        if path.is_symlink():  # atomic_write would follow it
+            path.unlink()
         with serialization.atomic_write(path) as copy:
             shutil.copyfileobj(file, copy)
     except OSError:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trellisnet import serialization
-from trellisnet.data.corpus import EMPTY, EOS, NOT_UTF8, ORDERS, SPLITS, UNREADABLE, ZERO_BYTES, Corpus
+from trellisnet.data.corpus import EOS, ORDERS, SPLITS, Corpus, Numbering, words
+from trellisnet.data.text import Part, Texts
 from trellisnet.errors import UserError, unwritable
 
-_FORMAT = 1  # part of the key: another one is needed whenever other ids or other files would be written
-_BLOCK = 1 << 16  # bytes; what is made of a block should fit into the cache of the processor
+_FORMAT = 2  # part of the key: another one is needed whenever other ids or other files would be written
 _IDS = 1 << 20  # ids that are renumbered at once
 _VOCABULARY = "vocabulary.txt"
 _STREAMS = {split: f"{split}.i32" for split in SPLITS}
@@ -37,14 +37,15 @@ _MASKS = np.array([(1 << 8 * min(length, 8)) - 1 for length in range(10)], _PACK
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2^64 over the golden ratio
 
 
-def encode_files(paths: Sequence[Path], cache: Path, *, order: str = "appearance", label: str) -> Corpus:
-    """:func:`corpus.encode <trellisnet.data.corpus.encode>` of the words of three files, in little memory.
+def encode_files(texts: Texts, cache: Path, *, order: str = "appearance", label: str) -> Corpus:
+    """:func:`corpus.encode <trellisnet.data.corpus.encode>` of the words of three texts, in little memory.
 
-    The ids are kept in `cache`, in a folder named after the content of the files, and checked against their sums before
-    they are used again. Only a complete folder gets its name; several processes may encode the same files at once.
+    The ids are kept in `cache`, in a folder named after the content of the texts. Before they are used again they are
+    checked: the files against their sums, the ids against the vocabulary, and both against the text. Only a complete
+    folder gets its name; several processes may encode the same texts at once.
 
     Args:
-        paths: UTF-8 texts: train, valid, test.
+        texts: train, valid, test.
         cache: folder, made if need be.
         order: of the ids. "appearance": first appearance over train, valid, test. "frequency": see
             :func:`corpus.by_frequency <trellisnet.data.corpus.by_frequency>`.
@@ -55,50 +56,60 @@ def encode_files(paths: Sequence[Path], cache: Path, *, order: str = "appearance
 
     Raises:
         ValueError: unknown order.
-        UserError: a file that :func:`corpus.read_text <trellisnet.data.corpus.read_text>` refuses, or that changes
-            while it is read, or a cache that cannot be written.
+        UserError: a file that :meth:`Part.pieces <trellisnet.data.text.Part.pieces>` refuses, or that changes while it
+            is read, or a cache that cannot be written.
         RunError: the disk is full.
     """
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    total = hashlib.sha256()
-    sizes = [sum(map(len, _read(path, total))) for path in paths]
-    sha256 = total.hexdigest()
-    key = hashlib.sha256(f"{_FORMAT} {order} {sha256} {sizes}".encode()).hexdigest()
+    key = hashlib.sha256(f"{_FORMAT} {order} {texts.sha256} {texts.sizes}".encode()).hexdigest()
     folder = cache / f"words-{key[:32]}"
-    content = _load(folder, sha256, order)
+    content = _load(folder, texts, order)
     if content is None:
         try:
-            content = _build(paths, sizes, sha256, order, folder)
+            content = _build(texts, order, folder)
         except OSError as e:  # those of reading the texts are UserErrors
             raise unwritable(f"{cache}: the encoded text cannot be written there", e) from e
     vocabulary, streams = content
-    return Corpus(vocabulary, *streams, sha256=sha256, label=label)
+    return Corpus(vocabulary, *streams, sha256=texts.sha256, label=label)
 
 
-def _read(path: Path, total) -> Iterator[bytes]:
-    """The content of a file in blocks, which are added to the sum `total`."""
+def _load(folder: Path, texts: Texts, order: str) -> tuple[list[str], list[Tensor]] | None:
+    """Vocabulary and streams of a cache; None if it is missing, corrupt, or that of another text or order."""
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                total.update(block)
-                yield block
-    except OSError as e:
-        raise UserError(UNREADABLE.format(path, e.strerror)) from e
-
-
-def _load(folder: Path, sha256: str, order: str) -> tuple[list[str], list[Tensor]] | None:
-    """Vocabulary and streams of a cache; None if it is missing, damaged, or that of another text or order."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if (meta["format"], meta["text_sha256"], meta["order"]) != (_FORMAT, sha256, order):
+        meta = json.loads(serialization.read_regular(folder / "meta.json"))
+        if (meta["format"], meta["text_sha256"], meta["order"]) != (_FORMAT, texts.sha256, order):
             return None
         if any(_sum(folder / name) != meta["sha256"][name] for name in (_VOCABULARY, *_STREAMS.values())):
             return None
         content = _open(folder)
-        return content if meta["counts"] == _counts(*content) else None
+        return content if meta["counts"] == _counts(*content) and _are_ids_of(texts, *content) else None
+    except UserError:  # of the text
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last: torch, of a file that is just gone
         return None
+
+
+def _are_ids_of(texts: Texts, vocabulary: list[str], streams: list[Tensor]) -> bool:
+    """Whether streams can be the ids of a text: sums only say that the cache is as somebody wrote it.
+
+    All ids must have a word, and no two the same; there must be as many `<eos>` as lines; and the words that a text
+    begins with must be the right ones.
+    """
+    if len(set(vocabulary)) < len(vocabulary) or EOS not in vocabulary:
+        return False
+    eos = vocabulary.index(EOS)
+    for part, lines, ids in zip(texts.parts, texts.lines, streams, strict=True):
+        if not (ids.numel() and ids.min() >= 0 and ids.max() < len(vocabulary)):
+            return False
+        ends = sum(int((some == eos).sum()) for some in ids.split(_IDS))
+        if not lines <= ends <= lines + texts.eos:
+            return False
+        with contextlib.closing(part.pieces()) as pieces:
+            begin = list(words(next(pieces)))[:-2]  # without the last word, which may go on, and the `<eos>` after it
+        if [vocabulary[i] for i in ids[: len(begin)].tolist()] != begin:
+            return False
+    return True
 
 
 def _counts(vocabulary: list[str], streams: list[Tensor]) -> dict[str, int]:
@@ -106,7 +117,7 @@ def _counts(vocabulary: list[str], streams: list[Tensor]) -> dict[str, int]:
 
 
 def _sum(path: Path) -> str:
-    with path.open("rb") as file:
+    with serialization.open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -120,28 +131,32 @@ def _open(folder: Path) -> tuple[list[str], list[Tensor]]:
     ]
 
 
-def _build(
-    paths: Sequence[Path], sizes: list[int], sha256: str, order: str, folder: Path
-) -> tuple[list[str], list[Tensor]]:
-    """Encode the files into `folder`, or use what another process puts there meanwhile."""
+def _build(texts: Texts, order: str, folder: Path) -> tuple[list[str], list[Tensor]]:
+    """Encode the texts into `folder`, or use what another process puts there meanwhile."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _workspace(folder.parent) as space:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, space / "damaged")
         new = space / "new"
         new.mkdir()
-        vocabulary = _encode(paths, sizes, sha256, new)
+        vocabulary = _encode(texts, new)
         if order == "frequency":
             vocabulary = _renumber(vocabulary, new)
         (new / _VOCABULARY).write_bytes("\n".join(vocabulary).encode("utf-8"))
         content = _open(new)  # while nobody else knows it
         sums = {name: _sum(new / name) for name in (_VOCABULARY, *_STREAMS.values())}
-        meta = {"format": _FORMAT, "order": order, "text_sha256": sha256, "counts": _counts(*content), "sha256": sums}
+        meta = {
+            "format": _FORMAT,
+            "order": order,
+            "text_sha256": texts.sha256,
+            "counts": _counts(*content),
+            "sha256": sums,
+        }
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             os.rename(new, folder)
         except OSError:
-            content = _load(folder, sha256, order)
+            content = _load(folder, texts, order)
             if content is None:
                 raise
     return content
@@ -175,14 +190,6 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
             os.close(descriptor)
 
 
-class _Numbering(dict):
-    """Id of every word (as UTF-8); a new word gets the next one."""
-
-    def __missing__(self, word: bytes) -> int:
-        number = self[word] = len(self)
-        return number
-
-
 class _Encoder:
     """Numbers words by first appearance.
 
@@ -192,7 +199,7 @@ class _Encoder:
     """
 
     def __init__(self):
-        self.known = _Numbering()
+        self.known = Numbering()  # of words as UTF-8
         self.words = np.zeros(1 << _BITS, _PACKED)  # 0: free; no word is, because the text has no zero bytes
         self.numbers = np.zeros(1 << _BITS, _STORED)
 
@@ -218,7 +225,7 @@ class _Encoder:
         return numbers
 
 
-def _encode(paths: Sequence[Path], sizes: list[int], sha256: str, folder: Path) -> list[str]:
+def _encode(texts: Texts, folder: Path) -> list[str]:
     """Write the streams, numbered by first appearance.
 
     Returns:
@@ -226,32 +233,30 @@ def _encode(paths: Sequence[Path], sizes: list[int], sha256: str, folder: Path) 
     """
     encoder, total = _Encoder(), hashlib.sha256()
     with tqdm(
-        total=sum(sizes), desc="encoding", unit="B", unit_scale=True, disable=None, dynamic_ncols=True, leave=False
-    ) as bar:
-        for path, name in zip(paths, _STREAMS.values(), strict=True):
+        total=sum(texts.sizes), desc="encoding", unit="B", unit_scale=True, disable=None, dynamic_ncols=True,
+        leave=False,
+    ) as bar:  # fmt: skip
+        for part, name in zip(texts.parts, _STREAMS.values(), strict=True):
             with (folder / name).open("wb") as out:
-                for text in _texts(path, total, bar):
-                    out.write(encoder(text).data)
-    if total.hexdigest() != sha256:
-        raise UserError(f"{paths[0].parent}: the text changed while it was read; try again when nothing writes to it")
+                for piece in _pieces(_blocks(part, total)):
+                    bar.update(len(piece))
+                    out.write(encoder(_with_plain_spaces(piece).replace(b"\n", f" {EOS} ".encode())).data)
+    if total.hexdigest() != texts.sha256:
+        folder = texts.parts[0].path.parent
+        raise UserError(f"{folder}: the text changed while it was read; try again when nothing writes to it")
     return [token.decode("utf-8") for token in encoder.known]
 
 
-def _texts(path: Path, total, bar: tqdm) -> Iterator[bytes]:
-    """A file in pieces that :class:`_Encoder` takes, with the ends of the lines as words."""
-    offset, blank = 0, True
-    for piece in _pieces(_read(path, total)):
-        text = _with_plain_spaces(piece, path, offset)
-        blank = blank and text.isspace()
-        offset += len(piece)
-        bar.update(len(piece))
-        yield text.replace(b"\n", f" {EOS} ".encode())
-    if blank:
-        raise UserError(EMPTY.format(path))
+def _blocks(part: Part, total) -> Iterator[bytes]:
+    """A text as UTF-8, a block at a time, which is added to the sum `total`."""
+    for piece in part.pieces():
+        block = piece.encode("utf-8")
+        total.update(block)
+        yield block
 
 
 def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes cut after white space, so neither within a word nor within a character; the last line ended."""
+    """The same bytes cut after white space, so not within a word; the last line ended."""
     begun, end = [], b"\n"
     for block in blocks:
         end = block[-1:]
@@ -263,18 +268,8 @@ def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join([*begun, b"\n"])
 
 
-def _with_plain_spaces(piece: bytes, path: Path, offset: int) -> bytes:
-    """A piece of text with spaces in the place of white space that is not ASCII.
-
-    Raises:
-        UserError: not UTF-8, or zero bytes; `offset` is that of the piece in the file.
-    """
-    try:
-        piece.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(NOT_UTF8.format(path, offset + e.start)) from e
-    if b"\0" in piece:
-        raise UserError(ZERO_BYTES.format(path))
+def _with_plain_spaces(piece: bytes) -> bytes:
+    """A piece of text with spaces in the place of white space that is not ASCII."""
     suspicious = piece.translate(None, _ASCII)  # few bytes, so the search is short
     return _SPACE.sub(b" ", piece) if _SPACE.search(suspicious) else piece
 

@@ -2,13 +2,16 @@
 
 import hashlib
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trellisnet.data import corpus, synthetic
-from trellisnet.data.corpus import SPLITS
+from trellisnet.data.corpus import SPLITS, Corpus
 from trellisnet.data.download import Source, fetch_all
+from trellisnet.data.text import Texts, find
 
 LABEL = "Penn Treebank"
+OWN = "own corpus"
 # sha256 of the three files one after the other (cat train.txt valid.txt test.txt | sha256sum), and where one ends and
 # the next begins.
 SHA256 = "0b6c7d63ba3b5066369952976bfedb370ca0eee0eaffe6f524af316c6beaca3d"
@@ -41,40 +44,47 @@ def fetch(folder: str | Path) -> list[Path]:
     return fetch_all(SOURCES, folder)
 
 
-def texts(folder: str | Path, download: bool = False) -> tuple[list[str], str]:
-    """Train, valid and test text, and what to call them. It warns of files that are not those of the Penn Treebank.
+def load(folder: str | Path, download: bool, tokenize: Callable[[str], Iterable[str]]) -> tuple[Corpus, list[str]]:
+    """Read and encode train, valid and test text; warns if only some of the files are the Penn Treebank's.
 
     Args:
-        folder: holds `train.txt`, `valid.txt`, `test.txt`; or "synthetic" for a small generated corpus.
+        folder: holds `train.txt`, `valid.txt`, `test.txt`; or a single text file, which is cut into them; or
+            "synthetic" for a small generated corpus.
         download: fetch the files of the Penn Treebank that are missing. Files that are there are never replaced; with
             one of another text among them nothing is fetched, as the two would not belong together.
+        tokenize: from a text to its tokens.
+
+    Returns:
+        the corpus, its tokens numbered by first appearance; and the three texts.
 
     Raises:
         UserError: missing, empty or unreadable files; none that could be fetched.
         RunError: the disk is full.
     """
     if str(folder) == "synthetic":
-        return synthetic.texts(), "synthetic"
+        texts = synthetic.texts()
+        return corpus.encode(map(tokenize, texts), sha256=corpus.digest(texts), label="synthetic"), texts
     folder = Path(folder)
-    if download and not all((folder / f"{split}.txt").exists() for split in SPLITS):
+    if download and not all((folder / name).exists() for name in NAMES):
         fetch(folder)
-    found = corpus.read_splits(folder)
-    if corpus.digest(found) == SHA256 and [len(text) for text in found] == CHARACTERS:
-        return found, LABEL
-    _warn_of_others(found, folder)
-    return found, "own corpus"
+    source = Texts(find(folder, [NAMES]))
+    texts = source.read()
+    label = LABEL if (source.sha256, source.sizes) == (SHA256, CHARACTERS) else OWN
+    if label == OWN:
+        _tell_of_others(texts, folder, source)
+    return source.describe(corpus.encode(map(tokenize, texts), sha256=source.sha256, label=label)), texts
 
 
-def _warn_of_others(found: list[str], folder: Path) -> None:
-    """Warn of texts that have a known name but are not the Penn Treebank's."""
-    sums = [hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest() for text in found]
-    others = [
-        f"{folder / f'{split}.txt'} has md5 {md5} instead of {MD5[split]}"
-        for split, md5 in zip(SPLITS, sums, strict=True)
-        if md5 != MD5[split]
-    ]
-    if others:
-        which = "only a part of this" if len(others) < len(SPLITS) else "none of this"
+def _tell_of_others(texts: list[str], folder: Path, source: Texts) -> None:
+    """Say that texts are not the Penn Treebank's, and warn if some of them are."""
+    sums = [hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest() for text in texts]
+    known = [name for name, split, md5 in zip(NAMES, SPLITS, sums, strict=True) if md5 == MD5[split]]
+    others = [name for name in NAMES if name not in known]
+    if not known:
+        source.notices.append(f"{folder}: a text of your own, not the {LABEL}")
+    elif others:
         warnings.warn(
-            f"{which} is the Penn Treebank: {', '.join(others)}; going on with it as a corpus of your own", stacklevel=4
+            f"{folder}: {', '.join(known)} of the {LABEL}, but {', '.join(others)} of another text; going on with them "
+            "as a corpus of your own",
+            stacklevel=4,
         )

@@ -231,7 +231,7 @@ class _Program:
         _say(f"{splits.label}: {summary}; {env['device']} ({env['machine']}), {', '.join(how)}")
         if device.type == "cpu" and ranks.size == 1 and (notice := busy(env["threads"])):
             _say(notice)
-        notices = [*config.notices(device), *([spoilt] if spoilt else [])]
+        notices = [*splits.notices, *config.notices(device), *([spoilt] if spoilt else [])]
         for notice in notices:
             _say(notice)
         command = command_line(config.program(), argv, ranks.launcher())
@@ -283,7 +283,7 @@ class _Program:
         made = task, splits, *_ = self.setup(config, device, self.ranks)
         if not config.load_weight or not fresh:
             return made, []
-        options = {"vocabulary": splits.vocabulary, **config.load_options()}
+        options = {"vocabulary": splits.vocabulary, "changed": splits.changed, **config.load_options()}
         return made, weights.load_weights(task.model, config.load_weight, **options)
 
     def _train(

@@ -54,7 +54,8 @@ class Splits:
     Without validation data `valid` is None. `label`, `sha256` and `sizes` (of train, valid and test, in the task's
     units) say what they are. `everything` names further scores to report at the end: how to evaluate, and what.
     `vocabulary` is a digest of what ids or places stand for, which is kept with the weights; `choices` are kept with
-    the run.
+    the run. `notices` are for the user. Where version 0.1.0 read the same data otherwise, `changed` says how they are
+    read now, and `stored_sha256` is the digest that it gave them.
     """
 
     train: Any
@@ -66,6 +67,9 @@ class Splits:
     everything: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
     vocabulary: str | None = None
     choices: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+    changed: str = ""
+    stored_sha256: str = ""
 
     @property
     def fingerprint(self) -> list[Any]:
@@ -318,6 +322,11 @@ class Trainer:
     def _restore(self, content: dict[str, Any]) -> None:
         known = self.splits.fingerprint[: max(len(content["data"]), 4)]  # older ones end before the vocabulary
         if content["data"] != known:
+            if self.splits.changed and content["data"][0] in (self.splits.sha256, self.splits.stored_sha256):
+                raise UserError(
+                    f"the run was started by a version that read these data otherwise: now they are read "
+                    f"{self.splits.changed}; start a new run, or continue it with that version (see its log.txt)"
+                )
             raise UserError(
                 f"the data differ from those the run was started on (sha256 {self.splits.sha256[:12]}… instead of "
                 f"{content['data'][0][:12]}…); name those with --data"

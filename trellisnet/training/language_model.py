@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trellisnet.baselines import RHN, SparseEmbedding, rhn, sparse, tcn
-from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, open_words
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, only_held_out, open_words
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import setting
@@ -276,6 +276,13 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
     )
 
 
+def _only_held_out(corpus: Corpus, token: str) -> list[str]:
+    """A notice of what valid and test have and the training text does not: a model cannot learn it."""
+    found = only_held_out(corpus)
+    counts = ", ".join(f"{split} {types:,} (used {tokens:,} times)" for split, (types, tokens) in found.items())
+    return [f"{token} that the training text does not have: {counts}"] if found else []
+
+
 # Further scores to report: name → how to evaluate, and what.
 Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
 
@@ -359,6 +366,9 @@ def setup(
         sizes=tokens,
         everything=every,
         vocabulary=corpus.vocabulary_sha256,
+        notices=(*corpus.notices, *_only_held_out(corpus, config.token)),
+        changed=corpus.changed,
+        stored_sha256=corpus.stored_sha256,
     )
     facts = {"training tokens": tokens[0], config.token: len(corpus.vocabulary)}
     if not config.eval:
