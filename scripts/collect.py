@@ -317,7 +317,7 @@ def summary(runs: list[tuple[dict, list[dict]]]) -> str:
 
     def position(key: tuple[str, str, str]) -> tuple:
         task, order, augmented = key
-        return TABLE_OF[task], place(task), order != ORDERS[0], augmented
+        return TABLE_OF[task], ORDER.index(task), order != ORDERS[0], augmented
 
     for task, order, augmented in sorted(best, key=position):
         metrics = best[task, order, augmented]
@@ -735,9 +735,20 @@ def ranks(path: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def place(name: str) -> int:
-    """Where a result belongs: by the order of its task in the paper."""
-    return next((i for i, task in enumerate(ORDER) if name.startswith(task)), len(ORDER))
+def place(path: Path) -> tuple[int, str]:
+    """Where the result in a metrics file belongs: by the order of its task in the paper, then by the names of its path.
+
+    What cannot be read comes last; whoever needs its content says why.
+    """
+    try:
+        return ORDER.index(parsed(path)["task"]), str(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return len(ORDER), str(path)
+
+
+def is_result(folder: Path) -> bool:
+    """Whether a folder holds the files of one run, whatever it is called."""
+    return any((folder / name).is_file() for name in ("metrics.json", "metrics.jsonl", "config.json"))
 
 
 def memory(folder: Path) -> str:
@@ -747,7 +758,7 @@ def memory(folder: Path) -> str:
         BadResultError: a run on synthetic data or of uncommitted code, or a field is missing.
     """
     lines = ["<!-- memory: begin -->", "| command | parameters | peak |", "|---|--:|--:|"]
-    for path in sorted(folder.glob("*.json"), key=lambda path: place(path.stem)):
+    for path in sorted(folder.glob("*.json"), key=place):
         try:
             metrics = parsed(path)
             if metrics["corpus"] == "synthetic" or not metrics["commit"] or metrics["commit"].endswith("-dirty"):
@@ -816,15 +827,17 @@ def run(argv: Sequence[str]) -> int:
         except BadResultError as e:
             raise errors.UserError(str(e)) from e
         return 0
-    folders = [
-        path
-        for path in (args.root / "results").glob("*")
-        if path.is_dir() and path.name not in ("figures", "memory", "speed", "torture", "adapted")
-    ]
-    folders.sort(key=lambda path: (place(path.name), path.name))
-    comparisons = [path for path in folders if path.name.startswith(("table", "precision", "compare"))]
-    folders = [path for path in folders if path not in comparisons]
-    adaptations = sorted((args.root / "results" / "adapted").glob("*.json"), key=lambda path: place(path.stem))
+    everything = [path for path in (args.root / "results").glob("[!.]*") if path.is_dir()]
+    folders, comparisons = [], []
+    for path in sorted(everything, key=lambda path: place(path / "metrics.json")):
+        if is_result(path):
+            if (path / "metrics.json").is_file():
+                folders.append(path)
+            else:
+                print(f"NOTICE: {path}: has no metrics.json, so it is left out", file=sys.stderr)
+        elif path.name not in ("figures", "memory", "speed", "torture", "adapted"):
+            comparisons.append(path)
+    adaptations = sorted((args.root / "results" / "adapted").glob("*.json"), key=place)
     faults = sorted((args.root / "results" / "torture").glob("*.json"))
     readme = (args.root / "README.md").read_text(encoding="utf-8")
     try:

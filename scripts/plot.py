@@ -8,14 +8,16 @@
 All but the last need matplotlib: pip install -e .[plot]. The functions that read numbers need nothing.
 """
 
+import contextlib
+import functools
 import math
 import re
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
@@ -27,12 +29,14 @@ from trellisnet.ops.pruning import dependencies
 from trellisnet.serialization import atomic_write
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
-from trellisnet.training.runlog import pip_install
+from trellisnet.training.runlog import check_output, pip_install
 
 PROJECT = Path(__file__).resolve().parents[1]
 # What colour-blind readers tell apart (Okabe & Ito, 2008), and two more.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255"]
 AXES = {"ppl": "perplexity", "bpc": "bits per character", "accuracy": "accuracy"}
+FORMATS = ("svg", "png", "pdf")
+BEGINNINGS = {"svg": (b"<?xml", b"<svg"), "png": b"\x89PNG", "pdf": b"%PDF"}  # of files
 FAR = 20  # times the median, from where on a score is off the axis
 WIDE = 2.5  # from this ratio of the largest to the smallest on, an axis is logarithmic
 
@@ -122,7 +126,7 @@ def speeds(root: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def memories(root: Path) -> list[tuple[str, float]]:
     """Task and peak in GB of the files in results/memory, in the order of the paper."""
-    paths = sorted((root / "results" / "memory").glob("*.json"), key=lambda path: collect.place(path.stem))
+    paths = sorted((root / "results" / "memory").glob("*.json"), key=collect.place)
     try:
         return [(path.stem, _json(path)["peak_memory"] / 1e9) for path in paths]
     except (KeyError, TypeError) as e:
@@ -212,6 +216,7 @@ def tables(root: Path) -> list[Table]:
     readers += [(p, precisions) for p in results.glob("precision")]
     readers = [(path, read) for path, read in readers if any(path.glob("*.json"))]
     readers += [(p, equal_time) for p in sorted(results.glob("compare_*_minutes"))]
+    readers = [(path, read) for path, read in readers if not collect.is_result(path)]
     readers += [(p, adaptations) for p in sorted(results.glob("adapted/*.json"))]
     try:
         return [read(path) for path, read in readers] + trained_tables(root)
@@ -372,24 +377,53 @@ def pyplot() -> Any:
     return plt
 
 
+def check_picture(path: Path, formats: Sequence[str] = FORMATS) -> None:
+    """Check before the work that a picture can be written, and replaces nothing but a picture of its format.
+
+    Raises:
+        UserError: it cannot, or its ending is of no format.
+    """
+    kind = path.suffix[1:].lower()
+    if kind not in formats:
+        *others, last = [f".{name}" for name in formats]
+        raise UserError(f"--out {path}: end the name in {' or '.join([', '.join(others)] * bool(others) + [last])}")
+
+    def is_picture(real: str) -> bool:
+        with open(real, "rb") as file:
+            return file.read(8).startswith(BEGINNINGS[kind])
+
+    check_output(path, "--out", is_picture, later=not path.parent.exists())
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """Write a picture's file, its folder included, and name it when it is done.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            yield file
+    except OSError as e:
+        raise UserError(f"--out {path}: cannot be written ({e.strerror})") from e
+    print(path)
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure, on white, without a date.
 
     Raises:
-        UserError: an unknown format, or the file cannot be written.
+        UserError: the file cannot be written.
     """
-    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    kind = path.suffix[1:].lower()
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            figure.savefig(file, format=path.suffix[1:] or None, facecolor="white", metadata=dates.get(path.suffix))
-    except ValueError as e:
-        raise UserError(f"--out {path}: {str(e).splitlines()[0]}; end it in .svg, .png or .pdf") from e
-    except OSError as e:
-        raise UserError(f"--out {path}: cannot be written ({e.strerror})") from e
+        with written(path) as file:
+            figure.savefig(file, format=kind, facecolor="white", metadata=dates.get(kind))
     finally:
         pyplot().close(figure)
-    print(path)
 
 
 def _numbers(axis: Any, wide: bool) -> None:
@@ -564,17 +598,21 @@ def draw_contexts(found: Sequence[tuple[str, dict[str, Any]]]) -> Any:
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def pictures(root: Path) -> Iterable[tuple[str, Any]]:
-    """Name and figure of everything in results/ and runs/tables/ that there are numbers for."""
+def pictures(root: Path) -> Iterable[tuple[str, Callable[[], Any]]]:
+    """Name, and what draws it, of everything in results/ and runs/tables/ that there are numbers for."""
     for name, content in speeds(root):
-        try:
-            yield f"speed_{name}", draw_speeds(content)
-        except (KeyError, TypeError, ValueError) as e:
-            raise UserError(f"results/speed/{name}.json: not what scripts/bench.py writes ({e})") from e
+        yield f"speed_{name}", functools.partial(_speeds, name, content)
     if found := memories(root):
-        yield "memory", draw_memories(found)
+        yield "memory", functools.partial(draw_memories, found)
     for table in tables(root):
-        yield table.name, draw_table(table)
+        yield table.name, functools.partial(draw_table, table)
+
+
+def _speeds(name: str, content: dict[str, Any]) -> Any:
+    try:
+        return draw_speeds(content)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"results/speed/{name}.json: not what scripts/bench.py writes ({e})") from e
 
 
 def run(argv: Sequence[str]) -> None:
@@ -586,7 +624,7 @@ def run(argv: Sequence[str]) -> None:
     command.add_argument("--by", choices=("epoch", "minutes"), default="epoch", help="(default: epoch)")
     command.add_argument("--out", type=Path, default=Path("curves.svg"))
     command = commands.add_parser("tables", help="speed, memory and tables of scores, a picture each")
-    command.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
+    command.add_argument("--format", choices=FORMATS, default="svg")
     command.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default: pictures)")
     command.add_argument("--root", type=Path, default=PROJECT, help="folder with results/ and runs/tables/")
     command = commands.add_parser("context", help="loss against context length")
@@ -595,19 +633,23 @@ def run(argv: Sequence[str]) -> None:
     command = commands.add_parser("trellis", help="the trellis and what an output of it sees (svg)")
     command.add_argument("--out", type=Path, default=PROJECT / "results" / "figures" / "trellis.svg")
     args = parser.parse_args(argv)
+    if args.what == "tables":
+        drawn = {args.out / f"{name}.{args.format}": draw for name, draw in pictures(args.root)}
+        if not drawn:
+            raise UserError(f"{args.root}: has nothing in results/ or runs/tables/ to draw")
+        for path in drawn:
+            check_picture(path)
+        for path, draw in drawn.items():
+            save(draw(), path)
+        return
+    check_picture(args.out, ["svg"] if args.what == "trellis" else FORMATS)
     if args.what == "curves":
         save(draw_curves(list(map(curve, args.runs, labels(args.runs))), args.by), args.out)
     elif args.what == "context":
         save(draw_contexts(contexts(args.files)), args.out)
-    elif args.what == "tables":
-        drawn = [save(figure, args.out / f"{name}.{args.format}") for name, figure in pictures(args.root)]
-        if not drawn:
-            raise UserError(f"{args.root}: has nothing in results/ or runs/tables/ to draw")
     else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(args.out) as file:
+        with written(args.out) as file:
             file.write(trellis().encode())
-        print(args.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

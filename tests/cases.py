@@ -1,6 +1,7 @@
 """Reading the conformance fixtures: numbers computed with the authors' code (see fixtures/README.json)."""
 
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks
+from trellisnet.training.config import PROJECT
 from trellisnet.training.tasks import LanguageModeling
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -98,3 +100,14 @@ def names(kind: str, without: tuple[str, ...] = ()) -> list[str]:
     """Cases of a kind."""
     cases = json.loads((FIXTURES / "README.json").read_text())["cases"]
     return [c["name"] for c in cases if c["kind"] == kind and c["name"] not in without]
+
+
+def committed(pattern: str) -> list[Path]:
+    """Files of the project that match a pattern: those that git knows, or all where there is no git checkout.
+
+    What users have put into results/ is theirs, and no test's business.
+    """
+    found = sorted(path for path in PROJECT.glob(pattern) if path.is_file())
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    known = set(listed.stdout.split("\0"))
+    return found if listed.returncode else [path for path in found if path.relative_to(PROJECT).as_posix() in known]

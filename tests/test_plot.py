@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from cases import committed
 from trellisnet import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.training.config import PROJECT
@@ -36,6 +37,7 @@ def written(folder, *records):
     return folder
 
 
+UNWRITABLE = "cannot be written; name a file in a folder that exists and is writable"
 METRICS = {
     "complete": True, "corpus": "Penn Treebank", "test": {"ppl": 60.0}, "params": 5, "epochs": 3, "commit": "a1",
 }  # fmt: skip
@@ -70,7 +72,7 @@ def root(tmp_path):
     content = {"task": "word_ptb", "preset": "small", "test_static": {"ppl": 101.0}, "test_dynamic": {"ppl": 89.0}}
     (results / "adapted" / "word_ptb_small.json").write_text(json.dumps(content))
     for task in ("pmnist", "word_ptb"):
-        (results / "memory" / f"{task}.json").write_text(json.dumps({"peak_memory": 4.5e9}))
+        (results / "memory" / f"{task}.json").write_text(json.dumps({"task": task, "peak_memory": 4.5e9}))
     for name, ppl in (("trellisnet", 300.0), ("activation_tanh", 9e5), ("mixed_group_2", 400.0)):
         content = {"test": {"ppl": ppl}, "steps": 500}
         (results / "table6_small" / f"{name}.json").write_text(json.dumps(content))
@@ -114,11 +116,12 @@ def test_what_is_no_curve_is_refused(plot, tmp_path, content, message):
 
 
 def test_committed_results_have_curves(plot):
-    runs = sorted(path.parent for path in (PROJECT / "results").glob("*/metrics.jsonl"))
+    runs = [path.parent for path in committed("results/*/metrics.jsonl")]
     assert len(runs) > 4
     for run in runs:
         curve = plot.curve(run, run.name)
-        assert curve.score == {"w": "ppl", "c": "bpc"}.get(run.name[0] if "cifar" not in run.name else "", "accuracy")
+        task = json.loads((run / "metrics.json").read_text())["task"]
+        assert curve.score == {"word_ptb": "ppl", "wt103": "ppl", "char_ptb": "bpc"}.get(task, "accuracy")
 
 
 def test_labels_tell_runs_apart(plot, tmp_path):
@@ -179,7 +182,7 @@ def test_damaged_measurements_are_one_line(plot, root):
     for content in ("{}", '{"records": [{"part": "step"}], "command": "c", "machine": "m"}'):
         (root / "results" / "speed" / "word_ptb.json").write_text(content)
         with pytest.raises(UserError, match="word_ptb.json: not what scripts/bench.py writes"):
-            list(plot.pictures(root))
+            [draw() for _, draw in plot.pictures(root)]
 
 
 def test_bars_do_not_hide_each_other(plot):
@@ -242,5 +245,35 @@ def test_pictures_are_drawn_and_drawn_again_alike(plot, root, tmp_path, capsys, 
     names |= {"speed_word_ptb", "speed_word_ptb_recompute", "compare_13_minutes", "adapted_word_ptb_small"}
     assert set(sums[0]) == {f"{name}.svg" for name in names} | {"curves.png"}
     assert sums[0] == sums[1]
-    assert plot.main(["curves", str(run), "--out", "p/curves.xyz"]) == 2
-    assert "end it in .svg, .png or .pdf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        (["trellis"], "x.png", "x.png: end the name in .svg"),
+        (["trellis"], "x", "x: end the name in .svg"),
+        (["trellis"], "last.pt", "last.pt: end the name in .svg"),
+        (["curves", "run"], "x.xyz", "x.xyz: end the name in .svg, .png or .pdf"),
+        (["context", "x.json"], "x", "x: end the name in .svg, .png or .pdf"),
+        (["trellis"], "plain.svg", "plain.svg: holds something else, which is not overwritten; name a new file"),
+        (["curves", "run"], "other.png", "other.png: holds something else, which is not overwritten; name a new file"),
+        (["tables", "--root", "root"], "plain.svg", f"plain.svg/table1.svg: {UNWRITABLE}"),
+    ],
+)
+def test_what_is_no_picture_is_not_replaced(plot, tmp_path, monkeypatch, capsys, command, out, message):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "root" / "runs" / "tables" / "table1" / "trellisnet" / "seed-1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    contents = {"last.pt": b"PK", "plain.svg": b"years of work", "other.png": b"<svg>"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert plot.main([*command, "--out", out]) == 2
+    assert capsys.readouterr() == ("", f"error: --out {message}\n")
+    assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
+
+
+def test_an_earlier_picture_is_replaced(plot, tmp_path):
+    (tmp_path / "x.SVG").write_text("<svg>")
+    assert plot.main(["trellis", "--out", str(tmp_path / "x.SVG")]) == 0
+    assert (tmp_path / "x.SVG").read_text() == plot.trellis()

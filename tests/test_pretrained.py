@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import sys
 import pytest
 import torch
 
+from cases import committed
 from trellisnet import serialization
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.config import PROJECT
 from trellisnet.weights import WHAT, load_weights, round_weights, save_weights
 
-FOUND = sorted(path.parent for path in (PROJECT / "results").glob("*/weights.pkl"))
+FOUND = [path.parent for path in committed("results/*/weights.pkl")]
 
 
 @pytest.fixture
@@ -121,6 +123,35 @@ def test_an_export_scores_what_it_says(export, run_folder, tmp_path, capsys):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_export_of_any_name_can_be_read(export, run_folder, tmp_path, capsys):
+    """By everything that reads results/, beside those that are there."""
+    import collect
+    import plot
+
+    root = tmp_path / "project"
+    for path in (*committed("results/**/*"), *committed("*.md")):
+        copy = root / path.relative_to(PROJECT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)  # some are written
+    out = root / "results" / "my_words"
+    assert export.main([str(run_folder), str(out), "--partial", "50", "--max_eval_tokens", "50"]) == 0
+    for name in ("cifar_of_words", "table6_mine", "precision", "compare_5_minutes"):
+        shutil.rmtree(root / "results" / name, ignore_errors=True)
+        shutil.copytree(out, root / "results" / name)
+    tables = {table.name for table in plot.tables(root)}
+    assert "table6_small" in tables
+    assert not {"table6_mine", "precision", "compare_5_minutes"} & tables
+    capsys.readouterr()
+    assert collect.main(["--root", str(root)]) == 0  # none of these has a metrics.json
+    assert capsys.readouterr().err.count("has no metrics.json, so it is left out\n") == 5
+    for name in ("log.txt", "metrics.jsonl", "metrics.json"):
+        (out / name).write_bytes((PROJECT / "results" / "word_ptb_small" / name).read_bytes())
+    assert collect.main(["--root", str(root)]) == 0
+    headings = re.findall("^## (word_ptb|char_ptb|wt103|pmnist|cifar10),.*", (root / "RESULTS.md").read_text(), re.M)
+    assert headings == sorted(headings, key=list(collect.PAPER).index)
+    assert headings.count("word_ptb") == 3
 
 
 @pytest.fixture
