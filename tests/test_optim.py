@@ -54,6 +54,28 @@ def test_optimisers_that_cannot_be_used_are_named(name):
         make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim=name))
 
 
+@pytest.mark.parametrize(
+    ("optim", "numbers", "reason"),
+    [
+        ("Adam", {"lr": 1e38}, "lr 1e+38, weight_decay 0 .*without overflow"),
+        ("SGD", {"wdecay": 1e38, "lr": 10.0}, "weight_decay 1e+38 .*not a finite number"),
+        ("Adam", {"momentum": 0.5}, "momentum 0.5 .*momentum"),
+        ("Rprop", {}, "weight_decay"),
+    ],
+)
+def test_numbers_that_an_optimiser_cannot_take_are_named(optim, numbers, reason):
+    with pytest.raises(UserError, match=f"--optim {optim}: does not work with .*{reason.replace('+', '.')}") as raised:
+        make_optimizer([nn.Parameter(torch.zeros(1))], RunConfig(optim=optim, **numbers))
+    assert "\n" not in str(raised.value)
+
+
+def test_trying_an_optimiser_leaves_the_weights():
+    weights = nn.Parameter(torch.full((2, 2), 3.0))
+    for name in ("SGD", "Adam", "RMSprop", "ASGD", "Muon"):
+        assert not make_optimizer([weights], RunConfig(optim=name, lr=0.5)).state
+    assert torch.equal(weights, torch.full((2, 2), 3.0))
+
+
 def test_schedule_switches_to_averaging_at_the_first_plateau_and_never_anneals_after_it():
     schedule = Schedule(20.0, anneal=1, factor=4.0, floor=0.02, when=[1, 5], asgd=True)
     rates = []

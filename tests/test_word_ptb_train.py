@@ -334,6 +334,50 @@ def test_an_earlier_run_is_kept(run, tmp_path):
     assert run("--epochs", "1", "--overwrite")[0] == 0
 
 
+IMPOSSIBLE = {
+    "--optim Adam --lr 1e38": (2, "error: --optim Adam: does not work with lr 1e+38, weight_decay"),
+    "--wdecay 1e308": (2, "error: --wdecay: expected at most 3.4e+38 in size, got 1e+308"),
+    "--nlevels 2147483647": (2, "error: --nlevels: expected at most 100,000, got 2,147,483,647"),
+    "--clip -1": (2, "error: --clip: expected at least 0, got -1.0"),
+    "--threads 2147483647": (2, "error: --threads: expected at most 1,024, got 2,147,483,647"),
+    "--optim Adam --momentum 0.5": (2, "error: --optim Adam: does not work with lr 0.03, weight_decay"),
+    "--optim LBFGS": (2, "error: --optim LBFGS: needs to evaluate the loss several times a step"),
+    "--alpha 1e38": (1, "failed: the first batch has loss "),
+    "--beta 1e38": (1, "failed: the first batch has loss "),
+    "--metrics last.pt": (2, "error: --metrics last.pt: runs keep something else under this name"),
+    "--seq_len 100000 --horizon 99999": (2, "error: the corpus is too short for these settings"),
+}
+
+
+@pytest.mark.parametrize("flags", IMPOSSIBLE)
+def test_an_earlier_run_outlives_settings_that_cannot_be_trained(run, tmp_path, flags):
+    assert run("--max_steps", "2")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    code, _, err, _ = run("--overwrite", *flags.split())
+    expected, message = IMPOSSIBLE[flags]
+    assert (code, err[: len(message)], err.count("\n")) == (expected, message, 1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_an_earlier_run_outlives_a_step_that_does_not_fit_into_memory(run, tmp_path, monkeypatch):
+    assert run("--max_steps", "2")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("trellisnet.training.tasks.LanguageModeling.loss", full)
+    code, _, err, _ = run("--overwrite")
+    assert (code, err) == (1, "failed: out of memory; lower --batch_size or the sizes; nothing was written\n")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_run_that_replaces_another_ends_as_it_would_have_in_a_new_folder(run, tmp_path):
+    for out, flags in (("run", ()), ("run", ("--overwrite",)), ("new", ())):
+        assert run("--max_steps", "3", *flags, out=out)[0] == 0
+    assert (tmp_path / "run" / "weights.pkl").read_bytes() == (tmp_path / "new" / "weights.pkl").read_bytes()
+
+
 def test_a_diverging_run_fails_with_exit_code_one(run):
     code, _, err, _ = run("--optim", "SGD", "--lr", "1e38", "--clip", "0")
     assert code == 1

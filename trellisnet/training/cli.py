@@ -20,7 +20,7 @@ from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
 from trellisnet.training.distributed import LostError, Ranks
-from trellisnet.training.engine import Result, Splits, Task, evaluate, fit, score_line
+from trellisnet.training.engine import Result, Splits, Task, evaluate, fit, rehearse, score_line
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import (
@@ -298,9 +298,13 @@ class _Program:
         facts: dict[str, Any],
         interrupts: Interrupts,
     ) -> Result:
+        replaces = self.ranks.share(config.overwrite and resumed is None and _holds_files(config.folder()))
         with self.ranks.agreed():
             # Everything that can be wrong with the settings is found before an earlier run is deleted.
             optimizer = make_optimizer(task.model.parameters(), config)
+            if replaces:
+                rehearse(task, splits, config, self.ranks)
+        with self.ranks.agreed():
             folder = self._folder(config, resumed is None) if self.ranks.first else NoFolder(config.folder())
         self.folder = folder.path
         with contextlib.closing(folder):
@@ -373,6 +377,13 @@ def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
         digests["weights"] = serialization.sha256_of_file(weight_file)
     facts = {f"{name} sha256": f"{digest[:16]}…" for name, digest in digests.items() if digest}
     return {"data sizes": splits.sizes, **facts}
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:  # there is none, or it cannot be used, which is reported when it is opened
+        return False
 
 
 def _checkpoint_path(config: RunConfig) -> Path:

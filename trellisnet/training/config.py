@@ -30,6 +30,8 @@ GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("step", "cosine", "onecycle")
 SWITCHED = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+LARGEST = torch.finfo(torch.float32).max  # of a setting that enters single-precision arithmetic
+MOST_THREADS = 1024  # libraries crash where they cannot start as many as they are asked for
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
 
 
@@ -142,14 +144,17 @@ class RunConfig:
             for number in numbers:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UserError(f"{flag_of(self, name)}: expected a finite number, got {number}")
+                if isinstance(number, float) and abs(number) > LARGEST and name not in self.process:
+                    raise UserError(f"{flag_of(self, name)}: expected at most {LARGEST:.2g} in size, got {number}")
             if name != "seed" and any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers):
                 raise UserError(f"{flag_of(self, name)}: expected less than 2**31, got {max(numbers, key=abs)}")
         self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval", "accumulate")
         self.check_at_least(0, "checkpoint_minutes", "checkpoint_steps", "skip_bad_steps")
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate}: more slices than the --batch_size {self.batch_size} rows")
-        self.check_at_least(0, "lr", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
+        self.check_at_least(0, "lr", "clip", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
         self.check_at_least(1, "decay", "decay_from")
+        self.check_at_most(MOST_THREADS, "threads")
         self.check_rates("momentum")
         self.check_at_least(0, "warmup")
         for name in ("ema", "label_smoothing"):
@@ -187,6 +192,11 @@ class RunConfig:
         for name in names:
             if getattr(self, name) < least:
                 raise UserError(f"{flag_of(self, name)}: expected at least {least}, got {getattr(self, name)}")
+
+    def check_at_most(self, most: float, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) > most:
+                raise UserError(f"{flag_of(self, name)}: expected at most {most:,}, got {getattr(self, name):,}")
 
     def check_rates(self, *names: str) -> None:
         for name in names:

@@ -208,6 +208,32 @@ class _Meter:
         return time.monotonic() - self.started
 
 
+def rehearse(task: Task, splits: Splits, config: RunConfig, ranks: Ranks) -> None:
+    """Compute the loss and the gradient of the first batch and discard them, to fail before anything is lost.
+
+    A step that does not fit into memory fails here. Weights and random number generators are left as they were; nothing
+    is communicated.
+
+    Raises:
+        RunError: loss or gradient are not finite, and `skip_bad_steps` does not allow for it.
+    """
+    parameters, rng = list(task.model.parameters()), checkpoint.rng_state()
+    batch = [ranks.part(part) if len(part) >= ranks.size else part[:1] for part in task.batches(splits.train, 0)[0]]
+    batch = [part.tensor_split(min(config.accumulate, len(part)))[0] for part in batch]
+    task.model.train()
+    with config.autocast(parameters[0].device):
+        losses, _ = task.loss(*batch)
+    losses["loss"].backward()
+    loss, norm = (
+        losses["loss"].item(),
+        nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item(),
+    )
+    task.model.zero_grad(set_to_none=True)
+    checkpoint.set_rng_state(rng)
+    if not (math.isfinite(loss) and math.isfinite(norm)) and not config.skip_bad_steps:
+        raise RunError(f"the first batch has loss {loss:g} and gradient norm {norm:g}, which is not finite")
+
+
 class Trainer:
     """One training run. :func:`fit` is the way in.
 

@@ -16,6 +16,7 @@ from trellisnet.training.config import RunConfig, setting
 MEASURED = 100  # channels from which on the route of the products is measured
 ROWS = 512  # of the products that are measured
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+MOST_LAYERS = 100_000  # far beyond any use; lists with an entry per layer stay small
 TRELLISNET = "trellisnet"
 MODELS = (TRELLISNET, *(network.model_name for network in (AWDLSTM, TCN, RHN, SparseStack)))
 
@@ -95,6 +96,7 @@ class NetworkConfig(RunConfig):
         if self.model == TCN.model_name and self.nlevels > 30:
             raise UserError(f"--nlevels {self.nlevels}: a TCN's dilation doubles with every block; 30 are the most")
         self.check_at_least(1, "nhid", "nlevels", "inject_every")
+        self.check_at_most(MOST_LAYERS, "nlevels")
         self.check_at_least(0, "mc_dropout")
         self.check_at_least(2, "ksize")
         self.check_at_least(0, "mixed_group")

@@ -21,19 +21,33 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
     """The class of torch.optim that `--optim` names, with `--lr`, `--wdecay` and, unless it is 0, `--momentum`.
 
     Raises:
-        UserError: no such class, or one that needs a closure, sparse gradients or other settings.
+        UserError: no such class, one that needs a closure or sparse gradients, or one that makes no step with these
+            settings.
     """
-    more = {"momentum": config.momentum} if config.momentum else {}
+    options = {"lr": config.lr, "weight_decay": config.wdecay}
+    options |= {"momentum": config.momentum} if config.momentum else {}
     name = config.optim
     if name in _UNUSABLE:
         raise UserError(f"--optim {name}: {_UNUSABLE[name]}, which this engine does not do; use SGD or Adam")
     cls = getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or cls is torch.optim.Optimizer:
         raise UserError(f"--optim {name}: no such optimiser in torch.optim; use SGD or Adam")
+    parameters = list(parameters)
     try:
-        return cls(parameters, lr=config.lr, weight_decay=config.wdecay, **more)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"--optim {name}: cannot be made with these settings ({e}); use SGD or Adam") from e
+        _try(cls, parameters[0], options)
+        return cls(parameters, **options)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:  # some numbers are only refused by a step
+        values = ", ".join(f"{key} {value:g}" for key, value in options.items())
+        raise UserError(f"--optim {name}: does not work with {values} ({e}); lower these or use SGD or Adam") from e
+
+
+def _try(cls: type[torch.optim.Optimizer], like: Tensor, options: dict[str, float]) -> None:
+    """Make one step from 1 with gradient 1. Raises whatever the optimiser does, ValueError if it leads to infinity."""
+    probe = nn.Parameter(torch.ones(1, 1, dtype=like.dtype, device=like.device))
+    probe.grad = torch.ones_like(probe)
+    cls([probe], **options).step()
+    if not probe.isfinite().all():
+        raise ValueError("an update is not a finite number")
 
 
 def make_averaging(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.ASGD:

@@ -344,6 +344,7 @@ class RunFolder:
         """Remove the files of a run; a folder with anything else in it is not ours to delete."""
         ours = [*(self.path / name for name in self.FILES), *self._left()]
         ours += self.path.glob("events.out.tfevents.*")
+        ours = [path for path in ours if path.is_symlink() or not path.is_dir()]
         foreign = sorted(path.name for path in set(self.path.iterdir()) - set(ours))
         if foreign:
             raise UserError(f"{self.path}: holds {foreign[0]}, which no run wrote; empty it or choose another --out")
