@@ -64,7 +64,7 @@ CASES = {
     "char_ptb": [*TEXT, *CARRIED, "--eval_batch_size", "1"],
     "wt103": [*TEXT, *CARRIED, *"--cutoffs 20 50 --eval_batch_size 3".split()],
     "pmnist": [*IMAGES, "--mc_dropout", "2"],
-    "cifar10": [*IMAGES, "--accumulate", "2"],
+    "cifar10": [*IMAGES, *"--accumulate 2 --augment --label_smoothing 0.1".split()],
 }
 
 

@@ -30,6 +30,7 @@ CUDA = torch.device("cuda")
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 8e-2}
 BACKENDS = [("reference", "auto"), ("fused", "eager"), ("triton", "auto")]
 TASKS = {"word_ptb": word_ptb.train, "char_ptb": char_ptb.train, "pmnist": pmnist.train, "cifar10": cifar10.train}
+IMAGES = ("pmnist", "cifar10")
 ON_BOTH = pytest.mark.parametrize("precision", TOLERANCE)
 
 
@@ -271,7 +272,7 @@ def test_weights_and_checkpoints_go_from_device_to_device(tmp_path, capsys, here
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it announces itself as a prototype
 @pytest.mark.parametrize("task", TASKS)
 def test_batches_are_made_without_waiting_for_the_device(task):
-    config, _ = parse(TASKS[task].Config, ["--data", "synthetic", "--nhid", "8"])
+    config, _ = parse(TASKS[task].Config, ["--data", "synthetic", "--nhid", "8", *["--augment"] * (task in IMAGES)])
     made, splits, *_ = TASKS[task].setup(config, CUDA)
     batches = made.batches(splits.train)
     torch.cuda.set_sync_debug_mode("error")

@@ -124,10 +124,11 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
     assert "it is of another model or task" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("augment", [False, True], ids=["plain", "augment"])
 @pytest.mark.parametrize("task", TASKS)
-def test_batches_are_made_without_constants(task):
+def test_batches_are_made_without_constants(task, augment):
     """A tensor made of Python's numbers would be copied to the device, which waits for it, in every step."""
-    config, _ = parse(TASKS[task][0].Config, SMALL[:10])
+    config, _ = parse(TASKS[task][0].Config, [*SMALL[:10], *(["--augment"] if augment else [])])
     made, splits, *_ = SETUPS[task](config, torch.device("cpu"))
     batches = made.batches(splits.train)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -137,6 +138,9 @@ def test_batches_are_made_without_constants(task):
     mean, std = config.mean, config.std
     order = np.random.default_rng([config.seed, 0]).permutation(len(splits.train[1]))[:50]
     stored = splits.train[0][torch.from_numpy(order)]
+    if augment:
+        random = np.random.default_rng([config.seed, 0, 1])
+        stored = config.augmentation(stored, config.augmentation.draw(len(splits.train[1]), random)[:50])
     if config.permute:
         stored = stored[:, pixels.permutation(stored.shape[1], config.permutation_seed)]
     torch.testing.assert_close(inputs, pixels.normalise(stored, mean, std), rtol=0, atol=0)
