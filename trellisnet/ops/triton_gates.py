@@ -18,6 +18,7 @@ from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
 BLOCK = 512  # channels of a program: loads are 8 or 16 bytes wide, and of 1,400 channels few places are left over
+WARPS = 4  # of a program
 
 
 @triton.jit
@@ -212,7 +213,8 @@ def _common(step: Step) -> tuple[pruning.Places, tuple[int, int], dict]:
     size, N, GH = step.gates.shape
     H = GH // 4
     places = pruning.places(step.layer, step.above, step.gates.device)
-    sizes = {"S": size, "N": N, "H": H, "product": step.product, "K": len(step.layer.taps), "BLOCK": BLOCK}
+    sizes = {"S": size, "N": N, "H": H, "product": step.product, "K": len(step.layer.taps)}
+    sizes |= {"BLOCK": BLOCK, "num_warps": WARPS}
     sizes["out_from"] = 0 if step.out is None else H - step.out.size(2)
     flags = {
         "X": step.layer.x is not None, "BELOW": step.c_below is not None, "LEFT": step.c0 is not None,

@@ -1,0 +1,153 @@
+"""Show where the time of a training step goes: whole steps, their kernels, and other launch shapes of the gate kernels.
+
+    python scripts/profile_step.py                            times, then kernels, of five steps: two minutes on a GPU
+    python scripts/profile_step.py sweep                      two steps with other blocks and warps of the gate kernels
+    python scripts/profile_step.py times --steps char_ptb:paper       a task and one of its presets
+
+The steps are those of scripts/bench.py, on random data of the real shapes: the fused operator in bfloat16, on CUDA
+replayed as a graph. Kernels are those of a step that is launched one by one; the replayed step launches the same, and
+what it takes beyond their sum, the device is idle. On a CPU operators stand in for kernels.
+"""
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+
+import bench
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from trellisnet.errors import UserError
+from trellisnet.ops import fused
+from trellisnet.training.cli import is_out_of_memory
+from trellisnet.training.config import Parser, RunConfig
+from trellisnet.training.graphs import WARM_UP
+
+ACTIONS = ("times", "kernels", "sweep")
+STEPS = ("word_ptb:paper", "pmnist:default", "pmnist:8m", "cifar10:8m", "char_ptb:paper")
+SWEPT = ("word_ptb:paper", "pmnist:8m")  # many channels, and fewer of them in more layers and positions
+SHAPES = ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8))  # channels of a program, and its warps
+ROWS = 24  # kernels that are listed
+
+
+def times(work: bench.Work, repeats: int) -> str:
+    """One line: how the step was computed, how long it took, and the memory that the device holds."""
+    variant = bench.Variant("fused", "bf16", graph=work.device.type == "cuda")
+    for _ in range(WARM_UP + 3):  # the graph is recorded in one of these
+        work.run("step", variant)
+    measured = [1e3 * bench.seconds(lambda: work.run("step", variant), work.device) for _ in range(repeats)]
+    line = f"{statistics.median(measured):8.2f} ms ({min(measured):.2f} to {max(measured):.2f}), {variant.name}"
+    line += f", {work.chosen[variant.precision].gates} gates"
+    if work.device.type == "cuda":
+        line += f", {torch.cuda.max_memory_reserved(work.device) / 1e9:.2f} GB reserved"
+    return line
+
+
+def kernels(work: bench.Work, repeats: int) -> str:
+    """The table of one step's kernels, the longest first; `repeats` has no effect."""
+    variant, on_gpu, found = bench.Variant("fused", "bf16"), work.device.type == "cuda", []
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
+    for _ in range(2):
+        work.run("step", variant)
+    bench.synchronize(work.device)
+    with torch.profiler.profile(activities=activities) as profile:
+        work.run("step", variant)
+        bench.synchronize(work.device)
+    for event in profile.key_averages():
+        if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            found.append((event.self_device_time_total / 1e3, event.count, event.key))
+        elif not on_gpu:
+            found.append((event.self_cpu_time_total / 1e3, event.count, event.key))
+    found.sort(reverse=True)
+    total = sum(milliseconds for milliseconds, *_ in found)
+    lines = [f"{total:8.2f} ms in {sum(count for _, count, _ in found)} launches of {len(found)} kernels"]
+    for milliseconds, count, name in found[:ROWS]:
+        lines.append(f"  {milliseconds:8.3f} ms {milliseconds / max(total, 1e-9):4.0%} {count:6d}  {name[:90]}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def launched_as(block: int, warps: int, device: torch.device):
+    """While it lasts, the gate kernels have this launch shape.
+
+    Raises:
+        UserError: Triton's gate kernels cannot run here.
+    """
+    if reason := fused.reason_against("triton", device, torch.bfloat16, "lstm"):
+        raise UserError(f"sweep: needs Triton's gate kernels, but {reason}; leave it out")
+    from trellisnet.ops import triton_gates
+
+    before = triton_gates.BLOCK, triton_gates.WARPS
+    triton_gates.BLOCK, triton_gates.WARPS = block, warps
+    try:
+        yield
+    finally:
+        triton_gates.BLOCK, triton_gates.WARPS = before
+
+
+def measure(action: Callable[[bench.Work, int], str], step: str, label: str, args: argparse.Namespace) -> bool:
+    """Print what the action finds of a step, TASK:PRESET; False if the step does not fit in memory."""
+    task, _, preset = step.partition(":")
+    if task not in bench.PRESETS:
+        raise UserError(f"--steps {step}: expected TASK:PRESET, the task one of {', '.join(bench.PRESETS)}")
+    device = torch.device(args.device)
+    flags = ["--preset", preset] if preset else []
+    fits = True
+    try:
+        found = action(bench.Work(task, args.quick, device, flags), args.repeats)
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        found, fits = "out of memory", False
+    print(f"{label:36s} {found}", flush=True)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return fits
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked for with every step; 1 if one of them does not fit in memory.
+
+    Raises:
+        UserError: an action, device, task or preset that is not there.
+    """
+    if args.repeats < 1:
+        raise UserError(f"--repeats: expected at least 1, got {args.repeats}")
+    if unknown := [action for action in args.actions if action not in ACTIONS]:
+        raise UserError(f"{unknown[0]}: expected {', '.join(ACTIONS)}")
+    device = RunConfig(device=args.device).torch_device()
+    fit = []
+    for action in args.actions or ("times", "kernels"):  # times of all steps first: a profiler leaves traces
+        if action == "sweep":
+            for step in args.steps or SWEPT:
+                for block, warps in SHAPES:
+                    with launched_as(block, warps, device):
+                        fit.append(measure(times, step, f"{step} block {block} warps {warps}", args))
+        else:
+            for step in args.steps or STEPS:
+                fit.append(measure(kernels if action == "kernels" else times, step, f"{step} {action}", args))
+    return 0 if all(fit) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("actions", nargs="*", metavar="ACTION", help=f"{', '.join(ACTIONS)}; default: times kernels")
+    parser.add_argument("--steps", nargs="+", metavar="TASK:PRESET", help=f"default: {' '.join(STEPS)}")
+    parser.add_argument("--repeats", type=int, default=15, help="steps that are timed (default: 15)")
+    parser.add_argument("--quick", action="store_true", help="small networks")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    try:
+        return run(parser.parse_args(argv))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
