@@ -69,7 +69,7 @@ def kept(folder):
     content = torch.load(folder / "last.pt", weights_only=True)["content"]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     content["settings"].pop("cuda_graph", None)
-    tensors = [*content["model"].values()]
+    tensors = [*content["model"].values(), *(content["average"] or {}).values()]
     tensors += [t for state in content["optimizer"]["state"].values() for t in state.values() if t is not None]
     return tensors, [r["loss"] for r in records if r["event"] == "train"], content["rng"]["torch"]
 
@@ -94,8 +94,9 @@ IMAGES = """--data synthetic --preset small --nhid 8 --batch_size 4 --max_eval_t
         (word_main, [*TEXT, "--repack", "--seq_len", "0", "--lr", "0.01", "--optim", "Adam", "--accumulate", "3"]),
         (word_main, [*TEXT, "--horizon", "20", "--seq_len", "50", "--lr", "5", "--n_experts", "2"]),
         (pmnist_main, IMAGES),
+        (pmnist_main, [*IMAGES, *"--augment --ema 0.8 --label_smoothing 0.1 --schedule onecycle".split()]),
     ],
-    ids=["carried", "accumulate", "history", "images"],
+    ids=["carried", "accumulate", "history", "images", "recipe"],
 )
 def test_a_replayed_run_is_the_run(main, flags, counts, tmp_path, capsys):
     for graph in ("off", "on"):
