@@ -295,7 +295,7 @@ def test_third_derivatives():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_they_are_as_good_as_in_float32(dtype):
-    """And the operator's gradients, asked for in this way, are not those of another network."""
+    """And so are first derivatives, whether they can be differentiated or not."""
     torch.manual_seed(0)
     model = TrellisLanguageModel(20, 8, 16, 6, output_size=8)
     with torch.no_grad():
@@ -303,15 +303,13 @@ def test_under_autocast_they_are_as_good_as_in_float32(dtype):
             p.normal_(std=0.3)
     tokens = torch.randint(20, (3, 9))
 
-    def gradients(model, enabled, create_graph, within=False):
+    def gradients(model, enabled, create_graph):
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             loss = model.loss(model(tokens[:, :-1]).output, tokens[:, 1:])
         first = torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
         if not create_graph:
             return first
-        with torch.autocast("cpu", dtype=dtype, enabled=within):
-            penalty = sum(g.float().square().sum() if within else g.square().sum() for g in first)
-            return first, torch.autograd.grad(penalty, list(model.parameters()))
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), list(model.parameters()))
 
     low = gradients(model, dtype != torch.float32, create_graph=True)
     first = gradients(model, dtype != torch.float32, create_graph=False)
@@ -376,6 +374,26 @@ def test_backward_passes_of_either_kind_in_any_order():
     ]
     for a, b in zip(*seconds, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_nothing_more_is_kept_for_them(low):
+    """The rows of x, which x̃ can be made of again, lie where torch's own product keeps them."""
+    net, kept = TrellisNet(3, 4, 5, gemm="mm"), []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(7, 11, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=low):
+        net(x).output.sum().backward()
+    rows = [t for t in kept if t.numel() == 11 * 7 * 6]
+    kernels = [t for t in kept if tuple(t.shape) in ((16, 6), (6, 16))]
+    for same in (rows, kernels):
+        assert len(same) == 2
+        assert len({t.untyped_storage().data_ptr() for t in same}) == 1
+        assert same[0].dtype == (torch.bfloat16 if low else torch.float32)
 
 
 def test_a_first_backward_pass_does_not_take_this_way(monkeypatch):

@@ -158,6 +158,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def _differentiable(ctx: Any, dtotal, dloss):
         x, weight, bias, target, log_prior, scale = ctx.saved_tensors
+        ctx.gradients = None  # made beforehand, for an ordinary backward pass; another one makes them again
         sums = torch.float64 if ctx.setting.compute == torch.float64 else torch.float32
 
         def losses(*inputs):
