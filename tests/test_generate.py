@@ -203,6 +203,15 @@ def test_escape_codes_in_a_vocabulary_do_not_reach_a_terminal(script, run_folder
     assert script("--run", run_folder, "--width", 0)[1] == "a \\x1b[2Jword\nof \\x9b31m two\n"
 
 
+def test_a_prompt_is_normalised_like_the_text(script, run_folder):
+    texts = [
+        script("--run", run_folder, "--prompt", prompt, "--length", 9)[:2]
+        for prompt in ("the boat\nthe crane", "\ufeffthe boat\r\nthe crane", "the boat\rthe crane")
+    ]
+    assert texts[0][0] == 0
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_samples_and_an_empty_prompt(script, run_folder):
     code, text, told = script("--run", run_folder, "--length", 5, "--samples", 3, "--top_k", 5, "--top_p", 0.9)
     assert code == 0

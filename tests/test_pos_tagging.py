@@ -62,6 +62,8 @@ def test_files_are_read_with_and_without_a_last_blank_line():
     expected = [[("the", "DT"), ("cat", "NN")], [("it", "PRP"), ("runs", "VBZ")]]
     assert pos.sentences(text) == pos.sentences(text + "\n\n") == expected
     assert pos.sentences("1 the _ DT\n") == [[("1", "DT")]]
+    odd = "10\u00a0000\tCD\na\x85b\tNN\nc\u2028d NN\n \n"  # white space, but not between columns
+    assert pos.sentences(odd) == [[("10\u00a0000", "CD"), ("a\x85b", "NN"), ("c\u2028d", "NN")]]
     for bad, message in (
         ("the\tDT\ncat\n", "f, line 2: expected a word and its tag, got 'cat'"),
         ("\n\n", "f: holds no"),
@@ -97,6 +99,11 @@ def test_files_from_the_command_line(run, tmp_path):
         files += [f"--{split}", path]
     code, _, err, metrics = run(*files, "--epochs", "1", base=SMALL)
     assert (code, err, metrics["corpus"]) == (0, "", "tagged sentences")
+    for path in files[1::2]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    code, out, err, same = run(*files, "--epochs", "1", "--overwrite", base=SMALL)
+    assert (code, err, same["data"]) == (0, "", metrics["data"])
+    assert "the text is read without byte order marks, and with LF for CR LF and CR (train.conll: CR LF, byte " in out
     for argv, message in (
         (files[:4], "--train, --valid and --test: all three files are needed"),
         (["--data", tmp_path], "expected synthetic; name files with --train"),

@@ -287,8 +287,8 @@ def test_a_run_says_and_logs_how_its_text_was_read(run, tmp_path, task):
     assert (code, err) == (0, "")
     assert out.count("the text is read without byte order marks, and with LF for CR LF and CR (train.txt: CR LF;") == 1
     unit, counts = {
-        "char_ptb": ("symbols", "test 4 (used 45 times)"),
-    }.get(task, ("words", "valid 1 (used 9 times), test 3 (used 27 times)"))
+        "char_ptb": ("symbols", "test 4 (45 occurrences)"),
+    }.get(task, ("words", "valid 1 (9 occurrences), test 3 (27 occurrences)"))
     assert f"{unit} that the training text does not have: {counts}\n" in out
     log = (tmp_path / "run" / "log.txt").read_text()
     (line,) = [line for line in log.splitlines() if line.startswith("# notice: ")]
@@ -353,6 +353,6 @@ def test_weights_of_a_text_that_was_read_otherwise_are_refused_with_this_reason(
     assert code == 2
     assert "was trained on another vocabulary" in err
     assert err.endswith(
-        "; if that was this very text, train it again: the text is read without byte order marks, and with LF for CR "
-        "LF and CR now\n"
+        "; if that was this very text, train again: version 0.1.0 read it otherwise, now it is read without byte order "
+        "marks, and with LF for CR LF and CR\n"
     )

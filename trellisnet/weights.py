@@ -274,10 +274,10 @@ def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike
             if language
             else ("order of the pixels", "--permute or --no-permute, and the --permutation_seed,")
         )
-        reread = f"; if that was this very text, train it again: the text is read {changed} now" if changed else ""
+        again = f"; if that was this very text, train again: version 0.1.0 read it otherwise, now it is read {changed}"
         raise UserError(
             f"{path}: was trained on another {what} (sha256 {told[:12]}… instead of {vocabulary[:12]}…): pass the "
-            f"{flags} that it was trained on{reread}"
+            f"{flags} that it was trained on{again * bool(changed)}"
         )
 
 

@@ -113,12 +113,12 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
         except OSError as e:  # those of the net are _MirrorErrors
             raise unwritable(f"{folder}: {source.name} cannot be written there", e) from e
         if failures:  # the others would most likely fail as slowly
-            names = ", ".join(other.name for other in missing[number:])
+            names, single = ", ".join(other.name for other in missing[number:]), source is missing[-1]
             raise UserError(
                 f"{folder}: {names} missing; {source.name} could not be fetched ({_reasons(failures)})",
-                f"Put {names} there under {'this name' if len(missing) - number == 1 else 'these names'}, or try again"
+                f"Put {'it there under this name' if single else 'them there under these names'}, or try again"
                 f"{_kept(source, folder)}.",
-                "Or go on without: train.py --data synthetic needs no files.",
+                "Or do without: train.py --data synthetic needs no files.",
             )
     return [folder / source.name for source in missing]
 

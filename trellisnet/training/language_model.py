@@ -279,8 +279,8 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
 def _only_held_out(corpus: Corpus, token: str) -> list[str]:
     """A notice of what valid and test have and the training text does not: a model cannot learn it."""
     found = only_held_out(corpus)
-    counts = ", ".join(f"{split} {types:,} (used {tokens:,} times)" for split, (types, tokens) in found.items())
-    return [f"{token} that the training text does not have: {counts}"] if found else []
+    counts = [f"{split} {types:,} ({counted(tokens, 'occurrences')})" for split, (types, tokens) in found.items()]
+    return [f"{token} that the training text does not have: {', '.join(counts)}"] if found else []
 
 
 # Further scores to report: name → how to evaluate, and what.
