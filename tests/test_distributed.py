@@ -346,6 +346,8 @@ for what, *argv in json.load(open(plan)):
         compiled._library = lambda: "it has not been built"
     if rank == "1" and what == "versions":
         torch.__version__, trellisnet.__version__, numpy.__version__ = "1.0", "0.0.1", "0.9"
+    if rank == "1" and what == "flags":
+        argv += ["--lr", "7"]
     codes.append(word_ptb.train.main(argv))
     compiled._library = library
     for module, version in versions:
@@ -381,13 +383,14 @@ def test_ranks_that_differ_are_refused_by_name(tmp_path):
         ["data", *score, "other.pkl"],
         ["data", *score, "other.pkl", "--data", "other"],
         ["versions", *flags, "same"],
+        ["flags", *flags, "same"],
         ["gates", *flags, "same"],
     ]
     processes = started(tmp_path, 2, plan=plan, code=DIFFERENT)
     (_, err), (_, other) = (process.communicate(timeout=200) for process in processes)
     *lines, codes = [line for line in err.splitlines() if not line.startswith("warning: none of this is the Penn")]
     built = not compiled.reason_against(torch.device("cpu"), torch.float32, "lstm")
-    assert json.loads(codes) == [2, 2, 0, 2, 2, 2, 2 if built else 0], err
+    assert json.loads(codes) == [2, 2, 0, 2, 2, 2, 2, 2 if built else 0], err
     assert other.splitlines() == [codes]
     host = platform.node()
     shas = {rank: corpus.digest(texts)[:16] for rank, texts in splits.items()}
@@ -400,6 +403,7 @@ def test_ranks_that_differ_are_refused_by_name(tmp_path):
         "error: rank 1 on .* has data sha256 .*, weights sha256 .*; rank 0 on .* has data sha256 .*; give .*",
         f"error: rank 1 on {host} has numpy 0.9, torch 1.0, trellisnet 0.0.1 .*; rank 0 on {host} has numpy "
         f"{numpy.__version__}, torch {re.escape(torch.__version__)}, trellisnet {trellisnet.__version__} .*; run .*",
+        f"error: rank 1 on {host} has lr 7.0; rank 0 on {host} has lr 0.01; start all ranks with the same flags",
         *[f"error: rank 1 on {host} has gates eager; rank 0 on {host} has gates compiled; build .*"] * built,
     ]
     for line, pattern in zip(lines, expected, strict=True):

@@ -191,7 +191,10 @@ class _Program:
         started, ranks = time.monotonic(), self.ranks
         ranks.check_same(lambda: software(self.cls), "run the same versions everywhere")
         with ranks.agreed():
-            config, resumed, spoilt = self._start(argv)
+            config, given = parse(self.cls, argv)
+        ranks.check_same(lambda: vars(config), "start all ranks with the same flags")
+        with ranks.agreed():
+            config, resumed, spoilt = self._start(config, given)
         config, resumed, spoilt = ranks.share((config, resumed, spoilt))
         with ranks.agreed():
             if not config.eval:
@@ -261,9 +264,8 @@ class _Program:
                 if ranks.first:
                     write_json(config.metrics, "--metrics", metrics)
 
-    def _start(self, argv: list[str]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
+    def _start(self, config: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
         """Settings, the checkpoint to continue and what to tell of it. Only the first rank looks at files."""
-        config, given = parse(self.cls, argv)
         resumed, spoilt = None, None
         if not self.ranks.first:
             return config, resumed, spoilt
