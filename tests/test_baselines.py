@@ -357,6 +357,17 @@ def test_products_in_bfloat16(name):
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+def test_an_lstm_stays_in_float32_where_a_cpu_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr("trellisnet.ops.gemm.usable", lambda route, device, dtype: route == "mm")
+    torch.manual_seed(0)
+    layer, x = WeightDropLSTM(6, 5), torch.randn(2, 7, 6)
+    exact, _ = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, (h, c) = layer(x)
+    assert y.dtype == h.dtype == c.dtype == torch.float32
+    assert torch.equal(y, exact)
+
+
 @pytest.mark.parametrize("options", [{}, {"tied": False}, {"n_experts": 2}])
 @pytest.mark.parametrize("name", ["trellisnet", *CORES])
 def test_weights_come_back_from_their_file_also_of_a_sparse_embedding(tmp_path, name, options):

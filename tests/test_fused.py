@@ -451,9 +451,9 @@ def test_routes_of_products():
             assert_close(gemm.resolve(route, cpu, torch.float32)(a, b), a @ b.t())
     assert gemm.fastest(cpu, torch.float32, 64, 32, 16) in gemm.ROUTES
     for dtype in (torch.float32, torch.bfloat16):
-        for product in gemm.ROUTES.values():
+        for route in (route for route in gemm.ROUTES if gemm.usable(route, cpu, dtype)):
             total = torch.ones(5, 4)
-            gemm.add_product(total, a.to(dtype), b.to(dtype), product)
+            gemm.add_product(total, a.to(dtype), b.to(dtype), gemm.ROUTES[route])
             assert_close(total, 1 + a @ b.t(), atol=0.05 if dtype == torch.bfloat16 else 1e-6, rtol=0.02)
     assert gemm.resolve("auto", cpu, torch.float64) is gemm.ROUTES["mm"]
     with pytest.raises(ValueError, match="gemm: expected one of auto, mm, onednn, got 'blas'"):

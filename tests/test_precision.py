@@ -203,3 +203,13 @@ def test_a_continued_run_keeps_its_precision(run, tmp_path, capsys):
     last = str(tmp_path / "run" / "last.pt")
     assert word_main(["--resume", last, "--max_steps", "2", "--precision", "bf16"]) == 2
     assert "--precision bf16: the run in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [[], ["--model", "awd-lstm", "--preset", "small", "--emsize", 8, "--nout", 8]])
+def test_a_cpu_without_bfloat16_computes_all_the_same_and_says_so(run, monkeypatch, model):
+    monkeypatch.setattr(ops.gemm, "usable", lambda route, device, dtype: route == "mm")
+    code, out, err, metrics = run(word_main, *TEXT, *model, "--precision", "bf16", "--max_steps", 1)
+    assert (code, err, metrics["precision"]) == (0, "", "bf16")
+    notice = "this CPU has no bfloat16 instructions: --precision fp32 is several times faster on it"
+    assert notice in out.splitlines()
+    assert notice not in run(word_main, *TEXT, *model, "--max_steps", 1, out="fp32")[1]

@@ -8,6 +8,7 @@ length in :mod:`trellisnet.training.tasks`, non-monotone averaging in :mod:`trel
 Letters: N batch, L length, H hidden width of a layer.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trellisnet.core import TrellisOutput, check_sequence
+from trellisnet.ops import gemm
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 
@@ -67,7 +69,10 @@ class WeightDropLSTM(nn.LSTM):
             ValueError: a mask of another shape.
         """
         weight = self.weight_hh_l0
-        if x.is_cuda:  # autocast narrows what cuDNN gets by itself; what is narrow already would not come that far
+        # Autocast narrows what cuDNN gets by itself; what is narrow already would not come that far. A CPU without
+        # bfloat16 instructions has no LSTM in that type, so it computes in that of the weights.
+        wide = not x.is_cuda and not gemm.usable("onednn", x.device, torch.bfloat16)
+        if x.is_cuda or wide:
             x = x.to(weight.dtype)
         scale = dropout_scale(weight, weight.shape, self.weight_dropout, self.training, masks, "weight_h")
         if state is None:
@@ -75,8 +80,9 @@ class WeightDropLSTM(nn.LSTM):
             state = zeros, zeros
         weights = [self.weight_ih_l0, scaled(weight, scale), self.bias_ih_l0, self.bias_hh_l0]
         h, c = (part.to(x.dtype).unsqueeze(0) for part in state)
-        # has_biases, num_layers, dropout, train, bidirectional, batch_first
-        x, h, c = torch.lstm(x, (h, c), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
+        with torch.autocast(x.device.type, enabled=False) if wide else contextlib.nullcontext():
+            # has_biases, num_layers, dropout, train, bidirectional, batch_first
+            x, h, c = torch.lstm(x, (h, c), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
         return x, (h.squeeze(0), c.squeeze(0))
 
 

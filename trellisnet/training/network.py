@@ -177,6 +177,8 @@ class NetworkConfig(RunConfig):
 
     def notices(self, device: torch.device) -> list[str]:
         notices = super().notices(device)
+        if self.precision == "bf16" and device.type == "cpu" and not gemm.usable("onednn", device, torch.bfloat16):
+            notices.append("this CPU has no bfloat16 instructions: --precision fp32 is several times faster on it")
         if self.model != TRELLISNET:
             return notices
         if self.backend == "reference":
