@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -419,10 +421,9 @@ def test_without_steps_the_program_reports_the_static_score(run, tmp_path):
     assert metrics["valid_dynamic"]["loss"] == metrics["valid_static_segments"]["loss"]
     assert metrics["valid_dynamic"]["loss"] != metrics["valid_static"]["loss"]
     code, _, err, _ = run(main, *there, "--cache", 500, "1e300", 0.1, "--max_eval_tokens", 1000)
-    assert (code, err) == (
-        1,
-        "failed: the loss with --cache is not a number; lower THETA from 1e+300; nothing was written\n",
-    )
+    reason, where = "the loss with --cache is not a number; lower THETA from 1e+300", tmp_path / "metrics.json"
+    assert code == 1
+    assert err == f"failed: {reason}; valid_cache was not finished; the scores before it are in {where}\n"
     code, _, err, _ = run(main, *there, *still[:3], "--dynamic_eval_lr", "1e308", "--dynamic_eval_tune")
     assert code == 1
     assert err.startswith("failed: dynamic evaluation of valid diverged after ")
@@ -430,6 +431,25 @@ def test_without_steps_the_program_reports_the_static_score(run, tmp_path):
     assert code == 1
     assert err.startswith("failed: dynamic evaluation of valid diverged after ")
     assert "lower --dynamic_eval_lr from 1e+38" in err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_finished_scores_outlive_what_is_ended_after_them(run, tmp_path, monkeypatch, capsys, signum, code):
+    main, flags = word_ptb.train.main, "--repack --seq_len 0 --optim Adam --lr 0.01".split()
+    assert run(main, *flags, "--max_steps", 5, "--out", tmp_path / "run")[0] == 0
+    there = [*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl", "--cache", 30, 1, 0.1]
+    whole = run(main, *there)[3]
+    monkeypatch.setattr(adaptation.dynamic, "evaluate", lambda *_, **__: os.kill(os.getpid(), signum))
+    ended = run(main, *there, "--dynamic_eval", "--dynamic_eval_stats", 2)
+    path = tmp_path / "metrics.json"
+    line = "interrupted; valid_dynamic was not finished; the scores before it are"
+    assert (ended[0], ended[2]) == (code, f"{line} in {path}\n")
+    for name in ("valid", "test", "valid_static", "test_static", "valid_cache", "test_cache"):
+        assert ended[3][name]["loss"] == whole[name]["loss"]
+    assert not {"valid_dynamic", "test_dynamic"} & ended[3].keys()
+    assert ended[3]["complete"] is False
+    assert main([str(a) for a in (*SMALL, *there, "--dynamic_eval", "--dynamic_eval_stats", 2)]) == code
+    assert capsys.readouterr().err == f"{line} printed above\n"
 
 
 @pytest.mark.parametrize("way", ["--cache 5 1 0.1", "--dynamic_eval", "--dynamic_eval --dynamic_eval_tune"])

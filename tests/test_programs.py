@@ -1,5 +1,6 @@
 """What all programs have in common, as their users start them: signals, outputs that cannot be written, mistakes."""
 
+import io
 import os
 import signal
 import subprocess
@@ -65,3 +66,18 @@ def test_the_demo_does_not_go_on_after_an_interrupted_download(tmp_path):
 
     assert demo(130) == (130, ["-m"])
     assert demo(2) == (2, ["-m", f"{tmp_path}/word_ptb/train.py"])  # without the data: on synthetic ones
+
+
+def test_what_a_console_cannot_encode_is_printed_as_escapes(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert guarded(lambda _: print("a \u4e2d\udcff"), []) == 0
+    assert written.getvalue() == b"a \\u4e2d\\udcff\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_text_that_could_not_be_written_is_a_failure(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert guarded(lambda _: print("a text"), []) == 1
+    assert capsys.readouterr().err.startswith("NOTICE: standard output cannot be written (No space left on device)")

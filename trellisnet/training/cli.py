@@ -172,10 +172,13 @@ class _Program:
         self.setup = setup
         self.ranks = ranks
         self.folder: Path | None = None  # of the run, once there is one
+        self.unfinished, self.scored = "", ""  # of --eval: what was ended, and where what was finished is
         self.stack = contextlib.ExitStack()  # what the run holds: the lock of its folder
 
     def way_on(self) -> str:
         """What is kept and how to go on with it."""
+        if self.scored:
+            return f"{self.unfinished} was not finished; the scores before it are {self.scored}"
         if self.folder is None:
             return "nothing was written"
         if not self.folder.is_dir():
@@ -240,14 +243,16 @@ class _Program:
         command = command_line(config.program(), argv, ranks.launcher())
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
-            outcome, most = self._score(task, splits, config, config.marks() if untrained else {}, interrupts)
+            marks = config.marks() if untrained else {}
+            outcome, most, ended = self._score(task, splits, config, marks, interrupts)
             outcome["seconds"] = time.monotonic() - started
         else:
             facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
             most = peak_memory(device)
             outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
-        peaks = ranks.gather(most)
+            ended = None
+        peaks = [most] if ended else ranks.gather(most)  # the other ranks may be gone
         if config.metrics:
             metrics = {
                 "task": config.task, "preset": config.preset, "command": first_command,
@@ -260,9 +265,12 @@ class _Program:
                 "seed": config.seed, "deterministic": config.deterministic,
                 **({} if config.eval else config.recipe()),
             }  # fmt: skip
-            with ranks.agreed():
+            with contextlib.nullcontext() if ended else ranks.agreed():
                 if ranks.first:
                     write_json(config.metrics, "--metrics", metrics)
+        if ended:
+            self.scored = f"in {config.metrics}" if config.metrics else "printed above"
+            raise ended
 
     def _start(self, config: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
         """Settings, the checkpoint to continue and what to tell of it. Only the first rank looks at files."""
@@ -339,32 +347,37 @@ class _Program:
 
     def _score(
         self, task: Task, splits: Splits, config: RunConfig, marks: dict[str, bool], interrupts: Interrupts
-    ) -> tuple[dict[str, Any], int | None]:
-        """Score validation and test data with the weights as they are; `marks` go into every result.
+    ) -> tuple[dict[str, Any], int | None, BaseException | None]:
+        """Score all that the settings ask for with the weights as they are; `marks` go into every result.
 
         Returns:
-            the results, and the most memory that was held.
+            the results; the most memory that was held; and what ended the evaluation when something had been scored,
+            which is to be raised when that has been written.
         """
         if not config.load_weight:
             _say("NOTICE: no --load_weight: scoring untrained weights")
         if self.ranks.size > 1:
             interrupts.note()
-        results = {}
-        for name in ("valid", "test"):
-            if getattr(splits, name) is None:
-                results[name] = None
-                continue
-            found = evaluate(task, getattr(splits, name), name, config, None, self.ranks, interrupts)
-            results[name] = found | marks
-            _say(score_line(task, name, results[name]))
         device = next(task.model.parameters()).device
-        peaks = [peak_memory(device)]  # asked for in between: a method may measure its own anew
-        for name, (method, data) in splits.everything.items():
-            results[name] = evaluate(task, data, name, config, method, self.ranks, interrupts) | marks
-            peaks.append(peak_memory(device))
+        results: dict[str, Any] = {"valid": None, "test": None}
+        evaluations = {name: (None, getattr(splits, name)) for name in results} | splits.everything
+        ended, peaks = None, []
+        for name, (method, data) in evaluations.items():
+            if data is None:
+                continue
+            try:
+                result = evaluate(task, data, name, config, method, self.ranks, interrupts)
+            except (Interrupted, Exception) as e:
+                if isinstance(e, LostError) or not any(results.values()):
+                    raise
+                self.unfinished, ended = name, e
+                break
+            results[name] = result | marks
+            peaks.append(peak_memory(device))  # every time: a method may measure its own anew
             _say(score_line(task, name, results[name]))
-        results |= {"epochs": 0, "steps": 0, "best_epoch": None, "complete": not config.max_eval_tokens}
-        return results, max(filter(None, peaks), default=None)
+        complete = ended is None and not config.max_eval_tokens
+        results |= {"epochs": 0, "steps": 0, "best_epoch": None, "complete": complete}
+        return results, max(filter(None, peaks), default=None), ended
 
     def _folder(self, config: RunConfig, fresh: bool) -> RunFolder:
         if fresh:
