@@ -19,6 +19,7 @@ class Config(LanguageModelConfig):
     """Train a TrellisNet on character-level Penn Treebank."""
 
     task: ClassVar[str] = "char_ptb"
+    data_settings: ClassVar = ("data", "stream")
     default_data: ClassVar[str] = "data/penn"
     token: ClassVar[str] = "symbols"
     presets: ClassVar = {

@@ -116,6 +116,8 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
     for notice in corpus.notices:
         print(notice, file=sys.stderr)
     model = build_model(config, len(corpus.vocabulary)).to(device).eval()
-    options = {"vocabulary": corpus.vocabulary_sha256, "changed": corpus.changed, **config.load_options()}
-    weights.load_weights(model, config.load_weight, **options)
+    options = {"vocabulary": corpus.vocabulary_sha256, "changed": corpus.changed, "task": config.task}
+    options |= config.load_options()
+    with config.in_flags():
+        weights.load_weights(model, config.load_weight, **options)
     return Trained(config, model, corpus, device)

@@ -58,16 +58,22 @@ def test_files_without_the_repeated_names_load(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embedding_size": 5, "output_size": 5}, r"encoder.weight has shape \(20, 4\), .* \(20, 5\); pass --emsize 4"),
-        ({"vocab_size": 21}, r"encoder.weight has shape \(20, 4\), .* \(21, 4\); the file knows 20 words, the data 21"),
-        ({"hidden_size": 9}, r"full_conv.bias2 has shape \(28,\), .* \(36,\); pass --nhid 3"),
-        ({"kernel_size": 3}, r"weight1_raw has shape \(28, 4, 2\), .* \(28, 4, 3\); pass --ksize 2"),
-        ({"weight_norm": True}, r"has no tnet.module.full_conv.weight1_g; .* pass --no-wnorm"),
+        (
+            {"embedding_size": 5, "output_size": 5},
+            r"encoder.weight has shape \(20, 4\), .* \(20, 5\); pass embedding_size=4, output_size=4$",
+        ),
+        (
+            {"vocab_size": 21},
+            r"encoder.weight has shape \(20, 4\), .* \(21, 4\); the file knows 20 words, the data 21; pass the data",
+        ),
+        ({"hidden_size": 9}, r"full_conv.bias2 has shape \(28,\), .* \(36,\); pass hidden_size=7$"),
+        ({"kernel_size": 3}, r"weight1_raw has shape \(28, 4, 2\), .* \(28, 4, 3\); pass kernel_size=2$"),
+        ({"weight_norm": True}, r"has no tnet.module.full_conv.weight1_g; .* pass weight_norm=False$"),
         ({"tied": False}, None),
-        ({"tied": False, "output_size": 3, "hidden_size": 7}, r"decoder.weight .* pass --nout 4 --nhid 3"),
+        ({"tied": False, "output_size": 3, "hidden_size": 7}, r"decoder.weight .* pass output_size=4, hidden_size=7$"),
     ],
 )
-def test_what_does_not_fit_names_tensor_shapes_and_flag(saved, options, message):
+def test_what_does_not_fit_names_tensor_shapes_and_argument(saved, options, message):
     module = model(**options)
     before = [p.detach().clone() for p in module.parameters()]
     if message is None:  # a tied file fits an untied model: it holds both matrices
@@ -80,16 +86,19 @@ def test_what_does_not_fit_names_tensor_shapes_and_flag(saved, options, message)
 
 def test_more_that_does_not_fit(tmp_path):
     save_weights(model(weight_norm=True), tmp_path / "wn.pkl")
-    with pytest.raises(UserError, match=r"trained with weight normalisation; pass --wnorm"):
+    with pytest.raises(UserError, match=r"trained with weight normalisation; pass weight_norm=True$"):
         load_weights(model(), tmp_path / "wn.pkl")
     save_weights(model(tied=False), tmp_path / "untied.pkl")
-    with pytest.raises(UserError, match=r"decoder.weight differs from encoder.weight, .* pass --no-tied"):
+    with pytest.raises(UserError, match=r"decoder.weight differs from encoder.weight, .* pass tied=False$"):
         load_weights(model(), tmp_path / "untied.pkl")
-    with pytest.raises(UserError, match="mixture of softmaxes"):
+    save_weights(model(n_experts=2), tmp_path / "mixture.pkl")
+    with pytest.raises(UserError, match=r"mixture of softmaxes; pass n_experts=2$"):
+        load_weights(model(), tmp_path / "mixture.pkl")
+    with pytest.raises(UserError, match=r"the file knows 46 words, the data 45; pass the data"):
         load_weights(cases.load("lm_plain_k2_tied").model(), cases.FIXTURES / "lm_mos_tied_plain.pkl")
-    with pytest.raises(UserError, match="of another model or task"):
+    with pytest.raises(UserError, match="of another model or task, a classifier of pixels"):
         load_weights(model(), cases.FIXTURES / "pixel_1ch.pkl")
-    with pytest.raises(ValueError, match="--init_tail: only a split softmax"):
+    with pytest.raises(ValueError, match=r"only a split softmax, .* pass init_tail=False"):
         load_weights(model(), tmp_path / "wn.pkl", init_tail=True)
 
 
@@ -105,25 +114,27 @@ def test_tail_vectors_are_saved_asked_for_and_explained(tmp_path):
     assert load_weights(again, tmp_path / "split.pkl", init_tail=True) == []  # what is there is taken
     assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)
     for other in (model(), split([5]), split([5, 8])):
-        with pytest.raises(UserError, match="another split of the softmax; pass --cutoffs 5 9"):
+        with pytest.raises(UserError, match="another split of the softmax; pass cutoffs=\\[5, 9\\]"):
             load_weights(other, tmp_path / "split.pkl")
     torch.save(OrderedDict(authors_state_dict(module)), tmp_path / "silent.pkl")  # which does not tell its cut-offs
-    with pytest.raises(UserError, match="split softmax with 2 bands; pass its --cutoffs"):
+    with pytest.raises(UserError, match="split softmax with 2 bands; pass the cutoffs that it was trained with"):
         load_weights(model(), tmp_path / "silent.pkl")
     with pytest.raises(UserError, match=r"tail_vectors has shape \(2, 4\), .* \(1, 4\); the file has 2 bands"):
         load_weights(split([5]), tmp_path / "silent.pkl")
     save_weights(model(), tmp_path / "ours.pkl")
-    with pytest.raises(UserError, match="another split of the softmax; pass --cutoffs 0"):
+    with pytest.raises(UserError, match="another split of the softmax; pass cutoffs=None"):
         load_weights(again, tmp_path / "ours.pkl", init_tail=True)
     torch.save(authors_state_dict(model()), tmp_path / "plain.pkl")
     before = [p.detach().clone() for p in again.parameters()]
-    with pytest.raises(UserError, match="has no criterion.tail_vectors: .* --init_tail goes on with untrained ones"):
+    with pytest.raises(
+        UserError, match="has no criterion.tail_vectors: .* pass init_tail=True to go on with untrained ones"
+    ):
         load_weights(again, tmp_path / "plain.pkl")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before, strict=True))
     assert load_weights(again, tmp_path / "plain.pkl", init_tail=True) == list(parameter_map(again))[-2:]
     assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)  # left as they were
     torch.save(authors_state_dict(model(weight_norm=True)), tmp_path / "wn.pkl")
-    with pytest.raises(UserError, match="pass --wnorm"):
+    with pytest.raises(UserError, match="pass weight_norm=True"):
         load_weights(split(), tmp_path / "wn.pkl", init_tail=True)
 
 
@@ -259,3 +270,32 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, saved
     legacy.write_bytes(whole[:5000].replace(claim, more))
     with pytest.raises(UserError, match="not weights in the authors' layout"):
         load_weights(model(), legacy)
+
+
+def test_weights_of_another_task_name_it(tmp_path):
+    save_weights(model(vocab_size=30, weight_norm=True), tmp_path / "w.pkl", task="char_ptb")
+    message = r"w.pkl: holds weights of char_ptb, not of word_ptb; load them with char_ptb/train.py$"
+    with pytest.raises(UserError, match=message):
+        load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
+    with pytest.raises(UserError, match="the file knows 30 words, the data 20; pass the data"):  # not weight_norm=True
+        load_weights(model(), tmp_path / "w.pkl")
+    assert load_weights(model(vocab_size=30, weight_norm=True), tmp_path / "w.pkl", task="word_ptb") == []  # they fit
+    torch.save(authors_state_dict(model(vocab_size=30)), tmp_path / "w.pkl")
+    with pytest.raises(UserError, match="the file knows 30 words"):
+        load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
+    (tmp_path / "config.json").write_text('{"task": "char_ptb"}')  # the files of a run
+    with pytest.raises(UserError, match=message):
+        load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
+
+
+def test_a_runs_folder_stands_for_its_weights(tmp_path):
+    first, second = model(), model()
+    save_weights(first, tmp_path / "weights.pkl")
+    load_weights(second, tmp_path)
+    assert torch.equal(first.core.weight_h, second.core.weight_h)
+    (tmp_path / "weights.pkl").unlink()
+    with pytest.raises(UserError, match=f"{tmp_path}: the folder holds no weights.pkl; name weights in the authors'"):
+        load_weights(second, tmp_path)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match=f"now by train.py --resume {tmp_path}/last.pt --max_steps 1$"):
+        load_weights(second, tmp_path)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,7 +303,15 @@ def test_authors_weights_are_scored_as_they_would_be(tmp_path, capsys):
         (["--resume", "x" * 300], "error: --out "),
         (["--batch_size", "9999"], "error: the corpus is too short for these settings"),
         (["--eval_batch_size", "60"], "error: the corpus is too short for these settings: valid: rows of 4 tokens"),
-        (["--eval_batch_size", "60", "--eval"], "error: the corpus is too short for these settings: valid"),
+        (
+            ["--eval"],
+            "error: --eval: scores trained weights; pass --load_weight FILE, or weights that come with it: --config",
+        ),
+        (
+            ["--eval_batch_size", "60", "--eval", "--load_weight", "x"],
+            "error: the corpus is too short for these settings",
+        ),
+        (["--load_weight", "/"], "error: /: the folder holds no weights.pkl; name weights in the authors' layout"),
         (["--seq_len", "400", "--horizon", "399", "--batch_size", "8"], "error: the corpus is too short"),
         (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
         (["--load", "model.pt"], "error: --load model.pt: a pickled whole model"),
@@ -321,6 +330,42 @@ def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
     code, _, err, _ = run("--load_weight", tmp_path / "w.pkl", "--eval")
     assert code == 2
     assert "pass --nhid 5" in err
+    save_weights(build_model(Config(emsize=7, nhid=6, nout=7, nlevels=3), 10), tmp_path / "w.pkl")
+    assert run("--load_weight", tmp_path / "w.pkl", "--eval")[2].endswith("pass --emsize 7 --nout 7\n")
+    save_weights(build_model(Config(emsize=8, nhid=6, nout=8, nlevels=3), 10), tmp_path / "w.pkl", vocabulary="other")
+    assert run("--load_weight", tmp_path / "w.pkl", "--eval")[2].endswith(
+        "pass the --data and the --vocab_order that it was trained with\n"
+    )
+    save_weights(build_model(Config(emsize=8, nhid=6, nout=8, nlevels=3, wnorm=True), 10), tmp_path / "w.pkl")
+    assert run("--load_weight", tmp_path / "w.pkl", "--eval")[2].endswith("; pass --wnorm\n")
+    save_weights(build_model(Config(emsize=8, nhid=6, nout=8, nlevels=3, mixed_group=2), 10), tmp_path / "w.pkl")
+    assert run("--load_weight", tmp_path / "w.pkl", "--eval")[2].endswith("; pass --mixed_group 2\n")
+
+
+def test_scoring_needs_weights_but_on_synthetic_text(run):
+    code, out, _, metrics = run("--eval", "--data", "synthetic", "--max_eval_tokens", "100")
+    assert code == 0
+    assert "NOTICE: no --load_weight: scoring untrained weights" in out
+    assert metrics["test"]["ppl"] > 1
+    code, _, err, _ = run("--eval")
+    shipped = re.search(r"--config (\S+) --load_weight (\S+)\n", err)
+    assert shipped[1] == shipped[2]
+    config = json.loads((Path(shipped[1]) / "config.json").read_text())
+    assert (code, config["task"]) == (2, "word_ptb")
+
+
+def test_a_run_stopped_in_its_first_epoch_gives_its_weights(run, tmp_path, text, capsys):
+    assert run("--max_steps", "3")[0] == 0
+    last, file = tmp_path / "run" / "last.pt", tmp_path / "run" / "weights.pkl"
+    file.unlink()  # as if it had been stopped there
+    code, _, err, _ = run("--eval", "--load_weight", tmp_path / "run")
+    assert code == 2
+    assert err.endswith(f"or now by train.py --resume {last} --max_steps 1\n")
+    assert main(["--resume", str(last), "--max_steps", "1", "--data", str(text)]) == 0, capsys.readouterr().err
+    model = build_model(Config(emsize=8, nhid=6, nout=8, nlevels=3), 10)
+    load_weights(model, tmp_path / "run")
+    trained = checkpoint.load(last)["model"]
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_earlier_run_is_kept(run, tmp_path):

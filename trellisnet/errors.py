@@ -2,6 +2,7 @@
 
 import errno
 import re
+from typing import Any
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the fault of what the user asked for
 LINE = 2000  # characters of a message: room for two long paths
@@ -48,6 +49,26 @@ class _Message(Exception):
 
 class UserError(_Message, ValueError):
     """The user's input is wrong. The message says what is wrong and what to do; exit code 2."""
+
+
+class ArgumentError(UserError):
+    """A UserError that says which arguments would do. Python shows these, a program the flags that stand for them.
+
+    Args:
+        line: what is wrong.
+        purpose: what the arguments are for, if the line does not say it.
+        arguments: their values; `...` where the message cannot know it.
+    """
+
+    def __init__(self, line: str, /, *, purpose: str = "", **arguments: Any):
+        self.line, self.purpose, self.arguments = line, purpose, arguments
+        shown_as = [f"{name}={getattr(v, '__name__', repr(v))}" for name, v in arguments.items() if v is not ...]
+        unknown = [f"the {name} that it was trained with" for name, value in arguments.items() if value is ...]
+        super().__init__(self.advise(", ".join(shown_as + unknown)))
+
+    def advise(self, what: str) -> str:
+        """The message, with `what` as what to pass."""
+        return f"{self.line}; pass {what}{self.purpose}"
 
 
 class RunError(_Message, RuntimeError):

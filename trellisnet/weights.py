@@ -7,6 +7,7 @@ parts of a mixed group convolution `weight2_past*` and `weight2_below*`. Models 
 the authors do not have, are saved and loaded under the names of their parameters here.
 """
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,15 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from trellisnet import serialization
-from trellisnet.baselines import SparseEmbedding
+from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseEmbedding, SparseStack
 from trellisnet.core import TrellisNet
-from trellisnet.errors import NAME, UserError, shown
+from trellisnet.errors import NAME, ArgumentError, UserError, counted, shown
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import GATES
 
 Model = TrellisLanguageModel | TrellisClassifier
 TRELLISNET = "trellisnet"
+NETWORKS = {TRELLISNET: TrellisNet} | {network.model_name: network for network in (AWDLSTM, TCN, RHN, SparseStack)}
+FILE = "weights.pkl"  # in a run's folder
 
 _CORE = "tnet.module.full_conv."
 _PIXEL_CORE = "network.0.module.full_conv."  # of a classifier, which has no second name for it
@@ -113,7 +116,14 @@ def authors_state_dict(model: Model) -> "OrderedDict[str, Tensor]":
     return state
 
 
-def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False, vocabulary: str | None = None) -> None:
+def save_weights(
+    model: Model,
+    path: str | os.PathLike,
+    *,
+    legacy: bool = False,
+    vocabulary: str | None = None,
+    task: str | None = None,
+) -> None:
     """Write the weights in the authors' layout, atomically.
 
     Args:
@@ -122,9 +132,11 @@ def save_weights(model: Model, path: str | os.PathLike, *, legacy: bool = False,
         legacy: the container of torch < 1.6, which the authors' 2019 environment reads; else today's zip.
         vocabulary: digest of what the ids, or the places in a sequence, stand for. It travels in the metadata that a
             state dict has beside its tensors, so that :func:`load_weights` can refuse the weights of another one.
+        task: name of the task, which travels with it.
     """
     state = authors_state_dict(model)
     told = {"model": _network(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
+    told |= {"task": task} if task else {}
     state._metadata = OrderedDict({_METADATA: told})
     serialization.save(path, state, legacy=legacy)
 
@@ -162,6 +174,7 @@ def load_weights(
     init_tail: bool = False,
     vocabulary: str | None = None,
     changed: str = "",
+    task: str | None = None,
 ) -> list[str]:
     """Copy weights in the authors' layout into `model`; either all of them or, on any error, none.
 
@@ -170,64 +183,113 @@ def load_weights(
 
     Args:
         model: the model, built with the settings that the weights were trained with.
-        path: their `.pkl`, zip or legacy container, tensors from any device.
+        path: their `.pkl`, zip or legacy container, tensors from any device; or the folder of a run.
         init_tail: for a split softmax: leave the vectors of the bands as they are if the file has none. The authors'
             scripts do not save them, and scores with untrained ones say little.
         vocabulary: digest as in :func:`save_weights` of what the model is to work on; a file that names another one is
             refused.
         changed: how the text of this vocabulary is read where version 0.1.0 read it otherwise, for the message.
+        task: name of the task that the model is for. Weights that do not fit are then said to be of another one if
+            they, or the config.json beside them, name it.
 
     Returns:
         names of the parameters that the file does not have: tail vectors with `init_tail`, otherwise none.
 
     Raises:
-        ValueError: the file is no such thing or does not fit; one line names the tensor, both shapes and the flag
-            to change.
+        ValueError: the file is no such thing or does not fit; one line names the tensor, both shapes and the
+            argument of the model to change.
     """
+    path = locate(path)
+    loaded = serialization.load(path, WHAT)
+    try:
+        return _load(model, loaded, path, init_tail, vocabulary, changed)
+    except UserError as e:
+        owner = _metadata(loaded).get("task") or task_beside(path)
+        if task is None or not isinstance(owner, str) or owner == task:
+            raise
+        owner = shown(owner, NAME)
+        raise UserError(f"{path}: holds weights of {owner}, not of {task}; load them with {owner}/train.py") from e
+
+
+def locate(path: str | os.PathLike) -> str | os.PathLike:
+    """Return the weight file of a run's folder; any other path as it is.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    if not os.path.isdir(path):
+        return path
+    file, checkpoint = (os.path.join(path, name) for name in (FILE, "last.pt"))
+    if os.path.isfile(file):
+        return file
+    advice = f"name {WHAT}"
+    if os.path.isfile(checkpoint):
+        advice = f"it is written after the first epoch, or now by train.py --resume {checkpoint} --max_steps 1"
+    raise UserError(f"{path}: the folder holds no {FILE}; {advice}")
+
+
+def task_beside(path: str | os.PathLike) -> Any:
+    """The task that the config.json of a run names, if the file lies in the folder of one."""
+    try:
+        return json.loads(serialization.read_regular(os.path.join(os.path.dirname(path), "config.json")))["task"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _load(
+    model: Model, loaded: Any, path: str | os.PathLike, init_tail: bool, vocabulary: str | None, changed: str
+) -> list[str]:
+    """:func:`load_weights` of what has been read."""
     language = isinstance(model, TrellisLanguageModel)
     if init_tail and not isinstance(model.head, SplitSoftmax):
-        raise UserError("--init_tail: only a split softmax (--cutoffs) has tail vectors; leave it out")
-    loaded = serialization.load(path, WHAT)
+        raise ArgumentError("only a split softmax, one with cutoffs, has tail vectors", init_tail=False)
     state = _unique(loaded, path, _first_name if language else str)
     told = _metadata(loaded)
     own = _network(model)
     theirs = told.get("model", TRELLISNET if any(name.startswith((_CORE, _PIXEL_CORE)) for name in state) else None)
     if isinstance(theirs, str) and theirs != own:
-        raise UserError(f"{path}: was trained with another network; pass --model {shown(theirs, NAME)}")
+        if theirs not in NETWORKS:
+            raise UserError(f"{path}: was trained with another network, {shown(theirs, NAME)}; {_SIZES}")
+        raise ArgumentError(f"{path}: was trained with another network", network=NETWORKS[theirs])
     if language and model.tied and _is_trellis(model):
         _check_tied(state, path)
         state.pop("decoder.weight", None)
     expected = parameter_map(model)
     cutoffs = told.get("cutoffs")
     if isinstance(cutoffs, list) and cutoffs != _cutoffs(model):
-        bands = " ".join(map(str, cutoffs or [0]))
-        raise UserError(f"{path}: was trained with another split of the softmax; pass --cutoffs {shown(bands, NAME)}")
+        fits = all(type(border) is int for border in cutoffs) and len(cutoffs) < 20
+        bands = (cutoffs or None) if fits else ...
+        raise ArgumentError(f"{path}: was trained with another split of the softmax", cutoffs=bands)
     left = [name for name in _TAIL if name in expected and name not in state]
     if left and len(state) + len(left) == len(expected) and not init_tail:
-        raise UserError(
+        raise ArgumentError(
             f"{path}: has no {left[0]}: the authors' script trains the vectors of the bands but does not save them, so "
-            "its scores cannot be had from this file; --init_tail goes on with untrained ones"
+            "its scores cannot be had from this file",
+            purpose=" to go on with untrained ones",
+            init_tail=True,
         )
     expected = {name: parameter for name, parameter in expected.items() if name not in left}
     if _is_trellis(model):
-        _check_names(state, expected, path, _prefix(model))
+        _check_names(state, expected, path, model)
     elif other := sorted(state.keys() ^ expected.keys()):
         what = f"has no {other[0]}" if other[0] in expected else f"holds {other[0]}, which the model has not"
         raise UserError(f"{path}: {what}; {_SIZES}")
     kind = {flag: told.get(flag) for flag in _kind(model)}
     if _is_kind(kind) and kind != _kind(model):
-        flags = " ".join(f"--{flag} {value}" for flag, value in kind.items() if value != _kind(model)[flag])
-        raise UserError(f"{path}: was trained with another kind of layer; pass {flags}")
+        differ = {name: value for name, value in kind.items() if value != _kind(model)[name]}
+        if "mixed_group" in differ:
+            differ["kernel_groups"] = differ.pop("mixed_group") or None
+        raise ArgumentError(f"{path}: was trained with another kind of layer", **differ)
     _check_vocabulary(told.get("vocabulary"), vocabulary, path, language, changed)
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
-            advice = _SIZES
+            advice: Advice = _SIZES
             if _is_trellis(model) and not isinstance(getattr(model, "embedding", None), SparseEmbedding):
                 advice = _other_gates(state, model) or (_advice if language else _classifiers_advice)(
                     name, state, model
                 )
             shapes = tuple(state[name].shape), tuple(parameter.shape)
-            raise UserError(f"{path}: {name} has shape {shapes[0]}, the model needs {shapes[1]}; {advice}")
+            raise _misfit(f"{path}: {name} has shape {shapes[0]}, the model needs {shapes[1]}", advice)
         if state[name].dtype != parameter.dtype and not serialization.all_finite(state[name].to(parameter.dtype)):
             raise UserError(f"{path}: {name} holds numbers that are too large for {parameter.dtype}")
     with torch.no_grad():
@@ -236,8 +298,20 @@ def load_weights(
     return left
 
 
+# What would fit: a sentence, and the arguments of the model if they are known.
+Advice = str | tuple[str, dict[str, Any]] | dict[str, Any]
+
+
+def _misfit(line: str, advice: Advice) -> UserError:
+    """The error of weights that do not fit, with what would."""
+    why, arguments = advice if isinstance(advice, tuple) else ("", advice)
+    if isinstance(arguments, str):
+        return UserError(f"{line}; {arguments}")
+    return ArgumentError(f"{line}; {why}" if why else line, **arguments)
+
+
 def _kind(model: Model) -> dict[str, Any]:
-    """What shapes and names do not tell, or not clearly, of the layers, under the names of the flags."""
+    """What shapes and names do not tell, or not clearly, of the layers, under the names that files have for it."""
     if not _is_trellis(model):
         return {}
     core = model.core
@@ -269,15 +343,11 @@ def _metadata(loaded: dict[str, Tensor]) -> dict[str, Any]:
 def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike, language: bool, changed: str) -> None:
     """Refuse weights whose ids, or places, stand for something else; files that do not say for what pass."""
     if vocabulary is not None and isinstance(told, str) and told != vocabulary:
-        what, flags = (
-            ("vocabulary", "--data (and in wt103 the --vocab_order, in char_ptb the --stream)")
-            if language
-            else ("order of the pixels", "--permute or --no-permute, and the --permutation_seed,")
-        )
+        what = "vocabulary" if language else "order of the pixels"
         again = f"; if that was this very text, train again: version 0.1.0 read it otherwise, now it is read {changed}"
-        raise UserError(
-            f"{path}: was trained on another {what} (sha256 {told[:12]}… instead of {vocabulary[:12]}…): pass the "
-            f"{flags} that it was trained on{again * bool(changed)}"
+        digests = f"{shown(told[:12])}… instead of {vocabulary[:12]}…"
+        raise ArgumentError(
+            f"{path}: was trained on another {what} (sha256 {digests})", purpose=again * bool(changed), data=...
         )
 
 
@@ -313,97 +383,116 @@ def _first_name(name: str) -> str:
 def _check_tied(state: dict[str, Tensor], path: str | os.PathLike) -> None:
     encoder, decoder = state.get("encoder.weight"), state.get("decoder.weight")
     if encoder is not None and decoder is not None and not torch.equal(encoder, decoder):
-        raise UserError(f"{path}: decoder.weight differs from encoder.weight, the model ties them; pass --no-tied")
+        raise ArgumentError(f"{path}: decoder.weight differs from encoder.weight, the model ties them", tied=False)
 
 
 def _check_names(
-    state: dict[str, Tensor], expected: dict[str, nn.Parameter], path: str | os.PathLike, prefix: str
+    state: dict[str, Tensor], expected: dict[str, nn.Parameter], path: str | os.PathLike, model: Model
 ) -> None:
+    prefix = _prefix(model)
     missing = [name for name in expected if name not in state]
     extra = [name for name in state if name not in expected]
     if not missing and not extra:
         return
+    advice: Advice
+    words = state["encoder.weight"].size(0) if "encoder.weight" in state and state["encoder.weight"].dim() else None
     if "encoder.weight" in missing or "linear.weight" in missing or prefix + "bias2" in missing:
-        advice = "it is of another model or task"
+        advice = _whose(state)
+    elif words not in (None, getattr(model, "vocab_size", None)):
+        advice = _other_words(words, model.vocab_size)
     elif any(name.startswith(_MIXTURE) for name in extra):
-        experts = state[_MIXTURE + "prior.bias"].numel() if _MIXTURE + "prior.bias" in state else "K"
-        advice = f"the file is of a mixture of softmaxes; pass --n_experts {experts}"
+        experts = state[_MIXTURE + "prior.bias"].numel() if _MIXTURE + "prior.bias" in state else ...
+        advice = "the file is of a mixture of softmaxes", {"n_experts": experts}
     elif any(name.startswith(_MIXTURE) for name in missing):
-        advice = "the file is of a plain softmax; pass --n_experts 0"
+        advice = "the file is of a plain softmax", {"n_experts": 0}
     elif any(name in _TAIL for name in extra):
-        bands = state[_TAIL[1]].numel() if _TAIL[1] in state else "some"
-        advice = f"the file is of a split softmax with {bands} bands; pass its --cutoffs"
+        bands = counted(state[_TAIL[1]].numel(), "bands") if _TAIL[1] in state else "some bands"
+        advice = f"the file is of a split softmax with {bands}", {"cutoffs": ...}
     elif any(name in _TAIL for name in missing):
         advice = "the file is damaged"
     elif any("weight2_past" in name for name in extra):
         first = next((state[prefix + w] for w in ("weight1_raw", "weight1_v_raw") if prefix + w in state), None)
-        groups = "N" if first is None or not first.size(0) else state[prefix + "bias2"].numel() // first.size(0)
-        advice = f"the file is of a mixed group convolution; pass --mixed_group {groups}"
+        groups = ... if first is None or not first.size(0) else state[prefix + "bias2"].numel() // first.size(0)
+        advice = "the file is of a mixed group convolution", {"kernel_groups": groups}
     elif any("weight2_past" in name for name in missing):
-        advice = "the file is of a dense kernel; pass --mixed_group 0"
+        advice = "the file is of a dense kernel", {"kernel_groups": None}
     elif any(name.endswith("_g") for name in extra):
-        advice = "the file was trained with weight normalisation; pass --wnorm"
+        advice = "the file was trained with weight normalisation", {"weight_norm": True}
     elif any(name.endswith("_g") for name in missing) and prefix + "weight1_raw" in state:
-        advice = "the file was trained without weight normalisation; pass --no-wnorm"
+        advice = "the file was trained without weight normalisation", {"weight_norm": False}
     elif missing == ["decoder.weight"]:
-        advice = "the file is of a model with tied weights; pass --tied"
+        advice = "the file is of a model with tied weights", {"tied": True}
     else:
-        advice = "it is of another model or task"
+        advice = _whose(state)
     what = f"has no {missing[0]}" if missing else f"holds {extra[0]}, which the model has not"
-    raise UserError(f"{path}: {what}; {advice}")
+    raise _misfit(f"{path}: {what}", advice)
 
 
-def _other_gates(state: dict[str, Tensor], model: Model) -> str:
+def _whose(state: dict[str, Tensor]) -> str:
+    """Whose the weights are, by their names alone."""
+    if "linear.weight" in state:
+        return "it is of another model or task, a classifier of pixels (pmnist, cifar10)"
+    if "encoder.weight" in state and state["encoder.weight"].dim() == 2:
+        words = state["encoder.weight"].size(0)
+        return f"it is of another model or task, a language model with a vocabulary of {words:,}"
+    return "it is of another model or task"
+
+
+def _other_words(words: int, expected: int) -> Advice:
+    return f"the file knows {counted(words, 'words')}, the data {expected:,}", {"data": ...}
+
+
+def _other_gates(state: dict[str, Tensor], model: Model) -> Advice:
     """Advice if the file has another number of gates than the model; a dense hidden kernel tells how many."""
     for name, kernel in state.items():
         if name.removeprefix(_prefix(model)) in ("weight2_raw", "weight2_v_raw") and kernel.dim() == 3:
             for activation, gates in GATES.items():
                 if kernel.size(0) == gates * kernel.size(1) and activation != model.core.activation:
-                    return f"pass --activation {activation}"
-    return ""
+                    return {"activation": activation}
+    return {}
 
 
-def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> str:
-    """The first setting in which file and model differ, as the flag to change."""
+def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> Advice:
+    """The first argument in which file and model differ, with the file's value."""
     if name in _TAIL:
-        return f"the file has {state[_TAIL[1]].numel()} bands; pass its --cutoffs"
+        return f"the file has {counted(state[_TAIL[1]].numel(), 'bands')}", {"cutoffs": ...}
     kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
     encoder, bias, gates = state["encoder.weight"], state[_CORE + "bias2"], GATES[model.core.activation]
     if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % gates:
-        return "it is of another model or task"
+        return _whose(state)
     words, embedding_size = encoder.shape
     if embedding_size != model.embedding.embedding_dim:
         both = model.tied and not model.n_experts
-        return f"pass --emsize {embedding_size}" + (f" --nout {embedding_size}" if both else "")
+        return {"embedding_size": embedding_size} | ({"output_size": embedding_size} if both else {})
     if words != model.vocab_size:
-        return f"the file knows {words} words, the data {model.vocab_size}: pass the --data it was trained on"
+        return _other_words(words, model.vocab_size)
     if kernel.size(2) != model.core.kernel_size:
-        return f"pass --ksize {kernel.size(2)}"
+        return {"kernel_size": kernel.size(2)}
     if model.n_experts and state[_MIXTURE + "prior.bias"].numel() != model.n_experts:
-        return f"pass --n_experts {state[_MIXTURE + 'prior.bias'].numel()}"
+        return {"n_experts": state[_MIXTURE + "prior.bias"].numel()}
     if model.n_experts:
         if state[_MIXTURE + "prior.weight"].dim() != 2:
-            return "it is of another model or task"
+            return _whose(state)
         nout = state[_MIXTURE + "prior.weight"].size(-1)
     else:
         nout = embedding_size if model.tied else state["decoder.weight"].size(-1)
-    nhid = bias.numel() // gates - nout
-    flags = [] if nout == model.core.output_size else [f"--nout {nout}"]
-    if nhid != model.core.hidden_size - model.core.output_size:
-        flags.append(f"--nhid {nhid}")
-    return f"pass {' '.join(flags)}" if flags and nhid >= 0 else f"{name} is of another model"
+    sizes = {"output_size": nout, "hidden_size": bias.numel() // gates}
+    if nout == model.core.output_size:
+        del sizes["output_size"]
+    differ = any(value != getattr(model.core, size) for size, value in sizes.items())
+    return sizes if differ and nout <= sizes["hidden_size"] else f"{name} is of another model"
 
 
-def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> str:
+def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> Advice:
     kernel = state.get(_PIXEL_CORE + "weight1_v_raw", state.get(_PIXEL_CORE + "weight1_raw"))
     bias, linear, gates = state[_PIXEL_CORE + "bias2"], state["linear.weight"], GATES[model.core.activation]
     if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % gates:
-        return "it is of another model or task"
+        return _whose(state)
     if linear.size(0) != model.num_classes or kernel.size(1) != model.core.input_size:
         return f"it is of images with {kernel.size(1)} channels and {linear.size(0)} classes"
     if kernel.size(2) != model.core.kernel_size:
-        return f"pass --ksize {kernel.size(2)}"
-    nhid = bias.numel() // gates - linear.size(1)
-    if linear.size(1) != model.core.output_size or nhid < 0:
+        return {"kernel_size": kernel.size(2)}
+    hidden_size = bias.numel() // gates
+    if linear.size(1) != model.core.output_size or hidden_size < linear.size(1):
         return f"{name} is of another model"
-    return f"pass --nhid {nhid}"
+    return {"hidden_size": hidden_size}

@@ -57,6 +57,7 @@ class ClassificationConfig(NetworkConfig):
     mean: ClassVar[tuple[float, ...]]  # of the pixels, colour by colour, on the scale from 0 to 1
     std: ClassVar[tuple[float, ...]]
     classes: ClassVar[int] = 10
+    data_settings: ClassVar = ("permute", "permutation_seed")
     augmentation: ClassVar[AffineMaps]  # of --augment
 
     optim: str = setting("Adam", "optimiser: a class of torch.optim")

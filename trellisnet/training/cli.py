@@ -80,7 +80,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         line = f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}"
         code, known = EXIT_FAILED, False
     except Interrupted as e:
-        line, code = f"interrupted; {program.way_on()}", 128 + e.signum
+        line, code = f"interrupted; {program.way_on()}{program.way_out()}", 128 + e.signum
     except SystemExit as e:  # --help
         code = e.code or EXIT_OK
     if line is not None and (ranks.first if known else ranks.claims()):
@@ -189,6 +189,14 @@ class _Program:
         command = runnable(self.cls.program(), resume, self.ranks.launcher())
         return f"the last checkpoint is kept; go on from it with: {shown(command)}"
 
+    def way_out(self) -> str:
+        """How to get the weights of a run that was stopped in its first epoch, or ""."""
+        if self.folder is None or not (self.folder / "last.pt").is_file() or (self.folder / weights.FILE).exists():
+            return ""
+        resume = ["--resume", str(self.folder / "last.pt"), "--max_steps", "1"]  # no step more, if there was one
+        command = runnable(self.cls.program(), resume, self.ranks.launcher())
+        return f"\nno epoch is finished; score and save the weights as they are with: {shown(command)}"
+
     def run(self, argv: list[str], interrupts: Interrupts) -> None:
         """Parse, set up, train or score, write the metrics."""
         started, ranks = time.monotonic(), self.ranks
@@ -281,6 +289,8 @@ class _Program:
             path = _checkpoint_path(config)
             self.stack.enter_context(alone(path.parent))
             config, resumed, spoilt = _resume(self.cls, path, given)
+        if config.eval and not config.load_weight and config.data != "synthetic":
+            raise UserError(f"--eval: scores trained weights; pass --load_weight FILE{_shipped(config)}")
         if config.metrics:
             check_metrics_path(config.metrics, None if config.eval else config.folder())
         return config, resumed, spoilt
@@ -293,8 +303,10 @@ class _Program:
         made = task, splits, *_ = self.setup(config, device, self.ranks)
         if not config.load_weight or not fresh:
             return made, []
-        options = {"vocabulary": splits.vocabulary, "changed": splits.changed, **config.load_options()}
-        return made, weights.load_weights(task.model, config.load_weight, **options)
+        options = {"vocabulary": splits.vocabulary, "changed": splits.changed, "task": config.task}
+        options |= config.load_options()
+        with config.in_flags():
+            return made, weights.load_weights(task.model, config.load_weight, **options)
 
     def _train(
         self,
@@ -331,7 +343,7 @@ class _Program:
                 folder,
                 optimizer,
                 schedule,
-                functools.partial(weights.save_weights, vocabulary=splits.vocabulary),
+                functools.partial(weights.save_weights, vocabulary=splits.vocabulary, task=config.task),
                 command=resumed["command"] if resumed else command,
                 interrupts=interrupts,
                 resume_from=resumed,
@@ -385,11 +397,19 @@ class _Program:
         return RunFolder(config.folder(), fresh=fresh, overwrite=config.overwrite, tensorboard=config.tensorboard)
 
 
+def _shipped(config: RunConfig) -> str:
+    """How to score the trained models of this task that come with the project; "" if there are none."""
+    folders = [path.parent for path in sorted((PROJECT / "results").glob(f"*/{weights.FILE}"))]
+    ours = [os.path.relpath(folder) for folder in folders if weights.task_beside(folder / weights.FILE) == config.task]
+    others = f" (or those of {', '.join(ours[1:])})" if ours[1:] else ""
+    return f", or weights that come with it: --config {ours[0]} --load_weight {ours[0]}{others}" if ours else ""
+
+
 def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
     """What every rank has read from its own disk; `weight_file` is empty if there is none."""
     digests = {"data": splits.sha256, "vocabulary": splits.vocabulary}
     if weight_file:
-        digests["weights"] = serialization.sha256_of_file(weight_file)
+        digests["weights"] = serialization.sha256_of_file(weights.locate(weight_file))
     facts = {f"{name} sha256": f"{digest[:16]}…" for name, digest in digests.items() if digest}
     return {"data sizes": splits.sizes, **facts}
 

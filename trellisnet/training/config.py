@@ -24,7 +24,7 @@ import torch
 
 from trellisnet import ops, serialization
 from trellisnet.data import PROJECT
-from trellisnet.errors import NAME, UserError, shown
+from trellisnet.errors import NAME, ArgumentError, UserError, shown
 
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -50,6 +50,7 @@ class RunConfig:
     task: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
     default_data: ClassVar[str] = ""  # folder in the project
+    data_settings: ClassVar[tuple[str, ...]] = ("data",)  # what decides what ids, or places, stand for
     # What to do now, not what to compute: taken from the command line only, never kept with a run.
     process: ClassVar[frozenset[str]] = frozenset(
         {"config", "out", "resume", "overwrite", "load", "eval", "metrics", "download"}
@@ -66,12 +67,12 @@ class RunConfig:
 
     name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
     preset: str = setting("default", "named settings to start from")
-    config: str = setting("", "JSON file of settings, e.g. the config.json of a run; flags override it")
+    config: str = setting("", "JSON file of settings, or a run's folder with its config.json; flags override it")
     out: str = setting("", "folder of the run")
     resume: str = setting("", "continue the run in --out (or from FILE)")
     overwrite: bool = setting(False, "delete an earlier run in the folder")
     load: str = setting("", "refused: a pickled model can run code; use --load_weight")
-    load_weight: str = setting("", "start from weights in the authors' layout (.pkl)")
+    load_weight: str = setting("", "start from weights in the authors' layout (.pkl), or from those in a run's folder")
     eval: bool = setting(False, "only score the validation and test data")
     metrics: str = setting("", "write one JSON object with the results to FILE")
 
@@ -283,6 +284,36 @@ class RunConfig:
     def load_options(self) -> dict[str, Any]:
         """Further arguments for `weights.load_weights`."""
         return {}
+
+    @contextlib.contextmanager
+    def in_flags(self) -> Iterator[None]:
+        """Where the library names arguments to pass, name the flags that stand for them."""
+        try:
+            yield
+        except ArgumentError as e:
+            known = {field.name for field in dataclasses.fields(self)}
+            if not known.issuperset(self.settings_of(e.arguments)):
+                raise UserError(f"{e.line}, which no flag of {self.task} does") from e
+            raise UserError(e.advise(self.flags(e.arguments))) from e
+
+    def flags(self, arguments: dict[str, Any]) -> str:
+        """Flags for arguments of the library, `...` being a value that only the user knows."""
+        words, unknown = [], []
+        for name, value in self.settings_of(arguments).items():
+            flag = flag_of(self, name)
+            if value is ...:
+                unknown.append(f"the {flag}")
+            elif isinstance(value, bool):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                values = value if isinstance(value, list) else [0 if value is None else value]
+                words += [flag, *map(str, values)]
+        return " ".join(words) + (f"{' and '.join(unknown)} that it was trained with" if unknown else "")
+
+    def settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The settings that stand for arguments of the library."""
+        found = dict(arguments)
+        return found | dict.fromkeys(self.data_settings, found.pop("data")) if "data" in found else found
 
     def folder(self) -> Path:
         """The run folder: what the user typed, or runs/<task>/<name> in the project."""

@@ -28,6 +28,7 @@ from trellisnet.training.tasks import LanguageModeling
 class LanguageModelConfig(NetworkConfig):
     """Settings that the language models share, under the authors' names."""
 
+    data_settings: ClassVar = ("data", "vocab_order")
     token: ClassVar[str] = "words"  # what the vocabulary holds
     process: ClassVar[frozenset[str]] = NetworkConfig.process | frozenset(
         "cache cache_tune dynamic_eval dynamic_eval_tune dynamic_eval_rule dynamic_eval_lr dynamic_eval_decay".split()

@@ -20,6 +20,11 @@ MOST_LAYERS = 100_000  # far beyond any use; lists with an entry per layer stay 
 TRELLISNET = "trellisnet"
 MODELS = (TRELLISNET, *(network.model_name for network in (AWDLSTM, TCN, RHN, SparseStack)))
 
+# Settings that stand for arguments of the library under another name.
+SETTINGS = {
+    "weight_norm": "wnorm", "embedding_size": "emsize", "output_size": "nout", "hidden_size": "nhid",
+    "kernel_size": "ksize", "kernel_groups": "mixed_group", "network": "model",
+}  # fmt: skip
 # Settings that a network does not read. With another value than the preset's they would be ignored in silence.
 _TRELLIS = frozenset("dilation wnorm temporalwdrop activation mixed_group inject_every recompute aux".split())
 _SPARSE = frozenset("sparse_mode sparse_fract".split())
@@ -103,6 +108,17 @@ class NetworkConfig(RunConfig):
         self.check_rates("dropouth", "wdrop")
         if min(self.dilation, default=0) < 1:
             raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
+
+    def settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        found = super().settings_of(arguments)
+        if "hidden_size" in found and self.model == TRELLISNET:  # all channels, of which `nhid` leaves out the output's
+            own = self.channels() - self.nhid
+            found["hidden_size"] -= found.get("output_size", own)
+            if found["hidden_size"] == self.nhid:
+                del found["hidden_size"]
+        if "network" in found:
+            found["network"] = getattr(found["network"], "model_name", TRELLISNET)
+        return {SETTINGS.get(name, name): value for name, value in found.items()}
 
     def core_options(self) -> dict[str, Any]:
         """The class of the core, `network`, and its keywords.
