@@ -131,8 +131,13 @@ def weight_targets(folder: Path) -> Iterator[Target]:
 def checkpoint_targets(folder: Path) -> Iterator[Target]:
     """Checkpoints by themselves, read and mapped."""
     torch.manual_seed(1)
-    content = dict.fromkeys(checkpoint._KEYS) | {"model": {"w": torch.randn(30, 30)}, "step": 7}
-    content |= {"rng": checkpoint.rng_state(), "carry": (torch.randn(4, 9), torch.randn(4, 9)), "settings": {"lr": 2.0}}
+    content = {
+        "task": None, "settings": {"lr": 2.0}, "command": "", "data": ["", 1, 2, 3, None], "average": None,
+        "model": {"w": torch.randn(30, 30)}, "optimizer": {"state": {}, "param_groups": []},
+        "schedule": {"lr": 1.0, "history": [], "averaging": False}, "epoch": 0, "batch": 0, "step": 7,
+        "carry": (torch.randn(4, 9), torch.randn(4, 9)), "best": None, "seconds": 0.0, "running": {}, "skipped": 0,
+        "rng": checkpoint.rng_state(), "rng_others": [],
+    }  # fmt: skip
     for mmap in (False, True):
         path = folder / f"checkpoint-{mmap}.pt"
         checkpoint.save(path, content)

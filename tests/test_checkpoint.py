@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +22,14 @@ from trellisnet.training import checkpoint
 
 
 def content(**changes):
-    return {
-        **dict.fromkeys(checkpoint._KEYS),
-        "model": {"w": torch.arange(3)},
-        "rng": checkpoint.rng_state(),
-        **changes,
-    }
+    """A checkpoint of nothing much."""
+    plain = {
+        "task": "word_ptb", "settings": {}, "command": "", "data": ["abc", 1, 2, 3, None], "average": None,
+        "optimizer": {"state": {}, "param_groups": []}, "schedule": {"lr": 1.0, "history": [], "averaging": False},
+        "epoch": 0, "batch": 0, "carry": None, "step": 0, "best": None, "seconds": 0.0, "running": {}, "skipped": 0,
+        "rng_others": [],
+    }  # fmt: skip
+    return {**plain, "model": {"w": torch.arange(3)}, "rng": checkpoint.rng_state(), **changes}
 
 
 def test_round_trip_and_format(tmp_path):
@@ -60,18 +63,20 @@ VALUES = {
 
 
 def test_any_content_comes_back_and_has_the_same_sum(tmp_path):
-    whole = content(model=OrderedDict(VALUES), settings=VALUES)
+    tensors = {name: value for name, value in VALUES.items() if isinstance(value, torch.Tensor)}
+    whole = content(model=OrderedDict(tensors), settings=VALUES)
     checkpoint.save(tmp_path / "last.pt", whole)
     for mmap in (False, True):
         loaded = checkpoint.load(tmp_path / "last.pt", mmap=mmap)
         assert checkpoint.sha256_of(loaded) == checkpoint.sha256_of(whole)
         for name, value in VALUES.items():
-            assert type(loaded["model"][name]) is type(value)
+            assert type(loaded["settings"][name]) is type(value)
             if isinstance(value, torch.Tensor):
-                assert loaded["model"][name].dtype == value.dtype
+                assert loaded["settings"][name].dtype == loaded["model"][name].dtype == value.dtype
+                assert torch.equal(loaded["settings"][name], value)
                 assert torch.equal(loaded["model"][name], value)
             else:
-                assert loaded["model"][name] == value
+                assert loaded["settings"][name] == value
 
 
 def test_every_change_changes_the_sum():
@@ -175,16 +180,17 @@ def test_numbers_that_are_not_finite_are_found_anywhere(value):
 MEMORY = """
 import sys
 import torch
+from test_checkpoint import content as new
 from trellisnet.training import checkpoint
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-content = dict.fromkeys(checkpoint._KEYS)
+content = new()
 checkpoint.save(sys.argv[1], content)
 checkpoint.load(sys.argv[1])
 before = peak()
-content["model"] = [torch.ones(10_000_000) for _ in range(4)]
+content["model"] = {str(i): torch.ones(10_000_000) for i in range(4)}
 print(peak() - before)
 checkpoint.save(sys.argv[1], content)
 print(peak() - before)
@@ -197,7 +203,8 @@ print(peak() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the kernel's count of memory")
 def test_writing_and_reading_need_no_second_copy(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "file")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     tensors, saved, loaded = map(int, done.stdout.split())
     assert 150_000 < tensors <= saved <= loaded < tensors + 40_000
 
@@ -336,3 +343,47 @@ def test_a_system_that_cannot_sync_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse)
     serialization.sync_folder(tmp_path)
     serialization.sync_folder(tmp_path / "nowhere")
+
+
+def rng(**changes):
+    return checkpoint.rng_state() | changes
+
+
+numpy_state, python_state = rng()["numpy"], rng()["python"]
+WRONG = {
+    "task": [7], "settings": [None, [], {1: 2}], "command": [None, 7], "data": [None, [], ["abc", 1, 2], [1, 2, 3, 4]],
+    "model": [None, {"w": "x"}, {1: torch.ones(1)}], "average": [7, {"w": 1.0}],
+    "optimizer": [None, {}, {"state": [], "param_groups": []}, {"state": {0: {"step": "x"}}, "param_groups": []}],
+    "schedule": [
+        None, {"lr": 1.0}, {"lr": "x", "history": [], "averaging": False},
+        {"lr": math.inf, "history": [], "averaging": False}, {"lr": 1.0, "history": ["x"], "averaging": False},
+        {"lr": 1.0, "history": [], "averaging": 7},
+    ],
+    "epoch": [math.inf, 1.0, -1, None, "1", True], "batch": [2**70, -1], "step": [2**70, math.nan], "skipped": [None],
+    "carry": [7, [7], [torch.ones(2, dtype=torch.int64)], [torch.tensor([math.nan])]],
+    "best": [7, {}, {"epoch": math.inf, "valid": None}, {"epoch": 1, "valid": 7}],
+    "seconds": [math.nan, math.inf, None, "x"], "running": [None, {"loss": "x"}, {"loss": math.inf}],
+    "rng": [
+        None, torch.ones(3), {}, rng(torch="x"), rng(torch=torch.ones(3)), rng(torch=torch.ones(3).byte()), rng(cuda=7),
+        rng(numpy=None), rng(numpy=["PCG64", *numpy_state[1:]]), rng(numpy=[numpy_state[0], torch.ones(3), 0, 0, 0.0]),
+        rng(numpy=[*numpy_state[:2], 10**9, 0, 0.0]), rng(numpy=[*numpy_state[:3], "x", 0.0]), rng(python=7),
+        rng(python=(3, (1, 2), None)), rng(python=(*python_state[:2], "x")),
+        rng(python=(3, (*python_state[1][:-1], 2**70), None)),
+    ],
+    "rng_others": [None, 7, [None], [rng(), torch.ones(3)]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_values_of_wrong_type_or_range_are_named(tmp_path, key):
+    for value in WRONG[key]:
+        checkpoint.save(tmp_path / "last.pt", content(**{key: value}))
+        with pytest.raises(UserError, match=rf"last.pt: a corrupt checkpoint \({key}: wrong type or value\)"):
+            checkpoint.load(tmp_path / "last.pt")
+
+
+def test_trying_random_states_draws_nothing(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", content())
+    before = checkpoint.sha256_of(checkpoint.rng_state())
+    checkpoint.load(tmp_path / "last.pt")
+    assert checkpoint.sha256_of(checkpoint.rng_state()) == before

@@ -45,7 +45,7 @@ class Regression:
         return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
 
     def loss(self, x, state=None):
-        self.calls += 1
+        self.calls += torch.is_grad_enabled()  # of training steps
         loss = self._error(x) + (0 if state is None else 0 * state[0].sum())
         carry = x[-1]
         if self.calls in self.spoil_at:
@@ -447,3 +447,63 @@ def test_numbers_have_their_nouns():
     assert counted(0, "threads") == "0 threads"
     assert counted(1, "steps an epoch") == "1 step an epoch"
     assert counted(1234, "tokens") == "1,234 tokens"
+
+
+def damage(path, change):
+    """Change a checkpoint, whose sum is right afterwards."""
+    content = checkpoint.load(path)
+    change(content)
+    checkpoint.save(path, content)
+
+
+UNFIT = {
+    "more batches than there are": (lambda c: c.update(batch=7), "batch 7 of an epoch of 6"),
+    "a tensor of another shape": (
+        lambda c: c["model"].update({"0.bias": torch.ones(9).double()}), "other weights than this model's: 0.bias"
+    ),
+    "a tensor of another type": (
+        lambda c: c["model"].update({"0.bias": c["model"]["0.bias"].int()}), "other weights than this model's: 0.bias"
+    ),
+    "a missing tensor": (lambda c: c["model"].pop("2.weight"), "other weights than this model's: 2.weight"),
+    "an infinite weight": (lambda c: c["model"]["0.bias"].fill_(math.inf), "weights that are not finite"),
+    "a state of another shape": (
+        lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "state has other entries or shapes"
+    ),
+    "a state without an entry": (
+        lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "state has other entries or shapes"
+    ),
+    "a state that is not finite": (
+        lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "the optimiser's state is not finite"
+    ),
+    "a setting that is a text": (
+        lambda c: c["optimizer"]["param_groups"][0].update(eps="x"), "eps of the optimiser is 'x'"
+    ),
+    "no groups": (lambda c: c["optimizer"].update(param_groups=[]), "parameter groups"),
+    "no losses": (lambda c: c.update(running={}), "loss"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, name):
+    change, reason = UNFIT[name]
+    run(tmp_path / "run", max_steps=8, optim="Adam")
+    damage(tmp_path / "run" / "last.pt", change)
+    with pytest.raises(UserError, match=f"the checkpoint does not fit this run, or is damaged .*{reason}") as raised:
+        run(tmp_path / "run", resume="last.pt", optim="Adam")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("valid", [{}, {"loss": "x", "rmse": 1.0, "points": 20}, {"loss": 1.0, "rmse": 1.0}])
+def test_a_best_result_that_cannot_be_compared_is_named(tmp_path, valid):
+    run(tmp_path / "run", max_steps=8)
+    for name in ("last.pt", "best.pt"):
+        damage(tmp_path / "run" / name, lambda content: content["best"].update(valid=valid))
+    with pytest.raises(UserError, match="the checkpoint does not fit this run, or is damaged"):
+        run(tmp_path / "run", resume="last.pt")
+
+
+def test_best_weights_that_do_not_fit_are_named_before_training(tmp_path):
+    run(tmp_path / "run", max_steps=8)
+    damage(tmp_path / "run" / "best.pt", lambda content: content.update(average={"w": torch.ones(1)}))
+    with pytest.raises(UserError, match=r"best.pt: a corrupt checkpoint \(other weights than this model's: 0.bias\)"):
+        run(tmp_path / "run", resume="last.pt")

@@ -27,8 +27,10 @@ Format 1 differs from it in this: its content is what torch.save makes of this d
 
 import hashlib
 import io
+import math
 import os
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,10 +42,96 @@ from trellisnet.serialization import sha256_of
 
 FORMAT = 2
 WHAT = "a checkpoint of a run (last.pt or best.pt)"
-_KEYS = frozenset(
-    """task settings command data model average optimizer schedule epoch batch carry step best seconds running
-    skipped rng rng_others""".split()
-)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+def _is_table(value: Any, of: Callable[[Any], bool] = lambda _: True) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and of(item) for key, item in value.items())
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(of, value))
+
+
+def _is_data(value: Any) -> bool:
+    if not isinstance(value, list) or not 4 <= len(value) <= 5:  # older ones end before the vocabulary
+        return False
+    return isinstance(value[0], str) and _is_list(value[1:4], _is_count) and isinstance(value[-1], str | int | None)
+
+
+def _is_optimizer(value: Any) -> bool:
+    if not _is_table(value) or not {"state", "param_groups"} <= value.keys() or not isinstance(value["state"], dict):
+        return False
+    entry = lambda v: v is None or _is_number(v) or isinstance(v, bool) or _is_tensor(v)  # noqa: E731
+    states = all(_is_count(key) and _is_table(state, entry) for key, state in value["state"].items())
+    return states and _is_list(value["param_groups"], _is_table)
+
+
+def _is_schedule(value: Any) -> bool:
+    if not _is_table(value) or not {"lr", "history", "averaging"} <= value.keys():
+        return False
+    fits = _is_number(value["lr"]) and value["lr"] >= 0 and isinstance(value["averaging"], bool)
+    return fits and _is_list(value["history"], _is_number)
+
+
+def _is_carry(value: Any) -> bool:
+    finite = lambda part: _is_tensor(part) and part.is_floating_point() and serialization.all_finite(part)  # noqa: E731
+    return value is None or _is_list(value, finite)
+
+
+def _is_best(value: Any) -> bool:
+    if value is None:
+        return True
+    if not _is_table(value) or not {"epoch", "valid"} <= value.keys():
+        return False
+    return _is_count(value["epoch"]) and (value["valid"] is None or _is_table(value["valid"]))
+
+
+def _is_rng_state(value: Any) -> bool:
+    """Whether :func:`set_rng_state` can take it; tried on other generators."""
+    try:
+        torch.Generator().set_state(value["torch"])
+        if not _is_list(value["cuda"], lambda state: _is_tensor(state) and state.dtype == torch.uint8):
+            return False
+        state = _numpy_state(value)
+        if not _is_count(state[2]) or state[2] > len(state[1]):
+            return False
+        np.random.RandomState().set_state(state)
+        random.Random().setstate(_python_state(value))
+        return value["python"][2] is None or _is_number(value["python"][2])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
+        return False
+
+
+# What a value of the layout must be like.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "task": lambda v: isinstance(v, str | None),
+    "settings": _is_table,
+    "command": lambda v: isinstance(v, str),
+    "data": _is_data,
+    "model": lambda v: _is_table(v, _is_tensor),
+    "average": lambda v: v is None or _is_table(v, _is_tensor),
+    "optimizer": _is_optimizer,
+    "schedule": _is_schedule,
+    **dict.fromkeys(("epoch", "batch", "step", "skipped"), _is_count),
+    "carry": _is_carry,
+    "best": _is_best,
+    "seconds": _is_number,
+    "running": lambda v: _is_table(v, _is_number),
+    "rng": _is_rng_state,
+    "rng_others": lambda v: _is_list(v, _is_rng_state),
+}
 
 
 def rng_state() -> dict[str, Any]:
@@ -62,15 +150,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(_numpy_state(state))
+    random.setstate(_python_state(state))
+
+
+def _numpy_state(state: dict[str, Any]) -> tuple[Any, ...]:
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    return name, keys.numpy().astype(np.uint32), *rest
+
+
+def _python_state(state: dict[str, Any]) -> tuple[Any, ...]:
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    return version, tuple(internal), gauss
 
 
 def save(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write a checkpoint atomically; `content` has all keys of the layout."""
-    assert content.keys() == _KEYS, f"checkpoint keys differ from the layout: {content.keys() ^ _KEYS}"
+    assert content.keys() == _FITS.keys(), f"checkpoint keys differ from the layout: {content.keys() ^ _FITS.keys()}"
     serialization.save(path, {"format": FORMAT, "sha256": sha256_of(content), "content": content})
 
 
@@ -106,10 +202,12 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
     content.setdefault("task", None)
     content.setdefault("skipped", 0)
     content.setdefault("rng_others", [])
-    if content.keys() != _KEYS:
-        raise UserError(
-            f"{path}: not {WHAT}, or a damaged one (keys {shown(sorted(content.keys() ^ _KEYS, key=repr), NAME)})"
-        )
+    if content.keys() != _FITS.keys():
+        differ = shown(sorted(content.keys() ^ _FITS.keys(), key=repr), NAME)
+        raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {differ})")
+    for key, fits in _FITS.items():
+        if not fits(content[key]):
+            raise UserError(f"{path}: a corrupt checkpoint ({key}: wrong type or value)")
     return content
 
 

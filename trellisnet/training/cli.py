@@ -467,10 +467,7 @@ def _newest(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _is_ahead(later: dict[str, Any], content: dict[str, Any]) -> bool:
     """Whether the one checkpoint was written after the other."""
-    try:
-        return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
-    except TypeError:  # damaged counts are found when the checkpoint is put back
-        return False
+    return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
 
 
 def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) -> None:
@@ -504,8 +501,6 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
         owner = content["task"]
         command = runnable(f"{owner}/train.py", ["--resume", str(path)])
         raise UserError(f"{path}: is of a run of {owner}; continue it with {command}")
-    if not isinstance(content["settings"], dict):
-        raise UserError(f"{path}: a damaged checkpoint (settings are no table)")
     settings = check_settings(cls, content["settings"], f"{path}")
     _check_config(path.with_name("config.json"), settings, cls)
     kept = from_settings(cls, settings)  # with today's defaults for what an earlier version did not know

@@ -14,13 +14,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trellisnet import serialization
-from trellisnet.errors import RunError, UserError, counted
+from trellisnet.errors import RunError, UserError, counted, shown
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
 from trellisnet.training.distributed import Gradient, Ranks, Told
 from trellisnet.training.graphs import CUDARecorder, Recorded
 from trellisnet.training.interrupts import Interrupted, Interrupts
-from trellisnet.training.optim import EMA, Schedule, averaged, averages, make_averaging, put
+from trellisnet.training.optim import (
+    EMA,
+    Schedule,
+    averaged,
+    averages,
+    check_state,
+    make_averaging,
+    make_optimizer,
+    put,
+)
 from trellisnet.training.runlog import NoFolder, RunFolder
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
@@ -360,6 +369,10 @@ class Trainer:
         self.best = content["best"]
         if self.best is not None and self.ranks.first:
             self._load_best()
+            if (valid := self.best["valid"]) is not None:  # what will be asked of it
+                score_line(self.task, "valid", valid)
+                self.task.is_better(valid, valid)
+        self._check_weights(content["model"])
         if self.ema is not None and content["average"] is not None:
             self.task.model.load_state_dict(content["average"])
             self.ema.update()  # the first one copies
@@ -370,17 +383,37 @@ class Trainer:
         if self.schedule.averaging:
             self.optimizer = make_averaging(self.task.model.parameters(), self.config)
         self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch, self.batch, self.step = (int(content[key]) for key in ("epoch", "batch", "step"))
+        make = make_averaging if self.schedule.averaging else make_optimizer
+        check_state(self.optimizer, lambda parameters: make(parameters, self.config))
+        self.epoch, self.batch, self.step = (content[key] for key in ("epoch", "batch", "step"))
         self.lr = self.schedule.rate(max(self.step - 1, 0))
         device = next(self.task.model.parameters()).device
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(self.ranks.part(part).to(device) for part in carry)
+        self._check_place()
         running = dict(content["running"])
         running["count"] = running.pop("tokens", None) or running.get("count", 0)  # its name in older checkpoints
         self.running = {name: float(running[name]) for name in self.running}
-        self.seconds_before = float(content["seconds"])
-        self.skipped = int(content["skipped"])
+        self.seconds_before, self.skipped = content["seconds"], content["skipped"]
         self._restore_rng([content["rng"], *content["rng_others"]])
+
+    def _check_weights(self, weights: dict[str, Tensor]) -> None:
+        """Raise ValueError unless these are weights of the model, and finite."""
+        kinds = [{name: (t.shape, t.dtype) for name, t in w.items()} for w in (self.task.model.state_dict(), weights)]
+        if kinds[0] != kinds[1]:
+            names = sorted(name for name in {**kinds[0], **kinds[1]} if kinds[0].get(name) != kinds[1].get(name))
+            raise ValueError(f"other weights than this model's: {shown(names[0])}")
+        if not all(map(serialization.all_finite, weights.values())):
+            raise ValueError("weights that are not finite")
+
+    def _check_place(self) -> None:
+        """Raise ValueError unless the epoch has as many batches, and the carried state fits the next one."""
+        batches = self.task.batches(self.splits.train, self.epoch)
+        if self.batch > len(batches):
+            raise ValueError(f"batch {self.batch} of an epoch of {len(batches)}")
+        if self.carry is not None:
+            with torch.no_grad():
+                self.task.loss(*map(self.ranks.part, batches[min(self.batch, len(batches) - 1)]), state=self.carry)
 
     def _restore_rng(self, states: list[dict[str, Any]]) -> None:
         ranks = self.ranks
@@ -429,6 +462,10 @@ class Trainer:
         # Under each other's names their sums are right, but the weights are not the best.
         if (best["epoch"], best["batch"]) != (self.best["epoch"], 0):
             raise UserError(f"{path}: was not written at the end of its epoch; put the files back under their names")
+        try:
+            self._check_weights(best["average"] or best["model"])
+        except ValueError as e:
+            raise UserError(f"{path}: a corrupt checkpoint ({e})") from e
         return best
 
     def _stopped(self) -> bool:

@@ -1,6 +1,7 @@
 """The optimiser, averages of the weights and the learning-rate schedule."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from trellisnet.errors import UserError
+from trellisnet.serialization import all_finite
 from trellisnet.training.config import RunConfig
 
 FIRST_PLATEAU = 5  # epochs before the first that can be one by `recent`
@@ -48,6 +50,45 @@ def _try(cls: type[torch.optim.Optimizer], like: Tensor, options: dict[str, floa
     cls([probe], **options).step()
     if not probe.isfinite().all():
         raise ValueError("an update is not a finite number")
+
+
+def check_state(optimizer: torch.optim.Optimizer, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+    """Compare settings and state that were loaded into an optimiser with those of a new one after a step.
+
+    Args:
+        optimizer: the one that was loaded.
+        make: makes a new one of the same kind for given parameters.
+
+    Raises:
+        ValueError: an entry is missing, of another type or shape, or not finite.
+    """
+    for group in optimizer.param_groups:
+        for p in filter(optimizer.state.__contains__, group["params"]):
+            probe = nn.Parameter(torch.zeros_like(p))  # one at a time, to save memory
+            probe.grad = torch.zeros_like(p)
+            fresh = make([probe])
+            fresh.step()
+            for name, value in fresh.param_groups[0].items():
+                if name != "params" and _kind(group.get(name, value)) != _kind(value):
+                    raise ValueError(f"{name} of the optimiser is {group[name]!r:.40}")
+            ours, theirs = fresh.state[probe], optimizer.state[p]
+            if _shapes(ours) != _shapes(theirs):
+                raise ValueError("the optimiser's state has other entries or shapes")
+            if not all(all_finite(v) for v in theirs.values() if isinstance(v, Tensor)):
+                raise ValueError("the optimiser's state is not finite")
+
+
+def _kind(value: Any) -> Any:
+    """The kind of an optimiser's setting: all numbers are of one kind, and so are flags and None."""
+    if isinstance(value, tuple | list):
+        return [_kind(item) for item in value]
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return float if math.isfinite(value) else value
+    return bool if value is None else type(value)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.shape if isinstance(v, Tensor) else float for k, v in state.items() if v is not None}
 
 
 def make_averaging(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.ASGD:
