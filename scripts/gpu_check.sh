@@ -1,22 +1,47 @@
 #!/usr/bin/env bash
-# Check on a CUDA device what cannot be checked without one. Fails loudly: without a device, and at the first error.
-# usage: bash scripts/gpu_check.sh [tests | bench | memory | bench_all | train]...     default: tests
+# Check and time on a CUDA device what cannot be checked without one, and train on it.
+# usage: bash scripts/gpu_check.sh [PART]...     default: tests
 #
-# A first session of half an hour on one H200, in this order (minutes are estimates):
-#   bash scripts/gpu_check.sh tests     6   versions and device; reference = fused = Triton in fp32, tf32 and bf16; streams;
-#                                           heads; resume bit for bit with --deterministic; graph = no graph; weights from
-#                                           device to device; the quick benchmark. Compiles the kernels, ten seconds.
-#   bash scripts/gpu_check.sh bench     6   word_ptb (paper) and pmnist at their real shapes: speed and share of the matrix
-#                                           peak; gates by Triton and by torch side by side
-#   bash scripts/gpu_check.sh memory    4   of word_ptb: every variant in a process of its own
-#   bash scripts/gpu_check.sh bench_all 6   speed at the shapes of the other three tasks
-#   bash scripts/gpu_check.sh train     6   word_ptb, preset paper, 200 updates each in fp32, tf32 and bf16, with and without
-#                                           a graph: losses side by side, tokens a second
-# It needs pytest and Triton: pip install -e .[dev,triton]
+# A bare checkout is enough: nothing is installed, no network is used. Python must have torch, triton, numpy, tqdm, pytest,
+# pytest-xdist and hypothesis. Every command of a part has a time limit; whatever becomes of it, the next one runs. After
+# each of them all results are packed into one file, OUT.tar. SIGTERM, SIGINT and SIGHUP end the command that runs, which
+# then leaves what it has, a training its checkpoint.
+#
+# PART        minutes on an H100 (estimates), and what it does
+#   short       5  look, tests, profile: within 300 seconds altogether
+#   look        1  word_ptb, preset paper, bf16: 100 updates with and without a graph
+#   tests       2  reference = fused = Triton in fp32, tf32 and bf16; streams; heads; resume bit for bit with
+#                  --deterministic; graph = no graph; weights from device to device; the quick benchmark
+#   profile     2  replayed steps of five configurations, and the kernels of one step of each
+#   sweep       1  two of these steps with other blocks and warps of the gate kernels
+#   bench       6  word_ptb (paper) and pmnist at their real shapes: speed and share of the matrix peak; gates by Triton
+#                  and by torch side by side
+#   memory      4  of word_ptb: every variant in a process of its own
+#   bench_all   6  speed at the shapes of the other three tasks
+#   train       6  word_ptb, preset paper, 200 updates each in fp32, tf32 and bf16, with and without a graph
+#   pixels      5  permuted MNIST: 11 layers of 500 channels, 30 epochs
+#   words       9  word_ptb: 10 layers, then from their weights the 55 of the preset paper
+#
+# A first quarter of an hour on one H100:
+#   carry       the checkout with data/penn and data/mnist, which git ignores; no .venv
+#   minute  0   bash scripts/gpu_check.sh short      first its lines "look": a run must name triton gates and CUDA graph,
+#                                                    the tests must pass, a step should take some 20 ms (word_ptb)
+#   minute  5   bash scripts/gpu_check.sh pixels     or sweep, if the kernels of profile say that gates cost most
+#   minute 10   BUDGET=240 bash scripts/gpu_check.sh words
+#   bring back  OUT.tar; `split -b 15M runs/gpu.tar runs/gpu.tar.` cuts it into pieces, and cat joins them. Runs with their
+#               checkpoints stay in RUNS: train.py --resume continues one that was cut short.
+#
+# Exit code: 0 all passed; 1 something failed or ran into its time limit (summary.txt says what); 2 no usable device or an
+# unknown part; 129, 130 or 143 after a signal.
 # Environment:
-#   PYTHON  which Python; default: that of .venv if it is there, else python3. Nothing is installed.
-#   OUT     folder of logs and results; default: runs/gpu
-#   DATA    folder of the Penn Treebank; default: data/penn if it is there, else a synthetic corpus
+#   PYTHON   which Python; default: that of .venv if it is there, else python3
+#   OUT      folder of logs and results; default: runs/gpu
+#   RUNS     folder of the runs that are trained; default: runs/gpu_runs
+#   BUDGET   seconds for all parts together; default: 300 for short, else no limit but those of the commands
+#   DATA     folder of the Penn Treebank; default: data/penn if it is there, else a synthetic corpus
+#   IMAGES   folder of MNIST; default: data/mnist if it is there, else drawings
+#   MORE     further flags of every training, e.g. "--max_steps 20"
+#   WORKERS  processes of the tests; default: 8
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,92 +52,233 @@ if [ -z "$PY" ]; then
     if [ -x .venv/bin/python ]; then PY=.venv/bin/python; fi
 fi
 OUT="${OUT:-runs/gpu}"
-mkdir -p "$OUT"
+OUT="${OUT%/}"
+RUNS="${RUNS:-runs/gpu_runs}"
 export PYTHONPATH="$ROOT" PYTHONUNBUFFERED=1
-DATA="${DATA:-data/penn}"
-if [ ! -f "$DATA/train.txt" ]; then
-    echo "no $DATA/train.txt: training is checked on a synthetic corpus, whose vocabulary is small" >&2
-    DATA=synthetic
-fi
+PARTS=(short look tests profile sweep bench memory bench_all train pixels words)
 
-versions() {
-    "$PY" - <<'END'
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+if [ $# = 0 ]; then set -- tests; fi
+for part in "$@"; do
+    case " ${PARTS[*]} " in
+    *" $part "*) ;;
+    *) refuse "expected one of ${PARTS[*]}, got $part" ;;
+    esac
+done
+BUDGET="${BUDGET:-}"
+if [ -z "$BUDGET" ] && [ "$*" = short ]; then BUDGET=300; fi
+[[ "${BUDGET:-1}" =~ ^[1-9][0-9]*$ ]] || refuse "BUDGET: expected a number of seconds, got $BUDGET"
+
+# The device first, in one line if it cannot be used.
+found="$(timeout 120 "$PY" - 2>&1 <<'END'
 import importlib.util, platform, sys
+
+
+def need(*names):
+    if missing := [name for name in names if not importlib.util.find_spec(name)]:
+        sys.exit(f"error: {sys.executable} has no {', '.join(missing)}; name another Python with PYTHON=...")
+
+
+need("torch", "numpy", "tqdm")
 import torch
 
 if not torch.cuda.is_available():
     sys.exit("error: no CUDA device; nothing was checked")
-p = torch.cuda.get_device_properties(0)
-print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-      f"cuDNN {torch.backends.cudnn.version()}")
-print(f"{torch.cuda.device_count()} x {p.name}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} "
-      f"multiprocessors, compute capability {p.major}.{p.minor}")
-if importlib.util.find_spec("triton") is None:
-    sys.exit("error: no Triton; pip install triton")
+need("triton")
 import triton
 
-print(f"triton {triton.__version__}")
+p = torch.cuda.get_device_properties(0)
+print(f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+      f"cuDNN {torch.backends.cudnn.version()}, triton {triton.__version__}")
+print(f"{torch.cuda.device_count()} x {p.name}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} "
+      f"multiprocessors, compute capability {p.major}.{p.minor}")
 END
+)" || {
+    last="$(tail -n 1 <<<"$found")"
+    case "$last" in
+    "error: "*) refuse "${last#error: }" ;;
+    *) refuse "$PY cannot use the device (${last:-no answer in two minutes}); nothing was checked" ;;
+    esac
+}
+mkdir -p "$OUT" "$RUNS"
+echo "$found" | tee "$OUT/versions.txt"
+echo "# $(date -u '+%Y-%m-%d %H:%M:%S') $*" >>"$OUT/summary.txt"
+if command -v nvidia-smi >/dev/null; then timeout 30 nvidia-smi >"$OUT/nvidia-smi.txt" 2>&1 || true; fi
+
+DATA="${DATA:-data/penn}"
+if [ ! -f "$DATA/train.txt" ]; then
+    echo "no $DATA/train.txt: word_ptb is trained on a synthetic corpus, whose vocabulary is small" >&2
+    DATA=synthetic
+fi
+IMAGES="${IMAGES:-data/mnist}"
+if ! compgen -G "$IMAGES/train-images-idx3-ubyte*" >/dev/null; then
+    echo "no $IMAGES/train-images-idx3-ubyte: pmnist is trained on drawings" >&2
+    IMAGES=synthetic
+fi
+
+child=     # what runs now
+stopped=0  # exit code after a signal
+failed=()
+end() {
+    stopped="$1"
+    if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; fi # timeout passes it on to the whole command
+}
+trap 'end 129' HUP
+trap 'end 130' INT
+trap 'end 143' TERM
+
+note() { # note NAME VERDICT: "passed" or what went wrong
+    echo "== $1: $2" | tee -a "$OUT/summary.txt"
+    if [ "${2%%,*}" != passed ]; then failed+=("$1"); fi
+    pack
+}
+
+pack() { # all results in one file, which is never half written
+    if ! { tar -cf "$OUT.tar.part" -C "$(dirname "$OUT")" "$(basename "$OUT")" && mv "$OUT.tar.part" "$OUT.tar"; }; then
+        echo "error: $OUT.tar could not be written" >&2
+    fi
+}
+
+step() { # step SECONDS NAME COMMAND...: run it with its time limit, keep what it prints, show the end of that
+    local limit=$1 name=$2 begin=$SECONDS code=0 verdict
+    shift 2
+    if [ "$stopped" != 0 ]; then return; fi
+    if [ -n "$BUDGET" ] && ((limit > BUDGET - SECONDS)); then limit=$((BUDGET - SECONDS)); fi
+    if ((limit < 1)); then
+        note "$name" "left out, no time"
+        return
+    fi
+    echo "== $name: at most $limit s"
+    timeout --kill-after=20 "$limit" "$@" >"$OUT/$name.txt" 2>&1 </dev/null &
+    child=$!
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal came, and the command is about to end
+        code=0
+        wait "$child" || code=$?
+    done
+    child=
+    case $code in
+    0) verdict=passed ;;
+    124 | 137) verdict="time limit" ;;
+    *) verdict="exit code $code" ;;
+    esac
+    if [ "$stopped" != 0 ]; then verdict=interrupted; fi
+    tail -n "${SHOWN:-6}" "$OUT/$name.txt"
+    note "$name" "$verdict, $((SECONDS - begin)) s"
+}
+
+training() { # training SECONDS NAME TASK FLAG...: train in RUNS/NAME; bring back its records, and float16 weights
+    local limit=$1 name=$2 task=$3 run="$RUNS/$2" more
+    shift 3
+    if [ "$stopped" != 0 ]; then return; fi
+    rm -rf "${run:?}"
+    read -ra more <<<"${MORE:-}"
+    step "$limit" "$name" "$PY" "$task/train.py" --device cuda --checkpoint_minutes 0 "$@" ${more[@]+"${more[@]}"} \
+        --out "$run" --metrics "$OUT/$name.metrics.json"
+    if [ ! -f "$run/log.txt" ]; then return; fi
+    for file in log.txt config.json metrics.jsonl; do cp "$run/$file" "$OUT/$name.$file"; done
+    grep ' step ' "$run/log.txt" | tail -n 3
+    pack
+}
+
+weights() { # weights NAME: bring back those of a training as well, rounded to float16
+    if [ ! -f "$RUNS/$1/weights.pkl" ]; then return; fi
+    "$PY" - "$RUNS/$1/weights.pkl" "$OUT/$1.weights.pkl" <<'END' || note "$1" "weights could not be rounded"
+import sys
+import torch
+
+tensors = torch.load(sys.argv[1], weights_only=True)
+torch.save({name: t.half() if t.dtype == torch.float32 else t for name, t in tensors.items()}, sys.argv[2])
+END
+    pack
+}
+
+short() {
+    look
+    tests
+    profile
+}
+
+look() {
+    local graph
+    for graph in on off; do
+        training 70 "look_graph_$graph" word_ptb --preset paper --precision bf16 --data "$DATA" --cuda_graph "$graph" \
+            --max_steps 100 --log-interval 20 --max_eval_tokens 2000
+    done
+    if ! grep -qs "triton gates, CUDA graph" "$OUT/look_graph_on.txt"; then
+        note look "not by Triton's gates, as the first line of look_graph_on.txt must say"
+    fi
 }
 
 tests() {
+    local xml="$OUT/tests.xml" skipped
+    rm -f "$xml"
+    step 200 tests env OMP_NUM_THREADS=2 "$PY" -m pytest -v -n "${WORKERS:-8}" --dist worksteal --maxfail 20 -W default \
+        -m "cuda or not slow" -rs --junitxml "$xml" tests/test_cuda.py tests/test_triton.py
+    if [ ! -f "$xml" ]; then return; fi
     # A test that is skipped here has not been passed.
-    "$PY" -m pytest -q --maxfail 20 -W default -m "cuda or not slow" -rs --junitxml "$OUT/tests.xml" \
-        tests/test_cuda.py tests/test_triton.py
-    "$PY" - "$OUT/tests.xml" <<'END'
-import sys
-import xml.etree.ElementTree as tree
+    skipped="$(grep -o ' skipped="[0-9]*"' "$xml" | tr -dc '0-9\n' | head -n 1)"
+    if [ "$skipped" != 0 ]; then note tests "${skipped:-all} of them skipped"; fi
+}
 
-suite = next(tree.parse(sys.argv[1]).iter("testsuite"))
-count, skipped = int(suite.get("tests")), int(suite.get("skipped"))
-if skipped or count < 40:
-    sys.exit(f"error: {skipped} of {count} tests were skipped")
-print(f"{count} tests passed")
-END
+profile() {
+    SHOWN=5 step 100 profile_times "$PY" scripts/profile_step.py times
+    SHOWN=26 step 80 profile_kernels "$PY" scripts/profile_step.py kernels
+}
+
+sweep() { SHOWN=10 step 120 sweep "$PY" scripts/profile_step.py sweep; }
+
+benchmark() { # benchmark SECONDS NAME FLAG...
+    local limit=$1 name=$2
+    shift 2
+    SHOWN=20 step "$limit" "$name" "$PY" scripts/bench.py --device cuda --json "$OUT/$name.json" "$@"
 }
 
 bench() {
-    "$PY" scripts/bench.py --device cuda --repeats 10 --tasks word_ptb pmnist --parts forward core step head \
-        --recompute 8 --no-memory --json "$OUT/bench.json"
-    "$PY" scripts/bench.py --device cuda --repeats 10 --tasks word_ptb --parts core --no-memory \
-        --json "$OUT/bench_eager_gates.json" --flags --gates eager
-    "$PY" scripts/bench.py --device cuda --repeats 3 --tasks word_ptb --parts evaluation generation --no-memory \
-        --json "$OUT/bench_evaluation.json"
+    benchmark 300 bench --repeats 10 --tasks word_ptb pmnist --parts forward core step head --recompute 8 --no-memory
+    benchmark 120 bench_eager_gates --repeats 10 --tasks word_ptb --parts core --no-memory --flags --gates eager
+    benchmark 180 bench_evaluation --repeats 3 --tasks word_ptb --parts evaluation generation --no-memory
 }
 
-memory() {
-    "$PY" scripts/bench.py --device cuda --repeats 1 --tasks word_ptb --parts step head --recompute 8 \
-        --json "$OUT/memory.json"
-}
+memory() { benchmark 400 memory --repeats 1 --tasks word_ptb --parts step head --recompute 8; }
 
-bench_all() {
-    "$PY" scripts/bench.py --device cuda --repeats 5 --tasks char_ptb wt103 cifar10 --parts core step --no-memory \
-        --json "$OUT/bench_all.json"
-}
+bench_all() { benchmark 500 bench_all --repeats 5 --tasks char_ptb wt103 cifar10 --parts core step --no-memory; }
 
 train() {
-    local precision graph name
+    local precision graph
     for precision in fp32 tf32 bf16; do
         for graph in off on; do
-            name="train_${precision}_$graph"
-            "$PY" word_ptb/train.py --preset paper --device cuda --data "$DATA" --precision "$precision" \
-                --cuda_graph "$graph" --max_steps 200 --max_eval_tokens 20000 --log-interval 20 --checkpoint_minutes 0 \
-                --out "$OUT/$name" --overwrite --metrics "$OUT/$name.json"
-            cp "$OUT/$name/log.txt" "$OUT/$name.log"
-            rm -r "${OUT:?}/$name" # hundreds of megabytes
+            training 120 "train_${precision}_$graph" word_ptb --preset paper --data "$DATA" --precision "$precision" \
+                --cuda_graph "$graph" --max_steps 200 --max_eval_tokens 20000 --log-interval 20
         done
     done
-    tail -n 4 "$OUT"/train_*.log
 }
 
-versions | tee "$OUT/versions.txt"
-for part in "${@:-tests}"; do
-    case "$part" in
-    tests | bench | memory | bench_all | train) "$part" 2>&1 | tee "$OUT/$part.txt" ;;
-    *)
-        echo "error: expected tests, bench, memory, bench_all or train, got $part" >&2
-        exit 2
-        ;;
-    esac
-    echo "passed: $part"
+pixels() {
+    training 300 pixels pmnist --data "$IMAGES" --precision bf16 --nhid 490 --batch_size 256 --lr 2e-3 --epochs 30 \
+        --decay 2 --decay_from 22 --dropouth 0.15
+    weights pixels
+}
+
+words() {
+    training 270 words_10_layers word_ptb --preset paper --data "$DATA" --precision bf16 --nlevels 10 --horizon 10 \
+        --seq_len 62 --aux_freq 5 --epochs 60
+    weights words_10_layers
+    training 270 words_55_layers word_ptb --preset paper --data "$DATA" --precision bf16 --lr 5 --epochs 10 --when 7 9 \
+        --load_weight "$RUNS/words_10_layers/weights.pkl"
+    weights words_55_layers
+}
+
+for part in "$@"; do
+    if [ "$stopped" = 0 ]; then "$part"; fi
 done
+if [ "$stopped" != 0 ]; then exit "$stopped"; fi
+if [ "${#failed[@]}" != 0 ]; then
+    echo "failed: ${failed[*]}; results in $OUT.tar" >&2
+    exit 1
+fi
+echo "passed: $*; results in $OUT.tar"

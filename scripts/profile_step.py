@@ -21,7 +21,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from trellisnet.errors import UserError
+from trellisnet.errors import RunError, UserError
 from trellisnet.ops import fused
 from trellisnet.training.cli import is_out_of_memory
 from trellisnet.training.config import Parser, RunConfig
@@ -48,13 +48,17 @@ def times(work: bench.Work, repeats: int) -> str:
 
 
 def kernels(work: bench.Work, repeats: int) -> str:
-    """The table of one step's kernels, the longest first; `repeats` has no effect."""
+    """The table of one step's kernels, the longest first; `repeats` has no effect.
+
+    Raises:
+        RunError: none was seen, as where the profiler may not use the device's counters.
+    """
     variant, on_gpu, found = bench.Variant("fused", "bf16"), work.device.type == "cuda", []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
     for _ in range(2):
         work.run("step", variant)
     bench.synchronize(work.device)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work.run("step", variant)
         bench.synchronize(work.device)
     for event in profile.key_averages():
@@ -62,6 +66,8 @@ def kernels(work: bench.Work, repeats: int) -> str:
             found.append((event.self_device_time_total / 1e3, event.count, event.key))
         elif not on_gpu:
             found.append((event.self_cpu_time_total / 1e3, event.count, event.key))
+    if not found:
+        raise RunError("the profiler saw no kernel; look in its messages above for what it lacks")
     found.sort(reverse=True)
     total = sum(milliseconds for milliseconds, *_ in found)
     lines = [f"{total:8.2f} ms in {sum(count for _, count, _ in found)} launches of {len(found)} kernels"]
@@ -147,6 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except RunError as e:
+        print(f"failed: {e}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_batches_are_made_without_constants(task, augment):
     config, _ = parse(TASKS[task][0].Config, [*SMALL[:10], *(["--augment"] if augment else [])])
     made, splits, *_ = SETUPS[task](config, torch.device("cpu"))
     batches = made.batches(splits.train)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         inputs, _ = batches[0]
     assert "aten::lift_fresh" not in {event.key for event in profile.key_averages()}
     assert inputs.shape[0] == 50
