@@ -112,7 +112,7 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
     weights, last = str(folder / "weights.pkl"), folder / "last.pt"
     code, _, err, _ = run("--eval", "--load_weight", weights, task="cifar10")
     assert code == 2
-    assert "it is of images with 1 channels and 10 classes" in err
+    assert "weights.pkl: holds weights of pmnist, not of cifar10; load them with pmnist/train.py" in err
     before = last.read_bytes()
     assert cifar10.train.main(["--resume", str(last)]) == 2
     way = f"is of a run of pmnist; continue it with {runnable('pmnist/train.py', ['--resume', str(last)])}"
@@ -121,7 +121,7 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
     assert cifar10.train.main(["--config", str(folder / "config.json"), "--out", str(tmp_path / "new")]) == 2
     assert "config.json: is of pmnist, not of cifar10" in capsys.readouterr().err
     assert word_ptb.train.main(["--data", "synthetic", "--preset", "tiny", "--eval", "--load_weight", weights]) == 2
-    assert "it is of another model or task" in capsys.readouterr().err
+    assert "holds weights of pmnist, not of word_ptb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("augment", [False, True], ids=["plain", "augment"])

@@ -489,7 +489,7 @@ def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClass
     if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % gates:
         return _whose(state)
     if linear.size(0) != model.num_classes or kernel.size(1) != model.core.input_size:
-        return f"it is of images with {kernel.size(1)} channels and {linear.size(0)} classes"
+        return f"it is of images with {counted(kernel.size(1), 'channels')} and {linear.size(0)} classes"
     if kernel.size(2) != model.core.kernel_size:
         return {"kernel_size": kernel.size(2)}
     hidden_size = bias.numel() // gates
