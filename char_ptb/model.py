@@ -59,7 +59,9 @@ class Config(LanguageModelConfig):
     }  # fmt: skip
 
     name: str = setting("Trellis_charPTB", "name of the run; its folder is runs/char_ptb/<name> unless --out is given")
-    data: str = setting("", "folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here")
+    data: str = setting(
+        "", "a text file, a folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here"
+    )
     dataset: str = setting("ptb", "the corpus; it is what --data holds", choices=("ptb",))
     stream: str = setting("authors", "how the text is spelled: see bits per character", choices=tuple(STREAMS))
     emsize: int = setting(200, "embedding width")

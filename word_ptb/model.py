@@ -49,7 +49,9 @@ class Config(LanguageModelConfig):
     }  # fmt: skip
 
     name: str = setting("Trellis_wordPTB", "name of the run; its folder is runs/word_ptb/<name> unless --out is given")
-    data: str = setting("", "folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here")
+    data: str = setting(
+        "", "a text file, a folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here"
+    )
     optim: str = setting("SGD", "optimiser: a class of torch.optim")
     lr: float = setting(20.0, "initial learning rate")
     clip: float = setting(0.225, "gradient-norm clip; 0: none")

@@ -51,7 +51,9 @@ class Config(LanguageModelConfig):
     }  # fmt: skip
 
     name: str = setting("Trellis_wordWT103", "name of the run; its folder is runs/wt103/<name> unless --out is given")
-    data: str = setting("", "folder with the three texts, or 'synthetic'; default: data/wikitext-103 here")
+    data: str = setting(
+        "", "a text file, a folder with the three texts, or 'synthetic'; default: data/wikitext-103 here"
+    )
     vocab_order: str = setting("appearance", "order of the words, which decides their bands", choices=ORDERS)
     cutoffs: list[int] = setting([], "borders of the softmax's bands; default: the authors' if V > 75,000; 0: none")
     init_tail: bool = setting(False, "go on with weights that lack the vectors of the bands (marks the score)")
