@@ -345,7 +345,7 @@ class TrellisNet(nn.Module):
         expected = (x.size(0), self.hidden_size)
         if state is not None and len(state) != 2:
             raise ValueError(f"state: expected (h, c), got {len(state)} parts")
-        for name, part in zip("hc", state or (), strict=False):
+        for name, part in () if state is None else zip("hc", state, strict=True):
             if tuple(part.shape) != expected:
                 raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")
         out = ops.trellis(
