@@ -217,8 +217,8 @@ class LanguageModeling:
             masks: explicit dropout masks.
 
         Returns:
-            0-dim terms `raw`, `aux`, `smoothing`, `alpha`, `beta`, already multiplied by their weights, and their sum
-            `loss`; and the state to carry: detached when repackaging, else None.
+            0-dim terms `raw`, `aux`, `alpha`, `beta`, and `smoothing` with label smoothing, already multiplied by their
+            weights, and their sum `loss`; and the state to carry: detached when repackaging, else None.
 
         Raises:
             ValueError: the window has nothing to score.
@@ -242,18 +242,18 @@ class LanguageModeling:
         else:
             loss = raw = self.model.loss(out.output, targets, latent_mask=latent, draw=draw)
             aux = raw.new_zeros(())
-        smoothing = alpha = beta = raw.new_zeros(())
-        if self.label_smoothing:
-            margins = [
-                weight * self.model.head.margin(x, targets).mean() for weight, x in zip(weights, outputs, strict=True)
-            ]
-            smoothing = self.label_smoothing * sum(margins)
+        alpha = beta = raw.new_zeros(())
         if self.alpha:
             alpha = activation_regularization(out.output, self.alpha)
         if self.beta:
             beta = temporal_activation_regularization(out.raw_output, self.beta)
-        losses = {"raw": raw, "aux": aux, "smoothing": smoothing, "alpha": alpha, "beta": beta}
-        losses["loss"] = loss + smoothing + alpha + beta
+        losses = {"loss": loss + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
+        if self.label_smoothing:
+            margins = [
+                weight * self.model.head.margin(x, targets).mean() for weight, x in zip(weights, outputs, strict=True)
+            ]
+            losses["smoothing"] = self.label_smoothing * sum(margins)
+            losses["loss"] = losses["loss"] + losses["smoothing"]
         return losses | self._measure(out.output.detach(), targets), self._carried(out.state)
 
     def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
