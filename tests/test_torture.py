@@ -38,7 +38,7 @@ def test_it_would_notice_a_difference(torture, tmp_path):
     job = torture.Job(tmp_path / "whole-1-1", 1, 1)
     job.expect_outcome(expected, "nothing")
     content = torture.checkpoint.load(job.last)
-    content["carry"] = torch.zeros(1)
+    content["carry"] = (torch.zeros(1),)
     torture.checkpoint.save(job.last, content)
     with pytest.raises(torture.BrokenError, match="after this the run ended with other carry of last.pt than the unin"):
         job.expect_outcome(expected, "this")
