@@ -167,7 +167,7 @@ step() { # step SECONDS NAME COMMAND...: run it with its time limit, keep what i
     *) verdict="exit code $code" ;;
     esac
     if [ "$stopped" != 0 ]; then verdict=interrupted; fi
-    tail -n "${SHOWN:-6}" "$OUT/$name.txt"
+    tail -n "${SHOWN:-6}" "$OUT/$name.txt" | sed '$a\' # which ends a last line that was cut off
     note "$name" "$verdict, $((SECONDS - begin)) s"
 }
 
