@@ -36,16 +36,16 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
         raise UserError(f"--optim {name}: no such optimiser in torch.optim; use SGD or Adam")
     parameters = list(parameters)
     try:
-        _try(cls, parameters[0], options)
+        _try(cls, parameters[0].dtype, options)
         return cls(parameters, **options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:  # some numbers are only refused by a step
         values = ", ".join(f"{key} {value:g}" for key, value in options.items())
         raise UserError(f"--optim {name}: does not work with {values} ({e}); lower these or use SGD or Adam") from e
 
 
-def _try(cls: type[torch.optim.Optimizer], like: Tensor, options: dict[str, float]) -> None:
+def _try(cls: type[torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, float]) -> None:
     """Make one step from 1 with gradient 1. Raises whatever the optimiser does, ValueError if it leads to infinity."""
-    probe = nn.Parameter(torch.ones(1, 1, dtype=like.dtype, device=like.device))
+    probe = nn.Parameter(torch.ones(1, 1, dtype=dtype))  # on the CPU, which nothing has to wait for
     probe.grad = torch.ones_like(probe)
     cls([probe], **options).step()
     if not probe.isfinite().all():
