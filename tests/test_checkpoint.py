@@ -201,6 +201,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the kernel's count of memory")
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 reads a tensor by way of a second one")
 def test_writing_and_reading_need_no_second_copy(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "file")]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}

@@ -1,5 +1,6 @@
 """Optimisers by name, and the authors' learning-rate rules."""
 
+import functools
 import math
 
 import pytest
@@ -71,7 +72,8 @@ def test_numbers_that_an_optimiser_cannot_take_are_named(optim, numbers, reason)
 
 def test_trying_an_optimiser_leaves_the_weights():
     weights = nn.Parameter(torch.full((2, 2), 3.0))
-    for name in ("SGD", "Adam", "RMSprop", "ASGD", "Muon"):
+    names = ("SGD", "Adam", "RMSprop", "ASGD", "Muon")  # torch 2.6 does not have the last
+    for name in filter(functools.partial(hasattr, torch.optim), names):
         assert not make_optimizer([weights], RunConfig(optim=name, lr=0.5)).state
     assert torch.equal(weights, torch.full((2, 2), 3.0))
 

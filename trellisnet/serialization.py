@@ -309,12 +309,12 @@ def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = Fal
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         zipped = file.read(len(_ZIP)) == _ZIP
-        (_check_members if zipped else _check_claims)(file, size)
+        stored = (_check_members if zipped else _check_claims)(file, size)
         file.seek(0)
         with warnings.catch_warnings(action="ignore"):  # how the file was written is not the user's concern
             source = name if mmap and zipped else file
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-        _check_content(content, size)
+        _check_content(content, size, stored)
         return content
     except pickle.UnpicklingError as e:
         if re.search("unsupported (global|class)", str(e), re.IGNORECASE):
@@ -327,40 +327,50 @@ def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = Fal
         raise UserError(f"{name}: not {what}, or a damaged one ({_reason(e)})") from e
 
 
-def _check_members(file: BinaryIO, size: int) -> None:
+def _check_members(file: BinaryIO, size: int) -> int:
     """Compare the members of a zip container with their checksums, which torch does not.
 
     Nothing in it is compressed, so that together they are no larger than the file of `size` bytes.
+
+    Returns:
+        bytes of the numbers in it.
     """
     with zipfile.ZipFile(file) as archive:
         claimed = sum(member.file_size for member in archive.infolist())
         if claimed > size:
             raise zipfile.BadZipFile(f"claims {claimed:,} bytes in a file of {size:,}")
         damaged = archive.testzip()
+        stored = sum(member.file_size for member in archive.infolist() if "/data/" in member.filename)
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+    return stored
 
 
-def _check_claims(file: BinaryIO, size: int) -> None:
+def _check_claims(file: BinaryIO, size: int) -> int:
     """Refuse an older container that claims more numbers than it has bytes, before memory is taken for them.
 
     It is a row of pickles followed by raw numbers. The fourth pickle describes the tensors; no size, stride or offset
     in it can exceed the size of the file. It has no checksums.
+
+    Returns:
+        `size`, more than which the numbers in it cannot have.
     """
     file.seek(0)
     for pickled in range(4):
         for _, argument, _ in pickletools.genops(file):
             if pickled == 3 and isinstance(argument, int) and argument > size:
                 raise EOFError(f"claims {argument:,} numbers in a file of {size:,} bytes")
+    return size
 
 
-def _check_content(content: Any, size: int) -> None:
+def _check_content(content: Any, size: int, stored: int) -> None:
     """Refuse content that is more than what a file of `size` bytes can hold, or that carries more than its values.
 
     Such are tensors that repeat the numbers of their storage, containers that hold one another over and over, and
-    attributes, which may hide the methods of what has them.
+    attributes, which may hide the methods of what has them. Where less than the numbers it claims are stored, some
+    versions of torch (2.6) leave the rest as it was in memory; `stored` is how many bytes there are.
     """
-    waiting, parts = [content], 0
+    waiting, parts, storages = [content], 0, {}
     while waiting:
         value = waiting.pop()
         parts += 1
@@ -374,9 +384,12 @@ def _check_content(content: Any, size: int) -> None:
         elif isinstance(value, list | tuple | set):
             waiting += value
         elif isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            stored = value.untyped_storage().nbytes()
-            if not value.numel() * value.element_size() <= stored <= size:
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            if not value.numel() * value.element_size() <= storage.nbytes() <= size:
                 raise ValueError(f"a tensor in it claims {value.numel():,} numbers")
+    if (claimed := sum(storages.values())) > stored:
+        raise ValueError(f"its tensors claim {claimed:,} bytes and have {stored:,}")
 
 
 def _reason(error: Exception) -> str:
