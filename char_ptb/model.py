@@ -26,7 +26,7 @@ class Config(LanguageModelConfig):
         "default": {},
         # Table 5, "Char-PTB"; what it leaves out (dropouti, output size, epochs of decay) is the released script's.
         "paper": {
-            "name": "paper", "nhid": 1000, "nlevels": 125, "horizon": 125, "aux_freq": 70.0, "emb_dropout": 0.0,
+            "name": "paper", "nhid": 1000, "nlevels": 125, "horizon": 125, "aux_freq": 70, "emb_dropout": 0.0,
             "dropouth": 0.3, "wdrop": 0.25, "wdecay": 1e-6,
         },
         # An hour on two CPU cores with --precision bf16. Without dilation the tied layers are the steps of an LSTM, and
@@ -35,7 +35,7 @@ class Config(LanguageModelConfig):
         "small": {
             "name": "small", "emsize": 64, "nhid": 256, "nout": 64, "nlevels": 8, "horizon": 80, "batch_size": 8,
             "lr": 1e-2, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0,
-            "aux_freq": 2.0, "epochs": 5, "when": [-1], "decay": 2.0,
+            "aux_freq": 2, "epochs": 5, "when": [-1], "decay": 2.0,
         },
         # A few minutes on two CPU cores.
         "tiny": {
@@ -88,7 +88,7 @@ class Config(LanguageModelConfig):
     horizon: int = setting(140, "length of a window; without --repack its unscored positions")
     repack: bool = setting(True, "carry the state from window to window")
     aux: float = setting(0.3, "weight of the auxiliary losses; 0: none")
-    aux_freq: float = setting(80.0, "auxiliary loss after every so many layers")
+    aux_freq: int = setting(80, "auxiliary loss after every N layers")
 
     def patience(self) -> int:
         """None without averaging: the authors' script has --anneal and never reads it."""

@@ -133,13 +133,13 @@ class Work:
             c = self.config
             self.task = LanguageModeling(
                 self.model, horizon=c.horizon, seq_len=c.task_seq_len(), repackage=c.repack, aux_weight=c.aux,
-                aux_every=int(c.aux_freq), alpha=c.alpha, beta=c.beta,
+                aux_every=c.aux_freq, alpha=c.alpha, beta=c.beta,
             )  # fmt: skip
             rows = torch.randint(V, (N, max(c.horizon, c.seq_len) + 1), device=device)
             self.inputs, self.targets = self.task.batches(rows)[0]
             self.x = self.model.embed(self.inputs).detach()
             self.start = self.inputs.size(1) - self.task.size((self.inputs, self.targets)) // N
-            self.aux_every = int(c.aux_freq) if c.aux > 0 else None
+            self.aux_every = c.aux_freq if c.aux > 0 else None
         else:
             _, length, channels = IMAGES[task]
             length = 256 if quick else length

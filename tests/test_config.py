@@ -80,7 +80,7 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
     ("argv", "message"),
     [
         (["--nlevel", "3"], "unknown argument --nlevel; did you mean --nlevels?"),
-        (["--nlevels", "many"], "argument --nlevels: invalid int value: 'many'; see --help"),
+        (["--nlevels", "many"], "argument --nlevels: expected a whole number, got 'many'; see --help"),
         (
             ["--preset", "huge"],
             "argument --preset: invalid choice: 'huge'; choose from default, paper, paper-mos, small",
@@ -105,14 +105,16 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
         (["--lr", "inf"], "--lr: expected a finite number, got inf"),
         (["--lr", "-1"], "--lr: expected at least 0, got -1.0"),
         (["--clip", "nan"], "--clip: expected a finite number, got nan"),
-        (["--aux_freq", "inf", "--aux", "0"], "--aux_freq: expected a finite number, got inf"),
+        (["--aux_freq", "inf", "--aux", "0"], "argument --aux_freq: expected a whole number, got 'inf'"),
         (["--seed", str(2**70)], "--seed: expected less than 2**63"),
         (["--n_expert", "3"], "unknown argument --n_expert; did you mean --n_experts?"),
         (["--frobnicate", "3"], "unknown argument --frobnicate; --help lists the flags"),
         (["--n_experts", "-1"], "--n_experts: expected at least 0, got -1"),
         (["--accumulate", "17"], "--accumulate 17: more slices than the --batch_size 16 rows"),
         (["--nout", "300"], "--nout 300: tied weights need --nout equal to --emsize 400"),
-        (["--aux_freq", "12.5"], "--aux_freq 12.5: expected a whole number of layers"),
+        (["--aux_freq", "12.5"], "argument --aux_freq: expected a whole number, got '12.5'"),
+        (["--dilation", "1", "2.5"], "argument --dilation: expected a whole number, got '2.5'"),
+        (["--aux_freq", "0"], "--aux_freq: expected at least 1, got 0"),
         (["--aux_freq", "59"], "--aux_freq 59: larger than --nlevels 58"),
         (["--seq_len", "58"], "--seq_len 58: must be larger than --horizon 58"),
         (["--seq_len", "20", "--repack"], "--seq_len 20: with --repack expected 0 or more than --horizon 58"),
@@ -146,6 +148,8 @@ def test_what_makes_no_sense_is_named(argv, message):
         ('{"model": "lstm"}', "got 'lstm'; did you mean awd-lstm or sparse-lstm?"),
         ('{"nlevels": "3"}', "nlevels expects int, got '3'"),
         ('{"wnorm": 1}', "wnorm expects bool, got 1"),
+        ('{"nlevels": 3.5}', "nlevels expects int, got 3.5"),
+        ('{"nlevels": Infinity}', "nlevels expects int, got inf"),
         ('{"nlevels": true}', "nlevels expects int, got True"),
         ('{"dilation": [1, 0.5]}', "dilation expects list, got [1, 0.5]"),
         ('{"settings": 5}', "expected a JSON object"),
@@ -169,6 +173,16 @@ def test_integers_pass_for_floats_in_files(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"lr": 5}')
     assert config("--config", str(path)).lr == 5.0
+
+
+def test_whole_numbers_may_be_spelled_as_floats(tmp_path):
+    spelled = config("--aux_freq", "12.0", "--nhid", "1e3", "--dilation", "1", "2.0", "--seed", "1e3")
+    assert (spelled.aux_freq, spelled.nhid, spelled.dilation, spelled.seed) == (12, 1000, [1, 2], 1000)
+    assert {type(n) for n in (spelled.aux_freq, spelled.nhid, *spelled.dilation)} == {int}
+    (tmp_path / "c.json").write_text('{"aux_freq": 16.0, "dilation": [1, 2.0]}')
+    from_file = config("--config", str(tmp_path / "c.json"))
+    assert to_settings(from_file)["aux_freq"] == 16
+    assert {type(n) for n in (from_file.aux_freq, *from_file.dilation)} == {int}
 
 
 def test_a_gap_that_only_training_minds_is_allowed_for_scoring():

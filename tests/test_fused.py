@@ -519,7 +519,7 @@ def test_every_preset_of_every_task_takes_this_path(monkeypatch, task, preset):
         expected = {11: {784: 1_571, 1024: 2_047}, 16: {784: 4_831, 1024: 6_222}}[config.nlevels][length]
     else:
         model = MODULES[task].build_model(config, 30).train()
-        aux_every = int(config.aux_freq) if config.aux else None
+        aux_every = config.aux_freq if config.aux else None
         task_ = LanguageModeling(
             model, horizon=config.horizon, seq_len=config.task_seq_len(), repackage=config.repack,
             aux_weight=config.aux, aux_every=aux_every, alpha=config.alpha, beta=config.beta,

@@ -25,12 +25,12 @@ class Config(LanguageModelConfig):
         "default": {},
         # Table 5, "Word-PTB (w/o MoS)"; what it leaves out (dropouti, AR, TAR, windows) is the released script's.
         "paper": {
-            "name": "paper", "nlevels": 55, "horizon": 55, "aux_freq": 16.0, "wdecay": 1e-6,
+            "name": "paper", "nlevels": 55, "horizon": 55, "aux_freq": 16, "wdecay": 1e-6,
         },
         # Table 5, "Word-PTB (w/ MoS)".
         "paper-mos": {
             "name": "paper-mos", "n_experts": 15, "emsize": 280, "nout": 480, "nlevels": 55, "horizon": 55,
-            "aux_freq": 16.0, "wdecay": 1e-6, "emb_dropout": 0.05, "dropout": 0.4, "wdrop": 0.45, "clip": 0.2,
+            "aux_freq": 16, "wdecay": 1e-6, "emb_dropout": 0.05, "dropout": 0.4, "wdrop": 0.45, "clip": 0.2,
         },
         # Forty minutes on two CPU cores in bf16: shallow and narrow, with carried state (so that all that is computed
         # is scored), many small updates, and only the regularisation that nine epochs need.
@@ -70,7 +70,7 @@ class Config(LanguageModelConfig):
 
     seq_len: int = setting(110, "length of a window, the unscored positions included")
     aux: float = setting(0.05, "weight of the auxiliary losses; 0: none")
-    aux_freq: float = setting(12.0, "auxiliary loss after every so many layers")
+    aux_freq: int = setting(12, "auxiliary loss after every N layers")
     alpha: float = setting(2.0, "activation regularisation (AR)")
     beta: float = setting(1.0, "temporal activation regularisation (TAR)")
     recite: bool = setting(False, "score by the share of words that the model gives the highest probability")

@@ -79,7 +79,7 @@ class Config(LanguageModelConfig):
     horizon: int = setting(75, "length of a window; without --repack its unscored positions")
     repack: bool = setting(True, "carry the state from window to window")
     aux: float = setting(0.1, "weight of the auxiliary losses; 0: none")
-    aux_freq: float = setting(25.0, "auxiliary loss after every so many layers")
+    aux_freq: int = setting(25, "auxiliary loss after every N layers")
 
     def validate(self) -> None:
         super().validate()

@@ -77,7 +77,7 @@ class ClassificationConfig(NetworkConfig):
     dropouth: float = setting(0.2, "hidden dropout, one mask a sequence for all layers")
     wdrop: float = setting(0.1, "DropConnect on both kernels")
     aux: float = setting(0.0, "no effect: the authors' script computes auxiliary outputs here and never uses them")
-    aux_freq: float = setting(1e4, "no effect, see --aux")
+    aux_freq: int = setting(10_000, "no effect, see --aux")
 
     model: str = setting(TRELLISNET, "network in front of the linear map", choices=(TRELLISNET, TCN.model_name))
 

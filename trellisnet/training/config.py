@@ -371,6 +371,20 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"argument {flag}: invalid choice: {value!r}{near}")
 
 
+def whole_number(text: str) -> int:
+    """Read an int, also one that is spelled as a float, such as the authors' `12.0` and `1e4`."""
+    try:
+        return int(text)
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            if (number := float(text)).is_integer():
+                return int(number)
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+_READERS = {int: whole_number, list[int]: whole_number}
+
+
 def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
     """A parser with one flag a setting; what is not given on the command line is not in its result."""
     hints = typing.get_type_hints(cls)
@@ -394,9 +408,9 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         elif field.name == "preset":
             options["choices"] = cls.preset_names()
         elif isinstance(kind, types.GenericAlias):
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "N"}
+            options |= {"nargs": "+", "type": _READERS.get(kind, float), "metavar": "N"}
         else:
-            options |= {"type": kind, "choices": field.metadata["choices"]}
+            options |= {"type": _READERS.get(kind, kind), "choices": field.metadata["choices"]}
             options["metavar"] = None if field.metadata["choices"] else kind.__name__.upper()
         parser.add_argument(*names, **options)
     return parser
@@ -477,6 +491,10 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
         plain = list if isinstance(kind, types.GenericAlias) else kind
         if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
             value = float(value)
+        elif plain is int:
+            value = _whole(value)
+        elif kind == list[int] and isinstance(value, list):
+            value = [_whole(number) for number in value]
         choices = fields[name].metadata["choices"]
         if choices and value not in choices:
             near = did_you_mean(str(value), choices)
@@ -492,6 +510,11 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             raise UserError(f"{where}: {name} expects {plain.__name__}, got {shown(repr(value), NAME)}")
         checked[name] = value
     return checked
+
+
+def _whole(value: Any) -> Any:
+    """Turn a float without a fraction into an int; leave everything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_text_of_system(text: str) -> bool:

@@ -72,7 +72,7 @@ class LanguageModelConfig(NetworkConfig):
     repack: bool = setting(False, "carry the state from window to window")
     random_length: bool = setting(False, "train on carried windows of random length about --horizon")
     aux: float = setting(0.0, "weight of the auxiliary losses; 0: none")
-    aux_freq: float = setting(20.0, "auxiliary loss after every so many layers")
+    aux_freq: int = setting(20, "auxiliary loss after every N layers")
     alpha: float = setting(0.0, "activation regularisation (AR)")
     beta: float = setting(0.0, "temporal activation regularisation (TAR)")
     eval_all: bool = setting(False, "also score every token, those without a whole history too")
@@ -126,11 +126,10 @@ class LanguageModelConfig(NetworkConfig):
                 "change one or pass --no-tied"
             )
         if self.aux > 0:
-            if not self.aux_freq.is_integer() or self.aux_freq < 1:
-                raise UserError(f"--aux_freq {self.aux_freq}: expected a whole number of layers ≥ 1")
+            self.check_at_least(1, "aux_freq")
             if self.aux_freq > self.nlevels:
                 raise UserError(
-                    f"--aux_freq {self.aux_freq:g}: larger than --nlevels {self.nlevels}, so no layer would have an "
+                    f"--aux_freq {self.aux_freq}: larger than --nlevels {self.nlevels}, so no layer would have an "
                     "auxiliary loss; lower it or pass --aux 0"
                 )
         seq_len = self.task_seq_len()
@@ -323,7 +322,7 @@ def setup(
         seq_len=config.task_seq_len(),
         repackage=config.repack,
         aux_weight=config.aux,
-        aux_every=int(config.aux_freq),
+        aux_every=config.aux_freq,
         alpha=config.alpha,
         beta=config.beta,
         length_seed=config.seed if config.random_length else None,
