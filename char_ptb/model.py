@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from char_ptb.data import PROMPTS, STREAMS, TEXTS
 from trellisnet.data.corpus import Corpus
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.config import setting
 from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.settings import setting
 from trellisnet.training.tasks import CharacterModeling
 
 __all__ = ["Config", "build_model"]
@@ -58,37 +58,22 @@ class Config(LanguageModelConfig):
         },
     }  # fmt: skip
 
-    name: str = setting("Trellis_charPTB", "name of the run; its folder is runs/char_ptb/<name> unless --out is given")
-    data: str = setting(
-        "", "a text file, a folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here"
+    defaults: ClassVar = {
+        "name": "Trellis_charPTB", "emsize": 200, "nhid": 1050, "nout": 200, "nlevels": 140, "wnorm": True,
+        "optim": "Adam", "lr": 2e-3, "clip": 0.2, "wdecay": 8e-7, "epochs": 400, "when": [220, 350], "batch_size": 24,
+        "eval_batch_size": 10, "anneal": 5, "dropout": 0.1, "dropouti": 0.1, "dropouth": 0.29, "emb_dropout": 0.02,
+        "wdrop": 0.26, "horizon": 140, "repack": True, "aux": 0.3, "aux_freq": 80,
+    }  # fmt: skip
+    helps: ClassVar = {
+        "anneal": "no effect without --asgd, as in the authors' script; see --when",
+        "emb_dropout": "dropout of whole symbols of the alphabet",
+        "horizon": "length of a window; without --repack its unscored positions",
+    }
+
+    dataset: str = setting("ptb", "the corpus; it is what --data holds", group="data", choices=("ptb",))
+    stream: str = setting(
+        "authors", "how the text is spelled: see bits per character", group="data", choices=tuple(STREAMS)
     )
-    dataset: str = setting("ptb", "the corpus; it is what --data holds", choices=("ptb",))
-    stream: str = setting("authors", "how the text is spelled: see bits per character", choices=tuple(STREAMS))
-    emsize: int = setting(200, "embedding width")
-    nhid: int = setting(1050, "hidden channels without the output channels")
-    nout: int = setting(200, "output channels; equal to --emsize when tied")
-    nlevels: int = setting(140, "layers")
-    wnorm: bool = setting(True, "weight normalisation")
-    optim: str = setting("Adam", "optimiser: a class of torch.optim")
-    lr: float = setting(2e-3, "initial learning rate")
-    clip: float = setting(0.2, "gradient-norm clip; 0: none")
-    wdecay: float = setting(8e-7, "weight decay, inside the optimiser")
-    epochs: int = setting(400, "epochs to train in all")
-    when: list[int] = setting([220, 350], "divide the learning rate by 10 after these epochs")
-    batch_size: int = setting(24, "rows of a training batch")
-    eval_batch_size: int = setting(10, "rows for validation and test")
-    anneal: int = setting(5, "no effect without --asgd, as in the authors' script; see --when")
-
-    dropout: float = setting(0.1, "output dropout, one mask a sequence")
-    dropouti: float = setting(0.1, "input dropout, one mask a sequence")
-    dropouth: float = setting(0.29, "hidden dropout, one mask a sequence for all layers")
-    emb_dropout: float = setting(0.02, "dropout of whole symbols of the alphabet")
-    wdrop: float = setting(0.26, "DropConnect on both kernels")
-
-    horizon: int = setting(140, "length of a window; without --repack its unscored positions")
-    repack: bool = setting(True, "carry the state from window to window")
-    aux: float = setting(0.3, "weight of the auxiliary losses; 0: none")
-    aux_freq: int = setting(80, "auxiliary loss after every N layers")
 
     def patience(self) -> int:
         """None without averaging: the authors' script has --anneal and never reads it."""

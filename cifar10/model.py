@@ -6,7 +6,6 @@ from typing import ClassVar
 from cifar10.data import MEAN, STD
 from trellisnet.data.augmentation import AffineMaps
 from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
-from trellisnet.training.config import setting
 
 __all__ = ["Config", "build_model"]
 
@@ -31,8 +30,7 @@ class Config(ClassificationConfig):
         },
     }  # fmt: skip
 
-    name: str = setting(
-        "Trellis_seqMNIST_CIFAR", "name of the run; its folder is runs/cifar10/<name> unless --out is given"
-    )
-    data: str = setting("", "folder with the six batches (binary version), or 'synthetic'; default: data/cifar10 here")
-    permute: bool = setting(False, "permute the pixels, all images alike")
+    defaults: ClassVar = {"name": "Trellis_seqMNIST_CIFAR", "permute": False}
+    helps: ClassVar = {
+        "data": "folder with the six batches (binary version), or 'synthetic'; default: {default_data} in the project"
+    }

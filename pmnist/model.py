@@ -6,7 +6,6 @@ from typing import ClassVar
 from pmnist.data import MEAN, STD
 from trellisnet.data.augmentation import AffineMaps
 from trellisnet.training.classification import PRESETS, ClassificationConfig, build_model
-from trellisnet.training.config import setting
 
 __all__ = ["Config", "build_model"]
 
@@ -29,7 +28,5 @@ class Config(ClassificationConfig):
         },
     }  # fmt: skip
 
-    name: str = setting(
-        "Trellis_seqMNIST_CIFAR", "name of the run; its folder is runs/pmnist/<name> unless --out is given"
-    )
-    data: str = setting("", "folder with the four IDX files, or 'synthetic'; default: data/mnist here")
+    defaults: ClassVar = {"name": "Trellis_seqMNIST_CIFAR"}
+    helps: ClassVar = {"data": "folder with the four IDX files, or 'synthetic'; default: {default_data} in the project"}

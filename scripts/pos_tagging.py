@@ -44,10 +44,11 @@ from trellisnet.errors import UserError  # noqa: E402
 from trellisnet.ops import hide_padding  # noqa: E402
 from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
 from trellisnet.training import cli  # noqa: E402
-from trellisnet.training.config import RunConfig, setting  # noqa: E402
+from trellisnet.training.config import RunConfig  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
 from trellisnet.training.engine import Splits  # noqa: E402
 from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
+from trellisnet.training.settings import setting  # noqa: E402
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
 COLUMN = re.compile(r"\S+", re.ASCII)  # other white space, such as a no-break space, may be part of a word
@@ -60,27 +61,37 @@ class Config(RunConfig):
 
     task: ClassVar[str] = "pos_tagging"
 
-    name: str = setting("pos", "name of the run; its folder is runs/pos_tagging/<name> unless --out is given")
-    data: str = setting("", "'synthetic' for sentences drawn from a chain of tags, instead of files")
-    train: str = setting("", "file of tagged sentences")
-    valid: str = setting("", "file of tagged sentences")
-    test: str = setting("", "file of tagged sentences")
-    emsize: int = setting(100, "embedding width")
-    nhid: int = setting(50, "hidden width of either direction")
-    emb_blocks: int = setting(1, "column blocks of the embedding, shorter for rarer words; 1: dense")
-    emb_density: float = setting(1.0, "share of the embedding's numbers that are there")
-    vocab_order: str = setting(
-        "frequency_up", "order of the words; the first ones get short vectors", choices=ALL_ORDERS
+    defaults: ClassVar = {
+        "name": "pos", "optim": "Adam", "epochs": 300, "batch_size": 20, "eval_batch_size": 100, "seed": 1982
+    }  # fmt: skip
+    helps: ClassVar = {
+        "data": "'synthetic' for sentences drawn from a chain of tags, instead of files",
+        "batch_size": "sentences of a training batch",
+        "eval_batch_size": "sentences evaluated at a time",
+    }
+
+    train: str = setting("", "file of tagged sentences", group="data")
+    valid: str = setting("", "file of tagged sentences", group="data")
+    test: str = setting("", "file of tagged sentences", group="data")
+    emsize: int = setting(100, "embedding width", group="model", at_least=1)
+    nhid: int = setting(50, "hidden width of either direction", group="model", at_least=1)
+    emb_blocks: int = setting(
+        1, "column blocks of the embedding, shorter for rarer words; 1: dense", group="model", at_least=1
     )
-    dropout: float = setting(0.0, "dropout before either linear map, elementwise")
-    dropouti: float = setting(0.0, "input dropout, one mask a sentence")
-    emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
-    wdrop: float = setting(0.0, "DropConnect on the recurrent matrix of either direction")
-    optim: str = setting("Adam", "optimiser: a class of torch.optim")
-    epochs: int = setting(300, "epochs to train in all")
-    batch_size: int = setting(20, "sentences of a training batch")
-    eval_batch_size: int = setting(100, "sentences evaluated at a time")
-    seed: int = setting(1982, "seed of all random numbers")
+    emb_density: float = setting(1.0, "share of the embedding's numbers that are there", group="model")
+    vocab_order: str = setting(
+        "frequency_up", "order of the words; the first ones get short vectors", group="data", choices=ALL_ORDERS
+    )
+    dropout: float = setting(
+        0.0, "dropout before either linear map, elementwise", group="regularisation", rate="probability"
+    )
+    dropouti: float = setting(0.0, "input dropout, one mask per sentence", group="regularisation", rate="probability")
+    emb_dropout: float = setting(
+        0.0, "dropout of whole words of the vocabulary", group="regularisation", rate="probability"
+    )
+    wdrop: float = setting(
+        0.0, "DropConnect on the recurrent matrix of either direction", group="regularisation", rate="probability"
+    )
 
     @classmethod
     def program(cls) -> str:
@@ -88,8 +99,6 @@ class Config(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.check_at_least(1, "emsize", "nhid", "emb_blocks")
-        self.check_rates("dropout", "dropouti", "emb_dropout", "wdrop")
         blocks = min(self.emb_blocks, self.emsize)
         if not 1 / blocks <= self.emb_density <= 1:
             raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")

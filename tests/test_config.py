@@ -1,11 +1,18 @@
 """Settings: flags, presets, files, and what is refused."""
 
+import dataclasses
 import json
+import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
+from char_ptb.model import Config as CharConfig
+from pmnist.model import Config as PixelConfig
 from trellisnet.errors import UserError
-from trellisnet.training.config import PROJECT, RUN_FOLDER, build_parser, flag_of, parse, to_settings
+from trellisnet.training.config import PROJECT, RUN_FOLDER, build_parser, parse, to_settings
+from trellisnet.training.settings import GROUPS, Settings, flag_of, properties_of, setting
 from word_ptb.model import Config
 
 
@@ -213,3 +220,93 @@ def test_a_runs_folder_stands_for_its_settings(tmp_path):
         UserError, match=f"--config {tmp_path}: the folder holds no config.json; name a run's folder or a"
     ):
         config("--config", str(tmp_path))
+
+
+@dataclass(kw_only=True)
+class Parent(Settings):
+    rows: int = setting(2, "rows of a batch", group="data", at_least=1, resumable=True)
+    steps: list[int] = setting([3], "steps", group="data", at_least=1)
+    factor: float = setting(0.0, "divisor", group="data", at_least=1, special=0)
+    share: float = setting(0.5, "share", group="data", above=0, at_most=1)
+    extra: int = setting(0, "extra", group="data", needs=["rows", "share"])
+
+
+@dataclass(kw_only=True)
+class Child(Parent):
+    defaults: ClassVar = {"steps": [5, 6], "rows": 4}
+    helps: ClassVar = {"rows": "images of a batch"}
+
+
+def test_tables_change_defaults_and_help_texts_and_nothing_else():
+    assert dataclasses.asdict(Child()) == {"rows": 4, "steps": [5, 6], "factor": 0.0, "share": 0.5, "extra": 0}
+    assert dataclasses.asdict(Parent())["steps"] == [3]
+    assert properties_of(Child, "rows") == dataclasses.replace(properties_of(Parent, "rows"), help="images of a batch")
+    Child().steps.append(9)
+    assert Child().steps == [5, 6]
+    with pytest.raises(KeyError, match="row"):
+        type("Misspelled", (Parent,), {"defaults": {"row": 3}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": 0}, "--rows: expected at least 1, got 0"),
+        ({"rows": 2**31}, "--rows: expected less than 2**31, got 2147483648"),
+        ({"steps": []}, "--steps: expected integers ≥ 1, got []"),
+        ({"steps": [4, 0]}, "--steps: expected integers ≥ 1, got [4, 0]"),
+        ({"factor": 0.0}, None),
+        ({"factor": 0.5}, "--factor: expected 0 or at least 1, got 0.5"),
+        ({"share": 0.0}, "--share: expected more than 0, got 0.0"),
+        ({"share": 1.0}, None),
+        ({"share": 1.5}, "--share: expected at most 1, got 1.5"),
+        ({"share": 1e39}, "--share: expected at most 3.4e+38 in size, got 1e+39"),
+        ({"extra": 1}, None),
+    ],
+)
+def test_a_setting_is_checked_by_its_properties(values, message):
+    if message is None:
+        return Child(**values).validate()
+    with pytest.raises(UserError) as e:
+        Child(**values).validate()
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cache_tune"], "--cache_tune: has no effect without --cache"),
+        (["--dynamic_eval_rule", "sgd"], "--dynamic_eval_rule: has no effect without --dynamic_eval"),
+        (["--adapt_rows", "2"], "--adapt_rows: has no effect without --cache or --dynamic_eval"),
+    ],
+)
+def test_a_setting_without_the_one_it_is_for_is_refused(flags, message):
+    with pytest.raises(UserError) as e:
+        config(*flags)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize("cls", [Config, CharConfig, PixelConfig], ids=lambda cls: cls.task)
+def test_help_is_grouped_and_says_every_default(cls):
+    shown = build_parser(cls).format_help()
+    titles = [line[:-1] for line in shown.splitlines() if line[:-1] in GROUPS]
+    assert titles == [title for title in GROUPS if title in titles]
+    assert len(titles) >= len(GROUPS) - 1
+    entries = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in re.split(r"\n  (?=--)", shown)}
+    for field in dataclasses.fields(cls):
+        flag = flag_of(cls, field.name)
+        assert (flag in entries) == (field.name != "load")
+        assert flag == "--load" or "default: " in entries[flag], flag
+    assert "{" not in re.sub(r"\{[\w,-]+\}", "", shown)  # placeholders are filled in
+
+
+def test_flags_of_other_cores_have_a_group_of_their_own():
+    group = next(g for g in build_parser(Config)._action_groups if g.title == "settings of other cores")
+    assert [action.dest for action in group._group_actions] == ["gate_bias", "sparse_mode", "sparse_fract"]
+
+
+def test_help_shows_the_tasks_own_texts_and_defaults():
+    shown = " ".join(build_parser(CharConfig).format_help().split())
+    assert "dropout of whole symbols of the alphabet (default: 0.02)" in shown
+    assert "default: data/penn in the project" in shown
+    assert "runs/char_ptb/NAME" in shown
+    assert "weight normalisation (default: on)" in shown

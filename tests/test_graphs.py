@@ -210,12 +210,12 @@ def test_where_steps_are_recorded(config, flags, reason, monkeypatch):
     assert settings.no_graph(CUDA) == reason
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert settings.no_graph(CUDA)
-    assert settings.no_graph(torch.device("cpu")) == "is of CUDA devices, and this is cpu"
+    assert settings.no_graph(torch.device("cpu")) == "needs a CUDA device, got cpu"
 
 
 def test_it_is_refused_where_there_is_no_such_device(tmp_path, capsys):
     assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--device", "cpu", "--cuda_graph", "on"]) == 2
-    error = "error: --cuda_graph on: is of CUDA devices, and this is cpu; pass auto or off\n"
+    error = "error: --cuda_graph on: needs a CUDA device, got cpu; pass auto or off\n"
     assert capsys.readouterr().err == error
     assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--device", "cpu", "--max_steps", "1"]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["cuda_graph"] == "off"

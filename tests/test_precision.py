@@ -53,7 +53,7 @@ def test_training_in_bfloat16_follows_training_in_float32(run, tmp_path, main, f
 
 def test_tf32_is_of_cuda_devices(run):
     code, _, err, metrics = run(word_main, *TEXT, "--device", "cpu", "--precision", "tf32")
-    assert (code, err) == (2, "error: --precision tf32: is of CUDA devices, and this is cpu; pass fp32 or bf16\n")
+    assert (code, err) == (2, "error: --precision tf32: needs a CUDA device, got cpu; pass fp32 or bf16\n")
     assert metrics is None
 
 

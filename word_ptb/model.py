@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from trellisnet.data.corpus import Corpus
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.config import setting
 from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling, Reciting
 from word_ptb import baselines
 
@@ -48,32 +48,17 @@ class Config(LanguageModelConfig):
         **baselines.PRESETS,
     }  # fmt: skip
 
-    name: str = setting("Trellis_wordPTB", "name of the run; its folder is runs/word_ptb/<name> unless --out is given")
-    data: str = setting(
-        "", "a text file, a folder with train.txt, valid.txt, test.txt, or 'synthetic'; default: data/penn here"
+    defaults: ClassVar = {
+        "name": "Trellis_wordPTB", "optim": "SGD", "lr": 20.0, "clip": 0.225, "wdecay": 1.2e-6, "epochs": 500,
+        "batch_size": 16, "eval_batch_size": 12, "anneal": 10, "dropout": 0.45, "dropouti": 0.45, "dropouth": 0.28,
+        "dropoutl": 0.29, "emb_dropout": 0.1, "wdrop": 0.5, "seq_len": 110, "aux": 0.05, "aux_freq": 12, "alpha": 2.0,
+        "beta": 1.0,
+    }  # fmt: skip
+    helps: ClassVar = {"anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never"}
+
+    recite: bool = setting(
+        False, "score by the share of words that the model gives the highest probability", group="evaluation"
     )
-    optim: str = setting("SGD", "optimiser: a class of torch.optim")
-    lr: float = setting(20.0, "initial learning rate")
-    clip: float = setting(0.225, "gradient-norm clip; 0: none")
-    wdecay: float = setting(1.2e-6, "weight decay, inside the optimiser")
-    epochs: int = setting(500, "epochs to train in all")
-    batch_size: int = setting(16, "rows of a training batch")
-    eval_batch_size: int = setting(12, "rows for validation and test")
-    anneal: int = setting(10, "plateau patience in epochs: divide the learning rate by 4; 0: never")
-
-    dropout: float = setting(0.45, "output dropout, one mask a sequence")
-    dropouti: float = setting(0.45, "input dropout, one mask a sequence")
-    dropouth: float = setting(0.28, "hidden dropout, one mask a sequence for all layers")
-    dropoutl: float = setting(0.29, "dropout of the mixture's latent vectors, one mask a sequence")
-    emb_dropout: float = setting(0.1, "dropout of whole words of the vocabulary")
-    wdrop: float = setting(0.5, "DropConnect on both kernels")
-
-    seq_len: int = setting(110, "length of a window, the unscored positions included")
-    aux: float = setting(0.05, "weight of the auxiliary losses; 0: none")
-    aux_freq: int = setting(12, "auxiliary loss after every N layers")
-    alpha: float = setting(2.0, "activation regularisation (AR)")
-    beta: float = setting(1.0, "temporal activation regularisation (TAR)")
-    recite: bool = setting(False, "score by the share of words that the model gives the highest probability")
 
     def validate(self) -> None:
         super().validate()

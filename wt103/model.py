@@ -8,8 +8,8 @@ import torch
 
 from trellisnet.data.corpus import ORDERS
 from trellisnet.errors import UserError
-from trellisnet.training.config import setting
 from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.settings import setting
 
 __all__ = ["Config", "build_model"]
 
@@ -50,36 +50,26 @@ class Config(LanguageModelConfig):
         },
     }  # fmt: skip
 
-    name: str = setting("Trellis_wordWT103", "name of the run; its folder is runs/wt103/<name> unless --out is given")
-    data: str = setting(
-        "", "a text file, a folder with the three texts, or 'synthetic'; default: data/wikitext-103 here"
+    defaults: ClassVar = {
+        "name": "Trellis_wordWT103", "emsize": 512, "nhid": 1600, "nout": 512, "nlevels": 75, "wnorm": True,
+        "optim": "Adam", "lr": 1e-3, "clip": 0.07, "wdecay": 0.0, "epochs": 25, "when": [15, 20], "anneal": 5,
+        "batch_size": 40, "eval_batch_size": 1, "dropout": 0.1, "dropouti": 0.1, "dropouth": 0.1, "horizon": 75,
+        "repack": True, "aux": 0.1, "aux_freq": 25,
+    }  # fmt: skip
+    helps: ClassVar = {
+        "anneal": "plateau patience in epochs: divide the learning rate by 10; 0: never",
+        "horizon": "length of a window; without --repack its unscored positions",
+    }
+
+    vocab_order: str = setting(
+        "appearance", "order of the words, which decides their bands", group="data", choices=ORDERS
     )
-    vocab_order: str = setting("appearance", "order of the words, which decides their bands", choices=ORDERS)
-    cutoffs: list[int] = setting([], "borders of the softmax's bands; default: the authors' if V > 75,000; 0: none")
-    init_tail: bool = setting(False, "go on with weights that lack the vectors of the bands (marks the score)")
-    emsize: int = setting(512, "embedding width")
-    nhid: int = setting(1600, "hidden channels without the output channels")
-    nout: int = setting(512, "output channels; equal to --emsize when tied")
-    nlevels: int = setting(75, "layers")
-    wnorm: bool = setting(True, "weight normalisation")
-    optim: str = setting("Adam", "optimiser: a class of torch.optim")
-    lr: float = setting(1e-3, "initial learning rate")
-    clip: float = setting(0.07, "gradient-norm clip; 0: none")
-    wdecay: float = setting(0.0, "weight decay, inside the optimiser")
-    epochs: int = setting(25, "epochs to train in all")
-    when: list[int] = setting([15, 20], "divide the learning rate by 10 after these epochs")
-    anneal: int = setting(5, "plateau patience in epochs: divide the learning rate by 10; 0: never")
-    batch_size: int = setting(40, "rows of a training batch")
-    eval_batch_size: int = setting(1, "rows for validation and test")
-
-    dropout: float = setting(0.1, "output dropout, one mask a sequence")
-    dropouti: float = setting(0.1, "input dropout, one mask a sequence")
-    dropouth: float = setting(0.1, "hidden dropout, one mask a sequence for all layers")
-
-    horizon: int = setting(75, "length of a window; without --repack its unscored positions")
-    repack: bool = setting(True, "carry the state from window to window")
-    aux: float = setting(0.1, "weight of the auxiliary losses; 0: none")
-    aux_freq: int = setting(25, "auxiliary loss after every N layers")
+    cutoffs: list[int] = setting(
+        [], "borders of the softmax's bands; default: the authors' if V > 75,000; 0: none", group="model"
+    )
+    init_tail: bool = setting(
+        False, "go on with weights that lack the vectors of the bands (marks the score)", group="run and checkpoints"
+    )
 
     def validate(self) -> None:
         super().validate()

@@ -20,11 +20,11 @@ from trellisnet.data.pixels import Images, normalise, permutation
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
-from trellisnet.training.config import setting
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.settings import setting
 from trellisnet.training.tasks import Classification
 
 DILATION = [1, 1, *(2**i for i in range(1, 10))]  # one output sees 1,025 pixels
@@ -60,31 +60,37 @@ class ClassificationConfig(NetworkConfig):
     data_settings: ClassVar = ("permute", "permutation_seed")
     augmentation: ClassVar[AffineMaps]  # of --augment
 
-    optim: str = setting("Adam", "optimiser: a class of torch.optim")
-    lr: float = setting(4e-3, "initial learning rate")
-    clip: float = setting(0.5, "gradient-norm clip; 0: none")
-    epochs: int = setting(200, "epochs to train in all")
-    batch_size: int = setting(64, "images of a training batch")
-    eval_batch_size: int = setting(64, "images evaluated at a time")
-    when: list[int] = setting([50, 75, 90], "divide the learning rate by 10 after these epochs")
-    anneal: int = setting(10, "no effect, as in the authors' script; see --when")
+    defaults: ClassVar = {
+        "optim": "Adam", "lr": 4e-3, "clip": 0.5, "epochs": 200, "batch_size": 64, "eval_batch_size": 64,
+        "when": [50, 75, 90], "anneal": 10, "nhid": 120, "nlevels": 11, "dilation": DILATION, "dropouth": 0.2,
+        "wdrop": 0.1,
+    }  # fmt: skip
+    helps: ClassVar = {
+        "batch_size": "images of a training batch",
+        "eval_batch_size": "images evaluated at a time",
+        "anneal": "no effect, as in the authors' script; see --when",
+        "nhid": "hidden channels without the ten output channels",
+    }
 
-    nhid: int = setting(120, "hidden channels without the ten output channels")
-    nlevels: int = setting(11, "layers")
-    dilation: list[int] = setting(DILATION, "dilations, cycled over the layers")
-    dropout: float = setting(0.1, "dropout of single logits")
-    dropouti: float = setting(0.2, "dropout of single pixels")
-    dropouth: float = setting(0.2, "hidden dropout, one mask a sequence for all layers")
-    wdrop: float = setting(0.1, "DropConnect on both kernels")
-    aux: float = setting(0.0, "no effect: the authors' script computes auxiliary outputs here and never uses them")
-    aux_freq: int = setting(10_000, "no effect, see --aux")
+    model: str = setting(
+        TRELLISNET, "core in front of the linear map", group="model", choices=(TRELLISNET, TCN.model_name)
+    )
+    dropout: float = setting(0.1, "dropout of single logits", group="regularisation", rate="probability")
+    dropouti: float = setting(0.2, "dropout of single pixels", group="regularisation", rate="probability")
+    aux: float = setting(
+        0.0, "no effect: the authors' script computes auxiliary outputs here and never uses them",
+        group="regularisation",
+    )  # fmt: skip
+    aux_freq: int = setting(10_000, "no effect, see --aux", group="regularisation")
 
-    model: str = setting(TRELLISNET, "network in front of the linear map", choices=(TRELLISNET, TCN.model_name))
-
-    permute: bool = setting(True, "permute the pixels, all images alike")
-    permutation_seed: int = setting(0, "which permutation; independent of --seed")
-    augment: bool = setting(False, "vary training images at random, before they are permuted; each task in its own way")
-    validation: bool = setting(True, "hold out the last 5,000 training images and choose the epoch by them")
+    permute: bool = setting(True, "permute the pixels, all images alike", group="data")
+    permutation_seed: int = setting(0, "which permutation; independent of --seed", group="data", at_least=0)
+    augment: bool = setting(
+        False, "vary training images at random, before they are permuted; each task in its own way", group="data"
+    )
+    validation: bool = setting(
+        True, "hold out the last 5,000 training images and choose the epoch by them", group="data"
+    )
 
     def channels(self) -> int:
         """H, the hidden channels with those of the output: as in the authors' code as many as there are classes.
@@ -95,11 +101,6 @@ class ClassificationConfig(NetworkConfig):
 
     def recipe(self) -> dict[str, Any]:
         return super().recipe() | {"augment": self.augment}
-
-    def validate(self) -> None:
-        super().validate()
-        self.check_at_least(0, "permutation_seed")
-        self.check_rates("dropout", "dropouti")
 
 
 def build_model(config: ClassificationConfig, channels: int, num_classes: int) -> TrellisClassifier:

@@ -18,7 +18,7 @@ from trellisnet import console, serialization, weights
 from trellisnet.errors import LINE, NAME, RunError, UserError, counted, of_system, shown
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
-from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, flag_of, from_settings, parse
+from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, from_settings, parse
 from trellisnet.training.distributed import LostError, Ranks
 from trellisnet.training.engine import Result, Splits, Task, evaluate, fit, rehearse, score_line
 from trellisnet.training.interrupts import Interrupted, Interrupts
@@ -36,6 +36,7 @@ from trellisnet.training.runlog import (
     software,
     write_json,
 )
+from trellisnet.training.settings import flag_of, properties_of
 
 OURS = (PROJECT, Path(weights.__file__).parent)  # where our warnings come from
 CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # what a run says of how it computes
@@ -481,7 +482,7 @@ def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) ->
         differ = [name for name in settings if name in told and told[name] != settings[name]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
-    differ = [name for name in differ if name not in cls.resumable]
+    differ = [name for name in differ if not properties_of(cls, name).may_change]
     if differ:
         name = differ[0]
         raise UserError(
@@ -510,5 +511,5 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
                 f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {getattr(kept, name)}, and "
                 f"{reason}: leave the flag out, or start a new run with another --out"
             )
-    changed = {name: value for name, value in given.items() if name in cls.resumable - {"preset", "config"}}
+    changed = {name: v for name, v in given.items() if properties_of(cls, name).may_change and name != "config"}
     return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, spoilt

@@ -10,113 +10,122 @@ import dataclasses
 import difflib
 import itertools
 import json
-import math
 import os
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from trellisnet import ops, serialization
+from trellisnet import serialization
 from trellisnet.data import PROJECT
 from trellisnet.errors import NAME, ArgumentError, UserError, shown
+from trellisnet.training.hardware import HardwareConfig
+from trellisnet.training.settings import GROUPS, default_of, flag_of, properties_of, setting
 
-GRAPHS = ("auto", "on", "off")
-PRECISIONS = ("fp32", "tf32", "bf16")
-SCHEDULES = ("step", "cosine", "onecycle")
 SWITCHED = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-LARGEST = torch.finfo(torch.float32).max  # of a setting that enters single-precision arithmetic
-MOST_THREADS = 1024  # libraries crash where they cannot start as many as they are asked for
+SCHEDULES = ("step", "cosine", "onecycle")
 RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
-
-
-def setting(default: Any, help: str, *, flag: str | None = None, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a flag; `flag` if it is spelled otherwise than the field."""
-    metadata = {"help": help, "flag": flag, "choices": choices}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+RUN, OPTIMISATION, EVALUATION = "run and checkpoints", "optimisation", "evaluation"
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunConfig:
-    """What every task's train.py understands. Tasks add their own settings, defaults and presets."""
+class RunConfig(HardwareConfig):
+    """Settings of every task's train.py. Tasks add their own settings, defaults and presets."""
 
     task: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
     default_data: ClassVar[str] = ""  # folder in the project
     data_settings: ClassVar[tuple[str, ...]] = ("data",)  # what decides what ids, or places, stand for
-    # What to do now, not what to compute: taken from the command line only, never kept with a run.
-    process: ClassVar[frozenset[str]] = frozenset(
-        {"config", "out", "resume", "overwrite", "load", "eval", "metrics", "download"}
+
+    name: str = setting(
+        "", "name of the run; its folder is runs/{task}/NAME unless --out is given", group=RUN, resumable=True
     )
-    # May differ between a run and its continuation (the data are compared by content).
-    resumable: ClassVar[frozenset[str]] = process | frozenset(
-        {"name", "epochs", "max_steps", "device", "cuda", "threads", "gemm", "gates", "recompute", "recompute_every"}
-        | {"log_interval", "data", "cuda_graph"}
-        | {"checkpoint_minutes", "checkpoint_steps", "tensorboard", "skip_bad_steps"}
+    preset: str = setting("default", "named settings to start from", group=RUN)
+    config: str = setting(
+        "", "JSON file of settings, or a run's folder with its config.json; flags override it", group=RUN, process=True
     )
-
-    # The rules of --schedule step.
-    stepwise: ClassVar[frozenset[str]] = frozenset({"when", "decay", "decay_from", "anneal"})
-
-    name: str = setting("", "name of the run; its folder is runs/<task>/<name> unless --out is given")
-    preset: str = setting("default", "named settings to start from")
-    config: str = setting("", "JSON file of settings, or a run's folder with its config.json; flags override it")
-    out: str = setting("", "folder of the run")
-    resume: str = setting("", "continue the run in --out (or from FILE)")
-    overwrite: bool = setting(False, "delete an earlier run in the folder")
-    load: str = setting("", "refused: a pickled model can run code; use --load_weight")
-    load_weight: str = setting("", "start from weights in the authors' layout (.pkl), or from those in a run's folder")
-    eval: bool = setting(False, "only score the validation and test data")
-    metrics: str = setting("", "write one JSON object with the results to FILE")
-
-    data: str = setting("", "folder of the data, or 'synthetic'; default: data/<corpus> in the project")
-    download: bool = setting(True, "fetch published data that are missing in their default folder")
-    seed: int = setting(1111, "seed of all random numbers")
-    cuda: bool = setting(True, "use a CUDA device if there is one")
-    device: str = setting("auto", "any torch device, or auto: cuda if there is one and --cuda, else cpu")
-    threads: int = setting(0, "CPU threads; 0: torch's choice")
-    backend: str = setting("auto", "trellis operator", choices=ops.BACKENDS)
-    gemm: str = setting("auto", "products of the fused operator; auto: what is fastest here", choices=ops.GEMMS)
-    gates: str = setting("auto", "gates of the fused operator; auto: compiled if built", choices=ops.GATE_KERNELS)
-    precision: str = setting(
-        "fp32", "of products and activations (tf32: CUDA); sums and losses are in fp32", choices=PRECISIONS
+    out: str = setting("", "folder of the run; default: runs/{task}/NAME in the project", group=RUN, process=True)
+    resume: str = setting("", "continue the run in --out (or from FILE)", group=RUN, process=True)
+    overwrite: bool = setting(False, "delete an earlier run in the folder", group=RUN, process=True)
+    load: str = setting(
+        "", "refused: a pickled model can run code; use --load_weight", group=RUN, process=True, hidden=True
     )
-    cuda_graph: str = setting("auto", "replay training steps as a CUDA graph; auto: where one can be", choices=GRAPHS)
-    deterministic: bool = setting(False, "bit-equal results from run to run on one machine, at some cost")
+    load_weight: str = setting(
+        "", "start from weights in the authors' layout (.pkl), or from those in a run's folder", group=RUN
+    )
+    eval: bool = setting(False, "only score the validation and test data", group=EVALUATION, process=True)
+    metrics: str = setting("", "write one JSON object with the results to FILE", group=EVALUATION, process=True)
 
-    optim: str = setting("SGD", "optimiser: a class of torch.optim")
-    lr: float = setting(1e-3, "initial learning rate")
-    clip: float = setting(0.0, "gradient-norm clip; 0: none")
-    wdecay: float = setting(0.0, "weight decay, inside the optimiser")
-    epochs: int = setting(1, "epochs to train in all")
-    max_steps: int = setting(0, "stop after so many updates in all; 0: no limit")
-    max_eval_tokens: int = setting(0, "score only so many tokens of each split (marks the result partial); 0: all")
-    batch_size: int = setting(16, "rows of a training batch")
-    eval_batch_size: int = setting(10, "rows for validation and test")
-    momentum: float = setting(0.0, "of the optimiser, if it has one")
-    ema: float = setting(0.0, "score and save an average of the weights that keeps this share per update; 0: none")
-    label_smoothing: float = setting(0.0, "in training, share of the target spread evenly over all classes")
+    data: str = setting(
+        "", "folder of the data, or 'synthetic'; default: {default_data} in the project", group="data", resumable=True
+    )
+    download: bool = setting(
+        True, "fetch published data that are missing in their default folder", group="data", process=True
+    )
+    seed: int = setting(1111, "seed of all random numbers", group=OPTIMISATION, at_least=0, bits=63)
+
+    optim: str = setting("SGD", "optimiser: a class of torch.optim", group=OPTIMISATION)
+    lr: float = setting(1e-3, "initial learning rate", group=OPTIMISATION, at_least=0)
+    clip: float = setting(0.0, "gradient-norm clip; 0: none", group=OPTIMISATION, at_least=0)
+    wdecay: float = setting(0.0, "weight decay, inside the optimiser", group="regularisation", at_least=0)
+    epochs: int = setting(1, "epochs to train in all", group=OPTIMISATION, resumable=True, at_least=1)
+    max_steps: int = setting(
+        0, "stop after N updates in all; 0: no limit", group=OPTIMISATION, resumable=True, at_least=0
+    )
+    max_eval_tokens: int = setting(
+        0, "score only N tokens of each split (marks the result partial); 0: all", group=EVALUATION, at_least=0
+    )
+    batch_size: int = setting(16, "rows of a training batch", group=OPTIMISATION, at_least=1)
+    eval_batch_size: int = setting(10, "rows for validation and test", group=EVALUATION, at_least=1)
+    momentum: float = setting(0.0, "of the optimiser, if it has one", group=OPTIMISATION, rate="probability")
+    ema: float = setting(
+        0.0, "score and save an average of the weights that keeps this share per update; 0: none",
+        group=OPTIMISATION, rate="share",
+    )  # fmt: skip
+    label_smoothing: float = setting(
+        0.0, "in training, share of the target spread evenly over all classes", group="regularisation", rate="share"
+    )
     schedule: str = setting(
-        "step", "learning rate: by the rules below, or over the whole run (momentum is left alone)", choices=SCHEDULES
+        "step", "learning rate: by the rules below, or over the whole run (momentum is left alone)",
+        group=OPTIMISATION, choices=SCHEDULES,
+    )  # fmt: skip
+    warmup: int = setting(
+        0, "updates in which the learning rate first rises; 0: none, with onecycle 30 % of all",
+        group=OPTIMISATION, at_least=0,
+    )  # fmt: skip
+    when: list[int] = setting(
+        [-1], "divide the learning rate by 10 after these epochs", group=OPTIMISATION, step_rule=True
     )
-    warmup: int = setting(0, "updates in which the learning rate first rises; 0: none, with onecycle 30 % of all")
-    when: list[int] = setting([-1], "divide the learning rate by 10 after these epochs")
-    decay: float = setting(1.0, "divide the learning rate by this after every epoch from --decay_from on")
-    decay_from: int = setting(1, "see --decay")
-    anneal: int = setting(0, "plateau patience in epochs; 0: no annealing on plateaus")
-    skip_bad_steps: int = setting(0, "go on after up to so many steps whose loss or gradient is not finite")
-    accumulate: int = setting(1, "compute every batch in so many slices of its rows, one update for all")
-    checkpoint_minutes: float = setting(10.0, "write last.pt also within an epoch, every so many minutes; 0: never")
-    checkpoint_steps: int = setting(0, "and after every so many updates; 0: never")
-    tensorboard: bool = setting(False, "write the numbers of metrics.jsonl for TensorBoard too")
-    log_interval: int = setting(100, "batches between log lines", flag="--log-interval")
+    decay: float = setting(
+        1.0, "divide the learning rate by this after every epoch from --decay_from on",
+        group=OPTIMISATION, step_rule=True, at_least=1,
+    )  # fmt: skip
+    decay_from: int = setting(1, "see --decay", group=OPTIMISATION, step_rule=True, at_least=1)
+    anneal: int = setting(
+        0, "plateau patience in epochs; 0: no annealing on plateaus", group=OPTIMISATION, step_rule=True, at_least=0
+    )
+    skip_bad_steps: int = setting(
+        0, "skip up to N steps whose loss or gradient is not finite", group=OPTIMISATION, resumable=True, at_least=0
+    )
+    accumulate: int = setting(
+        1, "compute every batch in N slices of its rows, with one update for all", group=OPTIMISATION, at_least=1
+    )
+    checkpoint_minutes: float = setting(
+        10.0, "write last.pt within an epoch too, every N minutes; 0: never", group=RUN, resumable=True, at_least=0
+    )
+    checkpoint_steps: int = setting(
+        0, "write last.pt every N updates too; 0: never", group=RUN, resumable=True, at_least=0
+    )
+    tensorboard: bool = setting(
+        False, "write the numbers of metrics.jsonl for TensorBoard too", group=RUN, resumable=True
+    )
+    log_interval: int = setting(
+        100, "batches between log lines", group=RUN, flag="--log-interval", resumable=True, at_least=1
+    )
 
     @classmethod
     def program(cls) -> str:
@@ -140,38 +149,18 @@ class RunConfig:
                 f"--load {self.load}: a pickled whole model can run any code when it is opened, so it is refused; save "
                 "its weights with torch.save(model.state_dict(), FILE) where it was made and pass --load_weight FILE"
             )
-        for name, value in dataclasses.asdict(self).items():
-            numbers = value if isinstance(value, list) else [value]
-            for number in numbers:
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise UserError(f"{flag_of(self, name)}: expected a finite number, got {number}")
-                if isinstance(number, float) and abs(number) > LARGEST and name not in self.process:
-                    raise UserError(f"{flag_of(self, name)}: expected at most {LARGEST:.2g} in size, got {number}")
-            if name != "seed" and any(isinstance(n, int) and abs(n) >= 2**31 for n in numbers):
-                raise UserError(f"{flag_of(self, name)}: expected less than 2**31, got {max(numbers, key=abs)}")
-        self.check_at_least(1, "epochs", "batch_size", "eval_batch_size", "log_interval", "accumulate")
-        self.check_at_least(0, "checkpoint_minutes", "checkpoint_steps", "skip_bad_steps")
+        super().validate()
         if self.accumulate > self.batch_size:
             raise UserError(f"--accumulate {self.accumulate}: more slices than the --batch_size {self.batch_size} rows")
-        self.check_at_least(0, "lr", "clip", "wdecay", "max_steps", "max_eval_tokens", "anneal", "threads", "seed")
-        self.check_at_least(1, "decay", "decay_from")
-        self.check_at_most(MOST_THREADS, "threads")
-        self.check_rates("momentum")
-        self.check_at_least(0, "warmup")
-        for name in ("ema", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name}: expected a share in [0, 1), got {getattr(self, name)}")
-        if self.schedule != "step":
-            for name in [f.name for f in dataclasses.fields(self) if f.name in self.stepwise]:
-                if getattr(self, name) != self.preset_value(name):
-                    raise UserError(
-                        f"{flag_of(self, name)}: is a rule of --schedule step, without effect on {self.schedule}; "
-                        "leave one of the two out"
-                    )
+        for field in dataclasses.fields(self):
+            rule = properties_of(self, field.name).step_rule and self.schedule != "step"
+            if rule and getattr(self, field.name) != self.preset_value(field.name):
+                raise UserError(
+                    f"{flag_of(self, field.name)}: is a rule of --schedule step, without effect on {self.schedule}; "
+                    "leave one of the two out"
+                )
         if self.schedule == "onecycle" and self.warmup == 1:
             raise UserError("--warmup 1: with --schedule onecycle expected 0 or at least 2 updates")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if self.eval and self.resume:
             raise UserError("--eval and --resume exclude each other: to score a run pass --load_weight RUN/weights.pkl")
         if self.resume and self.overwrite:
@@ -179,99 +168,19 @@ class RunConfig:
 
     def preset_value(self, name: str) -> Any:
         """A setting as it is without flags and --config."""
-        field = next(f for f in dataclasses.fields(self) if f.name == name)
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        return self.presets[self.preset].get(name, default)
+        return self.presets[self.preset].get(name, default_of(self.__dataclass_fields__[name]))
 
     def fixed(self, name: str) -> str:
         """Why a continuation of this run must keep a setting; empty if it need not."""
         if self.schedule != "step" and name in ("epochs", "max_steps"):
             return f"--schedule {self.schedule} spreads the learning rate over all updates of the run"
-        return "" if name in self.resumable else "a continued run keeps its settings"
+        return "" if properties_of(self, name).may_change else "a continued run keeps its settings"
 
-    def check_at_least(self, least: float, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < least:
-                raise UserError(f"{flag_of(self, name)}: expected at least {least}, got {getattr(self, name)}")
-
-    def check_at_most(self, most: float, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) > most:
-                raise UserError(f"{flag_of(self, name)}: expected at most {most:,}, got {getattr(self, name):,}")
-
-    def check_rates(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{flag_of(self, name)}: expected a probability in [0, 1), got {getattr(self, name)}")
-
-    def torch_device(self) -> torch.device:
-        """The device to run on.
-
-        Raises:
-            UserError: no such device here.
-        """
-        wanted = self.device
-        if wanted == "auto":
-            wanted = "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(wanted)
-            torch.empty(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as e:
-            raise UserError(f"--device {wanted}: not usable here ({str(e).splitlines()[0]}); try --device cpu") from e
-        return device
+    def is_continued(self) -> bool:
+        return bool(self.resume)
 
     def notices(self, device: torch.device) -> list[str]:
-        """What the user should know of the choices that were made for this device."""
-        reason = self.no_graph(device) if device.type == "cuda" and not self.eval else ""
-        return [f"no CUDA graph: {reason}"] if reason else []
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The context in which models and losses are computed, for `precision`."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    @contextlib.contextmanager
-    def float32_products(self) -> Iterator[None]:
-        """While it lasts, products of numbers in single precision are just that on CUDA, or in TF32 if `precision` is.
-
-        Left alone, torch takes TF32 for convolutions and not for other products.
-        """
-
-        def choose(products: str, convolutions: bool) -> tuple[str, bool]:
-            """Returns what was chosen before."""
-            with warnings.catch_warnings():  # some versions announce names that older ones do not have
-                warnings.filterwarnings("ignore", "Please use the new API")
-                before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-                torch.set_float32_matmul_precision(products)
-                torch.backends.cudnn.allow_tf32 = convolutions
-            return before
-
-        tf32 = self.precision == "tf32"
-        before = choose("high" if tf32 else "highest", tf32)
-        try:
-            yield
-        finally:
-            choose(*before)
-
-    def chosen(self, device: torch.device) -> Self:
-        """These settings with everything that was left to the machine decided.
-
-        Raises:
-            UserError: what was asked for cannot run here.
-        """
-        if self.precision == "tf32" and device.type != "cuda" and not self.resume:  # a run may go on elsewhere
-            raise UserError(f"--precision tf32: is of CUDA devices, and this is {device.type}; pass fp32 or bf16")
-        reason = self.no_graph(device)
-        if self.cuda_graph == "on" and reason and not self.resume:
-            raise UserError(f"--cuda_graph on: {reason}; pass auto or off")
-        cuda_graph = "off" if reason else {"auto": "on"}.get(self.cuda_graph, self.cuda_graph)
-        return dataclasses.replace(self, threads=torch.get_num_threads(), cuda_graph=cuda_graph)
-
-    def no_graph(self, device: torch.device) -> str:
-        """Why a training step cannot be a CUDA graph; empty if it can."""
-        if device.type != "cuda":
-            return f"is of CUDA devices, and this is {device.type}"
-        several = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-        return "processes that train together exchange gradients within a step" if several else ""
+        return [] if self.eval else super().notices(device)  # only training steps become graphs
 
     def recipe(self) -> dict[str, Any]:
         """Settings of training that a score is reported with, by name."""
@@ -325,12 +234,6 @@ class RunConfig:
 
 
 Config = TypeVar("Config", bound=RunConfig)
-
-
-def flag_of(config: type[RunConfig] | RunConfig, name: str) -> str:
-    """The flag of a setting, e.g. `--log-interval`."""
-    field = next(f for f in dataclasses.fields(config) if f.name == name)
-    return field.metadata["flag"] or f"--{name}"
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -390,17 +293,18 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
     hints = typing.get_type_hints(cls)
     parser = Parser(
         prog=cls.program(),
+        usage="%(prog)s [flags]",
         description=f"{cls.__doc__} Presets: {', '.join(cls.presets)}.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for field in dataclasses.fields(cls):
-        flag, kind = field.metadata["flag"] or f"--{field.name}", hints[field.name]
+        properties, kind = properties_of(cls, field.name), hints[field.name]
+        flag = flag_of(cls, field.name)
         names = [flag, f"--{field.name}"] if flag != f"--{field.name}" else [flag]
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        value = field.default_factory() if callable(field.default_factory) else field.default
-        value = " ".join(map(str, value)) if isinstance(value, list) else value
-        options["help"] = field.metadata["help"].replace("%", "%%") + (f" (default: {value})" if value != "" else "")
+        options["help"] = argparse.SUPPRESS if properties.hidden else _help(cls, field)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.name == "resume":
@@ -410,10 +314,22 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         elif isinstance(kind, types.GenericAlias):
             options |= {"nargs": "+", "type": _READERS.get(kind, float), "metavar": "N"}
         else:
-            options |= {"type": _READERS.get(kind, kind), "choices": field.metadata["choices"]}
-            options["metavar"] = None if field.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument(*names, **options)
+            options |= {"type": _READERS.get(kind, kind), "choices": properties.choices}
+            options["metavar"] = None if properties.choices else kind.__name__.upper()
+        groups[properties.group].add_argument(*names, **options)
     return parser
+
+
+def _help(cls: type[RunConfig], field: dataclasses.Field) -> str:
+    """The help text of a setting, with its default unless the text says it."""
+    text = properties_of(cls, field.name).help.format(task=cls.task, default_data=cls.default_data)
+    default = default_of(field)
+    if isinstance(default, list):
+        default = " ".join(map(str, default))
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    known = "" if "default:" in text else f" (default: {'none' if default == '' else default})"
+    return (text + known).replace("%", "%%")
 
 
 def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any]]:
@@ -480,12 +396,13 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
 def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) -> dict[str, Any]:
     """`content` with every name known and every value of its setting's type, or UserError."""
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = [field.name for field in dataclasses.fields(cls)]
     checked = {}
     for name, value in content.items():
         if name not in fields:
             raise UserError(f"{where}: unknown setting {shown(repr(name), NAME)}{did_you_mean(str(name), fields)}")
-        if name in cls.process:
+        properties = properties_of(cls, name)
+        if properties.process:
             raise UserError(f"{where}: {name} says what to do now; give it on the command line")
         kind = hints[name]
         plain = list if isinstance(kind, types.GenericAlias) else kind
@@ -495,7 +412,7 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             value = _whole(value)
         elif kind == list[int] and isinstance(value, list):
             value = [_whole(number) for number in value]
-        choices = fields[name].metadata["choices"]
+        choices = properties.choices
         if choices and value not in choices:
             near = did_you_mean(str(value), choices)
             raise UserError(
@@ -527,4 +444,6 @@ def _is_text_of_system(text: str) -> bool:
 
 def to_settings(config: RunConfig) -> dict[str, Any]:
     """The settings of a run as plain values, for JSON and checkpoints: all but those about this process only."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in config.process}
+    return {
+        name: value for name, value in dataclasses.asdict(config).items() if not properties_of(config, name).process
+    }

@@ -3,7 +3,6 @@
 A task folder adds its data, its defaults and its presets.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from trellisnet.baselines import RHN, SparseEmbedding, rhn, sparse, tcn
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, only_held_out, open_words
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.config import setting
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
 from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling
 
 
@@ -30,74 +29,121 @@ class LanguageModelConfig(NetworkConfig):
 
     data_settings: ClassVar = ("data", "vocab_order")
     token: ClassVar[str] = "words"  # what the vocabulary holds
-    process: ClassVar[frozenset[str]] = NetworkConfig.process | frozenset(
-        "cache cache_tune dynamic_eval dynamic_eval_tune dynamic_eval_rule dynamic_eval_lr dynamic_eval_decay".split()
-        + "dynamic_eval_epsilon dynamic_eval_segment dynamic_eval_stats adapt_rows".split()
-    )
-    stepwise: ClassVar[frozenset[str]] = NetworkConfig.stepwise | {"asgd", "nonmono", "anneal_by", "anneal_recent"}
     # The authors' rules for the learning rate differ in these, see trellisnet.training.optim.Schedule.
     plateau_factor: ClassVar[float] = 4.0
     plateau_floor: ClassVar[float] = 0.0
     when_floor: ClassVar[float] = 0.0
 
-    emsize: int = setting(400, "embedding width")
-    nout: int = setting(400, "output channels; equal to --emsize when tied")
-    sparse_mode: str = setting("direct", "which layers of a sparse LSTM are reduced", choices=sparse.MODES)
-    sparse_fract: float = setting(1.0, "to which fraction of their inputs or outputs")
-    emb_blocks: int = setting(1, "column blocks of a sparse embedding, shorter for words with low ids; 1: dense")
-    emb_density: float = setting(1.0, "share of a sparse embedding's numbers that are there")
+    defaults: ClassVar = {"wnorm": False}
+    helps: ClassVar = {
+        "data": "a text file, a folder with train.txt, valid.txt and test.txt, or 'synthetic'; default: {default_data} "
+        "in the project",
+    }
+
+    emsize: int = setting(400, "embedding width", group="model", at_least=1)
+    nout: int = setting(400, "output channels; equal to --emsize when tied", group="model", at_least=1)
+    sparse_mode: str = setting(
+        "direct", "layers of a sparse LSTM that are reduced", group="settings of other cores", choices=sparse.MODES
+    )
+    sparse_fract: float = setting(
+        1.0, "fraction of their inputs or outputs that is left", group="settings of other cores", above=0, at_most=1
+    )
+    emb_blocks: int = setting(
+        1, "column blocks of a sparse embedding, shorter for words with low ids; 1: dense", group="model", at_least=1
+    )
+    emb_density: float = setting(1.0, "share of a sparse embedding's numbers that are there", group="model")
     vocab_order: str = setting(
-        "auto", "order of the ids; auto: frequency_up with --emb_blocks, else appearance", choices=("auto", *ALL_ORDERS)
+        "auto", "order of the ids; auto: frequency_up with --emb_blocks, else appearance",
+        group="data", choices=("auto", *ALL_ORDERS),
+    )  # fmt: skip
+    tied: bool = setting(True, "tie the output to the input embedding", group="model")
+    n_experts: int = setting(0, "softmaxes in a mixture; 0: one plain softmax", group="model", at_least=0)
+    mos_epsilon: float = setting(
+        -1.0, "added to the mixture's probabilities; -1: 1e-8 to score loaded weights, else 0", group="model"
     )
-    tied: bool = setting(True, "tie the output to the input embedding")
-    wnorm: bool = setting(False, "weight normalisation")
-    n_experts: int = setting(0, "softmaxes in a mixture; 0: one plain softmax")
-    mos_epsilon: float = setting(-1.0, "added to the mixture's probabilities; -1: 1e-8 to score loaded weights, else 0")
 
-    asgd: bool = setting(False, "switch to averaged SGD on the first plateau instead of annealing")
-    nonmono: int = setting(0, "the same with a patience of so many epochs, whatever --anneal is; 0: not")
-    anneal_by: float = setting(0.0, "divide the learning rate by this on a plateau; 0: the task's own divisor")
+    asgd: bool = setting(
+        False, "switch to averaged SGD on the first plateau instead of annealing", group="optimisation", step_rule=True
+    )
+    nonmono: int = setting(
+        0, "the same with a patience of N epochs, whatever --anneal is; 0: not",
+        group="optimisation", step_rule=True, at_least=0,
+    )  # fmt: skip
+    anneal_by: float = setting(
+        0.0, "divide the learning rate by this on a plateau; 0: the task's own divisor",
+        group="optimisation", step_rule=True, at_least=1, special=0,
+    )  # fmt: skip
     anneal_recent: int = setting(
-        0, "instead of --anneal: a plateau is a loss not below the worst of so many epochs before; 0: by --anneal"
+        0, "a plateau is a loss not below the worst of the N epochs before; 0: by --anneal",
+        group="optimisation", step_rule=True, at_least=0,
+    )  # fmt: skip
+
+    dropout: float = setting(0.0, "output dropout, one mask per sequence", group="regularisation", rate="probability")
+    dropouti: float = setting(0.0, "input dropout, one mask per sequence", group="regularisation", rate="probability")
+    dropoutl: float = setting(
+        0.0, "dropout of the mixture's latent vectors, one mask per sequence",
+        group="regularisation", rate="probability",
+    )  # fmt: skip
+    emb_dropout: float = setting(
+        0.0, "dropout of whole words of the vocabulary", group="regularisation", rate="probability"
     )
+    emb_dropout_rows: bool = setting(False, "drop words in every row of a batch on its own", group="regularisation")
 
-    dropout: float = setting(0.0, "output dropout, one mask a sequence")
-    dropouti: float = setting(0.0, "input dropout, one mask a sequence")
-    dropoutl: float = setting(0.0, "dropout of the mixture's latent vectors, one mask a sequence")
-    emb_dropout: float = setting(0.0, "dropout of whole words of the vocabulary")
-    emb_dropout_rows: bool = setting(False, "drop words in every row of a batch on its own")
+    horizon: int = setting(
+        58, "unscored positions of a window; length of a window when the state is carried", group="data", at_least=1
+    )
+    seq_len: int = setting(0, "length of a window, the unscored positions included", group="data", at_least=0)
+    repack: bool = setting(False, "carry the state from window to window", group="data")
+    random_length: bool = setting(False, "train on carried windows of random length about --horizon", group="data")
+    aux: float = setting(0.0, "weight of the auxiliary losses; 0: none", group="regularisation")
+    aux_freq: int = setting(20, "auxiliary loss after every N layers", group="regularisation")
+    alpha: float = setting(0.0, "activation regularisation (AR)", group="regularisation", at_least=0)
+    beta: float = setting(0.0, "temporal activation regularisation (TAR)", group="regularisation", at_least=0)
+    eval_all: bool = setting(False, "also score every token, those without a whole history too", group="evaluation")
 
-    horizon: int = setting(58, "unscored positions of a window; length of a window when the state is carried")
-    seq_len: int = setting(0, "length of a window, the unscored positions included")
-    repack: bool = setting(False, "carry the state from window to window")
-    random_length: bool = setting(False, "train on carried windows of random length about --horizon")
-    aux: float = setting(0.0, "weight of the auxiliary losses; 0: none")
-    aux_freq: int = setting(20, "auxiliary loss after every N layers")
-    alpha: float = setting(0.0, "activation regularisation (AR)")
-    beta: float = setting(0.0, "temporal activation regularisation (TAR)")
-    eval_all: bool = setting(False, "also score every token, those without a whole history too")
-
-    cache: list[float] = setting([], "with --eval: also score with a cache: WINDOW THETA LAMBDA")
-    cache_tune: bool = setting(False, "choose theta and lambda on the validation data, from a grid")
-    dynamic_eval: bool = setting(False, "with --eval: also score with weights that learn from the text")
-    dynamic_eval_tune: bool = setting(False, "choose its rate and decay on the validation data: half, once and twice")
-    dynamic_eval_rule: str = setting("rms", "how they learn", choices=("rms", "sgd"))
-    dynamic_eval_lr: float = setting(-1.0, "rate; -1: for every position of a segment 1e-5, with sgd 0.02")
-    dynamic_eval_decay: float = setting(-1.0, "towards the trained weights; -1: a position 4e-4, with sgd 0")
-    dynamic_eval_epsilon: float = setting(2e-5, "of rms")
-    dynamic_eval_segment: int = setting(5, "positions that are scored, then learned from")
-    dynamic_eval_stats: int = setting(0, "segments of the training data that rms takes gradients of; 0: all")
-    adapt_rows: int = setting(1, "rows of text that cache and dynamic evaluation read side by side")
+    cache: list[float] = setting(
+        [], "with --eval: also score with a cache: WINDOW THETA LAMBDA", group="evaluation", process=True
+    )
+    cache_tune: bool = setting(
+        False, "choose theta and lambda on the validation data, from a grid",
+        group="evaluation", process=True, needs=["cache"],
+    )  # fmt: skip
+    dynamic_eval: bool = setting(
+        False, "with --eval: also score with weights that learn from the text", group="evaluation", process=True
+    )
+    dynamic_eval_tune: bool = setting(
+        False, "choose its rate and decay on the validation data: half, once and twice",
+        group="evaluation", process=True, needs=["dynamic_eval"],
+    )  # fmt: skip
+    dynamic_eval_rule: str = setting(
+        "rms", "how they learn", group="evaluation", process=True, needs=["dynamic_eval"], choices=("rms", "sgd")
+    )
+    dynamic_eval_lr: float = setting(
+        -1.0, "rate; -1: for every position of a segment 1e-5, with sgd 0.02",
+        group="evaluation", process=True, needs=["dynamic_eval"], at_least=0, special=-1,
+    )  # fmt: skip
+    dynamic_eval_decay: float = setting(
+        -1.0, "decay towards the trained weights; -1: for every position of a segment 4e-4, with sgd 0",
+        group="evaluation", process=True, needs=["dynamic_eval"], at_least=0, special=-1,
+    )  # fmt: skip
+    dynamic_eval_epsilon: float = setting(
+        2e-5, "of rms", group="evaluation", process=True, needs=["dynamic_eval"], above=0
+    )
+    dynamic_eval_segment: int = setting(
+        5, "positions that are scored, then learned from",
+        group="evaluation", process=True, needs=["dynamic_eval"], at_least=1,
+    )  # fmt: skip
+    dynamic_eval_stats: int = setting(
+        0, "segments of the training data that rms takes gradients of; 0: all",
+        group="evaluation", process=True, needs=["dynamic_eval"], at_least=0,
+    )  # fmt: skip
+    adapt_rows: int = setting(
+        1, "rows of text that cache and dynamic evaluation read side by side",
+        group="evaluation", process=True, needs=["cache", "dynamic_eval"], at_least=1,
+    )  # fmt: skip
 
     def validate(self) -> None:
         super().validate()
-        self.check_at_least(1, "emsize", "nout", "horizon")
-        self.check_at_least(0, "seq_len", "alpha", "beta", "n_experts")
-        self.check_rates("dropoutl", "dropout", "dropouti", "emb_dropout")
-        self.check_at_least(0, "nonmono", "anneal_recent")
-        self.check_at_least(1, "emb_blocks")
-        if not 0 < self.sparse_fract <= 1:
-            raise UserError(f"--sparse_fract: expected a fraction in (0, 1], got {self.sparse_fract}")
         blocks = min(self.emb_blocks, self.emsize)
         if not 1 / blocks <= self.emb_density <= 1:
             raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
@@ -109,8 +155,6 @@ class LanguageModelConfig(NetworkConfig):
                 "--label_smoothing: needs the log-probabilities of all classes, which the loss of a mixture never has "
                 "at once; leave it out or pass --n_experts 0"
             )
-        if self.anneal_by and self.anneal_by < 1:
-            raise UserError(f"--anneal_by: expected 0 or at least 1, got {self.anneal_by}")
         if self.model == RHN.model_name and self.nout != self.nhid:
             raise UserError(
                 f"--nout {self.nout}: the state of a recurrent highway network is its output; pass --nout {self.nhid}, "
@@ -126,7 +170,8 @@ class LanguageModelConfig(NetworkConfig):
                 "change one or pass --no-tied"
             )
         if self.aux > 0:
-            self.check_at_least(1, "aux_freq")
+            if self.aux_freq < 1:
+                raise UserError(f"--aux_freq: expected at least 1, got {self.aux_freq}")
             if self.aux_freq > self.nlevels:
                 raise UserError(
                     f"--aux_freq {self.aux_freq}: larger than --nlevels {self.nlevels}, so no layer would have an "
@@ -145,22 +190,9 @@ class LanguageModelConfig(NetworkConfig):
 
     def _validate_adaptation(self) -> None:
         """The settings of cache and dynamic evaluation."""
-        fields = {field.name: field.default for field in dataclasses.fields(self)}
         for way, on in (("cache", bool(self.cache)), ("dynamic_eval", self.dynamic_eval)):
             if on and not self.eval:
                 raise UserError(f"--{way}: is a way of scoring trained weights; pass --eval and --load_weight FILE")
-            for name in fields:
-                if not on and name.startswith(f"{way}_") and getattr(self, name) != fields[name]:
-                    raise UserError(f"--{name}: has no effect without --{way}")
-        if self.adapt_rows != 1 and not (self.cache or self.dynamic_eval):
-            raise UserError("--adapt_rows: has no effect without --cache or --dynamic_eval")
-        self.check_at_least(1, "dynamic_eval_segment", "adapt_rows")
-        self.check_at_least(0, "dynamic_eval_stats")
-        for name in ("dynamic_eval_lr", "dynamic_eval_decay"):
-            if getattr(self, name) < 0 and getattr(self, name) != -1:
-                raise UserError(f"--{name}: expected 0 or more, or -1 for the default, got {getattr(self, name)}")
-        if self.dynamic_eval_epsilon <= 0:
-            raise UserError(f"--dynamic_eval_epsilon: expected more than 0, got {self.dynamic_eval_epsilon}")
         if self.cache:
             given = f"--cache {' '.join(f'{number:.15g}' for number in self.cache)}"
             if len(self.cache) != 3:

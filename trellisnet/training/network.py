@@ -11,7 +11,8 @@ from trellisnet import ops
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
-from trellisnet.training.config import RunConfig, setting
+from trellisnet.training.config import RunConfig
+from trellisnet.training.settings import setting
 
 MEASURED = 100  # channels from which on the route of the products is measured
 ROWS = 512  # of the products that are measured
@@ -45,22 +46,36 @@ class NetworkConfig(RunConfig):
     preset `rhn-small`.
     """
 
-    model: str = setting(TRELLISNET, "network between embedding and head", choices=MODELS)
-    mc_dropout: int = setting(0, "also score by the mean of so many passes with dropout (Monte Carlo); 0: not")
-    nhid: int = setting(1000, "hidden channels without the output channels")
-    nlevels: int = setting(58, "layers")
-    ksize: int = setting(2, "kernel size")
-    dilation: list[int] = setting([1], "dilations, cycled over the layers")
-    wnorm: bool = setting(True, "weight normalisation")
-    dropouth: float = setting(0.0, "hidden dropout, one mask a sequence for all layers")
-    wdrop: float = setting(0.0, "DropConnect on both kernels")
-    temporalwdrop: bool = setting(True, "DropConnect on the older taps only")
-    activation: str = setting("lstm", "gates of a layer", choices=tuple(ops.GATES))
-    mixed_group: int = setting(0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel")
-    inject_every: int = setting(1, "inject the input every so many layers")
-    recompute: bool = setting(False, "compute layers again in the backward pass instead of keeping them: less memory")
-    recompute_every: int = setting(0, "with --recompute: keep every so many layers; 0: the root of their number")
-    gate_bias: float = setting(-2.0, "where the biases of a recurrent highway network's transform gates start")
+    model: str = setting(TRELLISNET, "core between embedding and head", group="model", choices=MODELS)
+    mc_dropout: int = setting(
+        0, "also score by the mean of N passes with dropout (Monte Carlo); 0: not", group="evaluation", at_least=0
+    )
+    nhid: int = setting(1000, "hidden channels without the output channels", group="model", at_least=1)
+    nlevels: int = setting(58, "layers", group="model", at_least=1, at_most=MOST_LAYERS)
+    ksize: int = setting(2, "kernel size", group="model", at_least=2)
+    dilation: list[int] = setting([1], "dilations, cycled over the layers", group="model", at_least=1)
+    wnorm: bool = setting(True, "weight normalisation", group="model")
+    dropouth: float = setting(
+        0.0, "hidden dropout, one mask per sequence for all layers", group="regularisation", rate="probability"
+    )
+    wdrop: float = setting(0.0, "DropConnect on both kernels", group="regularisation", rate="probability")
+    temporalwdrop: bool = setting(True, "DropConnect on the older taps only", group="regularisation")
+    activation: str = setting("lstm", "gates of a layer", group="model", choices=tuple(ops.GATES))
+    mixed_group: int = setting(
+        0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel", group="model", at_least=0
+    )
+    inject_every: int = setting(1, "inject the input every N layers", group="model", at_least=1)
+    recompute: bool = setting(
+        False, "compute layers again in the backward pass instead of keeping them: less memory",
+        group="hardware", resumable=True,
+    )  # fmt: skip
+    recompute_every: int = setting(
+        0, "with --recompute: keep every Nth layer; 0: the root of their number",
+        group="hardware", resumable=True, at_least=0,
+    )  # fmt: skip
+    gate_bias: float = setting(
+        -2.0, "initial bias of a recurrent highway network's transform gates", group="settings of other cores"
+    )
 
     @classmethod
     def preset_names(cls) -> list[str]:
@@ -89,7 +104,6 @@ class NetworkConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.check_at_least(0, "recompute_every")
         preset = self.presets[self.preset]
         if self.model != preset.get("model", TRELLISNET):
             raise UserError(f"--model {self.model}: --preset {self.preset} is of {preset['model']}; leave one out")
@@ -100,14 +114,6 @@ class NetworkConfig(RunConfig):
             raise UserError(f"--backend {self.backend}: is of TrellisNet; --model {self.model} needs auto or reference")
         if self.model == TCN.model_name and self.nlevels > 30:
             raise UserError(f"--nlevels {self.nlevels}: a TCN's dilation doubles with every block; 30 are the most")
-        self.check_at_least(1, "nhid", "nlevels", "inject_every")
-        self.check_at_most(MOST_LAYERS, "nlevels")
-        self.check_at_least(0, "mc_dropout")
-        self.check_at_least(2, "ksize")
-        self.check_at_least(0, "mixed_group")
-        self.check_rates("dropouth", "wdrop")
-        if min(self.dilation, default=0) < 1:
-            raise UserError(f"--dilation: expected integers ≥ 1, got {self.dilation}")
 
     def settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
         found = super().settings_of(arguments)
@@ -169,7 +175,7 @@ class NetworkConfig(RunConfig):
         try:
             return ops.resolve_gates(self.gates, *settings)
         except ValueError:
-            if not self.resume:
+            if not self.is_continued():
                 raise
             return ops.resolve_gates("auto", *settings)
 
@@ -230,7 +236,7 @@ class NetworkConfig(RunConfig):
             if backend == "reference":
                 return dataclasses.replace(config, backend=backend)
             # A run that goes on elsewhere may have to multiply in another way.
-            moved = self.resume and self.gemm != "auto" and not gemm.usable(self.gemm, device, dtype)
+            moved = self.is_continued() and self.gemm != "auto" and not gemm.usable(self.gemm, device, dtype)
             wanted = "auto" if moved else self.gemm
             route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
             gates = self._gates(backend, device)
