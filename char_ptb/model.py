@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from char_ptb.data import PROMPTS, STREAMS, TEXTS
 from trellisnet.data.corpus import Corpus
+from trellisnet.evaluation.adaptation import AdaptiveConfig
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.language_model import build_model
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import CharacterModeling
 
@@ -15,7 +16,7 @@ __all__ = ["Config", "build_model"]
 
 
 @dataclass(kw_only=True)
-class Config(LanguageModelConfig):
+class Config(AdaptiveConfig):
     """Train a TrellisNet on character-level Penn Treebank."""
 
     task: ClassVar[str] = "char_ptb"

@@ -9,10 +9,9 @@ if __name__ == "__main__":
 
 from char_ptb import data
 from char_ptb.model import Config
-from trellisnet.evaluation import adaptation
 from trellisnet.training import cli, language_model
 
-setup = functools.partial(language_model.setup, data.load, further=adaptation.scores)
+setup = functools.partial(language_model.setup, data.load)
 main = functools.partial(cli.main, Config, setup)
 
 if __name__ == "__main__":

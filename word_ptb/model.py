@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 from trellisnet.data.corpus import Corpus
 from trellisnet.errors import UserError
+from trellisnet.evaluation.adaptation import AdaptiveConfig
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.language_model import build_model
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling, Reciting
 from word_ptb import baselines
@@ -15,7 +16,7 @@ __all__ = ["Config", "build_model"]
 
 
 @dataclass(kw_only=True)
-class Config(LanguageModelConfig):
+class Config(AdaptiveConfig):
     """Train a TrellisNet on word-level Penn Treebank."""
 
     task: ClassVar[str] = "word_ptb"

@@ -8,7 +8,8 @@ import torch
 
 from trellisnet.data.corpus import ORDERS
 from trellisnet.errors import UserError
-from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.evaluation.adaptation import AdaptiveConfig
+from trellisnet.training.language_model import build_model
 from trellisnet.training.settings import setting
 
 __all__ = ["Config", "build_model"]
@@ -19,7 +20,7 @@ CUTOFFS = (2_800, 20_000, 76_000)
 
 
 @dataclass(kw_only=True)
-class Config(LanguageModelConfig):
+class Config(AdaptiveConfig):
     """Train a TrellisNet on WikiText-103."""
 
     task: ClassVar[str] = "wt103"

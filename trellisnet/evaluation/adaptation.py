@@ -1,9 +1,10 @@
-"""The flags `--cache` and `--dynamic_eval` of the language models: what they score, how it is tuned, what it costs."""
+"""Cache and dynamic evaluation for language models: their settings, what they score, how it is tuned, what it costs."""
 
 import functools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from trellisnet.errors import RunError, UserError, counted
 from trellisnet.evaluation import cache, dynamic
 from trellisnet.training.language_model import LanguageModelConfig, Scores
 from trellisnet.training.runlog import cost
+from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling, Progress
 
 SPLITS = ("valid", "test")
@@ -23,9 +25,70 @@ DEFAULTS = {"rms": (1e-5, 4e-4), "sgd": (0.02, 0.0)}
 
 Method = Callable[..., dict[str, Any]]
 
+# Properties that settings share.
+_SCORING = {"group": "evaluation", "process": True}
+_DYNAMIC = _SCORING | {"needs": ["dynamic_eval"]}
 
-def scores(config: LanguageModelConfig, task: LanguageModeling, corpus: Corpus) -> Scores:
-    """The further scores that the settings ask for, for :func:`trellisnet.training.language_model.setup`.
+
+@dataclass(kw_only=True)
+class AdaptiveConfig(LanguageModelConfig):
+    """Settings of language models that can also be scored with a cache or by dynamic evaluation."""
+
+    cache: list[float] = setting([], "with --eval: also score with a cache: WINDOW THETA LAMBDA", **_SCORING)
+    cache_tune: bool = setting(
+        False, "choose theta and lambda on the validation data, from a grid", **_SCORING, needs=["cache"]
+    )
+    dynamic_eval: bool = setting(False, "with --eval: also score with weights that learn from the text", **_SCORING)
+    dynamic_eval_tune: bool = setting(
+        False, "choose its rate and decay on the validation data: half, once and twice", **_DYNAMIC
+    )
+    dynamic_eval_rule: str = setting("rms", "how they learn", **_DYNAMIC, choices=dynamic.RULES)
+    dynamic_eval_lr: float = setting(
+        -1.0, "rate; -1: for every position of a segment 1e-5, with sgd 0.02", **_DYNAMIC, at_least=0, special=-1
+    )
+    dynamic_eval_decay: float = setting(
+        -1.0,
+        "decay towards the trained weights; -1: for every position of a segment 4e-4, with sgd 0",
+        **_DYNAMIC,
+        at_least=0,
+        special=-1,
+    )
+    dynamic_eval_epsilon: float = setting(2e-5, "of rms", **_DYNAMIC, above=0)
+    dynamic_eval_segment: int = setting(5, "positions that are scored, then learned from", **_DYNAMIC, at_least=1)
+    dynamic_eval_stats: int = setting(
+        0, "segments of the training data that rms takes gradients of; 0: all", **_DYNAMIC, at_least=0
+    )
+    adapt_rows: int = setting(
+        1,
+        "rows of text that cache and dynamic evaluation read side by side",
+        **_SCORING,
+        needs=["cache", "dynamic_eval"],
+        at_least=1,
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        for way, on in (("cache", bool(self.cache)), ("dynamic_eval", self.dynamic_eval)):
+            if on and not self.eval:
+                raise UserError(f"--{way}: is a way of scoring trained weights; pass --eval and --load_weight FILE")
+        if self.cache:
+            given = f"--cache {' '.join(f'{number:.15g}' for number in self.cache)}"
+            if len(self.cache) != 3:
+                raise UserError(f"{given}: expected three numbers, WINDOW THETA LAMBDA, e.g. --cache 500 1 0.1")
+            window, theta, weight = self.cache
+            if window < 1 or not window.is_integer():
+                raise UserError(f"{given}: WINDOW: expected a whole number of positions ≥ 1, got {window:g}")
+            if theta < 0:
+                raise UserError(f"{given}: THETA: expected 0 or more, got {theta:g}")
+            if not 0 <= weight < 1:
+                raise UserError(f"{given}: LAMBDA: expected a share in [0, 1), got {weight:g}")
+
+    def extra_evaluations(self, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]) -> Scores:
+        return super().extra_evaluations(task, corpus, rows) | scores(self, task, corpus)
+
+
+def scores(config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus) -> Scores:
+    """The scores that the settings ask for.
 
     All are of the whole split in `--adapt_rows` rows: `<split>_static` by the model as it is and, if the segments of
     dynamic evaluation are not its windows, `<split>_static_segments` by the same in those; `<split>_cache`,
@@ -53,7 +116,7 @@ def scores(config: LanguageModelConfig, task: LanguageModeling, corpus: Corpus) 
 class _Adapted:
     """Scores of one model and what they share: statistics, settings that were tuned, histories."""
 
-    def __init__(self, config: LanguageModelConfig, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]):
+    def __init__(self, config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]):
         self.config, self.task, self.corpus, self.rows = config, task, corpus, rows
         self.device = rows["valid"].device
         self.caches: dict[bool, cache.Cache] = {}  # with or without dynamic evaluation

@@ -22,6 +22,9 @@ from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling
 
+# Scores to report: name → how to evaluate, and what.
+Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
+
 
 @dataclass(kw_only=True)
 class LanguageModelConfig(NetworkConfig):
@@ -101,47 +104,6 @@ class LanguageModelConfig(NetworkConfig):
     beta: float = setting(0.0, "temporal activation regularisation (TAR)", group="regularisation", at_least=0)
     eval_all: bool = setting(False, "also score every token, those without a whole history too", group="evaluation")
 
-    cache: list[float] = setting(
-        [], "with --eval: also score with a cache: WINDOW THETA LAMBDA", group="evaluation", process=True
-    )
-    cache_tune: bool = setting(
-        False, "choose theta and lambda on the validation data, from a grid",
-        group="evaluation", process=True, needs=["cache"],
-    )  # fmt: skip
-    dynamic_eval: bool = setting(
-        False, "with --eval: also score with weights that learn from the text", group="evaluation", process=True
-    )
-    dynamic_eval_tune: bool = setting(
-        False, "choose its rate and decay on the validation data: half, once and twice",
-        group="evaluation", process=True, needs=["dynamic_eval"],
-    )  # fmt: skip
-    dynamic_eval_rule: str = setting(
-        "rms", "how they learn", group="evaluation", process=True, needs=["dynamic_eval"], choices=("rms", "sgd")
-    )
-    dynamic_eval_lr: float = setting(
-        -1.0, "rate; -1: for every position of a segment 1e-5, with sgd 0.02",
-        group="evaluation", process=True, needs=["dynamic_eval"], at_least=0, special=-1,
-    )  # fmt: skip
-    dynamic_eval_decay: float = setting(
-        -1.0, "decay towards the trained weights; -1: for every position of a segment 4e-4, with sgd 0",
-        group="evaluation", process=True, needs=["dynamic_eval"], at_least=0, special=-1,
-    )  # fmt: skip
-    dynamic_eval_epsilon: float = setting(
-        2e-5, "of rms", group="evaluation", process=True, needs=["dynamic_eval"], above=0
-    )
-    dynamic_eval_segment: int = setting(
-        5, "positions that are scored, then learned from",
-        group="evaluation", process=True, needs=["dynamic_eval"], at_least=1,
-    )  # fmt: skip
-    dynamic_eval_stats: int = setting(
-        0, "segments of the training data that rms takes gradients of; 0: all",
-        group="evaluation", process=True, needs=["dynamic_eval"], at_least=0,
-    )  # fmt: skip
-    adapt_rows: int = setting(
-        1, "rows of text that cache and dynamic evaluation read side by side",
-        group="evaluation", process=True, needs=["cache", "dynamic_eval"], at_least=1,
-    )  # fmt: skip
-
     def validate(self) -> None:
         super().validate()
         blocks = min(self.emb_blocks, self.emsize)
@@ -185,25 +147,6 @@ class LanguageModelConfig(NetworkConfig):
             )
         if not self.eval and self.repack and 0 < seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
-
-        self._validate_adaptation()
-
-    def _validate_adaptation(self) -> None:
-        """The settings of cache and dynamic evaluation."""
-        for way, on in (("cache", bool(self.cache)), ("dynamic_eval", self.dynamic_eval)):
-            if on and not self.eval:
-                raise UserError(f"--{way}: is a way of scoring trained weights; pass --eval and --load_weight FILE")
-        if self.cache:
-            given = f"--cache {' '.join(f'{number:.15g}' for number in self.cache)}"
-            if len(self.cache) != 3:
-                raise UserError(f"{given}: expected three numbers, WINDOW THETA LAMBDA, e.g. --cache 500 1 0.1")
-            window, theta, weight = self.cache
-            if window < 1 or not window.is_integer():
-                raise UserError(f"{given}: WINDOW: expected a whole number of positions ≥ 1, got {window:g}")
-            if theta < 0:
-                raise UserError(f"{given}: THETA: expected 0 or more, got {theta:g}")
-            if not 0 <= weight < 1:
-                raise UserError(f"{given}: LAMBDA: expected a share in [0, 1), got {weight:g}")
 
     def channels(self) -> int:
         """H, the hidden channels with those of the output; of other networks than TrellisNet their width."""
@@ -263,6 +206,24 @@ class LanguageModelConfig(NetworkConfig):
         """The task, with `options` of :class:`LanguageModeling`."""
         return LanguageModeling(model, **options)
 
+    def extra_evaluations(self, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]) -> Scores:
+        """The scores to report at the end beside those of the windows.
+
+        Args:
+            task: how to score.
+            corpus: the text.
+            rows: its splits, (N, length), on the device.
+        """
+        score_all = functools.partial(task.evaluate_all, batch_size=self.eval_batch_size)
+        score_mc = functools.partial(task.evaluate_mc, passes=self.mc_dropout)
+        extra: Scores = {}
+        for split in ("valid", "test"):
+            if self.eval_all:
+                extra[f"{split}_all"] = score_all, getattr(corpus, split).to(rows[split].device)
+            if self.mc_dropout:
+                extra[f"{split}_mc"] = score_mc, rows[split]
+        return extra
+
 
 def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel:
     """The language model of a configuration.
@@ -315,17 +276,8 @@ def _only_held_out(corpus: Corpus, token: str) -> list[str]:
     return [f"{token} that the training text does not have: {', '.join(counts)}"] if found else []
 
 
-# Further scores to report: name → how to evaluate, and what.
-Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
-
-
 def setup(
-    load: Callable[..., Corpus],
-    config: LanguageModelConfig,
-    device: torch.device,
-    ranks: Ranks | None = None,
-    *,
-    further: Callable[[LanguageModelConfig, LanguageModeling, Corpus], Scores] = lambda *_: {},
+    load: Callable[..., Corpus], config: LanguageModelConfig, device: torch.device, ranks: Ranks | None = None
 ) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
@@ -334,7 +286,6 @@ def setup(
         config: the settings.
         device: where to train.
         ranks: the processes that train together; by default this one is alone.
-        further: makes the scores that are reported beside those of the windows.
 
     Raises:
         UserError: a corpus that cannot be read or is too short for the settings.
@@ -383,20 +334,12 @@ def setup(
         asgd=config.asgd or config.nonmono > 0,
     )
     tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
-    score_all = functools.partial(task.evaluate_all, batch_size=config.eval_batch_size)
-    every = {}
-    for split in ("valid", "test"):
-        if config.eval_all:
-            every[f"{split}_all"] = score_all, getattr(corpus, split).to(device)
-        if config.mc_dropout:
-            every[f"{split}_mc"] = functools.partial(task.evaluate_mc, passes=config.mc_dropout), rows[split]
-    every |= further(config, task, corpus)
     splits = Splits(
         **rows,
         label=corpus.label,
         sha256=corpus.sha256,
         sizes=tokens,
-        everything=every,
+        everything=config.extra_evaluations(task, corpus, rows),
         vocabulary=corpus.vocabulary_sha256,
         notices=(*corpus.notices, *_only_held_out(corpus, config.token)),
         changed=corpus.changed,
