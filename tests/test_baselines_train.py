@@ -148,11 +148,11 @@ def test_images(run):
         ("--random_length", "--random_length: needs windows that lie end to end"),
         ("--emb_blocks 0", "--emb_blocks: expected at least 1"),
         ("--emb_blocks 4 --emb_density .1", "--emb_density: expected 1/4 to 1 with 4 blocks, got 0.1"),
-        ("--model sparse-lstm --sparse_fract 0", "--sparse_fract: expected a fraction in (0, 1], got 0.0"),
+        ("--model sparse-lstm --sparse_fract 0", "--sparse_fract: expected more than 0 and at most 1, got 0.0"),
         ("--mc_dropout -1", "--mc_dropout: expected at least 0"),
         ("--momentum 1", "--momentum: expected a probability in [0, 1), got 1.0"),
         ("--decay 0.5", "--decay: expected at least 1, got 0.5"),
-        ("--anneal_by 0.5", "--anneal_by: expected 0 or at least 1, got 0.5"),
+        ("--anneal_by 0.5", "--anneal_by: expected at least 1, or 0 for the default, got 0.5"),
         ("--vocab_order down", "argument --vocab_order: invalid choice: 'down'"),
     ],
 )

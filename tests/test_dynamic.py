@@ -478,7 +478,7 @@ def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
         ("--eval --dynamic_eval_lr 1", "--dynamic_eval_lr: has no effect without --dynamic_eval"),
         ("--eval --cache_tune", "--cache_tune: has no effect without --cache"),
         ("--eval --adapt_rows 2", "--adapt_rows: has no effect without --cache or --dynamic_eval"),
-        ("--eval --dynamic_eval --dynamic_eval_lr -2", "--dynamic_eval_lr: expected 0 or more, or -1 for the default"),
+        ("--eval --dynamic_eval --dynamic_eval_lr -2", "--dynamic_eval_lr: expected at least 0, or -1 for the default"),
         ("--eval --dynamic_eval --dynamic_eval_segment 0", "--dynamic_eval_segment: expected at least 1, got 0"),
         ("--eval --dynamic_eval --dynamic_eval_stats -1", "--dynamic_eval_stats: expected at least 0, got -1"),
         ("--eval --dynamic_eval --dynamic_eval_epsilon 0", "--dynamic_eval_epsilon: expected more than 0, got 0.0"),

@@ -36,7 +36,7 @@ class Setting:
         at_least: lower bound; of a list, of every number, and there has to be one.
         at_most: upper bound.
         above: lower bound that is excluded.
-        special: a number that is allowed whatever the bounds.
+        special: a number that stands for a default, whatever the bounds.
         rate: noun for a number in [0, 1); empty if it need not lie there.
         bits: of the largest whole number.
         needs: settings of which one must be on for this one to have an effect.
@@ -84,10 +84,11 @@ class Setting:
         if self.rate and not 0 <= value < 1:
             return f"expected a {self.rate} in [0, 1), got {value}"
         if self.at_least is not None and value < self.at_least:
-            special = "" if self.special is None else f"{self.special:g} or "
-            return f"expected {special}at least {self.at_least}, got {value}"
-        if self.above is not None and value <= self.above:
-            return f"expected more than {self.above}, got {value}"
+            special = "" if self.special is None else f", or {self.special:g} for the default"
+            return f"expected at least {self.at_least}{special}, got {value}"
+        if self.above is not None and not self.above < value <= (self.at_most or math.inf):
+            most = "" if self.at_most is None else f" and at most {self.at_most}"
+            return f"expected more than {self.above}{most}, got {value}"
         if self.at_most is not None and value > self.at_most:
             return f"expected at most {self.at_most:,}, got {value:,}"
         return ""
