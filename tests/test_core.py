@@ -203,10 +203,10 @@ def test_repr_names_the_settings():
         ({"backend": "fast"}, "backend: expected one of auto, reference, fused, triton, got 'fast'"),
         ({"activation": "relu"}, "activation: expected one of lstm, gru, tanh, got 'relu'"),
         ({"kernel_groups": 2}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 2"),
-        ({"kernel_groups": 0}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 0"),
+        ({"kernel_groups": 0}, "kernel_groups: expected at least 1, got 0"),
         ({"inject_every": 0}, "inject_every: expected at least 1, got 0"),
         ({"recompute": True, "activation": "gru"}, "recompute: only the backend fused can, and it has no gru gates"),
-        ({"recompute": True, "backend": "reference"}, "recompute: only the backend fused can, and backend is 'refere"),
+        ({"recompute": True, "backend": "reference"}, "recompute: only the backend fused can, and the backend is refe"),
         ({"recompute_every": 0}, "recompute_every: expected None or an integer ≥ 1, got 0"),
     ],
 )

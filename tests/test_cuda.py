@@ -13,8 +13,8 @@ import cifar10.train
 import pmnist.train
 import word_ptb.train
 from test_graphs import assert_same, kept
-from test_ops import random_inputs
-from trellisnet import TrellisNet, heads, ops
+from test_ops import random_inputs, trellis
+from trellisnet import TrellisNet, heads
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import fused, gemm
 from trellisnet.training import graphs
@@ -51,7 +51,7 @@ def computed(inputs, device, dtype, precision="fp32", carried=True, **options):
     config = Config(precision=precision)
     with config.float32_products():
         with config.autocast(device):
-            out = ops.trellis(**tensors, state=state if carried else None, **options)
+            out = trellis(**tensors, state=state if carried else None, **options)
         outs = [out.output, *out.state, *out.aux]
         generator = torch.Generator().manual_seed(9)
         probes = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(device, o.dtype) for o in outs]

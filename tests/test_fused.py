@@ -12,7 +12,7 @@ import cifar10.model
 import pmnist.model
 import word_ptb.model
 import wt103.model
-from test_ops import SHAPES, random_inputs
+from test_ops import SHAPES, random_inputs, trellis
 from trellisnet import TrellisNet, ops
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import compiled, fused, gemm, pruning
@@ -31,7 +31,7 @@ def run(backend, inputs, *, carried=True, autocast=None, seed=9, **options):
     if not carried:
         state = None
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-        out = ops.trellis(**tensors, state=state, backend=backend, **options)
+        out = trellis(**tensors, state=state, backend=backend, **options)
     outs = [out.output, *out.state, *out.aux]
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
@@ -48,7 +48,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize(("k", "dilation", "length"), [*SHAPES, pytest.param(1, (1, 2), 7, id="k1")])
-@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("activation", eager.FUNCTIONS)
 @pytest.mark.parametrize("inject_every", [1, 3])
 @pytest.mark.parametrize("carried", [False, True])
 def test_equals_the_equation(k, dilation, length, activation, inject_every, carried):
@@ -74,7 +74,7 @@ def test_equals_the_equation(k, dilation, length, activation, inject_every, carr
 
 
 @pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
-@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("activation", eager.FUNCTIONS)
 def test_gradients_are_exact(k, dilation, length, activation):
     inputs = random_inputs(k, min(length, 4), channels=2, requires_grad=True)
     if activation == "tanh":
@@ -85,7 +85,7 @@ def test_gradients_are_exact(k, dilation, length, activation):
         state = (named.pop("h0"), named.pop("c0"))
         options = {"num_layers": 3, "dilation": dilation, "output_size": 2, "start": 1 if length > 1 else 0}
         options |= {"aux_every": 2, "hidden_scale": MASK, "activation": activation, "inject_every": 2}
-        out = ops.trellis(**named, state=state, backend="fused", **options)
+        out = trellis(**named, state=state, backend="fused", **options)
         return out.output, *out.state, *out.aux
 
     assert torch.autograd.gradcheck(call, tuple(inputs.values()))
@@ -93,7 +93,7 @@ def test_gradients_are_exact(k, dilation, length, activation):
 
 @pytest.mark.parametrize("recompute", [1, 2, 4, 100])
 @pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
-@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("activation", eager.FUNCTIONS)
 @pytest.mark.parametrize("carried", [False, True])
 def test_recomputation_changes_nothing(recompute, k, dilation, length, activation, carried):
     inputs = random_inputs(k, length)
@@ -185,14 +185,15 @@ def test_functions_of_the_compiled_gates():
     sizes = torch.logspace(-30, 5, 5_000)
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
     values = torch.cat([sizes, -sizes, torch.linspace(-100, 100, 9_999), special])
-    layer = pruning.plan(1, 1, (1,), 2, 1, 0, torch.device("cpu")).layers[0]
+    lstm = ops.ACTIVATIONS["lstm"]
+    layer = pruning.plan(1, ops.TrellisSpec(1, 1, lstm), 0, torch.device("cpu")).layers[0]
     H = values.numel()
     cell = torch.empty(1, 1, H)
     for gate, function in enumerate((torch.sigmoid, torch.sigmoid, torch.tanh)):
         gates = torch.zeros(1, 1, 4 * H)
         x = torch.zeros(1, 1, 4 * H)
         x[..., gate * H : (gate + 1) * H] = values
-        compiled.forward(eager.Step(layer, None, 0, gates, x, cell, None, None, None, None, None))
+        compiled.forward(eager.Step(lstm, layer, None, 0, gates, x, cell, None, None, None, None, None))
         ours, exact = gates[0, 0, gate * H : (gate + 1) * H], function(values.double())
         assert_close(ours[-1].isnan(), exact[-1].isnan())
         error = (ours.double() - exact).abs() - 4e-7 * exact.abs()
@@ -256,7 +257,7 @@ def test_a_backward_pass_may_stand_inside_autocast_and_come_twice():
     inputs = random_inputs(2, 9, requires_grad=True)
     inputs = {name: t.detach().float().requires_grad_() for name, t in inputs.items()}
     state = (inputs.pop("h0"), inputs.pop("c0"))
-    out = ops.trellis(**inputs, state=state, num_layers=4, dilation=(1,), output_size=4, backend="fused")
+    out = trellis(**inputs, state=state, num_layers=4, dilation=(1,), output_size=4, backend="fused")
     loss = out.output.square().sum()
     wanted = [*inputs.values(), *state]
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
@@ -281,11 +282,11 @@ def test_a_scale_that_needs_a_gradient_is_for_the_reference():
     state = (inputs.pop("h0"), inputs.pop("c0"))
     scale = torch.ones(2, 4, 1, dtype=torch.float64, requires_grad=True)
     options = {"num_layers": 2, "dilation": (1,), "output_size": 4, "hidden_scale": scale}
-    ops.trellis(**inputs, state=state, **options).output.sum().backward()
+    trellis(**inputs, state=state, **options).output.sum().backward()
     assert scale.grad.abs().sum() > 0
     for backend in ("fused", "triton"):
         with pytest.raises(ValueError, match=f"hidden_scale: {backend} has no gradient for it"):
-            ops.trellis(**inputs, state=state, backend=backend, **options)
+            trellis(**inputs, state=state, backend=backend, **options)
 
 
 def test_a_state_made_in_inference_mode_and_tensors_without_data():
@@ -341,10 +342,15 @@ def test_what_it_cannot_do_is_said():
         TrellisNet(3, 4, 2, backend="fused", activation="gru")
     with pytest.raises(ValueError, match=r"backend: fused cannot run this, it has no mixed group convolution"):
         TrellisNet(3, 4, 2, backend="fused", kernel_groups=2)
-    assert ops.resolve("auto") == "fused"
-    assert ops.resolve("auto", "tanh") == "fused"
-    assert ops.resolve("auto", "gru") == ops.resolve("auto", "lstm", 2) == "reference"
-    assert ops.resolve("reference") == "reference"
+    for options, backend in (
+        ({}, "fused"),
+        ({"activation": "tanh"}, "fused"),
+        ({"activation": "gru"}, "reference"),
+        ({"kernel_groups": 2}, "reference"),
+        ({"backend": "reference"}, "reference"),
+    ):
+        core = TrellisNet(3, 4, 2, **options)
+        assert ops.resolve(core.spec, core.execution) == backend
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -537,10 +543,11 @@ def test_every_preset_of_every_task_takes_this_path(monkeypatch, task, preset):
 
 def test_plans_are_shared_and_hold_no_inference_tensors():
     with torch.inference_mode():
-        plan = pruning.plan(784, 16, IMAGE, 2, 1, 783, torch.device("cpu"))
+        plan = pruning.plan(784, TrellisNet(1, 3, 16, dilation=IMAGE).spec, 783, torch.device("cpu"))
     indices = [read.rows for layer in plan.layers for read in (*layer.taps, layer.cell)]
     tensors = [index for index in indices if isinstance(index, torch.Tensor)]
     assert tensors
     assert not any(tensor.is_inference() for tensor in tensors)
     assert plan.layer_steps == sum(layer.size for layer in plan.layers) == 4_831
-    assert pruning.plan(784, 16, IMAGE, 2, 1, 783, torch.device("cpu")) is plan
+    again = TrellisNet(1, 3, 16, dilation=IMAGE).spec  # equal, not the same
+    assert pruning.plan(784, again, 783, torch.device("cpu")) is plan

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from test_ops import SHAPES, random_inputs
-from trellisnet import TrellisNet, ops
+from test_ops import SHAPES, random_inputs, trellis
+from trellisnet import TrellisNet
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack
 from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
-from trellisnet.ops import fused
 from trellisnet.ops.cross_entropy import cross_entropy
+from trellisnet.ops.gates import FUNCTIONS
 
 MASK = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)[:, :, None]
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
@@ -41,7 +41,7 @@ def second(outputs, wanted, generator, dtype=torch.float64):
 
 @pytest.mark.parametrize("recompute", [0, 2])
 @pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
-@pytest.mark.parametrize("activation", fused.GATES)
+@pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize("carried", [False, True])
 def test_those_of_the_fused_operator_are_those_of_the_equation(recompute, k, dilation, length, activation, carried):
     inputs = random_inputs(k, length)
@@ -62,7 +62,7 @@ def test_those_of_the_fused_operator_are_those_of_the_equation(recompute, k, dil
             state = tuple(tensors.pop(name) for name in ("h0", "c0")) if carried else None
             tensors = {name: t for name, t in tensors.items() if name not in ("h0", "c0")}
             again = {"recompute": recompute} if backend == "fused" else {}
-            out = ops.trellis(**tensors, state=state, backend=backend, **options, **again)
+            out = trellis(**tensors, state=state, backend=backend, **options, **again)
             wanted = [*tensors.values(), *(state or ())]
             outputs = [out.output, *out.state, *out.aux]
             found.append(second(outputs, wanted, torch.Generator().manual_seed(1)))

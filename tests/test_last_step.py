@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from test_ops import random_inputs
+from test_ops import random_inputs, trellis
 from trellisnet import TrellisNet, ops
 from trellisnet.ops import fused
 from trellisnet.regularization import Masks
@@ -37,10 +37,10 @@ def both(inputs, *, hidden_scale=None, backend="reference", **options):
     tensors = [t.detach().requires_grad_() for t in inputs.values()]
     inputs = dict(zip(inputs, tensors, strict=True))
     state = (inputs.pop("h0"), inputs.pop("c0"))
-    output, full_state, *_ = ops.trellis(**inputs, state=state, **options, backend="reference")
+    output, full_state, *_ = trellis(**inputs, state=state, **options, backend="reference")
     full = (output[:, -1:], *full_state)
     start = inputs["x"].size(1) - 1
-    output, last_state, _, layer_steps = ops.trellis(**inputs, state=state, **options, start=start, backend=backend)
+    output, last_state, _, layer_steps = trellis(**inputs, state=state, **options, start=start, backend=backend)
     last = (output, *last_state)
     results = []
     for outs in (full, last):
@@ -108,7 +108,7 @@ def test_gradients_are_exact(backend, k, dilation, length):
         named = {"hidden_scale": scale} | dict(zip(inputs, tensors, strict=True))
         state = (named.pop("h0"), named.pop("c0"))
         options = {"num_layers": 3, "dilation": dilation, "output_size": 2, "start": length - 1, "backend": backend}
-        output, state, *_ = ops.trellis(**named, state=state, **options)
+        output, state, *_ = trellis(**named, state=state, **options)
         return output, *state
 
     assert torch.autograd.gradcheck(run, tuple(inputs.values()))
@@ -143,7 +143,7 @@ def test_nothing_is_made_for_positions_that_do_not_count(backend, num_layers, di
     state = (inputs.pop("h0"), inputs.pop("c0"))
     with Watch() as watch:
         options = {"num_layers": num_layers, "dilation": dilation, "output_size": 6, "start": 999, "backend": backend}
-        output, *_ = ops.trellis(**inputs, state=state, **options)
+        output, *_ = trellis(**inputs, state=state, **options)
         output.sum().backward()
     if backend == "fused":  # gradients of several layers are collected, of the positions that count
         sizes = [2 * len(positions) for positions in ops.dependencies(1000, num_layers, dilation, 2)]
@@ -214,4 +214,4 @@ def test_what_does_not_fit_is_named():
     inputs = random_inputs(2, 3)
     state = (inputs.pop("h0"), inputs.pop("c0"))
     with pytest.raises(ValueError, match="backend: expected one of"):
-        ops.trellis(**inputs, state=state, num_layers=1, dilation=(1,), output_size=4, start=2, backend="fast")
+        trellis(**inputs, state=state, num_layers=1, dilation=(1,), output_size=4, start=2, backend="fast")

@@ -1,5 +1,8 @@
 """The operator: the equation written once more as loops, exact derivatives, and the dispatcher."""
 
+import re
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -31,10 +34,22 @@ def random_inputs(k, length, *, n=2, channels=3, hidden=4, requires_grad=False):
     }
 
 
+def trellis(x, weight_x, weight_h, bias, state, *, activation="lstm", recompute=0, **options):
+    """`ops.trellis` with the settings of its spec and execution as keywords; `recompute`: every so many layers."""
+    names = {field.name for field in fields(ops.TrellisSpec)} & options.keys()
+    spec = {"activation": ops.ACTIVATIONS[activation], "kernel_size": weight_h.size(2)}
+    spec |= {name: options.pop(name) for name in names}
+    names = {field.name for field in fields(ops.Execution)} & options.keys()
+    execution = {"recompute": recompute > 0, "recompute_every": recompute or None}
+    execution |= {name: options.pop(name) for name in names}
+    weights, execution = (weight_x, weight_h, bias), ops.Execution(**execution)
+    return ops.trellis(x, weights, state, ops.TrellisSpec(**spec), execution=execution, **options)
+
+
 def call(inputs, **options):
     inputs = dict(inputs)
     state = (inputs.pop("h0"), inputs.pop("c0"))
-    return ops.trellis(**inputs, state=state, **{"backend": "reference", **options})[:3]
+    return trellis(**inputs, state=state, **{"backend": "reference", **options})[:3]
 
 
 def by_loops(x, weight_x, weight_h, bias, h0, c0, *, num_layers, dilation, scale=None):
@@ -107,4 +122,34 @@ def test_output_is_the_last_channels_and_aux_counts_from_the_bottom():
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, fused, triton, got 'fast'"):
         call(random_inputs(2, 3), num_layers=1, dilation=(1,), output_size=4, backend="fast")
-    assert ops.resolve("auto") in ops.BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_layers": 0}, "num_layers: expected at least 1, got 0"),
+        ({"num_layers": 2.0}, "num_layers: expected an integer, got 2.0"),
+        ({"num_layers": True}, "num_layers: expected an integer, got True"),
+        ({"dilation": (1, 1.5)}, "dilation: expected a sequence of integers ≥ 1, got (1, 1.5)"),
+        ({"kernel_size": 3}, "weights: expected kernels of 3 taps, got 2"),
+    ],
+)
+def test_a_spec_that_does_not_fit_is_refused(options, message):
+    options = {"num_layers": 2, "dilation": (1,), "output_size": 4} | options
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(random_inputs(2, 3), **options)
+
+
+def test_a_spec_knows_the_dilation_of_every_layer():
+    spec = ops.TrellisSpec(5, 1, ops.ACTIVATIONS["tanh"], dilation=[1, 4], inject_every=2)
+    assert (spec.dilation, spec.dilations) == ((1, 4), (1, 4, 1, 4, 1))
+    assert [spec.injected(layer) for layer in range(5)] == [True, False, True, False, True]
+    assert replace(spec, num_layers=2).dilations == (1, 4)
+    assert hash(spec) == hash(replace(spec))
+    assert spec != replace(spec, num_layers=2)
+
+
+def test_a_segment_is_about_the_root_of_the_depth():
+    assert ops.Execution(recompute_every=3).segment(58) == 58
+    assert ops.Execution(recompute=True, recompute_every=3).segment(58) == 3
+    assert [ops.Execution(recompute=True).segment(n) for n in (1, 2, 9, 58)] == [1, 1, 3, 8]

@@ -16,6 +16,7 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 from test_fused import random_inputs, relative, run
+from trellisnet import ops
 from trellisnet.ops import fused, triton_gates
 
 triton_gates.BLOCK = 4
@@ -38,12 +39,13 @@ for low in (None, torch.bfloat16):
 
 x = torch.cat([torch.logspace(-20, 3, 2000), torch.linspace(0, 20, 2000)])
 x = torch.cat([x, -x])
-layer = fused.pruning.plan(1, 1, (1,), 2, 1, 0, x.device).layers[0]
+spec = ops.TrellisSpec(1, 1, ops.ACTIVATIONS["lstm"])
+layer = fused.pruning.plan(1, spec, 0, x.device).layers[0]
 gates, inputs = torch.zeros(1, 1, 4 * x.numel()), torch.zeros(1, 1, 4 * x.numel())
 inputs[..., 2 * x.numel() : 3 * x.numel()] = x
 triton_gates.BLOCK = 1024
 cell = torch.empty(1, 1, x.numel())
-triton_gates.forward(fused.Step(layer, None, 0, gates, inputs, cell, None, None, None))
+triton_gates.forward(fused.Step(spec.activation, layer, None, 0, gates, inputs, cell, None, None, None))
 ours, exact = gates[0, 0, 2 * x.numel() : 3 * x.numel()], x.double().tanh()
 assert ((ours - exact).abs() <= 1e-6 * exact.abs()).all(), ((ours - exact).abs() / exact.abs()).max()
 print("same")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from trellisnet import TrellisNet, ops, weights
+from test_ops import trellis
+from trellisnet import TrellisNet, weights
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import mixed_group
@@ -222,8 +223,8 @@ def test_dense_kernels_stand_for_grouped_ones():
     assert [tuple(t.shape) for t in dense] == [(24, C, 2), (24, H, 2), (24,)]
     assert (dense[1] != 0).sum() == 24 * 2 + 16 * 2
     options = {"num_layers": LAYERS, "dilation": (1,), "output_size": H}
-    output, state, *_ = ops.trellis(x, *dense, (h0, c0), **options)
-    expected, expected_state, *_ = ops.trellis(x, *kernels, (h0, c0), **options, kernel_groups=3)
+    output, state, *_ = trellis(x, *dense, (h0, c0), **options)
+    expected, expected_state, *_ = trellis(x, *kernels, (h0, c0), **options, kernel_groups=3)
     assert_close((output, state), (expected, expected_state), atol=1e-13, rtol=0)
 
 

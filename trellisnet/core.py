@@ -4,6 +4,7 @@ The module owns the parameters and prepares what one forward pass needs; the equ
 :mod:`trellisnet.ops.reference`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,18 @@ class TrellisOutput(NamedTuple):
     aux: list[Tensor]
 
 
+def _setting(owner: str, name: str) -> property:
+    """A field of the module's `spec` or `execution` as an attribute of its own, checked when it is set."""
+
+    def read(self):
+        return getattr(getattr(self, owner), name)
+
+    def write(self, value):
+        setattr(self, owner, dataclasses.replace(getattr(self, owner), **{name: value}))
+
+    return property(read, write)
+
+
 class TrellisNet(nn.Module):
     """Trellis network (sections 3 and 5.1 of the paper).
 
@@ -141,72 +154,61 @@ class TrellisNet(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        for name, value, least in (
+            ("input_size", input_size, 1), ("hidden_size", hidden_size, 1), ("kernel_size", kernel_size, 2),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         output_size = hidden_size if output_size is None else output_size
-        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not 1 <= output_size <= hidden_size:
             raise ValueError(f"output_size: expected 1 to hidden_size = {hidden_size}, got {output_size}")
-        if kernel_size < 2:
-            raise ValueError(f"kernel_size: expected at least 2, got {kernel_size}")
-        if not isinstance(dilation, Sequence) or not dilation or min(dilation) < 1:
-            raise ValueError(f"dilation: expected a sequence of integers ≥ 1, got {dilation!r}")
-        if not isinstance(activation, str) or activation not in ops.GATES:
-            raise ValueError(f"activation: expected one of {', '.join(ops.GATES)}, got {activation!r}")
-        for name, value in (("kernel_groups", kernel_groups), ("inject_every", inject_every)):
-            if value is not None and type(value) is not int:
-                raise ValueError(f"{name}: expected an integer, got {value!r}")
-        if kernel_groups is not None and (kernel_groups < 1 or hidden_size % kernel_groups):
-            expected = f"None or a divisor of hidden_size = {hidden_size}"
-            raise ValueError(f"kernel_groups: expected {expected}, got {kernel_groups}")
-        if inject_every < 1:
-            raise ValueError(f"inject_every: expected at least 1, got {inject_every}")
-        if gemm not in ops.GEMMS:
-            raise ValueError(f"gemm: expected one of {', '.join(ops.GEMMS)}, got {gemm!r}")
-        if gates not in ops.GATE_KERNELS:
-            raise ValueError(f"gates: expected one of {', '.join(ops.GATE_KERNELS)}, got {gates!r}")
-        if ops.resolve(backend, activation, kernel_groups) == "reference" and recompute:
-            reason = ops.not_fused(activation, kernel_groups) or "backend is 'reference'"
-            raise ValueError(f"recompute: only the backend fused can, and {reason}; expected False")
-        if recompute_every is not None and (type(recompute_every) is not int or recompute_every < 1):
-            raise ValueError(f"recompute_every: expected None or an integer ≥ 1, got {recompute_every!r}")
-
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.output_size = output_size
-        self.kernel_size = kernel_size
-        self.dilation = tuple(dilation)
         self.weight_norm = weight_norm
         self.hidden_dropout = check_rate("hidden_dropout", hidden_dropout)
         self.weight_dropout = check_rate("weight_dropout", weight_dropout)
         self.temporal_weight_dropout = temporal_weight_dropout
-        self.activation = activation
-        self.kernel_groups = kernel_groups
-        self.inject_every = inject_every
-        self.recompute = bool(recompute)
-        self.recompute_every = recompute_every
-        self.backend = backend
-        self.gemm = gemm
-        self.gates = gates
-
-        rows, k = ops.GATES[activation] * hidden_size, kernel_size
-        first = rows // (kernel_groups or 1)  # rows of the first group
-        kernels = {"weight_x": {"weight_x": (first, input_size, k)}, "weight_h": {"weight_h": (rows, hidden_size, k)}}
-        if kernel_groups is not None:
-            width = hidden_size // kernel_groups
-            kernels["weight_h"] = {"weight_h_past": (rows, width, k - 1), "weight_h_below": (rows - first, width, 1)}
-            if kernel_groups == 1:
-                del kernels["weight_h"]["weight_h_below"]
-        shapes = {}
-        for name, parts in kernels.items():
-            shapes |= {part + "_v" * weight_norm: shape for part, shape in parts.items()}
-            if weight_norm:
-                shapes[f"{name}_g"] = (first if name == "weight_x" else rows, 1, 1)
-        shapes["bias"] = (rows,)
-        for name, shape in shapes.items():
+        self.spec = ops.TrellisSpec(
+            num_layers, output_size, ops.find_activation(activation), dilation, kernel_size, kernel_groups, inject_every
+        )
+        self.execution = ops.Execution(backend, gemm, gates, bool(recompute), recompute_every)
+        ops.resolve(self.spec, self.execution)  # refuses what cannot run
+        if kernel_groups is not None and hidden_size % kernel_groups:
+            expected = f"None or a divisor of hidden_size = {hidden_size}"
+            raise ValueError(f"kernel_groups: expected {expected}, got {kernel_groups}")
+        for name, shape in self._parameter_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    num_layers = _setting("spec", "num_layers")
+    output_size = _setting("spec", "output_size")
+    kernel_size = _setting("spec", "kernel_size")
+    dilation = _setting("spec", "dilation")
+    kernel_groups = _setting("spec", "kernel_groups")
+    inject_every = _setting("spec", "inject_every")
+    backend = _setting("execution", "backend")
+    gemm = _setting("execution", "gemm")
+    gates = _setting("execution", "gates")
+    recompute = _setting("execution", "recompute")
+    recompute_every = _setting("execution", "recompute_every")
+
+    @property
+    def activation(self) -> str:
+        return self.spec.activation.name
+
+    def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        rows, k, groups = self.spec.activation.gates * self.hidden_size, self.kernel_size, self.kernel_groups
+        width, first = self.hidden_size // (groups or 1), rows // (groups or 1)  # channels, rows of a group
+        x, hidden = (first, self.input_size, k), {"weight_h": (rows, width, k)}
+        if groups is not None:
+            hidden = {"weight_h_past": (rows, width, k - 1)}
+            if groups > 1:
+                hidden["weight_h_below"] = (rows - first, width, 1)
+        if not self.weight_norm:
+            return {"weight_x": x, **hidden, "bias": (rows,)}
+        directions = {f"{name}_v": shape for name, shape in hidden.items()}
+        norms = {"weight_h_g": (rows, 1, 1)}
+        return {"weight_x_v": x, "weight_x_g": (first, 1, 1), **directions, **norms, "bias": (rows,)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -231,15 +233,13 @@ class TrellisNet(nn.Module):
         return torch.cat([past, F.pad(below, (0, 0, 0, 0, past.size(0) - below.size(0), 0))], dim=2)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.input_size}, {self.hidden_size}, {self.num_layers}, output_size={self.output_size}, "
-            f"kernel_size={self.kernel_size}, dilation={self.dilation}, weight_norm={self.weight_norm}, "
-            f"hidden_dropout={self.hidden_dropout}, weight_dropout={self.weight_dropout}, "
-            f"temporal_weight_dropout={self.temporal_weight_dropout}, activation={self.activation!r}, "
-            f"kernel_groups={self.kernel_groups}, inject_every={self.inject_every}, "
-            f"recompute={self.recompute}, recompute_every={self.recompute_every}, backend={self.backend!r}, "
-            f"gemm={self.gemm!r}, gates={self.gates!r}"
-        )
+        names = (
+            "output_size", "kernel_size", "dilation", "weight_norm", "hidden_dropout", "weight_dropout",
+            "temporal_weight_dropout", "activation", "kernel_groups", "inject_every", "recompute", "recompute_every",
+            "backend", "gemm", "gates",
+        )  # fmt: skip
+        settings = (f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join([f"{self.input_size}, {self.hidden_size}, {self.num_layers}", *settings])
 
     @property
     def receptive_field(self) -> int:
@@ -248,7 +248,7 @@ class TrellisNet(nn.Module):
         With `kernel_groups`, x takes a layer without a step back for every group that it has to climb; what is too
         shallow for that sees nothing, 0.
         """
-        cycle = [self.dilation[i % len(self.dilation)] for i in range(self.num_layers)]
+        cycle = self.spec.dilations
         if self.kernel_groups is None:
             return 1 + (self.kernel_size - 1) * sum(cycle)
         climbs = (self.hidden_size - self.output_size) // (self.hidden_size // self.kernel_groups)
@@ -262,8 +262,7 @@ class TrellisNet(nn.Module):
 
         After so many steps a sequence that began from a zero state cannot be told from one that began earlier.
         """
-        cycle = [self.dilation[i % len(self.dilation)] for i in range(self.num_layers)]
-        return max(self.kernel_size - 1, 1) * sum(cycle)
+        return max(self.kernel_size - 1, 1) * sum(self.spec.dilations)
 
     def layer_steps(self, length: int, *, start: int = 0, last_only: bool = False) -> int:
         """How many pairs of a layer and a time step the outputs of `length` time steps depend on.
@@ -350,24 +349,14 @@ class TrellisNet(nn.Module):
                 raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")
         out = ops.trellis(
             x,
-            self.effective_weight("weight_x", masks),
-            self.effective_weight("weight_h", masks),
-            self.bias,
+            (self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias),
             state,
-            num_layers=self.num_layers,
-            dilation=self.dilation,
-            output_size=self.output_size,
+            self.spec,
             start=x.size(1) - 1 if last_only else start,
             aux_every=aux_every,
             hidden_scale=dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
             lengths=lengths,
-            activation=self.activation,
-            kernel_groups=self.kernel_groups,
-            inject_every=self.inject_every,
-            recompute=(self.recompute_every or max(1, round(self.num_layers**0.5))) if self.recompute else 0,
-            backend=self.backend,
-            gemm=self.gemm,
-            gates=self.gates,
+            execution=self.execution,
         )
         # A trace cannot hold an empty list, whose type it would not know.
         return TrellisOutput(out.output, out.state, out.aux or (() if torch.jit.is_tracing() else []))
@@ -387,20 +376,9 @@ class TrellisNet(nn.Module):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        kernels = streaming.prepare(
-            self.effective_weight("weight_x", Masks()),
-            self.effective_weight("weight_h", Masks()),
-            self.bias,
-            num_layers=self.num_layers,
-            dilation=self.dilation,
-            activation=self.activation,
-            kernel_groups=self.kernel_groups,
-            inject_every=self.inject_every,
-            batch_size=batch_size,
-            gemm=self.gemm,
-            gates=self.gates,
-        )
-        return streaming.start(kernels, batch_size)
+        weight_x, weight_h = (self.effective_weight(name, Masks()) for name in ("weight_x", "weight_h"))
+        weights, spec = (weight_x, weight_h, self.bias), self.spec
+        return streaming.start(streaming.prepare(weights, spec, self.execution, batch_size), batch_size)
 
     def stream(self, x: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """Read the next steps.

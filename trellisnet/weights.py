@@ -22,7 +22,7 @@ from trellisnet.core import TrellisNet
 from trellisnet.errors import NAME, ArgumentError, UserError, counted, shown
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
-from trellisnet.ops import GATES
+from trellisnet.ops import ACTIVATIONS
 
 Model = TrellisLanguageModel | TrellisClassifier
 TRELLISNET = "trellisnet"
@@ -324,7 +324,7 @@ def _is_kind(kind: dict[str, Any]) -> bool:
     """Whether a file says all of it; the authors' files say nothing, and are known by names and shapes alone."""
     return (
         bool(kind)
-        and kind["activation"] in tuple(GATES)
+        and kind["activation"] in tuple(ACTIVATIONS)
         and all(type(kind[name]) is int for name in ("mixed_group", "inject_every"))
     )
 
@@ -446,9 +446,9 @@ def _other_gates(state: dict[str, Tensor], model: Model) -> Advice:
     """Advice if the file has another number of gates than the model; a dense hidden kernel tells how many."""
     for name, kernel in state.items():
         if name.removeprefix(_prefix(model)) in ("weight2_raw", "weight2_v_raw") and kernel.dim() == 3:
-            for activation, gates in GATES.items():
-                if kernel.size(0) == gates * kernel.size(1) and activation != model.core.activation:
-                    return {"activation": activation}
+            for other in ACTIVATIONS.values():
+                if kernel.size(0) == other.gates * kernel.size(1) and other.name != model.core.activation:
+                    return {"activation": other.name}
     return {}
 
 
@@ -457,7 +457,7 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
     if name in _TAIL:
         return f"the file has {counted(state[_TAIL[1]].numel(), 'bands')}", {"cutoffs": ...}
     kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
-    encoder, bias, gates = state["encoder.weight"], state[_CORE + "bias2"], GATES[model.core.activation]
+    encoder, bias, gates = state["encoder.weight"], state[_CORE + "bias2"], model.core.spec.activation.gates
     if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % gates:
         return _whose(state)
     words, embedding_size = encoder.shape
@@ -485,7 +485,7 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
 
 def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> Advice:
     kernel = state.get(_PIXEL_CORE + "weight1_v_raw", state.get(_PIXEL_CORE + "weight1_raw"))
-    bias, linear, gates = state[_PIXEL_CORE + "bias2"], state["linear.weight"], GATES[model.core.activation]
+    gates, bias, linear = model.core.spec.activation.gates, state[_PIXEL_CORE + "bias2"], state["linear.weight"]
     if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % gates:
         return _whose(state)
     if linear.size(0) != model.num_classes or kernel.size(1) != model.core.input_size:

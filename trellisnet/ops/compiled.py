@@ -116,7 +116,7 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
         setattr(arguments, name, tensor.data_ptr())
 
     size, N, GH = step.gates.shape
-    real, H = step.gates.dtype, GH // 4
+    real, H = step.gates.dtype, GH // step.activation.gates
     arguments.S, arguments.N, arguments.H, arguments.product = size, N, H, step.product
     arguments.k = len(step.layer.taps)
     for name in ("gates", "x", "taps", "dtaps", "dz"):

@@ -33,15 +33,14 @@ from torch import Tensor
 from trellisnet.ops import compiled, higher_order, last_step, pruning
 from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
-from trellisnet.ops.gates import GATES, Step
-from trellisnet.ops.pruning import Layer, Plan
+from trellisnet.ops.gates import Step
+from trellisnet.ops.pruning import Plan
+from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
 empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
 BUCKET = 128  # products have a multiple of so many rows: the libraries keep something for every distinct number of them
 LAYERS_AT_ONCE = 4  # whose rows are collected before they are multiplied into the gradient of the kernel
 ARENA = 2 << 30  # bytes of rows that are collected on a GPU
-
-GATE_KERNELS = ("auto", "compiled", "triton", "eager")
 
 
 def _triton() -> ModuleType:
@@ -74,31 +73,34 @@ def reason_against(choice: str, device: torch.device, compute: torch.dtype, acti
     return no_triton() or _triton().reason_against(device, compute, activation)
 
 
-def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> ModuleType:
-    """The module whose `forward` and `backward` compute the gates; `auto`: the fastest that can run here.
+def resolve_gates(choice: str, device: torch.device, compute: torch.dtype, activation: str = "lstm") -> str:
+    """The gate kernels that `choice` stands for: `auto` becomes the fastest that can run here.
 
     Raises:
-        ValueError: an unknown choice, or one that cannot run here.
+        ValueError: a choice that cannot run here.
     """
-    if choice not in GATE_KERNELS:
-        raise ValueError(f"gates: expected one of {', '.join(GATE_KERNELS)}, got {choice!r}")
     auto = choice == "auto"
     choice = fastest_gates(device) if auto else choice
     if reason := reason_against(choice, device, compute, activation):
         if auto:
-            return eager
+            return "eager"
         raise ValueError(f"gates: {choice} cannot run, {reason}; expected auto or eager")
+    return choice
+
+
+def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> ModuleType:
+    """The module whose `forward` and `backward` compute the gates; arguments and errors as in :func:`resolve_gates`."""
+    choice = resolve_gates(choice, device, compute, activation)
     return {"eager": eager, "compiled": compiled}.get(choice) or _triton()
 
 
 class _Setting(NamedTuple):
     plan: Plan
-    activation: str
+    spec: TrellisSpec
     compute: torch.dtype  # of the products and of the gates that are kept
     product: products.Product
     gates: ModuleType
     aux_layers: frozenset[int]  # counted from 1
-    output_size: int
     inject_dilations: tuple[int, ...]  # of the x̃ that follow
     keep: bool  # what a backward pass needs
     segments: tuple[tuple[int, int], ...]  # first and last layer of each; all but the last segment are computed again
@@ -110,8 +112,8 @@ class _Geometry:
     def __init__(self, setting: _Setting, weight: Tensor, batch: int):
         self.N = batch
         self.GH = weight.size(0)
-        self.H = self.GH // GATES[setting.activation]
-        self.k = weight.size(1) // self.H
+        self.H = self.GH // setting.spec.activation.gates
+        self.k = setting.spec.kernel_size
         self.compute = setting.compute
         self.sum = torch.float64 if setting.compute == torch.float64 else torch.float32
         self.device = weight.device
@@ -144,15 +146,6 @@ class _Rows:
 def _positions(rows: Tensor, positions: int, *shape: int) -> Tensor:
     """Rows of a product as (positions, N, …), without those that fill up the bucket."""
     return rows[: positions * shape[0]].view(positions, *shape)
-
-
-def _fill_left(taps: Tensor, layer: Layer, h_left: Tensor | None, all_zero: bool = False) -> None:
-    """Write into taps (S, N, k, H) what lies before the first step, `h_left` (N, H); or zeros, also elsewhere."""
-    for j, read in enumerate(layer.taps):
-        left = min(read.left, taps.size(0))
-        taps[:left, :, j] = 0 if h_left is None else h_left
-        if all_zero:
-            taps[left:, :, j] = 0
 
 
 def _layers_at_once(geometry: _Geometry, rows: Sequence[int]) -> int:
@@ -277,10 +270,11 @@ class _Layers:
             above = self.layers[number]
             rows = self.memory.take(above.size)
             above_taps = self.fill(rows, number + 1)
-        c = geometry.empty(layer.size, geometry.N, geometry.H) if setting.activation == "lstm" else None
+        activation = setting.spec.activation
+        c = geometry.empty(layer.size, geometry.N, geometry.H) if activation.has_cell else None
         x = self.bias if layer.x is None else self.x[layer.dilation]
         common = {"c_below": c_below, "c0": self.c_left, "scale": self.scale, "out": out}
-        setting.gates.forward(Step(layer, above, edge, gates, x, c, taps=above_taps, **common))
+        setting.gates.forward(Step(activation, layer, above, edge, gates, x, c, taps=above_taps, **common))
         return gates, c, rows
 
 
@@ -316,7 +310,7 @@ class _Trellis(torch.autograd.Function):
             for number in range(first, end + 1):
                 out = h if number == len(layers) else None
                 if out is None and number in setting.aux_layers:
-                    out = geometry.empty(wanted, N, setting.output_size)
+                    out = geometry.empty(wanted, N, setting.spec.output_size)
                 if number == first and end == len(layers):
                     kept.append(c)  # below the first layer that is kept
                 gates, c, taps = run.compute(number, taps, c, out, with_taps=number < len(layers))
@@ -324,7 +318,7 @@ class _Trellis(torch.autograd.Function):
                 if setting.keep and end == len(layers):
                     kept += [gates, c]
                 if number in setting.aux_layers:
-                    aux.append(out[..., out.size(2) - setting.output_size :].clone() if out is h else out)
+                    aux.append(out[..., H - setting.spec.output_size :].clone() if out is h else out)
         ctx.setting, ctx.batch = setting, batch
         ctx.shapes, ctx.dtypes = [tuple(x.shape) for x in x_tilde], [x.dtype for x in x_tilde]
         if setting.keep:
@@ -346,6 +340,7 @@ class _Trellis(torch.autograd.Function):
     @staticmethod
     def _differentiable(ctx: Any, grads: Sequence[Tensor]):
         setting: _Setting = ctx.setting
+        spec = setting.spec
         weight, bias, h0, c0, scale, last, weight_x, *saved = ctx.saved_tensors
         dilations = setting.inject_dilations
         rows, needs = saved[: len(dilations)], ctx.needs_input_grad
@@ -356,14 +351,14 @@ class _Trellis(torch.autograd.Function):
 
         def outputs(*inputs):
             weight, bias, h0, c0, *x_tilde = map(wide, inputs)
-            zero = bias.new_zeros(ctx.batch, bias.numel() // GATES[setting.activation])
+            zero = bias.new_zeros(ctx.batch, bias.numel() // spec.activation.gates)
             state, aux = (zero if h0 is None else h0, zero if c0 is None else c0), []
             x_tilde = dict(zip(dilations, (x.transpose(0, 1) for x in x_tilde), strict=True))
-            arguments = setting.plan, x_tilde, weight.t(), bias, state, wide(scale), setting.activation
+            arguments = setting.plan, x_tilde, weight.t(), bias, state, wide(scale), spec.activation
             for number, (h, c) in enumerate(last_step.layers(*arguments), start=1):  # noqa: B007
                 if number in setting.aux_layers:
                     wanted = pruning.rows(h, setting.plan.layers[number - 1].wanted, dim=1)
-                    aux.append(wanted[..., wanted.size(2) - setting.output_size :].transpose(0, 1))
+                    aux.append(wanted[..., wanted.size(2) - spec.output_size :].transpose(0, 1))
             return h.transpose(0, 1), c.transpose(0, 1)[_at(last, ctx.batch)], *aux
 
         with torch.autocast(grads[0].device.type, enabled=False):
@@ -376,7 +371,7 @@ class _Trellis(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, dh, dc_last, *daux):
         setting: _Setting = ctx.setting
-        layers, lstm = setting.plan.layers, setting.activation == "lstm"
+        layers, activation = setting.plan.layers, setting.spec.activation
         weight, bias, h0, c0, scale, last, _, *saved = ctx.saved_tensors
         dilations = len(ctx.shapes)
         x_tilde, saved = saved[dilations : 2 * dilations], saved[2 * dilations :]
@@ -405,7 +400,8 @@ class _Trellis(torch.autograd.Function):
                 if above:
                     taps = run.fill(kernel.taps_of_last(), number + 1)
                 dz = kernel.dz_of(edge)
-                dc_below = geometry.empty(layer.size, N, H) if lstm and (number > 1 or c0 is not None) else None
+                read_below = activation.has_cell and (number > 1 or c0 is not None)
+                dc_below = geometry.empty(layer.size, N, H) if read_below else None
                 # The layer that has all rows of x̃ of its dilation writes them, if it is the first to come.
                 add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shapes[layer.dilation][0])
                 if layer.x is None:
@@ -419,9 +415,8 @@ class _Trellis(torch.autograd.Function):
                 before = {"c_below": cells[place], "c0": run.c_left, "scale": run.scale}
                 passed = {"taps": taps, "out": daux.get(number), "dtaps": dtaps, "dc_above": dc}
                 result = {"dz": _positions(dz, edge, N, GH), "dc": dc_below, "dx": dx_layer, "add": add}
-                setting.gates.backward(
-                    Step(layer, above, edge, gates[place], None, cells[place + 1], **before, **passed, **result)
-                )
+                now = activation, layer, above, edge, gates[place], None, cells[place + 1]
+                setting.gates.backward(Step(*now, **before, **passed, **result))
                 if layer.x is None:
                     dbias += dx_layer.sum((0, 1))
                 if dc_below is not None and c0 is not None:
@@ -455,46 +450,39 @@ def _again(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -
 
 def _last_gradient(setting: _Setting, dh: Tensor, dc: Tensor, daux: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradients of h of the last layer, its auxiliary output among them, and of its cell (S, N, H) each."""
-    if setting.activation != "lstm":  # h is the cell
+    if not setting.spec.activation.has_cell:  # h is the cell
         dh, dc = dh + dc, None
     if daux is not None:
         dh = dh.clone()
-        dh[..., dh.size(2) - setting.output_size :] += daux
+        dh[..., dh.size(2) - setting.spec.output_size :] += daux
     return dh.contiguous(), dc
 
 
 def trellis(
     x: Tensor,
-    weight_x: Tensor,
-    weight_h: Tensor,
-    bias: Tensor,
+    weights: Weights,
     state: tuple[Tensor, Tensor] | None,
+    spec: TrellisSpec,
     *,
-    num_layers: int,
-    dilation: Sequence[int],
-    output_size: int,
     start: int = 0,
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
     lengths: Tensor | None = None,
-    activation: str = "lstm",
-    inject_every: int = 1,
-    recompute: int = 0,
-    gemm: str = "auto",
-    gates: str = "auto",
+    execution: Execution,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor], int]:
     """The outputs of the last layer from `start` on, the state, the auxiliary outputs, and the layer-steps computed.
 
     Arguments and shapes as in :func:`trellisnet.ops.trellis`. Differentiable in x, the kernels, the bias and the state,
     but not in `hidden_scale`. Within `torch.autocast` the products are in its type.
     """
-    (N, L, C), k = x.shape, weight_h.size(2)
-    device = x.device.type
+    N, L, C = x.shape
+    weight_x, weight_h, bias = weights
+    num_layers, device = spec.num_layers, x.device.type
     compute = weight_h.dtype
     if torch.is_autocast_enabled(device) and compute != torch.float64:
         compute = torch.get_autocast_dtype(device)
-    plan = pruning.plan(L, num_layers, tuple(dilation), k, inject_every, start, x.device)
-    product = products.resolve(gemm if N else "mm", x.device, compute)  # oneDNN has no products of nothing
+    plan = pruning.plan(L, spec, start, x.device)
+    product = products.resolve(execution.gemm if N else "mm", x.device, compute)  # oneDNN has no products of nothing
     weight_x, weight_h = (w.transpose(1, 2).flatten(1) for w in (weight_x, weight_h))  # (GH, k·C), (GH, k·H)
     x = x.transpose(0, 1)  # (L, N, C)
     nothing = x.new_zeros(1, N, C)
@@ -508,16 +496,15 @@ def trellis(
     keep = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
     )
-    gates = gates_of(gates, x.device, compute, activation)
-    every = recompute if recompute and keep else num_layers
+    choice = "triton" if execution.backend == "triton" else execution.gates
+    gates = gates_of(choice, x.device, compute, spec.activation.name)
+    every = execution.segment(num_layers) if keep else num_layers
     segments = tuple((first, min(first + every - 1, num_layers)) for first in range(1, num_layers + 1, every))
-    setting = _Setting(
-        plan, activation, compute, product, gates, aux_layers, output_size, tuple(plan.x), keep, segments
-    )
+    setting = _Setting(plan, spec, compute, product, gates, aux_layers, tuple(plan.x), keep, segments)
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     last = None if lengths is None else lengths - start - 1
     with torch.autocast(device, enabled=False):
         layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, last, N, weight_x, *rows, *x_tilde)
     h, c, *aux = (part.to(weight_h.dtype) for part in parts)
-    outputs = [part.transpose(0, 1) for part in (h[..., h.size(2) - output_size :], *aux)]
+    outputs = [part.transpose(0, 1) for part in (h[..., h.size(2) - spec.output_size :], *aux)]
     return outputs[0], (h[_at(last, N)], c), outputs[1:], layer_steps

@@ -1,11 +1,13 @@
 """The gates of one layer, forwards and backwards, between the products of the fused operator: in torch's operations.
 
 :mod:`trellisnet.ops.compiled` does the same in one pass over memory. Either works on what a :class:`Step` names, in
-place. Rows are (position, sequence), time first; the gates of an LSTM lie in the order i, o, g, f.
+place. Rows are (position, sequence), time first; the gates of an LSTM lie in the order i, o, g, f. `FUNCTIONS` holds
+what depends on the activation.
 
 Letters: N batch, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +15,11 @@ from torch import Tensor
 
 from trellisnet.ops import pruning
 from trellisnet.ops.pruning import Index, Layer, Read
+from trellisnet.ops.spec import Activation
 
 # (gradient of the outputs, outputs) → gradient of the inputs
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
-GATES = {"lstm": 4, "tanh": 1}
 BLOCK = 1 << 18  # numbers of a block of H channels, 1 MB: small enough to stay in the cache
 
 
@@ -26,6 +28,7 @@ class Step:
     """What the gates of one layer read and write. Products and gates are in the type of `gates`, else single precision.
 
     Args:
+        activation: the function of the layer.
         layer: its positions and what they read.
         above: the layer above, or None.
         product: positions whose gates hold a product on entry; of the others the gates are those of x alone.
@@ -48,6 +51,7 @@ class Step:
         add: whether `backward` adds to `dx`; else it writes, which is right if this layer has all rows of x̃.
     """
 
+    activation: Activation
     layer: Layer
     above: Layer | None
     product: int
@@ -99,12 +103,67 @@ def _spread(step: Step, h: Tensor) -> None:
         step.taps[read.left :, :, j].copy_(pruning.rows(h, read.rows))
 
 
+def _lstm(step: Step, first: int, gate: Tensor, h: Tensor) -> None:
+    last, H = first + gate.size(0), h.size(-1)
+    gate[..., : 2 * H].sigmoid_()
+    gate[..., 2 * H : 3 * H].tanh_()
+    gate[..., 3 * H :].sigmoid_()
+    i, o, g, f = gate.split(H, dim=-1)
+    c = torch.mul(i, g, out=step.c[first:last])
+    for where, index in _pieces(step.layer.cell, first, last):
+        before = step.c0 if index is None else step.c_below
+        if before is not None:
+            before = before if index is None else pruning.rows(before, index)
+            c[where].addcmul_(f[where], before.to(c.dtype))
+    torch.tanh(c, out=h).mul_(o)
+
+
+def _lstm_backward(step: Step, first: int, gate: Tensor, dh: Tensor, dc: Tensor, dz: Tensor) -> Tensor:
+    last = first + gate.size(0)
+    i, o, g, f = gate.split(dh.size(-1), dim=-1)
+    dz_i, dz_o, dz_g, dz_f = dz.split(dh.size(-1), dim=-1)
+    h = torch.tanh(step.c[first:last])
+    # dL/dc: through h = o tanh(c), and through the cell path of the layer above
+    dc_now = tanh_backward(dh * o, h).add_(dc)
+    sigmoid_backward(dh * h, o, grad_input=dz_o)
+    sigmoid_backward(dc_now * g, i, grad_input=dz_i)
+    tanh_backward(dc_now * i, g, grad_input=dz_g)
+    sigmoid_backward(dc_now, f, grad_input=dz_f)
+    for where, index in _pieces(step.layer.cell, first, last):
+        before = step.c0 if index is None else step.c_below
+        if before is None:
+            dz_f[where].zero_()
+        else:
+            dz_f[where].mul_(before if index is None else pruning.rows(before, index))
+    if step.dc is not None:
+        torch.mul(dc_now, f, out=step.dc[first:last])
+    return h.mul_(o)
+
+
+def _tanh(step: Step, first: int, gate: Tensor, h: Tensor) -> None:
+    h.copy_(gate.tanh_())
+
+
+def _tanh_backward(step: Step, first: int, gate: Tensor, dh: Tensor, dc: None, dz: Tensor) -> Tensor:
+    tanh_backward(dh, gate, grad_input=dz)
+    return gate
+
+
+# For every activation two functions of a block of positions, which begins at `first`. Forward: (step, first, gate, h)
+# turn `gate`, which holds x̃ + Conv1D(h) on entry, into what backward needs, and write h and, where there is one, the
+# cell. Backward: (step, first, gate, dh, dc, dz) write dz and, where there is a cell, its gradient, and return h.
+FUNCTIONS: dict[str, tuple[Callable[..., None], Callable[..., Tensor]]] = {
+    "lstm": (_lstm, _lstm_backward),
+    "tanh": (_tanh, _tanh_backward),
+}
+
+
 def forward(step: Step) -> None:
     """Compute gates and cell, and put h where it is read."""
     layer, gates = step.layer, step.gates
     size, N, GH = gates.shape
-    lstm = step.c is not None
-    H = GH // 4 if lstm else GH
+    H = GH // step.activation.gates
+    function, _ = FUNCTIONS[step.activation.name]
     work = torch.float64 if gates.dtype == torch.float64 else torch.float32
 
     def new(rows: int, channels: int, dtype: torch.dtype = work) -> Tensor:
@@ -120,20 +179,7 @@ def forward(step: Step) -> None:
         else:
             (gate if gates.dtype == work else gate.copy_(gates[a:b])).add_(x)
         h = new(b - a, H) if whole is None else whole[a:b]
-        if lstm:
-            gate[..., : 2 * H].sigmoid_()
-            gate[..., 2 * H : 3 * H].tanh_()
-            gate[..., 3 * H :].sigmoid_()
-            i, o, g, f = gate.split(H, dim=-1)
-            c = torch.mul(i, g, out=step.c[a:b])
-            for where, index in _pieces(layer.cell, a, b):
-                before = step.c0 if index is None else step.c_below
-                if before is not None:
-                    before = before if index is None else pruning.rows(before, index)
-                    c[where].addcmul_(f[where], before.to(c.dtype))
-            torch.tanh(c, out=h).mul_(o)
-        else:
-            h.copy_(gate.tanh_())
+        function(step, a, gate, h)
         if gates.dtype != work:
             gates[a:b] = gate
         if h_masked is not None:
@@ -148,8 +194,8 @@ def backward(step: Step) -> None:
     """Compute the gradients of products, x̃ and cells, and put h where the layer above has read it."""
     layer, above, gates = step.layer, step.above, step.gates
     size, N, GH = gates.shape
-    lstm = step.c is not None
-    H = GH // 4 if lstm else GH
+    H = GH // step.activation.gates
+    _, function = FUNCTIONS[step.activation.name]
     work = torch.float64 if gates.dtype == torch.float64 else torch.float32
 
     def new(rows: int, channels: int, dtype: torch.dtype = work) -> Tensor:
@@ -164,7 +210,7 @@ def backward(step: Step) -> None:
     if step.out is not None:
         add_rows(dh[..., H - step.out.size(2) :], layer.wanted, step.out)
     dc = step.dc_above
-    if lstm and above is not None:
+    if step.activation.has_cell and above is not None:
         dc = new(size, H).zero_()
         add_rows(dc, above.cell.rows, step.dc_above[above.cell.left :])
     h_masked = None if step.taps is None else new(size, H, gates.dtype)
@@ -172,28 +218,7 @@ def backward(step: Step) -> None:
         gate = gates[a:b].to(work)
         direct = a < step.product and gates.dtype == work
         dz = step.dz[a:b] if direct else new(b - a, GH)  # where the products read it
-        if lstm:
-            i, o, g, f = gate.split(H, dim=-1)
-            dz_i, dz_o, dz_g, dz_f = dz.split(H, dim=-1)
-            h = torch.tanh(step.c[a:b])
-            # dL/dc: through h = o tanh(c), and through the cell path of the layer above
-            dc_now = tanh_backward(dh[a:b] * o, h).add_(dc[a:b])
-            sigmoid_backward(dh[a:b] * h, o, grad_input=dz_o)
-            sigmoid_backward(dc_now * g, i, grad_input=dz_i)
-            tanh_backward(dc_now * i, g, grad_input=dz_g)
-            sigmoid_backward(dc_now, f, grad_input=dz_f)
-            for where, index in _pieces(layer.cell, a, b):
-                before = step.c0 if index is None else step.c_below
-                if before is None:
-                    dz_f[where].zero_()
-                else:
-                    dz_f[where].mul_(before if index is None else pruning.rows(before, index))
-            if step.dc is not None:
-                torch.mul(dc_now, f, out=step.dc[a:b])
-            h.mul_(o)
-        else:
-            h = gate
-            tanh_backward(dh[a:b], gate, grad_input=dz)
+        h = function(step, a, gate, dh[a:b], None if dc is None else dc[a:b], dz)
         if h_masked is not None:
             h_masked[a:b] = h if step.scale is None else h * step.scale
         if not step.add:

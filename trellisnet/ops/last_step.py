@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trellisnet.ops import pruning
 from trellisnet.ops.pruning import Plan
-from trellisnet.ops.reference import ACTIVATIONS
+from trellisnet.ops.spec import Activation, TrellisSpec, Weights
 
 
 def _taps(source: Tensor, reads: Sequence[pruning.Read], left: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def layers(
     bias: Tensor,
     state: tuple[Tensor, Tensor],
     scale: Tensor | None,
-    activation: str,
+    activation: Activation,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (h, c) of every layer at its positions, from below, (N, S, H) each.
 
@@ -47,9 +47,8 @@ def layers(
         bias: (GH,).
         state: (h, c) left of the first time step, (N, H) each.
         scale: factor on the hidden input, (N, H), or None.
-        activation: one of `ACTIVATIONS`.
+        activation: the function of a layer.
     """
-    f = ACTIVATIONS[activation]
     h0, c0 = (s.unsqueeze(1) for s in state)  # (N, 1, H)
 
     def masked(h):
@@ -57,15 +56,12 @@ def layers(
 
     def gates(z_x, rows=None, c_shifted=None):
         """(h, c), (N, S, H) each, from x̃ (N, S, GH) or (GH,); rows and c_shifted None: both are zero."""
-        if activation == "lstm":  # what is zero is left out, and the product adds x̃
+        c_shifted = bias.new_zeros(()) if c_shifted is None else c_shifted
+        if activation.additive:  # the product adds x̃
             z = z_x if rows is None else _linear(z_x, rows, weight_h)
-            z_i, z_o, z_g, z_f = z.chunk(4, dim=2)
-            c = torch.sigmoid(z_i) * torch.tanh(z_g)
-            if c_shifted is not None:
-                c = torch.sigmoid(z_f) * c_shifted + c
-            return torch.sigmoid(z_o) * torch.tanh(c), c
+            return activation.function(z, bias.new_zeros(()), c_shifted, dim=2)
         z_h = torch.zeros_like(z_x) if rows is None else _linear(torch.zeros_like(bias), rows, weight_h)
-        return f(z_x.expand_as(z_h), z_h, z_h.new_zeros(()) if c_shifted is None else c_shifted, dim=2)
+        return activation.function(z_x.expand_as(z_h), z_h, c_shifted, dim=2)
 
     def of_x(layer, first=0, last=None):
         return bias if layer.x is None else pruning.rows(x_tilde[layer.dilation], layer.x, first, last, dim=1)
@@ -94,30 +90,24 @@ def layers(
 
 def last_step(
     x: Tensor,
-    weight_x: Tensor,
-    weight_h: Tensor,
-    bias: Tensor,
+    weights: Weights,
     state: tuple[Tensor, Tensor],
-    *,
-    num_layers: int,
-    dilation: Sequence[int],
-    output_size: int,
+    spec: TrellisSpec,
     hidden_scale: Tensor | None = None,
-    activation: str = "lstm",
-    inject_every: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
     """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.trellis`.
 
     Returns:
         output (N, 1, output_size), (h, c) of the last layer at the last step, the layer-steps computed.
     """
-    (N, L, C), H, k = x.shape, state[0].size(1), weight_h.size(2)
-    plan = pruning.plan(L, num_layers, tuple(dilation), k, inject_every, L - 1, x.device)
-    weight_x, weight_h = (w.transpose(1, 2).flatten(1).t() for w in (weight_x, weight_h))  # (k·C, GH), (k·H, GH)
+    (N, L, C), H = x.shape, state[0].size(1)
+    plan = pruning.plan(L, spec, L - 1, x.device)
+    *kernels, bias = weights
+    weight_x, weight_h = (w.transpose(1, 2).flatten(1).t() for w in kernels)  # (k·C, GH), (k·H, GH)
     nothing = x.new_zeros(N, 1, C)
     x_tilde = {d: _linear(bias, _taps(x, reads, nothing), weight_x) for d, reads in plan.x.items()}
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     layer_steps = 0
-    for h, c in layers(plan, x_tilde, weight_h, bias, state, scale, activation):  # noqa: B007
+    for h, c in layers(plan, x_tilde, weight_h, bias, state, scale, spec.activation):  # noqa: B007
         layer_steps += h.size(1)
-    return h[:, :, H - output_size :], (h[:, 0], c[:, 0]), layer_steps
+    return h[:, :, H - spec.output_size :], (h[:, 0], c[:, 0]), layer_steps

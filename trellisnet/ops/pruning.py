@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trellisnet.ops.spec import TrellisSpec
+
 Index = range | Tensor  # row numbers, ascending; a range is sliced, which copies nothing
 
 
@@ -90,20 +92,12 @@ def _read(positions: Sequence[int], back: int, row: dict[int, int], device: torc
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # training may use again what an evaluation has made
-def plan(
-    length: int,
-    num_layers: int,
-    dilation: tuple[int, ...],
-    kernel_size: int,
-    inject_every: int,
-    start: int,
-    device: torch.device,
-) -> Plan:
+def plan(length: int, spec: TrellisSpec, start: int, device: torch.device) -> Plan:
     """All indices of one geometry, those that are no ranges on `device`."""
-    positions = dependencies(length, num_layers, dilation, kernel_size, start)
-    dilations = [dilation[i % len(dilation)] for i in range(num_layers)]
+    kernel_size = spec.kernel_size
+    positions = dependencies(length, spec.num_layers, spec.dilation, kernel_size, start)
     needed: dict[int, set[int]] = {}
-    for d, here in list(zip(dilations, positions, strict=True))[::inject_every]:
+    for d, here in list(zip(spec.dilations, positions, strict=True))[:: spec.inject_every]:
         needed.setdefault(d, set()).update(here)
     row_of_x = {d: {t: row for row, t in enumerate(sorted(rows))} for d, rows in needed.items()}
 
@@ -111,7 +105,7 @@ def plan(
         return tuple(_read(positions, j * d, row, device) for j in reversed(range(kernel_size)))
 
     layers = []
-    for i, (d, here) in enumerate(zip(dilations, positions, strict=True)):
+    for i, (d, here) in enumerate(zip(spec.dilations, positions, strict=True)):
         below = range(length) if i == 0 else positions[i - 1]  # of the first layer the rows mean nothing
         row, row_here = ({t: row for row, t in enumerate(p)} for p in (below, here))
         layers.append(
@@ -121,7 +115,7 @@ def plan(
                 sum(t < max(kernel_size - 1, 1) * d for t in here) if i == 0 else len(here),
                 taps(here, d, row),
                 _read(here, d, row, device),
-                _index([row_of_x[d][t] for t in here], device) if i % inject_every == 0 else None,
+                _index([row_of_x[d][t] for t in here], device) if spec.injected(i) else None,
                 _index([row_here[t] for t in positions[-1]], device),
                 {},
             )

@@ -24,13 +24,12 @@ property.
 Letters: N batch, L length, C input channels, H hidden channels, G gates (4 of an LSTM), k kernel size.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trellisnet.ops import mixed_group
+from trellisnet.ops.spec import Activation, TrellisSpec, Weights
 
 
 def lstm(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -59,32 +58,28 @@ def tanh(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Ten
     return h, h
 
 
-ACTIVATIONS = {"lstm": lstm, "gru": gru, "tanh": tanh}
-GATES = {"lstm": 4, "gru": 3, "tanh": 1}
+ACTIVATIONS = {
+    "lstm": Activation("lstm", gates=4, has_cell=True, additive=True, function=lstm),
+    "gru": Activation("gru", gates=3, has_cell=False, additive=False, function=gru),
+    "tanh": Activation("tanh", gates=1, has_cell=False, additive=True, function=tanh),
+}
 
 
 def trellis(
     x: Tensor,
-    weight_x: Tensor,
-    weight_h: Tensor,
-    bias: Tensor,
+    weights: Weights,
     state: tuple[Tensor, Tensor],
+    spec: TrellisSpec,
     *,
-    num_layers: int,
-    dilation: Sequence[int],
-    output_size: int,
     aux_every: int | None = None,
     hidden_scale: Tensor | None = None,
     lengths: Tensor | None = None,
-    activation: str = "lstm",
-    kernel_groups: int | None = None,
-    inject_every: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
     """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.trellis`."""
     h0, c0 = (s.unsqueeze(2) for s in state)  # (N, H, 1)
-    (N, L, _), H, k = x.shape, h0.size(1), weight_h.size(2)
-    f, gates = ACTIVATIONS[activation], GATES[activation]
-    dilations = [dilation[i % len(dilation)] for i in range(num_layers)]
+    weight_x, weight_h, bias = weights
+    (N, L, _), H, k, output_size = x.shape, h0.size(1), spec.kernel_size, spec.output_size
+    f, gates, kernel_groups = spec.activation.function, spec.activation.gates, spec.kernel_groups
     x = x.transpose(1, 2)  # (N, C, L)
 
     def conv_x(x, d):
@@ -97,17 +92,18 @@ def trellis(
             return mixed_group.conv_h(h, weight_h, d, kernel_groups, gates)
         return F.conv1d(h, weight_h, dilation=d)
 
-    x_tilde = {d: conv_x(F.pad(x, ((k - 1) * d, 0)), d) for d in set(dilations[::inject_every])}  # (N, GH, L)
+    injected = set(spec.dilations[:: spec.inject_every])
+    x_tilde = {d: conv_x(F.pad(x, ((k - 1) * d, 0)), d) for d in injected}  # (N, GH, L)
     no_x = bias if kernel_groups is None else mixed_group.by_gate(bias, kernel_groups, gates, 0)
     no_x = no_x.view(1, -1, 1)
     h = c = x.new_zeros(N, H, L)
     aux = []
-    for layer, d in enumerate(dilations, start=1):
+    for layer, d in enumerate(spec.dilations, start=1):
         h_padded = torch.cat([h0.expand(-1, -1, (k - 1) * d), h], dim=2)  # (N, H, (k-1)d + L)
         if hidden_scale is not None:
             h_padded = h_padded * hidden_scale  # one mask for all layers and all time steps
         c_shifted = torch.cat([c0.expand(-1, -1, d), c], dim=2)[:, :, :L]  # c at t - d; (N, H, L)
-        z_x = x_tilde[d] if (layer - 1) % inject_every == 0 else no_x  # (N, GH, L) or (1, GH, 1)
+        z_x = x_tilde[d] if spec.injected(layer - 1) else no_x  # (N, GH, L) or (1, GH, 1)
         h, c = f(z_x, conv_h(h_padded, d), c_shifted)
 
         if aux_every is not None and layer % aux_every == 0:

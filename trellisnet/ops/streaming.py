@@ -11,7 +11,7 @@ Letters: N batch, T steps of a piece, C input channels, H hidden channels, G gat
 layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,15 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trellisnet.ops import compiled, mixed_group
+from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
 from trellisnet.ops.fused import gates_of
 from trellisnet.ops.gates import Step
 from trellisnet.ops.pruning import Layer, Read
-from trellisnet.ops.reference import ACTIVATIONS, GATES
+from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
 
 class Kernels(NamedTuple):
-    """Dense kernels and settings of a network, as :func:`prepare` arranges them."""
+    """Dense kernels of a network, as :func:`prepare` arranges them, and what is computed with them."""
 
     weight_x: Tensor  # (GH, k·C), oldest tap first, in the type of the products
     weight_h: Tensor  # (GH, k·H), likewise
@@ -37,13 +38,10 @@ class Kernels(NamedTuple):
     newest: Any  # (GH, H), as `add` reads it
     weight_x_single: Any  # weight_x likewise
     bias: Tensor  # (GH,)
-    kernel_size: int
-    dilations: tuple[int, ...]  # of every layer
-    activation: str
-    inject_every: int
+    spec: TrellisSpec
     product: products.Product
     add: Callable[[Tensor, Tensor, Any], None]  # (target, rows, weight): target += rows · weightᵀ, one row a sequence
-    gates: ModuleType | None  # what computes LSTM gates; None: the activation of the reference
+    gates: ModuleType | None  # what computes the gates; None: the activation of the reference
 
 
 class Stream(NamedTuple):
@@ -63,26 +61,15 @@ class Stream(NamedTuple):
     c: tuple[Tensor, ...]
 
 
-def prepare(
-    weight_x: Tensor,
-    weight_h: Tensor,
-    bias: Tensor,
-    *,
-    num_layers: int,
-    dilation: Sequence[int],
-    activation: str = "lstm",
-    kernel_groups: int | None = None,
-    inject_every: int = 1,
-    batch_size: int = 1,
-    gemm: str = "auto",
-    gates: str = "auto",
-) -> Kernels:
+def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_size: int) -> Kernels:
     """For streams of so many sequences; other arguments as in :func:`trellisnet.ops.trellis`.
 
     Within `torch.autocast` the products are in its type.
     """
-    if kernel_groups is not None:
-        weight_x, weight_h, bias = mixed_group.dense(weight_x, weight_h, bias, kernel_groups, GATES[activation])
+    activation = spec.activation
+    if spec.kernel_groups is not None:
+        weights = mixed_group.dense(*weights, spec.kernel_groups, activation.gates)
+    weight_x, weight_h, bias = weights
     device = bias.device
     compute = bias.dtype
     if torch.is_autocast_enabled(device.type) and compute != torch.float64:
@@ -92,8 +79,10 @@ def prepare(
         return weight.detach().transpose(1, 2).flatten(1).to(compute, copy=True)  # a copy that stays as it is
 
     H, k = weight_h.shape[1:]
-    w, product = arranged(weight_h), products.resolve(gemm, device, compute)
-    gate_kernels = gates_of(gates, device, compute, activation) if activation == "lstm" else None
+    w, product = arranged(weight_h), products.resolve(execution.gemm, device, compute)
+    gate_kernels = None
+    if activation.name in eager.FUNCTIONS:
+        gate_kernels = gates_of(execution.gates, device, compute, activation.name)
     oldest, newest = w[:, : (k - 1) * H].contiguous(), w[:, (k - 1) * H :].contiguous()  # strided ones would be copied
     w_x = arranged(weight_x)
     if gate_kernels is compiled and batch_size <= compiled.FEW:
@@ -105,14 +94,11 @@ def prepare(
     return Kernels(
         w_x,
         w,
-        products.pack(oldest, (num_layers - 1) * batch_size, product),
+        products.pack(oldest, (spec.num_layers - 1) * batch_size, product),
         pack(newest),
         pack(w_x),
         bias.detach().clone(),
-        k,
-        tuple(dilation[i % len(dilation)] for i in range(num_layers)),
-        activation,
-        inject_every,
+        spec,
         product,
         add,
         gate_kernels,
@@ -121,16 +107,16 @@ def prepare(
 
 def start(kernels: Kernels, batch_size: int) -> Stream:
     """The stream before its first step: zeros."""
-    k = kernels.kernel_size
+    k, dilations = kernels.spec.kernel_size, kernels.spec.dilations
     H = kernels.weight_h.size(1) // k
 
     def zeros(steps, channels, dtype=None):
         return kernels.bias.new_zeros(steps, batch_size, channels, dtype=dtype)
 
-    above = kernels.dilations[1:]
+    above = dilations[1:]
     return Stream(
         kernels,
-        zeros((k - 1) * max(kernels.dilations), kernels.weight_x.size(1) // k),
+        zeros((k - 1) * max(dilations), kernels.weight_x.size(1) // k),
         tuple(zeros((k - 1) * d, H, kernels.weight_h.dtype) for d in above),
         tuple(zeros(d, H) for d in above),
     )
@@ -147,7 +133,7 @@ def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tenso
     x, bias = x.to(kernels.weight_x.dtype), kernels.bias.to(kernels.weight_x.dtype)
     return {
         d: F.linear(_taps(x, k, d, steps), kernels.weight_x, bias)
-        for d in set(kernels.dilations[:: kernels.inject_every])
+        for d in set(kernels.spec.dilations[:: kernels.spec.inject_every])
     }
 
 
@@ -173,25 +159,26 @@ def _gates(
         z_h: product over h, which may be overwritten; None: the layer below is zero.
         cells: what the cell path reads, (steps, N, H); None: zero.
     """
-    compute = kernels.weight_h.dtype
+    compute, activation = kernels.weight_h.dtype, kernels.spec.activation
     if kernels.gates is None:
         z_x = kernels.bias if z_x is None else z_x.to(kernels.bias.dtype)
         z_h = torch.zeros_like(z_x) if z_h is None else z_h.to(z_x.dtype)
         cells = z_x.new_zeros(()) if cells is None else cells
-        h, c = ACTIVATIONS[kernels.activation](z_x.expand_as(z_h), z_h, cells, dim=2)
+        h, c = activation.function(z_x.expand_as(z_h), z_h, cells, dim=2)
         return h if last else h.to(compute), c
     N, GH = (z_x if z_h is None else z_h).shape[1:]
     layer = _side_by_side(steps, z_x is not None)
-    c = kernels.bias.new_empty(steps, N, GH // 4)
-    h = c.new_empty(c.shape, dtype=c.dtype if last else compute)
+    bias, shape = kernels.bias, (steps, N, GH // activation.gates)
+    c = bias.new_empty(shape) if activation.has_cell else None
+    h = bias.new_empty(shape, dtype=bias.dtype if last else compute)
     step = Step(
-        layer=layer, above=None if last else layer, product=0 if z_h is None else steps,
-        gates=c.new_empty(steps, N, GH, dtype=compute) if z_h is None else z_h,
-        x=kernels.bias.to(compute) if z_x is None else z_x, c=c, c_below=cells, c0=None, scale=None,
+        activation=activation, layer=layer, above=None if last else layer, product=0 if z_h is None else steps,
+        gates=bias.new_empty(steps, N, GH, dtype=compute) if z_h is None else z_h,
+        x=bias.to(compute) if z_x is None else z_x, c=c, c_below=cells, c0=None, scale=None,
         taps=None if last else h.unsqueeze(2), out=h if last else None,
     )  # fmt: skip
     kernels.gates.forward(step)
-    return h, c
+    return h, h if c is None else c
 
 
 @torch.no_grad()
@@ -205,14 +192,14 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
     Returns:
         h and c of the last layer, (N, T, H); the stream to go on from. `stream` itself is left as it is.
     """
-    kernels = stream.kernels
-    T, k, last = x.size(1), kernels.kernel_size, len(kernels.dilations) - 1
+    kernels, spec = stream.kernels, stream.kernels.spec
+    T, k, last = x.size(1), spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.transpose(0, 1)])
     x_tilde = _x_tilde(kernels, x, k, T)
     new_h, new_c = [], []
     h = c = None
-    for i, d in enumerate(kernels.dilations):
-        z_x = x_tilde[d] if i % kernels.inject_every == 0 else None
+    for i, d in enumerate(spec.dilations):
+        z_x = x_tilde[d] if spec.injected(i) else None
         if i == 0:  # the layer below is zero
             h, c = _gates(kernels, z_x, None, None, T, i == last)
             continue
@@ -240,14 +227,14 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     Returns:
         h and c of the last layer, (N, H); the stream to go on from; the layer-steps computed.
     """
-    kernels = stream.kernels
-    k, last = kernels.kernel_size, len(kernels.dilations) - 1
+    kernels, spec = stream.kernels, stream.kernels.spec
+    k, last = spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.unsqueeze(0)])
     x_tilde, low = {}, x.to(kernels.weight_x.dtype)
-    for d in set(kernels.dilations[:: kernels.inject_every]):
+    for d in set(spec.dilations[:: spec.inject_every]):
         x_tilde[d] = kernels.bias.to(low.dtype).repeat(1, x.size(1), 1)  # (1, N, GH)
         kernels.add(x_tilde[d][0], _taps(low, k, d, 1)[0], kernels.weight_x_single)
-    above = kernels.dilations[1:]
+    above = spec.dilations[1:]
     # Of what a layer remembers, tap j of k is row j·d.
     old = [rows[::d] for rows, d in zip(stream.h, above, strict=True)]
     z_old = ()  # (1, N, GH) for every layer but the first
@@ -256,8 +243,8 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         z_old = _product(kernels.product, taps, kernels.oldest).unsqueeze(1).unbind(0)
     new_h, new_c, layer_steps = [], [], 0
     h = c = None
-    for i, d in enumerate(kernels.dilations):
-        z_x = x_tilde[d] if i % kernels.inject_every == 0 else None
+    for i, d in enumerate(spec.dilations):
+        z_x = x_tilde[d] if spec.injected(i) else None
         layer_steps += 1
         if i == 0:
             h, c = _gates(kernels, z_x, None, None, 1, i == last)

@@ -173,6 +173,9 @@ def _backward(
         tl.store(rows + 3 * H, dz_f.to(kind), mask=made)
 
 
+KERNELS = {"lstm": (_forward, _backward)}
+
+
 @triton.jit
 def _nothing(numbers):
     tl.store(numbers, 1.0)
@@ -199,7 +202,7 @@ def reason_against(device: torch.device, compute: torch.dtype, activation: str) 
         return f"Triton needs a CUDA device, not {device.type}"
     if compute not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels have no {str(compute).removeprefix('torch.')}"
-    if activation != "lstm":
+    if activation not in KERNELS:
         return f"its kernels have no {activation} gates"
     return _broken(device) if device.type == "cuda" else ""
 
@@ -211,7 +214,7 @@ def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 def _common(step: Step) -> tuple[pruning.Places, tuple[int, int], dict]:
     size, N, GH = step.gates.shape
-    H = GH // 4
+    H = GH // step.activation.gates
     places = pruning.places(step.layer, step.above, step.gates.device)
     sizes = {"S": size, "N": N, "H": H, "product": step.product, "K": len(step.layer.taps)}
     sizes |= {"BLOCK": BLOCK, "num_warps": WARPS}
@@ -231,8 +234,9 @@ def forward(step: Step) -> None:
     some = step.gates  # stands for what is not there
     given = [step.c_below, places.cell, step.c0, step.scale, step.taps, places.taps, step.out, places.out]
     given = [some if tensor is None else tensor for tensor in given]
+    kernel, _ = KERNELS[step.activation.name]
     with _on(some):
-        _forward[grid](some, step.x, some if places.x is None else places.x, step.c, *given, **options)
+        kernel[grid](some, step.x, some if places.x is None else places.x, step.c, *given, **options)
 
 
 def backward(step: Step) -> None:
@@ -249,5 +253,6 @@ def backward(step: Step) -> None:
         "DTAPS": step.dtaps is not None, "ABOVE": step.dc_above is not None, "DC": step.dc is not None,
         "DZ": step.dz is not None and step.dz.numel() > 0, "ADD": step.add,
     }  # fmt: skip
+    _, kernel = KERNELS[step.activation.name]
     with _on(some):
-        _backward[grid](*(some if tensor is None else tensor for tensor in given), **options, **flags)
+        kernel[grid](*(some if tensor is None else tensor for tensor in given), **options, **flags)

@@ -60,7 +60,7 @@ class NetworkConfig(RunConfig):
     )
     wdrop: float = setting(0.0, "DropConnect on both kernels", group="regularisation", rate="probability")
     temporalwdrop: bool = setting(True, "DropConnect on the older taps only", group="regularisation")
-    activation: str = setting("lstm", "gates of a layer", group="model", choices=tuple(ops.GATES))
+    activation: str = setting("lstm", "gates of a layer", group="model", choices=tuple(ops.ACTIVATIONS))
     mixed_group: int = setting(
         0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel", group="model", at_least=0
     )
@@ -164,6 +164,10 @@ class NetworkConfig(RunConfig):
             "gates": self.gates,
         }
 
+    def _spec(self) -> ops.TrellisSpec:
+        groups, activation = self.mixed_group or None, ops.find_activation(self.activation)
+        return ops.TrellisSpec(self.nlevels, self.channels(), activation, kernel_groups=groups)
+
     def _gates(self, backend: str, device: torch.device) -> str:
         """What computes the gates. A run that goes on elsewhere may have to take others."""
         settings = (device, COMPUTE[self.precision], self.activation)
@@ -204,7 +208,7 @@ class NetworkConfig(RunConfig):
         if self.model != TRELLISNET:
             return notices
         if self.backend == "reference":
-            reason = ops.not_fused(self.activation, self.mixed_group or None)
+            reason = ops.not_fused(self._spec())
             notices += [f"backend reference, slower than fused: {reason}"] if reason else []
         elif self.gates == "eager":
             reason = ops.slow_gates(device, COMPUTE[self.precision], self.activation)
@@ -229,10 +233,7 @@ class NetworkConfig(RunConfig):
         if self.model != TRELLISNET:  # torch's own operators
             return dataclasses.replace(config, backend="reference")
         try:
-            backend = ops.resolve(self.backend, self.activation, self.mixed_group or None)
-            if self.recompute and backend == "reference":
-                reason = ops.not_fused(self.activation, self.mixed_group or None) or "--backend reference keeps all"
-                raise ValueError(f"recompute: only the backend fused can, and {reason}")
+            backend = ops.resolve(self._spec(), ops.Execution(self.backend, recompute=self.recompute))
             if backend == "reference":
                 return dataclasses.replace(config, backend=backend)
             # A run that goes on elsewhere may have to multiply in another way.
@@ -244,6 +245,6 @@ class NetworkConfig(RunConfig):
             raise UserError(f"--{e}") from e
         # Small products take no time by any route, and are not worth results that depend on a stopwatch.
         if wanted == "auto" and self.channels() >= MEASURED and not self.deterministic:
-            inputs, outputs = self.ksize * self.channels(), ops.GATES[self.activation] * self.channels()
+            inputs, outputs = self.ksize * self.channels(), self._spec().activation.gates * self.channels()
             route = gemm.fastest(device, dtype, ROWS, inputs, outputs)
         return dataclasses.replace(config, backend=backend, gemm=route, gates=gates)
