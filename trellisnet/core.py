@@ -241,6 +241,9 @@ class TrellisNet(nn.Module):
         settings = (f"{name}={getattr(self, name)!r}" for name in names)
         return ", ".join([f"{self.input_size}, {self.hidden_size}, {self.num_layers}", *settings])
 
+    def _at_depth(self, num_layers: int | None) -> ops.TrellisSpec:
+        return self.spec if num_layers is None else dataclasses.replace(self.spec, num_layers=num_layers)
+
     @property
     def receptive_field(self) -> int:
         """Time steps of x that one output depends on, itself included: 1 + Σ_layers (k−1)·dilation.
@@ -264,20 +267,23 @@ class TrellisNet(nn.Module):
         """
         return max(self.kernel_size - 1, 1) * sum(self.spec.dilations)
 
-    def layer_steps(self, length: int, *, start: int = 0, last_only: bool = False) -> int:
+    def layer_steps(
+        self, length: int, *, start: int = 0, last_only: bool = False, num_layers: int | None = None
+    ) -> int:
         """How many pairs of a layer and a time step the outputs of `length` time steps depend on.
 
         Args:
             length: L.
-            start, last_only: as in the forward pass.
+            start, last_only, num_layers: as in the forward pass.
 
         Raises:
-            ValueError: length below 1.
+            ValueError: length or num_layers below 1.
         """
         if length < 1:
             raise ValueError(f"length: expected at least 1, got {length}")
         start = length - 1 if last_only else start
-        return sum(map(len, ops.dependencies(length, self.num_layers, self.dilation, self.kernel_size, start)))
+        depth = self._at_depth(num_layers).num_layers
+        return sum(map(len, ops.dependencies(length, depth, self.dilation, self.kernel_size, start)))
 
     def draw_masks(self, batch_size: int) -> dict[str, Any]:
         """Masks for `batch_size` sequences, drawn as a forward pass in training mode would: fields of `Masks`."""
@@ -310,6 +316,7 @@ class TrellisNet(nn.Module):
         aux_every: int | None = None,
         last_only: bool = False,
         lengths: Tensor | Sequence[int] | None = None,
+        num_layers: int | None = None,
         masks: Masks | None = None,
     ) -> TrellisOutput:
         """Run the trellis over a segment.
@@ -324,6 +331,7 @@ class TrellisNet(nn.Module):
             lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L. The state is then that of
                 the last valid step; what lies behind it in x has no influence, and outputs there mean nothing. Not with
                 start or last_only.
+            num_layers: depth of this call, as of a network of that depth with the same weights; None: the module's own.
             masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
 
         Raises:
@@ -351,7 +359,7 @@ class TrellisNet(nn.Module):
             x,
             (self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias),
             state,
-            self.spec,
+            self._at_depth(num_layers),
             start=x.size(1) - 1 if last_only else start,
             aux_every=aux_every,
             hidden_scale=dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
@@ -362,7 +370,7 @@ class TrellisNet(nn.Module):
         return TrellisOutput(out.output, out.state, out.aux or (() if torch.jit.is_tracing() else []))
 
     @torch.no_grad()
-    def init_stream(self, batch_size: int) -> Stream:
+    def init_stream(self, batch_size: int, *, num_layers: int | None = None) -> Stream:
         """Begin to read sequences in pieces (:mod:`trellisnet.ops.streaming`): zeros, and a copy of the kernels.
 
         What :meth:`stream` and :meth:`step` then give is, position by position, what one long forward pass in
@@ -370,14 +378,15 @@ class TrellisNet(nn.Module):
 
         Args:
             batch_size: N ≥ 1 sequences, read side by side.
+            num_layers: depth of this stream; None: the module's own.
 
         Raises:
-            ValueError: batch_size below 1.
+            ValueError: batch_size or num_layers below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         weight_x, weight_h = (self.effective_weight(name, Masks()) for name in ("weight_x", "weight_h"))
-        weights, spec = (weight_x, weight_h, self.bias), self.spec
+        weights, spec = (weight_x, weight_h, self.bias), self._at_depth(num_layers)
         return streaming.start(streaming.prepare(weights, spec, self.execution, batch_size), batch_size)
 
     def stream(self, x: Tensor, stream: Stream) -> tuple[Tensor, Stream]:

@@ -21,6 +21,19 @@ from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes, Spli
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 
+def depth_of(core: nn.Module, num_layers: int | None) -> dict[str, int]:
+    """The keyword of a core's forward pass that sets the depth of one call.
+
+    Raises:
+        ValueError: a depth for a core whose layers have weights of their own.
+    """
+    if num_layers is None:
+        return {}
+    if not isinstance(core, TrellisNet):
+        raise ValueError(f"num_layers: only a TrellisNet runs at any depth; expected None, got {num_layers}")
+    return {"num_layers": num_layers}
+
+
 class LanguageModelOutput(NamedTuple):
     """Features before the head.
 
@@ -186,6 +199,7 @@ class TrellisLanguageModel(nn.Module):
         *,
         start: int = 0,
         aux_every: int | None = None,
+        num_layers: int | None = None,
         masks: Masks | None = None,
     ) -> LanguageModelOutput:
         """Features of a segment; :meth:`log_prob` and :meth:`loss` apply the head to them.
@@ -196,17 +210,19 @@ class TrellisLanguageModel(nn.Module):
             start: the first time step whose features are wanted, 0 to L − 1; there are then L − start of them, and only
                 what they depend on is computed (see :class:`trellisnet.TrellisNet`).
             aux_every: also return the outputs of every aux_every-th layer.
+            num_layers: depth of this call, of a TrellisNet only; None: the core's own.
             masks: explicit dropout masks; None draws them in training mode.
 
         Raises:
             TypeError: tokens is no tensor.
-            ValueError: a shape that does not fit.
+            ValueError: a shape that does not fit, or a depth for another core.
         """
         check_tensor("tokens", tokens)
         if tokens.dim() != 2 or tokens.size(1) < 1:
             raise ValueError(f"tokens: expected (N, L ≥ 1), got {tuple(tokens.shape)}")
         x = self.embed(tokens, masks)
-        raw_output, state, aux = self.core(x, state, start=start, aux_every=aux_every, masks=masks)
+        depth = depth_of(self.core, num_layers)
+        raw_output, state, aux = self.core(x, state, start=start, aux_every=aux_every, masks=masks, **depth)
 
         N, _, C = raw_output.shape
         p, training = self.output_dropout, self.training
@@ -217,9 +233,9 @@ class TrellisLanguageModel(nn.Module):
                 aux = [a * s for a, s in zip(aux, scale.unbind(1), strict=True)]
         return LanguageModelOutput(output, raw_output, state, aux)
 
-    def init_stream(self, batch_size: int) -> Stream:
+    def init_stream(self, batch_size: int, *, num_layers: int | None = None) -> Stream:
         """Begin to read texts in pieces; arguments and errors as in :meth:`trellisnet.TrellisNet.init_stream`."""
-        return self.core.init_stream(batch_size)
+        return self.core.init_stream(batch_size, **depth_of(self.core, num_layers))
 
     def stream(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """Features of the next tokens, without dropout and gradients.
@@ -367,6 +383,7 @@ class TrellisClassifier(nn.Module):
         state: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        num_layers: int | None = None,
         masks: Masks | None = None,
     ) -> ClassifierOutput:
         """Classify sequences by their last step.
@@ -376,18 +393,20 @@ class TrellisClassifier(nn.Module):
             state: (h, c) carried from a segment before, (N, H) each; None for zeros.
             lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L; None: all of them. What
                 stands behind them has no influence.
+            num_layers: depth of this call, of a TrellisNet only; None: the core's own.
             masks: explicit dropout masks (`input`, `weight_x`, `weight_h`, `hidden` and `output` are read).
 
         Raises:
             TypeError: x is no tensor.
-            ValueError: a shape or length that does not fit.
+            ValueError: a shape or length that does not fit, or a depth for another core.
         """
         check_sequence(x, self.core.input_size)
         x = scaled(x, dropout_scale(x, x.shape, self.input_dropout, self.training, masks, "input"))
+        depth = depth_of(self.core, num_layers)
         if lengths is None:
-            output, state, _ = self.core(x, state, last_only=True, masks=masks)  # (N, 1, output_size)
+            output, state, _ = self.core(x, state, last_only=True, masks=masks, **depth)  # (N, 1, output_size)
         else:
-            output, state, _ = self.core(x, state, lengths=lengths, masks=masks)
+            output, state, _ = self.core(x, state, lengths=lengths, masks=masks, **depth)
             last = torch.as_tensor(lengths).to(x.device, torch.int64) - 1
             output = output.gather(1, last.view(-1, 1, 1).expand(-1, 1, output.size(2)))
         with torch.autocast(x.device.type, enabled=False):  # a product of no weight, and what a loss is made of
