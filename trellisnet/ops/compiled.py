@@ -9,6 +9,7 @@ rounding.
 
 import ctypes
 import hashlib
+import itertools
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -22,6 +23,8 @@ from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
 SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
+# Functions of gates.c for every activation that it knows, forwards and backwards.
+KERNELS = {"lstm": ("trellis_gates_forward", "trellis_gates_backward")}
 FEW = 4  # rows up to which a product is best made here; BLOCK is that of product.c
 BLOCK = 64
 # Index arrays: what they are called in gates.c, and in pruning.py.
@@ -84,7 +87,8 @@ def _library() -> ctypes.CDLL | str:
         library.trellis_gates_source.restype = ctypes.c_char_p
         if library.trellis_gates_source().decode() != fingerprint():
             return "it was built from another version of its source (pip install -e . builds it again)"
-        for function in (library.trellis_gates_forward, library.trellis_gates_backward):
+        for name in itertools.chain(*KERNELS.values()):
+            function = getattr(library, name)
             function.argtypes, function.restype = [ctypes.POINTER(_Arguments), ctypes.c_int, ctypes.c_int], None
         library.trellis_product.argtypes = [ctypes.POINTER(_Product), ctypes.c_int, ctypes.c_int]
         library.trellis_product.restype = None
@@ -99,7 +103,7 @@ def reason_against(device: torch.device, compute: torch.dtype, activation: str) 
         return f"it does not run on {device.type}"
     if compute not in (torch.float32, torch.bfloat16):
         return f"it has no {str(compute).removeprefix('torch.')}"
-    if activation != "lstm":
+    if activation not in KERNELS:
         return f"it has no {activation} gates"
     library = _library()
     return library if isinstance(library, str) else ""
@@ -142,12 +146,12 @@ def _run(name: str, step: Step) -> None:
 
 def forward(step: Step) -> None:
     """As :func:`trellisnet.ops.gates.forward`."""
-    _run("trellis_gates_forward", step)
+    _run(KERNELS[step.activation.name][0], step)
 
 
 def backward(step: Step) -> None:
     """As :func:`trellisnet.ops.gates.backward`."""
-    _run("trellis_gates_backward", step)
+    _run(KERNELS[step.activation.name][1], step)
 
 
 class Packed(NamedTuple):
