@@ -26,7 +26,7 @@ FLOORS = [
     "ops",
     "foundation",
 ]
-FOUNDATION = {"errors", "serialization"}
+FOUNDATION = {"console", "errors", "serialization"}
 TASKS = {"word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"}
 FILES = sorted(path for top in ("trellisnet", *TASKS) for path in (PROJECT / top).rglob("*.py"))
 
