@@ -1,0 +1,304 @@
+"""Train a network on a problem of pure memory, as Bai, Kolter & Koltun (2018, arXiv:1803.01271, section 4) set them.
+
+    python scripts/memory.py                                  TrellisNet on the copy task, T = 400
+    python scripts/memory.py --preset adding --model tcn      a generic TCN on the adding problem, T = 600
+
+*Copy*: ten random digits, T − 1 blanks, then eleven markers; while it reads the last ten markers, the network must
+write the ten digits again. *Adding*: T pairs of a random number and a mark that is set twice; the network must give the
+sum of the two marked numbers. All examples are generated; every network has the same ones and, within one per cent,
+the same number of parameters. The flags of the training programs work here too: run folders, --resume, --metrics.
+
+Letters: N examples of a batch, L steps of an example, T as above.
+"""
+
+import functools
+import hashlib
+import math
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from trellisnet.baselines import AWDLSTM, RHN, TCN  # noqa: E402
+from trellisnet.errors import UserError  # noqa: E402
+from trellisnet.models import TrellisClassifier  # noqa: E402
+from trellisnet.training import cli  # noqa: E402
+from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
+from trellisnet.training.distributed import Ranks  # noqa: E402
+from trellisnet.training.engine import Splits  # noqa: E402
+from trellisnet.training.network import TRELLISNET, NetworkConfig  # noqa: E402
+from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
+from trellisnet.training.settings import setting  # noqa: E402
+from trellisnet.training.tasks import Classification, evaluating  # noqa: E402
+
+DIGITS, BLANK, MARKER = 10, 0, 9  # digits to remember, each 1 to 8; and the other two symbols
+DATA_SEED = 2018  # of the examples, the same for every --seed
+
+
+# -- problems ----------------------------------------------------------------------------------------------------------
+
+
+def copy_examples(n: int, length: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Examples of the copy task.
+
+    Args:
+        n: how many.
+        length: T, the steps from a digit to where it must be written, less ten.
+        rng: draws the digits.
+
+    Returns:
+        symbols, uint8 (n, T + 20, 1), and what to write at each step, uint8 (n, T + 20): blank but for the last ten.
+    """
+    digits = torch.from_numpy(rng.integers(1, MARKER, (n, DIGITS), dtype=np.uint8))
+    x = torch.full((n, length + 2 * DIGITS), BLANK, dtype=torch.uint8)
+    y = x.clone()
+    x[:, :DIGITS], x[:, length + DIGITS - 1 :], y[:, -DIGITS:] = digits, MARKER, digits
+    return x.unsqueeze(2), y
+
+
+def adding_examples(n: int, length: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Examples of the adding problem.
+
+    Args:
+        n: how many.
+        length: T, the steps of an example.
+        rng: draws numbers and marks.
+
+    Returns:
+        numbers from [0, 1) and their marks, float32 (n, T, 2), and the sums of the two marked ones, float32 (n,).
+    """
+    x = torch.zeros(n, length, 2)
+    x[:, :, 0] = torch.from_numpy(rng.random((n, length), dtype=np.float32))
+    first, gap = rng.integers(0, length, n), rng.integers(1, length, n)  # two different places, all pairs alike
+    for place in (first, (first + gap) % length):
+        x[torch.arange(n), torch.from_numpy(place), 1] = 1.0
+    return x, (x[:, :, 0] * x[:, :, 1]).sum(1)
+
+
+class Problem(NamedTuple):
+    """A problem: its default T, training examples, input and output channels, and how examples are generated."""
+
+    length: int
+    examples: int
+    input_size: int
+    output_size: int
+    generate: Callable[[int, int, np.random.Generator], tuple[Tensor, Tensor]]
+
+
+PROBLEMS = {
+    "copy": Problem(400, 10_000, 1, MARKER + 1, copy_examples),
+    "adding": Problem(600, 50_000, 2, 1, adding_examples),
+}
+HELD_OUT = 1_000  # examples for validation, and as many for test
+
+
+def chance(problem: str, length: int) -> float:
+    """Loss of a network that has forgotten: it writes any of the eight digits, or always gives the mean sum."""
+    return DIGITS * math.log(MARKER - 1) / (length + 2 * DIGITS) if problem == "copy" else 1 / 6
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Config(NetworkConfig):
+    """Train a network on the copy task or the adding problem."""
+
+    task: ClassVar[str] = "memory"
+    presets: ClassVar = {
+        "default": {},
+        "adding": {
+            "problem": "adding", "name": "adding", "nlevels": 10, "nhid": 93, "dilation": [2**i for i in range(10)],
+        },
+        "awd-lstm": {"model": "awd-lstm", "name": "copy-lstm", "nlevels": 1, "nhid": 59},
+        "awd-lstm-adding": {
+            "model": "awd-lstm", "problem": "adding", "name": "adding-lstm", "nlevels": 1, "nhid": 132,
+        },
+        "tcn": {"model": "tcn", "name": "copy-tcn", "nlevels": 8, "ksize": 8, "nhid": 11},
+        "tcn-adding": {
+            "model": "tcn", "problem": "adding", "name": "adding-tcn", "nlevels": 8, "ksize": 7, "nhid": 26,
+        },
+        "rhn": {"model": "rhn", "name": "copy-rhn", "nlevels": 3, "nhid": 49, "length": 100},
+        "rhn-adding": {
+            "model": "rhn", "problem": "adding", "name": "adding-rhn", "nlevels": 3, "nhid": 109, "length": 100,
+        },
+    }  # fmt: skip
+
+    defaults: ClassVar = {
+        "name": "copy", "nhid": 42, "nlevels": 11, "dilation": [41], "optim": "Adam", "lr": 0.01, "clip": 1.0,
+        "schedule": "onecycle", "epochs": 10, "batch_size": 32, "eval_batch_size": 200,
+    }  # fmt: skip
+    helps: ClassVar = {
+        "data": "examples are always generated; 'synthetic' says so",
+        "nhid": "hidden channels",
+        "batch_size": "examples of a training batch",
+        "eval_batch_size": "examples evaluated at a time",
+    }
+
+    problem: str = setting("copy", "what to learn", group="data", choices=tuple(PROBLEMS))
+    length: int = setting(0, "T; 0: 400 to copy, 600 to add", group="data", at_least=0)
+    examples: int = setting(0, "training examples; 0: 10,000 to copy, 50,000 to add", group="data", at_least=0)
+    model: str = setting(
+        TRELLISNET, "core in front of the linear map", group="model",
+        choices=(TRELLISNET, AWDLSTM.model_name, TCN.model_name, RHN.model_name),
+    )  # fmt: skip
+
+    @classmethod
+    def program(cls) -> str:
+        return "scripts/memory.py"
+
+    def channels(self) -> int:
+        """H: all channels are the output."""
+        return self.nhid
+
+    def validate(self) -> None:
+        super().validate()
+        if self.data not in ("", "synthetic"):
+            raise UserError(f"--data {self.data}: expected synthetic, or nothing: examples are always generated")
+
+
+# -- model and task ----------------------------------------------------------------------------------------------------
+
+
+class Tagger(TrellisClassifier):
+    """A class for every step instead of one for the whole sequence; arguments as of the class above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, L, input_size) → logits (N, L, num_classes), float32."""
+        y = self.core(x).output
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(y.to(self.head.weight.dtype))
+
+
+class Remembering(Classification):
+    """The task of :func:`trellisnet.training.engine.fit`; a problem says what its loss and its score are.
+
+    Args:
+        as of :class:`trellisnet.training.tasks.Classification`, whose batches these are.
+    """
+
+    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and score of a batch, summed over its examples."""
+        raise NotImplementedError
+
+    def size(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Examples of a batch."""
+        return len(batch[1])
+
+    def loss(self, x: Tensor, y: Tensor, state: None = None) -> tuple[dict[str, Tensor], None]:
+        """Mean loss and score of a batch; nothing is carried."""
+        loss, score = (part / len(y) for part in self.sums(x, y))
+        return {"loss": loss, "raw": loss, self.score_name: score.detach()}, None
+
+    @torch.no_grad()
+    def evaluate(
+        self, data: tuple[Tensor, Tensor], *, max_tokens: int | None = None, progress: Any = None
+    ) -> dict[str, Any]:
+        """Mean loss and score of all examples, in evaluation mode; the model's mode is put back."""
+        starts, totals = self._scored(len(data[1]), max_tokens), torch.zeros(3, dtype=torch.float64)
+        with evaluating(self.model):
+            for start in progress(starts, len(starts)) if progress is not None else starts:
+                x, y = (part[start : start + self.eval_batch_size] for part in data)
+                sums = self.sums(self.prepare(x), y)
+                totals += torch.stack([*(part.double().cpu() for part in sums), torch.tensor(float(len(y)))])
+        loss, score, examples = self.ranks.sum(*totals.tolist())
+        return {"loss": loss / examples, self.score_name: score / examples, "examples": int(examples)}
+
+    def training_score(self, means: dict[str, float]) -> float:
+        """The score while training."""
+        return means[self.score_name]
+
+    def scores(self, result: dict[str, Any], split: str) -> dict[str, float]:
+        """The score of a result."""
+        return {self.score_name: result[self.score_name]}
+
+    @staticmethod
+    def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
+        """Whether a validation result is to be preferred to the best one so far."""
+        return result["loss"] < best["loss"]
+
+
+class Copying(Remembering):
+    """Cross-entropy of every step's symbol, in nats a step; accuracy of the ten digits."""
+
+    score_name, digits = "accuracy", 4
+    measured = ("loss", "accuracy")
+
+    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits, y = self.model(x), y.long()  # (N, L, symbols)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.size(1)
+        right = (logits[:, -DIGITS:].argmax(2) == y[:, -DIGITS:]).sum()
+        return loss, right / DIGITS
+
+
+class Adding(Remembering):
+    """Squared error of the sum, which is the score too."""
+
+    score_name, digits = "mse", 6
+    measured = ("loss", "mse")
+
+    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        error = (self.model(x).logits.flatten() - y).square().sum()
+        return error, error
+
+
+TASKS = {"copy": Copying, "adding": Adding}
+
+
+def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Remembering, Splits, Schedule, dict[str, Any]]:
+    """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    problem = PROBLEMS[config.problem]
+    length, examples = config.length or problem.length, config.examples or problem.examples
+    rng = np.random.default_rng(DATA_SEED)
+    data = [problem.generate(n, length, rng) for n in (examples, HELD_OUT, HELD_OUT)]
+    model = (Tagger if config.problem == "copy" else TrellisClassifier)(
+        problem.input_size, problem.output_size, config.channels(), config.nlevels, **config.core_options()
+    ).to(device)
+    seen = getattr(model.core, "receptive_field", math.inf)
+    needed = length + DIGITS + 1 if config.problem == "copy" else length
+    blind = f"the model sees {seen} steps, too few to reach what it must remember, {needed - 1} steps back"
+    task = TASKS[config.problem](
+        model,
+        batch_size=config.batch_size,
+        eval_batch_size=config.eval_batch_size,
+        prepare=lambda x: x.float(),
+        seed=config.seed,
+        ranks=ranks,
+    )
+    digest = hashlib.sha256()
+    for part in (part for split in data for part in split):
+        digest.update(part.numpy())
+    splits = Splits(
+        *(tuple(part.to(device) for part in split) for split in data),
+        label=f"{config.problem}, T = {length}",
+        sha256=digest.hexdigest(),
+        sizes=(examples, HELD_OUT, HELD_OUT),
+        notices=(blind,) if seen < needed else (),
+    )
+    facts = {
+        "training examples": examples,
+        "loss by chance": f"{chance(config.problem, length):.4f}",
+    }
+    steps = 0 if config.eval else len(task.batches(splits.train))
+    return task, splits, make_schedule(config, lambda epoch: steps), facts
+
+
+main = functools.partial(cli.main, Config, setup)
+
+if __name__ == "__main__":
+    sys.exit(main())

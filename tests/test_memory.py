@@ -1,0 +1,112 @@
+"""scripts/memory.py: the copy task and the adding problem."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from trellisnet.models import TrellisClassifier, count_parameters
+from trellisnet.training.config import PROJECT, parse
+
+spec = importlib.util.spec_from_file_location("memory", PROJECT / "scripts" / "memory.py")
+memory = importlib.util.module_from_spec(spec)
+sys.modules["memory"] = memory
+spec.loader.exec_module(memory)
+
+
+def test_what_was_read_first_is_written_last():
+    x, y = memory.copy_examples(3, 7, np.random.default_rng(0))
+    assert x.shape == (3, 27, 1)
+    assert y.shape == (3, 27)
+    digits = x[:, :10, 0]
+    assert digits.min() >= 1
+    assert digits.max() <= 8
+    assert (x[:, 10:16] == 0).all()
+    assert (x[:, 16:] == 9).all()
+    assert (y[:, :-10] == 0).all()
+    assert torch.equal(y[:, -10:], digits)  # 17 = T + 10 steps after they were read
+
+
+def test_the_sum_is_that_of_two_different_marked_numbers():
+    x, y = memory.adding_examples(500, 6, np.random.default_rng(0))
+    marks = x[:, :, 1]
+    assert (marks.sum(1) == 2).all()
+    assert marks.unique().tolist() == [0, 1]
+    assert_close(y, torch.stack([row[mark == 1].sum() for row, mark in zip(x[:, :, 0], marks, strict=True)]))
+    assert len({tuple(row.nonzero().flatten().tolist()) for row in marks}) == 15  # every pair of places
+    assert abs(((y - 1) ** 2).mean().item() - memory.chance("adding", 6)) < 0.02
+
+
+def test_chance_is_the_loss_of_a_network_that_knows_all_but_the_digits():
+    logits = torch.full((1, 27, 10), -1e4)
+    logits[:, :17, 0] = 0
+    logits[:, 17:, 1:9] = 0
+    _, y = memory.copy_examples(1, 7, np.random.default_rng(0))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.long().flatten())
+    assert_close(loss.item(), memory.chance("copy", 7))
+    assert_close(memory.chance("copy", 1000), 10 * math.log(8) / 1020)
+
+
+@pytest.mark.parametrize("preset", ["default", "adding"])
+def test_all_networks_have_the_same_size(preset):
+    def size(model):
+        config, _ = parse(memory.Config, ["--preset", preset, "--model", model])
+        problem = memory.PROBLEMS[config.problem]
+        return count_parameters(
+            TrellisClassifier(
+                problem.input_size, problem.output_size, config.nhid, config.nlevels, **config.core_options()
+            )
+        )
+
+    ours, *others = (size(model) for model in ("trellisnet", "awd-lstm", "tcn", "rhn"))
+    assert all(abs(other / ours - 1) < 0.02 for other in others)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def call(*flags):
+        out = tmp_path / "run"
+        argv = [*flags, "--threads", 1, "--out", out, "--overwrite", "--metrics", tmp_path / "metrics.json"]
+        threads = torch.get_num_threads()
+        code = memory.main([str(argument) for argument in argv])
+        torch.set_num_threads(threads)
+        printed = capsys.readouterr()
+        return code, printed, json.loads((tmp_path / "metrics.json").read_text()) if code == 0 else None
+
+    return call
+
+
+def test_a_trellis_learns_to_copy_within_its_receptive_field(run):
+    flags = "--length 2 --nlevels 4 --dilation 4 --nhid 24 --examples 1500 --epochs 4 --lr 0.03".split()
+    code, printed, metrics = run(*flags)
+    assert code == 0, printed
+    assert "loss by chance 0.9452" in printed.out
+    assert metrics["test"]["accuracy"] > 0.9
+    assert metrics["test"]["examples"] == 1000
+
+
+def test_a_network_that_sees_too_little_is_warned_of(run):
+    flags = "--length 30 --nlevels 2 --dilation 4 --examples 64 --max_steps 1 --max_eval_tokens 1".split()
+    code, printed, _ = run(*flags)
+    assert code == 0
+    assert "the model sees 9 steps, too few to reach what it must remember, 40 steps back" in printed.out.splitlines()
+    assert "too few" not in run(*flags, "--nlevels", 10)[1].out
+
+
+@pytest.mark.parametrize("model", ["trellisnet", "awd-lstm", "tcn", "rhn"])
+def test_every_network_adds(run, model):
+    flags = ["--preset", "adding", "--model", model, "--length", 12, "--examples", 64, "--epochs", 1]
+    code, printed, metrics = run(*flags, "--nhid", 8, "--max_eval_tokens", 200)
+    assert code == 0, printed
+    assert metrics["test"]["mse"] == metrics["test"]["loss"] < 10
+
+
+def test_data_are_not_read(run):
+    code, printed, _ = run("--data", "somewhere")
+    assert (code, printed.err.count("\n")) == (2, 1)
+    assert printed.err.startswith("error: --data somewhere: expected synthetic")
