@@ -100,10 +100,11 @@ def test_resume_goes_on_to_the_same_weights(run, tmp_path):
 def test_resume_needs_no_flag_but_the_folder(run, tmp_path):
     run("--epochs", "1")
     assert main(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
-    there = str(tmp_path / "run" / "last.pt")
-    assert main(["--resume", there, "--epochs", "3"]) == 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines if '"event": "epoch"' in line] == [1, 2, 3]
+    there = tmp_path / "run"
+    assert main(["--resume", str(there / "last.pt"), "--epochs", "3"]) == 0
+    assert main(["--resume", str(there), "--epochs", "4"]) == 0
+    lines = (there / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines if '"event": "epoch"' in line] == [1, 2, 3, 4]
 
 
 def test_resume_takes_the_run_it_was_told_and_no_other(run, tmp_path, monkeypatch, capsys):
@@ -114,6 +115,8 @@ def test_resume_takes_the_run_it_was_told_and_no_other(run, tmp_path, monkeypatc
     assert '"epoch": 2' in (tmp_path / "b" / "metrics.jsonl").read_text()
     assert '"epoch": 2' not in (tmp_path / "a" / "metrics.jsonl").read_text()
     assert main(["--out", "../b", "--resume", "last.pt"]) == 2
+    assert "--out ../b: --resume last.pt continues in its own folder" in capsys.readouterr().err
+    assert main(["--out", "../b", "--resume", "."]) == 2
     assert "--out ../b: --resume last.pt continues in its own folder" in capsys.readouterr().err
 
 

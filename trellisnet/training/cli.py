@@ -428,7 +428,9 @@ def _checkpoint_path(config: RunConfig) -> Path:
     Raises:
         UserError: it lies in no folder, or not in the one that was named.
     """
-    path = config.folder() / "last.pt" if config.resume == RUN_FOLDER else Path(config.resume)
+    path = config.folder() if config.resume == RUN_FOLDER else Path(config.resume)
+    if config.resume == RUN_FOLDER or os.path.isdir(path):
+        path /= "last.pt"
     if config.out and path.absolute().parent != Path(config.out).absolute():
         raise UserError(f"--out {config.out}: --resume {path} continues in its own folder; leave one of the two out")
     if not path.parent.is_dir():

@@ -49,7 +49,9 @@ class RunConfig(HardwareConfig):
         "", "JSON file of settings, or a run's folder with its config.json; flags override it", group=RUN, process=True
     )
     out: str = setting("", "folder of the run; default: runs/{task}/NAME in the project", group=RUN, process=True)
-    resume: str = setting("", "continue the run in --out (or from FILE)", group=RUN, process=True)
+    resume: str = setting(
+        "", "continue the run in --out (or from FILE, or the last.pt of a folder)", group=RUN, process=True
+    )
     overwrite: bool = setting(False, "delete an earlier run in the folder", group=RUN, process=True)
     load: str = setting(
         "", "refused: a pickled model can run code; use --load_weight", group=RUN, process=True, hidden=True
