@@ -135,19 +135,19 @@ def test_resume_follows_the_data_wherever_they_moved(run, tmp_path, text):
 def test_resume_refuses_what_is_not_whole(run, tmp_path, capsys):
     run("--epochs", "1")
     folder = tmp_path / "run"
-    whole = checkpoint.load(folder / "last.pt")
+    whole, best = checkpoint.load(folder / "last.pt"), (folder / "best.pt").read_bytes()
     argv = ["--out", str(folder), "--resume", "--epochs", "2"]
     for change in (
         {"settings": []}, {"model": {}}, {"rng": {}}, {"schedule": {}}, {"epoch": "x"}, {"data": None},
         {"optimizer": {}}, {"best": 7}, {"carry": 5}, {"running": None},
     ):  # fmt: skip
-        checkpoint.save(folder / "last.pt", whole | change)
+        for name in ("last.pt", "best.pt"):  # the run would go on from a whole one
+            checkpoint.save(folder / name, whole | change)
         assert main(argv) == 2, change
         err = capsys.readouterr().err
         assert err.startswith("error: ")
         assert err.count("\n") == 1
     checkpoint.save(folder / "last.pt", whole)
-    best = (folder / "best.pt").read_bytes()
     (folder / "best.pt").write_bytes(best[: len(best) // 2])
     assert main(argv) == 2
     assert "best.pt: not a checkpoint of a run" in capsys.readouterr().err
