@@ -267,7 +267,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Rememberi
     rng = np.random.default_rng(DATA_SEED)
     data = [problem.generate(n, length, rng) for n in (examples, HELD_OUT, HELD_OUT)]
     model = (Tagger if config.problem == "copy" else TrellisClassifier)(
-        problem.input_size, problem.output_size, config.channels(), config.nlevels, **config.core_options()
+        problem.input_size, problem.output_size, config.channels(), config.nlevels, **config.core.options(config)
     ).to(device)
     seen = getattr(model.core, "receptive_field", math.inf)
     needed = length + DIGITS + 1 if config.problem == "copy" else length

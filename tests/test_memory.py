@@ -59,7 +59,7 @@ def test_all_networks_have_the_same_size(preset):
         problem = memory.PROBLEMS[config.problem]
         return count_parameters(
             TrellisClassifier(
-                problem.input_size, problem.output_size, config.nhid, config.nlevels, **config.core_options()
+                problem.input_size, problem.output_size, config.nhid, config.nlevels, **config.core.options(config)
             )
         )
 

@@ -9,7 +9,7 @@ from pmnist.train import main as pmnist_main
 from trellisnet import ops
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import gemm
-from trellisnet.training import checkpoint, network
+from trellisnet.training import checkpoint, cores
 from trellisnet.training.config import parse
 from word_ptb.model import Config
 from word_ptb.train import main as word_main
@@ -41,7 +41,7 @@ def test_training_in_bfloat16_follows_training_in_float32(run, tmp_path, main, f
         code, out, err, metrics = run(main, *flags, "--max_steps", 12, "--precision", precision, out=precision)
         assert (code, err) == (0, "")
         assert metrics["precision"] == precision
-        kernels = ops.resolve_gates("auto", torch.device("cpu"), network.COMPUTE[precision])
+        kernels = ops.resolve_gates("auto", torch.device("cpu"), cores.COMPUTE[precision])
         assert out.splitlines()[0].endswith(f", {precision}, fused, {kernels} gates")
         found[precision] = losses(tmp_path / precision)
     assert len(found["bf16"]) == 12
@@ -149,7 +149,7 @@ def test_a_broken_triton_is_as_none(monkeypatch):
 
 def test_products_are_chosen_once(run, tmp_path, monkeypatch):
     """By a measurement where it matters; a continued run keeps the choice, a deterministic one follows a rule."""
-    monkeypatch.setattr(network, "MEASURED", 1)
+    monkeypatch.setattr(cores, "MEASURED", 1)
     monkeypatch.setattr(gemm, "fastest", lambda *_: "mm")
     assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]

@@ -20,9 +20,10 @@ from trellisnet.data.pixels import Images, normalise, permutation
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
+from trellisnet.training.cores import TRELLISNET
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
-from trellisnet.training.network import TRELLISNET, NetworkConfig
+from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import Classification
@@ -92,12 +93,9 @@ class ClassificationConfig(NetworkConfig):
         True, "hold out the last 5,000 training images and choose the epoch by them", group="data"
     )
 
-    def channels(self) -> int:
-        """H, the hidden channels with those of the output: as in the authors' code as many as there are classes.
-
-        Of a TCN all are the output.
-        """
-        return self.nhid + (self.classes if self.model == TRELLISNET else 0)
+    def output_channels(self) -> int:
+        """As in the authors' code as many as there are classes."""
+        return self.classes
 
     def recipe(self) -> dict[str, Any]:
         return super().recipe() | {"augment": self.augment}
@@ -110,10 +108,10 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
         num_classes,
         config.channels(),
         config.nlevels,
-        output_size=num_classes if config.model == TRELLISNET else None,
+        output_size=num_classes if config.core.adds_output else None,
         input_dropout=config.dropouti,
         output_dropout=config.dropout,
-        **config.core_options(),
+        **config.core.options(config),
     )
 
 

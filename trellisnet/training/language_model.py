@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trellisnet.baselines import RHN, SparseEmbedding, rhn, sparse, tcn
+from trellisnet.baselines import SparseEmbedding, sparse
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, only_held_out, open_words
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Splits
-from trellisnet.training.network import TRELLISNET, NetworkConfig
+from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling
@@ -117,13 +117,7 @@ class LanguageModelConfig(NetworkConfig):
                 "--label_smoothing: needs the log-probabilities of all classes, which the loss of a mixture never has "
                 "at once; leave it out or pass --n_experts 0"
             )
-        if self.model == RHN.model_name and self.nout != self.nhid:
-            raise UserError(
-                f"--nout {self.nout}: the state of a recurrent highway network is its output; pass --nout {self.nhid}, "
-                "and when tied --emsize too"
-            )
-        if self.model == tcn.TCN.model_name and self.repack:
-            raise UserError("--repack: a TCN carries no state; pass --no-repack and a --seq_len above --horizon")
+        self.core.check_language_model(self)
         if self.random_length and (not self.repack or self.task_seq_len()):
             raise UserError("--random_length: needs windows that lie end to end: pass --repack --seq_len 0")
         if self.tied and not self.n_experts and self.nout != self.emsize:
@@ -148,20 +142,8 @@ class LanguageModelConfig(NetworkConfig):
         if not self.eval and self.repack and 0 < seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
 
-    def channels(self) -> int:
-        """H, the hidden channels with those of the output; of other networks than TrellisNet their width."""
-        return self.nhid + (self.nout if self.model == TRELLISNET else 0)
-
-    def elementwise_input_dropout(self) -> float:
-        return self.dropouti
-
-    def embedding_init(self) -> Callable[[Tensor], Any] | None:
-        """How the authors of the network draw the embedding; None: U(±0.1)."""
-        if self.model == RHN.model_name:
-            return functools.partial(nn.init.uniform_, a=-rhn.INIT_RANGE, b=rhn.INIT_RANGE)
-        if self.model == tcn.TCN.model_name and self.token == "words":
-            return functools.partial(nn.init.normal_, std=tcn.INIT_STD)
-        return None
+    def output_channels(self) -> int:
+        return self.nout
 
     def order(self) -> str:
         """The order of the ids: a sparse embedding needs the rare words first."""
@@ -233,22 +215,19 @@ def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguage
     """
     try:
         model = _build(config, vocab_size)
+    except UserError:
+        raise
     except ValueError as e:
-        if config.model == TRELLISNET or isinstance(e, UserError):
-            raise
         raise UserError(f"--model {config.model}: {e}") from e
-    if config.model == RHN.model_name:
-        config.embedding_init()(model.head.bias)
+    config.core.init_head(model.head)
     return model
 
 
 def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel:
-    options = config.core_options()
+    options = config.core.language_model_options(config)
     if config.emb_blocks > 1:
         sizes = {"blocks": config.emb_blocks, "density": config.emb_density}
         options["embedding"] = functools.partial(SparseEmbedding, **sizes)
-    if config.model != TRELLISNET and config.n_experts:
-        options["mixture"] = {"prior_bias": False, "dropout_after_tanh": True}
     return TrellisLanguageModel(
         vocab_size,
         config.emsize,
@@ -262,8 +241,7 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
         log_epsilon=config.log_epsilon(),
         embedding_dropout=config.emb_dropout,
         embedding_dropout_per_row=config.emb_dropout_rows,
-        embedding_init=config.embedding_init(),
-        input_dropout=0.0 if config.model == tcn.TCN.model_name else config.dropouti,
+        embedding_init=config.core.embedding_init(config.token),
         output_dropout=config.dropout,
         **options,
     )

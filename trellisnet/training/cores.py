@@ -1,0 +1,252 @@
+"""The cores that `--model` chooses from: what each reads, what it refuses, how it is built and initialised around."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trellisnet import ops
+from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack, rhn, tcn
+from trellisnet.core import TrellisNet
+from trellisnet.errors import UserError
+from trellisnet.ops import gemm
+
+if TYPE_CHECKING:
+    from trellisnet.training.language_model import LanguageModelConfig
+    from trellisnet.training.network import NetworkConfig
+
+TRELLISNET = "trellisnet"
+MEASURED = 100  # channels from which on the route of the products is measured
+ROWS = 512  # of the products that are measured
+COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Core:
+    """A core for the programs. What this class says holds for the baselines; an entry overrides what differs.
+
+    Class attributes:
+        network: the class of the core.
+        reads: which settings it reads of those that only some cores read.
+        adds_output: whether `nhid` leaves out the output channels, which come on top.
+    """
+
+    network: type[nn.Module]
+    reads: frozenset[str] = frozenset()
+    adds_output = False
+
+    @property
+    def name(self) -> str:
+        """The value of `--model`."""
+        return self.network.model_name
+
+    def check(self, config: "NetworkConfig") -> None:
+        """Raise UserError at settings that the core cannot have."""
+        if config.backend not in ("auto", "reference"):
+            raise UserError(
+                f"--backend {config.backend}: is of TrellisNet; --model {self.name} needs auto or reference"
+            )
+
+    def check_language_model(self, config: "LanguageModelConfig") -> None:
+        """Raise UserError at settings that a language model with this core cannot have."""
+
+    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+        """Keywords for a model: the class of the core, `network`, and what it is made with."""
+        return {"network": self.network, "hidden_dropout": config.dropouth}
+
+    def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
+        """Keywords for a language model."""
+        options = self.options(config) | {"input_dropout": config.dropouti}
+        mixture = {"prior_bias": False, "dropout_after_tanh": True}
+        return options | ({"mixture": mixture} if config.n_experts else {})
+
+    def embedding_init(self, token: str) -> Callable[[Tensor], Any] | None:
+        """How the core's authors draw an embedding of words or symbols; None: U(±0.1)."""
+        return None
+
+    def init_head(self, head: nn.Module) -> None:
+        """Initialise the head of a language model where the core's authors differ."""
+
+    def no_graph(self) -> str:
+        """Why training steps cannot be a CUDA graph; empty if they can."""
+        return f"--model {self.name} is not recorded"
+
+    def notices(self, config: "NetworkConfig", device: torch.device) -> list[str]:
+        """Lines on the kernels chosen for this device that the user should know of."""
+        return []
+
+    def choices(self, config: "NetworkConfig", device: torch.device) -> dict[str, str]:
+        """The settings `backend`, `gemm` and `gates` for this device, as far as they are not what `config` says.
+
+        Raises:
+            UserError: the settings ask for something that cannot run here.
+        """
+        return {"backend": "reference"}  # torch's own operators
+
+
+class _Trellis(Core):
+    network = TrellisNet
+    name = TRELLISNET
+    reads = frozenset(
+        "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every recompute aux".split()
+    )
+    adds_output = True
+
+    def check(self, config: "NetworkConfig") -> None:
+        pass
+
+    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+        """As there.
+
+        Raises:
+            UserError: the channels do not make equal groups, or the input does not reach the output through them.
+        """
+        groups, hidden_size = config.mixed_group, config.channels()
+        if groups and hidden_size % groups:
+            raise UserError(
+                f"--mixed_group {groups}: does not divide the {hidden_size} channels, the output's included; "
+                f"pass --nhid {config.nhid + -hidden_size % groups}"
+            )
+        climbs = config.nhid // (hidden_size // groups) if groups else 0
+        if climbs >= config.nlevels:
+            raise UserError(
+                f"--mixed_group {groups}: the input climbs a group a layer and would not reach the output; "
+                f"pass --nlevels {climbs + 1} or more"
+            )
+        return super().options(config) | {
+            "kernel_size": config.ksize,
+            "dilation": config.dilation,
+            "weight_norm": config.wnorm,
+            "weight_dropout": config.wdrop,
+            "temporal_weight_dropout": config.temporalwdrop,
+            "activation": config.activation,
+            "kernel_groups": groups or None,
+            "inject_every": config.inject_every,
+            "recompute": config.recompute,
+            "recompute_every": config.recompute_every or None,
+            "backend": config.backend,
+            "gemm": config.gemm,
+            "gates": config.gates,
+        }
+
+    def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
+        return self.options(config) | {"input_dropout": config.dropouti}
+
+    def no_graph(self) -> str:
+        return ""
+
+    def notices(self, config: "NetworkConfig", device: torch.device) -> list[str]:
+        if config.backend == "reference":
+            reason = ops.not_fused(self._spec(config))
+            return [f"backend reference, slower than fused: {reason}"] if reason else []
+        reason = ops.slow_gates(device, COMPUTE[config.precision], config.activation)
+        return [f"gates eager, {reason}"] if config.gates == "eager" and reason else []
+
+    def choices(self, config: "NetworkConfig", device: torch.device) -> dict[str, str]:
+        dtype = COMPUTE[config.precision]
+        try:
+            backend = ops.resolve(self._spec(config), ops.Execution(config.backend, recompute=config.recompute))
+            if backend == "reference":
+                return {"backend": backend}
+            # A run that goes on elsewhere may have to multiply in another way.
+            moved = config.is_continued() and config.gemm != "auto" and not gemm.usable(config.gemm, device, dtype)
+            wanted = "auto" if moved else config.gemm
+            route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
+            gates = self._gates(config, backend, device)
+        except ValueError as e:
+            raise UserError(f"--{e}") from e
+        # Small products take no time by any route, and are not worth results that depend on a stopwatch.
+        if wanted == "auto" and config.channels() >= MEASURED and not config.deterministic:
+            inputs, outputs = config.ksize * config.channels(), self._spec(config).activation.gates * config.channels()
+            route = gemm.fastest(device, dtype, ROWS, inputs, outputs)
+        return {"backend": backend, "gemm": route, "gates": gates}
+
+    @staticmethod
+    def _spec(config: "NetworkConfig") -> ops.TrellisSpec:
+        groups, activation = config.mixed_group or None, ops.find_activation(config.activation)
+        return ops.TrellisSpec(config.nlevels, config.channels(), activation, kernel_groups=groups)
+
+    @staticmethod
+    def _gates(config: "NetworkConfig", backend: str, device: torch.device) -> str:
+        """What computes the gates. A run that goes on elsewhere may have to take others."""
+        settings = (device, COMPUTE[config.precision], config.activation)
+        if backend == "triton":
+            try:
+                return ops.resolve_gates("triton", *settings)
+            except ValueError as e:
+                raise ValueError(f"backend: {str(e).removeprefix('gates: ').partition(';')[0]}") from e
+        try:
+            return ops.resolve_gates(config.gates, *settings)
+        except ValueError:
+            if not config.is_continued():
+                raise
+            return ops.resolve_gates("auto", *settings)
+
+
+class _AWDLSTM(Core):
+    network = AWDLSTM
+    reads = frozenset({"wdrop"})
+
+    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+        return super().options(config) | {"weight_dropout": config.wdrop}
+
+
+class _TCN(Core):
+    network = TCN
+    reads = frozenset({"ksize"})
+
+    def check(self, config: "NetworkConfig") -> None:
+        super().check(config)
+        if config.nlevels > 30:
+            raise UserError(f"--nlevels {config.nlevels}: a TCN's dilation doubles with every block; 30 are the most")
+
+    def check_language_model(self, config: "LanguageModelConfig") -> None:
+        if config.repack:
+            raise UserError("--repack: a TCN carries no state; pass --no-repack and a --seq_len above --horizon")
+
+    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+        return super().options(config) | {"kernel_size": config.ksize}
+
+    def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
+        """As there; a TCN drops single numbers of its input itself, not channels for a whole sequence."""
+        network = functools.partial(TCN, input_dropout=config.dropouti)
+        return super().language_model_options(config) | {"network": network, "input_dropout": 0.0}
+
+    def embedding_init(self, token: str) -> Callable[[Tensor], Any] | None:
+        return functools.partial(nn.init.normal_, std=tcn.INIT_STD) if token == "words" else None
+
+
+class _RHN(Core):
+    network = RHN
+    reads = frozenset({"gate_bias"})
+
+    def check_language_model(self, config: "LanguageModelConfig") -> None:
+        if config.nout != config.nhid:
+            raise UserError(
+                f"--nout {config.nout}: the state of a recurrent highway network is its output; pass --nout "
+                f"{config.nhid}, and when tied --emsize too"
+            )
+
+    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+        return super().options(config) | {"gate_bias": config.gate_bias}
+
+    def embedding_init(self, token: str) -> Callable[[Tensor], Any]:
+        return functools.partial(nn.init.uniform_, a=-rhn.INIT_RANGE, b=rhn.INIT_RANGE)
+
+    def init_head(self, head: nn.Module) -> None:
+        nn.init.uniform_(head.bias, -rhn.INIT_RANGE, rhn.INIT_RANGE)
+
+
+class _SparseLSTM(Core):
+    network = SparseStack
+    reads = frozenset({"wdrop", "sparse_mode", "sparse_fract"})
+
+    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+        own = {"weight_dropout": config.wdrop, "mode": config.sparse_mode, "fraction": config.sparse_fract}
+        return super().options(config) | own
+
+
+CORES = {core.name: core for core in (_Trellis(), _AWDLSTM(), _TCN(), _RHN(), _SparseLSTM())}
+# Settings that only some cores read. With another value than the preset's the others would ignore them in silence.
+PARTICULAR = frozenset().union(*(core.reads for core in CORES.values()))
