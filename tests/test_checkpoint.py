@@ -376,6 +376,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("key", WRONG)
+@pytest.mark.filterwarnings("error")
 def test_values_of_wrong_type_or_range_are_named(tmp_path, key):
     for value in WRONG[key]:
         checkpoint.save(tmp_path / "last.pt", content(**{key: value}))

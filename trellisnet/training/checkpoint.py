@@ -100,6 +100,8 @@ def _is_best(value: Any) -> bool:
 
 def _is_rng_state(value: Any) -> bool:
     """Whether :func:`set_rng_state` can take it; tried on other generators."""
+    if not _is_table(value):  # a tensor would warn of its index
+        return False
     try:
         torch.Generator().set_state(value["torch"])
         if not _is_list(value["cuda"], lambda state: _is_tensor(state) and state.dtype == torch.uint8):
