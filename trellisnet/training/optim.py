@@ -40,7 +40,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
         return cls(parameters, **options)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:  # some numbers are only refused by a step
         values = ", ".join(f"{key} {value:g}" for key, value in options.items())
-        raise UserError(f"--optim {name}: does not work with {values} ({e}); lower these or take another optimiser") from e
+        raise UserError(f"--optim {name}: does not work with {values} ({e}); lower these or change --optim") from e
 
 
 def _try(cls: type[torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, float]) -> None:
