@@ -52,7 +52,6 @@ import wt103.model  # noqa: E402
 from trellisnet import ops  # noqa: E402
 from trellisnet.errors import RunError, UserError, counted  # noqa: E402
 from trellisnet.ops import gemm  # noqa: E402
-from trellisnet.training import tasks  # noqa: E402
 from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
 from trellisnet.training.cli import guarded  # noqa: E402
 from trellisnet.training.config import Parser, RunConfig, parse  # noqa: E402
@@ -67,6 +66,7 @@ from trellisnet.training.runlog import (  # noqa: E402
     write_json,
 )
 from trellisnet.training.tasks import LanguageModeling  # noqa: E402
+from trellisnet.training.tasks.windows import STREAM_POSITIONS  # noqa: E402
 
 # What is timed: the task's settings, and classes (or pixels and colours) of its data.
 LANGUAGE = {"word_ptb": (word_ptb.model, 10_000), "char_ptb": (char_ptb.model, 50), "wt103": (wt103.model, 267_735)}
@@ -237,10 +237,9 @@ class Work:
     def evaluation(self, variant: Variant, whole: bool = False) -> float:
         """Score some tokens as an evaluation does; how many. With `whole` a window from its start: their mean loss."""
         N, model = self.config.eval_batch_size, self.model.eval()
-        streamed = variant.backend != "reference" and self.task.streams()
-        window = self.config.seq_len if self.task._has_history(False) else self.config.horizon
-        skip = self.config.horizon if self.task._has_history(False) else 0
-        length = max(1, tasks.STREAMED // N) if streamed and not whole else window
+        windows = self.task.evaluation_windows
+        streamed, skip = variant.backend != "reference" and self.task.streams(windows), windows.context
+        length = max(1, STREAM_POSITIONS // N) if streamed and not whole else windows.length
         torch.manual_seed(4)
         rows = torch.randint(model.vocab_size, (N, length + 1), device=self.device)
         with self.use(variant):

@@ -80,7 +80,8 @@ def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
     if "pixels" in facts:
         rows = (STEPS - 1) * config.batch_size + 3  # the last batch has three rows: with four ranks one has none
         splits = replace(splits, train=tuple(part[:rows] for part in splits.train), test=_few(splits.test))
-        splits = replace(splits, everything={key: (f, _few(data)) for key, (f, data) in splits.everything.items()})
+        extra = {key: (method, _few(data)) for key, (method, data) in splits.extra_evaluations.items()}
+        splits = replace(splits, extra_evaluations=extra)
         task.prepare = functools.partial(_prepared, task.prepare, dtype)
     optimizer = make_optimizer(task.model.parameters(), config)
     args = (NoFolder(Path()), optimizer, schedule, _nothing, "", Interrupts(), _nothing, ranks)
@@ -93,8 +94,8 @@ def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
         found |= {f"losses {step} {key}": _numbers({key: value}) for key, value in losses}
         found[f"gradients {step}"] = {name: p.grad.clone() for name, p in task.model.named_parameters()}
     found["weights"] = {name: p.detach().clone() for name, p in task.model.named_parameters()}
-    everything = {"test": (task.evaluate, splits.test), **splits.everything}
-    for name, (method, data) in everything.items():
+    evaluations = {"test": (task.evaluate, splits.test), **splits.extra_evaluations}
+    for name, (method, data) in evaluations.items():
         result = evaluate(task, data, name, config, method, ranks)
         found |= {f"scores {name} {key}": _numbers({key: value}) for key, value in result.items()}
     return found

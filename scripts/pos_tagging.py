@@ -46,9 +46,9 @@ from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
 from trellisnet.training import cli  # noqa: E402
 from trellisnet.training.config import RunConfig  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
-from trellisnet.training.engine import Splits  # noqa: E402
 from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
 from trellisnet.training.settings import setting  # noqa: E402
+from trellisnet.training.tasks import AccuracyTask, Splits  # noqa: E402
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
 COLUMN = re.compile(r"\S+", re.ASCII)  # other white space, such as a no-break space, may be part of a word
@@ -243,12 +243,10 @@ class Tagger(nn.Module):
         return self.head(drop(self.hidden(drop(y)).tanh()))
 
 
-class Tagging:
-    """One class for every word, scored by accuracy: the task of :func:`trellisnet.training.engine.fit`."""
+class Tagging(AccuracyTask):
+    """One class for every word, scored by accuracy."""
 
-    score_name, digits = "accuracy", 4
-    batch_name, unit, count = "batch", "tok", "tokens"
-    measured = ("loss", "accuracy")
+    unit, count = "tok", "tokens"
 
     def __init__(
         self, model: Tagger, *, batch_size: int, eval_batch_size: int, seed: int, label_smoothing: float = 0.0
@@ -264,10 +262,6 @@ class Tagging:
     def size(self, batch: tuple[Tensor, ...]) -> int:
         """Words of a batch."""
         return int(batch[2].sum())
-
-    def rate(self, batch: tuple[Tensor, ...]) -> float:
-        """Factor of the learning rate: always 1."""
-        return 1.0
 
     def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor, smoothing: float = 0.0) -> tuple[Tensor, ...]:
         """Summed losses without and with label smoothing, and how many words are tagged rightly."""
@@ -299,19 +293,6 @@ class Tagging:
                 break
         self.model.train(training)
         return {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
-
-    def training_score(self, means: dict[str, float]) -> float:
-        """Accuracy while training."""
-        return means["accuracy"]
-
-    def scores(self, result: dict[str, Any], split: str) -> dict[str, float]:
-        """The accuracy of a result."""
-        return {"accuracy": result["accuracy"]}
-
-    @staticmethod
-    def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
-        """Whether a validation result is to be preferred to the best one so far."""
-        return (result["accuracy"], -result["loss"]) > (best["accuracy"], -best["loss"])
 
 
 def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, Splits, Schedule, dict[str, Any]]:

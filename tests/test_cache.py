@@ -15,13 +15,14 @@ from trellisnet.training.tasks import LanguageModeling
 def by_hand(task, rows, window, theta, weight):
     """Grave et al. as AWD-LSTM's `pointer` has it: whole distributions, a position at a time."""
     model, total, tokens = task.model.eval(), 0.0, 0
-    skip = 0 if task.repackage else task.horizon
+    windows = task.evaluation_windows
+    skip = windows.context
     with torch.no_grad():
         for row in rows:
             features, log_ps, targets, state = [], [], [], None
             for _, inputs, following in task.windows(row.unsqueeze(0), training=False):
                 out = model(inputs, state)
-                state = out.state if task.repackage else None
+                state = out.state if windows.carried else None
                 features += out.output[0, skip:].unbind()
                 log_ps += model.log_prob(out.output[:, skip:])[0].unbind()
                 targets += following[0, skip:].tolist()
@@ -70,7 +71,7 @@ def test_a_stream_and_a_part_of_the_text():
     torch.manual_seed(2)
     model = TrellisLanguageModel(V, 6, 8, 3, output_size=6)
     task, rows = LanguageModeling(model, horizon=4, seq_len=9), text(2, 3000)
-    assert task.streams()
+    assert task.streams(task.evaluation_windows)
     for limit in (None, 200):
         static = task.evaluate(rows, max_tokens=limit)
         past = collect(task, rows, max_tokens=limit)
@@ -107,8 +108,8 @@ def test_a_word_that_is_not_there_keeps_its_share_of_the_model():
 
 
 def test_no_table_over_the_vocabulary_or_the_text_is_made(monkeypatch):
-    task, largest = make(dtype=torch.float32, segment=500), []
-    past = collect(task, text(1, 6000))
+    model, largest = make(dtype=torch.float32).model, []
+    past = collect(LanguageModeling(model, horizon=500, repackage=True), text(1, 6000))
     logsumexp = torch.Tensor.logsumexp
 
     def watched(tensor, *args, **kwargs):

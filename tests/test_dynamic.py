@@ -16,7 +16,7 @@ import wt103.train
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseEmbedding, SparseStack
 from trellisnet.data.corpus import Corpus
 from trellisnet.evaluation import adaptation, dynamic
-from trellisnet.evaluation.dynamic import Update, evaluate, gradient_statistics, tune
+from trellisnet.evaluation.dynamic import Update
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import engine
 from trellisnet.training.config import parse
@@ -47,8 +47,24 @@ CORES = {
 MODELS = [(head, "trellis") for head in HEADS] + [("softmax", core) for core in CORES if core != "trellis"]
 
 
-def make(head="softmax", core="trellis", repackage=True, dtype=torch.float64, segment=3):
-    """A task in segments; dropout is set everywhere, and must not act."""
+def evaluate(task, rows, *args, segment=3, **options):
+    return dynamic.evaluate(task, rows, *args, segments=task.segments(segment), **options)
+
+
+def gradient_statistics(task, rows, **options):
+    return dynamic.gradient_statistics(task, rows, segments=task.segments(3), **options)
+
+
+def tune(task, rows, *args, **options):
+    return dynamic.tune(task, rows, *args, segments=task.segments(3), **options)
+
+
+def static_result(task, rows, segment=3, **options):
+    return task.evaluate(rows, windows=task.segments(segment), **options)
+
+
+def make(head="softmax", core="trellis", repackage=True, dtype=torch.float64):
+    """A task; dropout is set everywhere, and must not act."""
     torch.manual_seed(3)
     options = {"output_dropout": 0.4, "input_dropout": 0.3, "embedding_dropout": 0.2} | HEADS[head] | CORES[core]
     width = E if core == "rhn" else 8
@@ -56,9 +72,7 @@ def make(head="softmax", core="trellis", repackage=True, dtype=torch.float64, se
     for p in model.parameters():
         torch.nn.init.uniform_(p, -0.4, 0.4)
     carried = repackage and core != "tcn"
-    return LanguageModeling(model, horizon=HORIZON, seq_len=0 if carried else 10, repackage=carried).in_segments(
-        segment
-    )
+    return LanguageModeling(model, horizon=HORIZON, seq_len=0 if carried else 10, repackage=carried)
 
 
 def text(rows=2, length=40, seed=5):
@@ -85,7 +99,7 @@ def by_hand(task, rows, rule, lr, decay, epsilon, training, segment=3):
     params = [p for _, p in model.named_parameters()]
 
     def segments(rows):
-        skip = 0 if task.repackage else HORIZON
+        skip = 0 if task.evaluation_windows.carried else HORIZON
         for start in range(0, rows.size(1) - 1 - skip, segment):
             end = min(start + skip + segment, rows.size(1) - 1)
             yield rows[:, start:end], rows[:, start + 1 : end + 1], skip
@@ -93,7 +107,7 @@ def by_hand(task, rows, rule, lr, decay, epsilon, training, segment=3):
     squares, count, state = [torch.zeros_like(p) for p in params], 0, None
     for inputs, targets, skip in segments(training):
         loss, state = mean_loss(model, inputs, targets, state, skip)
-        state = tuple(s.detach() for s in state) if task.repackage else None
+        state = tuple(s.detach() for s in state) if task.evaluation_windows.carried else None
         for square, g in zip(squares, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
             square += 0 if g is None else g**2
         count += 1
@@ -102,12 +116,12 @@ def by_hand(task, rows, rule, lr, decay, epsilon, training, segment=3):
 
     trained = weights_of(model)
     total, tokens, past, states = 0.0, 0, [], [None]  # states[i]: before segment i
-    back = math.ceil(HORIZON / segment) if task.repackage else 0
+    back = math.ceil(HORIZON / segment) if task.evaluation_windows.carried else 0
     for inputs, targets, skip in segments(rows):
         for i in range(max(0, len(past) - back), len(past)):
             states[i + 1] = tuple(s.detach() for s in model(past[i], states[i]).state)
         loss, state = mean_loss(model, inputs, targets, states[-1], skip)
-        states.append(tuple(s.detach() for s in state) if task.repackage else None)
+        states.append(tuple(s.detach() for s in state) if task.evaluation_windows.carried else None)
         past.append(inputs)
         total += loss.item() * targets[:, skip:].numel()
         tokens += targets[:, skip:].numel()
@@ -136,30 +150,32 @@ def test_the_definition(head, core, repackage):
         for name, found in zip(names, statistics, strict=True):
             torch.testing.assert_close(found, rms[name], rtol=1e-7, atol=1e-12)
         result = evaluate(task, rows, Update(rule, lr, decay, 1e-3), statistics)
-        assert result["tokens"] == tokens == 2 * (39 if task.repackage else 39 - HORIZON)
+        assert result["tokens"] == tokens == 2 * (39 if task.evaluation_windows.carried else 39 - HORIZON)
         assert result["loss"] == pytest.approx(loss, rel=1e-8)
 
 
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
 @pytest.mark.parametrize("core", ["trellis", "awd-lstm"])
 def test_segments_shorter_than_the_horizon(core, repackage):
-    task, rows, training = make(core=core, repackage=repackage, segment=1), text(1, 20), text(3, 12, 6)
+    task, rows, training = make(core=core, repackage=repackage), text(1, 20), text(3, 12, 6)
     _, loss, tokens = by_hand(task, rows, "sgd", 0.3, 0.01, 1e-3, training, segment=1)
-    assert evaluate(task, rows, Update("sgd", 0.3, 0.01)) == {"loss": pytest.approx(loss, rel=1e-9), "tokens": tokens}
+    result = evaluate(task, rows, Update("sgd", 0.3, 0.01), segment=1)
+    assert result == {"loss": pytest.approx(loss, rel=1e-9), "tokens": tokens}
     if repackage:
-        task.earlier = 0  # with the states of the weights that had computed them
-        assert abs(evaluate(task, rows, Update("sgd", 0.3, 0.01))["loss"] - loss) > 1e-6
+        task.horizon = 0  # keeps the states of the weights that computed them
+        assert abs(evaluate(task, rows, Update("sgd", 0.3, 0.01), segment=1)["loss"] - loss) > 1e-6
 
 
 def test_without_a_step_a_stream_is_static_to_the_bit():
     task, rows = make(repackage=False, dtype=torch.float32), text(3, 60)
-    long = LanguageModeling(task.model, horizon=3, seq_len=20).in_segments(4)
-    assert long.streams()
+    long = LanguageModeling(task.model, horizon=3, seq_len=20)
+    assert long.streams(long.segments(4))
     pieces = []
-    found = evaluate(long, rows, Update("sgd", 0.0, 0.0), visit=lambda output, _: pieces.append(output.size(1)))
-    assert found == long.evaluate(rows)
+    unmoved, sizes = Update("sgd", 0.0, 0.0), lambda output, _: pieces.append(output.size(1))
+    assert evaluate(long, rows, unmoved, segment=4, visit=sizes) == static_result(long, rows, 4)
     assert pieces == [56]  # as one
-    assert evaluate(long, rows, Update("sgd", 0.0, 0.0), max_tokens=30) == long.evaluate(rows, max_tokens=30)
+    part = evaluate(long, rows, unmoved, segment=4, max_tokens=30)
+    assert part == static_result(long, rows, 4, max_tokens=30)
 
 
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
@@ -168,9 +184,9 @@ def test_without_steps_it_is_static_to_the_bit_and_leaves_nothing(head, core, re
     # With gradients, torch's LSTMs in single precision have other last digits on a CPU.
     dtype = torch.float64 if "lstm" in core else torch.float32
     task, rows = make(head, core, repackage, dtype), text(3, 30)
-    assert not task.streams()
+    assert not task.streams(task.segments(3))
     task.model.train()
-    before, static = weights_of(task.model), task.evaluate(rows)
+    before, static = weights_of(task.model), static_result(task, rows)
     statistics = gradient_statistics(task, text(4, 15))
     for rule in dynamic.RULES:
         assert evaluate(task, rows, Update(rule, 0.0, 0.0), statistics) == static
@@ -190,7 +206,7 @@ def test_a_text_that_repeats_itself_is_learned(head, core, rule):
     task = make(head, core, dtype=torch.float32)
     rows = text(1, 7).repeat(1, 25)
     statistics = gradient_statistics(task, text(8, 30))
-    static = task.evaluate(rows)["loss"]
+    static = static_result(task, rows)["loss"]
     update = Update(rule, 5e-4 if rule == "rms" else 0.3, 1e-3)
     assert evaluate(task, rows, update, statistics)["loss"] < static - 0.02
 
@@ -199,7 +215,7 @@ def test_a_segment_is_scored_before_it_is_learned_from():
     task, rows = make(repackage=False), text(1, 50)
     update, statistics = Update("rms", 1e-2, 0.0), gradient_statistics(make(repackage=False), text(4, 40))
     alone = evaluate(task, rows, update, statistics, max_tokens=3)
-    assert alone == task.evaluate(rows, max_tokens=3)
+    assert alone == static_result(task, rows, max_tokens=3)
     seen = []
     evaluate(task, rows, update, statistics, visit=lambda output, targets: seen.append((output, targets)))
     other = rows.clone()
@@ -247,7 +263,7 @@ def test_without_a_rate_nothing_is_learned_and_no_gradient_taken(core):
     task, rows = make(core=core, dtype=torch.float32), text(3, 30)
     kept = []
     found = evaluate(task, rows, Update("sgd", 0.0, 0.1), visit=lambda *_: kept.append(task.model.head.bias.clone()))
-    assert found == task.evaluate(rows)
+    assert found == static_result(task, rows)
     assert all(torch.equal(bias, kept[0]) for bias in kept)
 
 
@@ -287,7 +303,7 @@ def test_in_bfloat16_every_segment_has_the_weights_of_now():
     for core in ("trellis", "reference", "awd-lstm"):
         task = make(core=core, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            static = task.in_segments(3).evaluate(rows)
+            static = static_result(task, rows)
             assert evaluate(task, rows, Update("sgd", 1e-42, 0.0)) == static or core == "awd-lstm"
             learned = evaluate(task, rows, Update("sgd", 0.3, 0.0))
         exact = evaluate(task, rows, Update("sgd", 0.3, 0.0))
@@ -322,7 +338,7 @@ def test_the_best_of_the_grid_is_chosen():
         (lambda: evaluate(make(), text(), Update(), [torch.ones(1)]), "got 1 of them"),
         (lambda: evaluate(make(repackage=False), text(1, 2), Update("sgd")), "rows of 2 tokens hold no window"),
         (lambda: gradient_statistics(make(repackage=False), text(1, 2)), "rows of 2 tokens hold no window"),
-        (lambda: make().in_segments(0), "length: expected at least 1, got 0"),
+        (lambda: make().segments(0), "length: expected at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_named(call, message):

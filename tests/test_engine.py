@@ -14,18 +14,18 @@ from trellisnet import serialization
 from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
-from trellisnet.training.engine import Bar, Splits, Trainer, _duration, fit
+from trellisnet.training.engine import Bar, Trainer, _duration, fit
 from trellisnet.training.optim import Schedule, make_optimizer, make_schedule
 from trellisnet.training.runlog import RunFolder, read_records
+from trellisnet.training.tasks import Splits, Task
 
 
-class Regression:
+class Regression(Task):
     """Fit a line with noise injected, so that the random number generator matters."""
 
     score_name = "rmse"
     digits = 2
-    batch_name, unit, count = "batch", "pt", "points"
-    measured = ("loss",)
+    unit, count = "pt", "points"
 
     def __init__(self, spoil_at=(), spoil="loss"):
         torch.manual_seed(0)
@@ -37,9 +37,6 @@ class Regression:
 
     def size(self, batch):
         return len(batch[0])
-
-    def rate(self, batch):
-        return 1.0
 
     def _error(self, x):
         return (self.model(x) - x.sum(1, keepdim=True)).square().mean()
@@ -61,14 +58,9 @@ class Regression:
         self.model.eval()
         return {"loss": self._error(data).item(), "points": len(data)}
 
-    def training_score(self, means):
-        return math.sqrt(means["loss"])
-
-    def scores(self, result, split):
-        return {"rmse": math.sqrt(result["loss"])}
-
-    def is_better(self, result, best):
-        return result["loss"] < best["loss"]
+    @staticmethod
+    def score(loss):
+        return math.sqrt(loss)
 
 
 @dataclass(kw_only=True)

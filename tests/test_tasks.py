@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks
-from trellisnet.training import tasks
 from trellisnet.training.tasks import LanguageModeling
 
 
@@ -214,8 +213,8 @@ def test_every_token_is_scored_once_under_its_windows_history(options, batch_siz
     parts, state, skip = [], None, 0
     for start, inputs, targets in t.windows(stream[None], training=False):
         out = t.model(inputs, state)
-        state = out.state if t.repackage else None
-        skip = t.horizon if start and t._has_history(False) else 0
+        state = out.state if t.evaluation_windows.carried else None
+        skip = t.evaluation_windows.context if start else 0
         parts.append(t.model.loss(out.output[:, skip:], targets[:, skip:], reduction="none").flatten())
     assert torch.cat(parts).numel() == 60
     assert result["loss"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-12)
@@ -233,24 +232,26 @@ def test_streamed_evaluation_scores_what_windows_score(
         20, 5, 7, 3, output_size=5, kernel_size=kernel_size, dilation=dilation, weight_norm=False, dtype=torch.float64
     )
     torch.nn.init.normal_(model.core.weight_h)
-    monkeypatch.setattr(tasks, "STREAMED", 14)  # pieces of 7 steps
+    monkeypatch.setattr("trellisnet.training.tasks.windows.STREAM_POSITIONS", 14)  # pieces of 7 steps
     assert model.core.reach == reach
     t = LanguageModeling(model, horizon=8, seq_len=seq_len)
-    assert t.streams()
+    assert t.streams(t.evaluation_windows)
     for data, evaluate in ((rows(2, length), t.evaluate), (rows(1, length)[0], t.evaluate_all)):
         streamed = evaluate(data, max_tokens=max_tokens)
         with monkeypatch.context() as m:
-            m.setattr(t, "streams", lambda: False)
-            windows = evaluate(data, max_tokens=max_tokens)
-        assert streamed["tokens"] == windows["tokens"]
-        assert streamed["loss"] == pytest.approx(windows["loss"], abs=1e-12)
+            m.setattr(t, "streams", lambda _: False)
+            windowed = evaluate(data, max_tokens=max_tokens)
+        assert streamed["tokens"] == windowed["tokens"]
+        assert streamed["loss"] == pytest.approx(windowed["loss"], abs=1e-12)
 
 
 def test_evaluation_is_streamed_only_where_that_is_exact():
     assert task(horizon=5).model.core.reach <= 5
-    assert task(horizon=5).streams()
-    assert not task(horizon=task().model.core.reach - 1).streams()
-    assert not task(seq_len=0, repackage=True).streams()
+    streams = [
+        t.streams(t.evaluation_windows)
+        for t in (task(horizon=5), task(horizon=task().model.core.reach - 1), task(seq_len=0, repackage=True))
+    ]
+    assert streams == [True, False, False]
     grouped = TrellisLanguageModel(20, 5, 10, 6, output_size=5, kernel_groups=2)
     assert grouped.core.receptive_field <= 6 < grouped.core.reach + 1  # hidden states reach further back than x
 

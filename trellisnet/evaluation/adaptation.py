@@ -15,7 +15,7 @@ from trellisnet.evaluation import cache, dynamic
 from trellisnet.training.language_model import LanguageModelConfig, Scores
 from trellisnet.training.runlog import cost
 from trellisnet.training.settings import setting
-from trellisnet.training.tasks import LanguageModeling, Progress
+from trellisnet.training.tasks import LanguageModeling, Progress, Windows
 
 SPLITS = ("valid", "test")
 STATISTICS_ROWS = 100  # of the training data, as in Krause et al.
@@ -125,15 +125,14 @@ class _Adapted:
         self.histories: dict[str, cache.History] = {}  # of dynamic evaluation, if a cache comes on top
         self.costs: dict[str, dict[str, Any]] = {}  # of these
         if config.dynamic_eval:
-            self.segmented = task.in_segments(config.dynamic_eval_segment)
-            training = self._training_rows()
-            if next(self.segmented.windows(training, training=False), None) is None:
+            self.segments = task.segments(config.dynamic_eval_segment)
+            if not self.segments.starts(self._training_rows().size(1)):
                 raise UserError(
                     f"--dynamic_eval: the training text of {corpus.train.numel()} tokens is shorter than a segment"
                 )
         for split, text in rows.items():
-            windows = [task, *([self.segmented] if config.dynamic_eval else [])]
-            if any(next(way.windows(text, training=False), None) is None for way in windows):
+            cuts = [task.evaluation_windows, *([self.segments] if config.dynamic_eval else [])]
+            if not all(windows.starts(text.size(1)) for windows in cuts):
                 short = counted(text.size(1), "tokens")
                 raise UserError(
                     f"--adapt_rows {config.adapt_rows}: rows of {short} of {split} are too short; pass fewer"
@@ -144,9 +143,10 @@ class _Adapted:
 
     def methods(self) -> dict[str, Method]:
         """By name: what scores a split, (split, rows, max_tokens=…, progress=…) → result."""
-        ways = {"static": functools.partial(self.as_it_is, self.task)}
-        if self.config.dynamic_eval and _windows(self.segmented) != _windows(self.task):
-            ways["static_segments"] = functools.partial(self.as_it_is, self.segmented)
+        windows = self.task.evaluation_windows
+        ways = {"static": functools.partial(self.static, windows)}
+        if self.config.dynamic_eval and self.segments != windows:
+            ways["static_segments"] = functools.partial(self.static, self.segments)
         if self.config.cache:
             ways["cache"] = self.cached
         if self.config.dynamic_eval:
@@ -155,10 +155,10 @@ class _Adapted:
             ways["dynamic_cache"] = self.learning_cached
         return ways
 
-    def as_it_is(self, task: LanguageModeling, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
-        """The model as it is, on the same rows, in the windows of `task`."""
+    def static(self, windows: Windows, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
+        """The model with fixed weights, on the same rows, in `windows`."""
         with cost(self.device) as taken:
-            result = task.evaluate(rows, **how)
+            result = self.task.evaluate(rows, windows=windows, **how)
         return result | taken
 
     def cached(self, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
@@ -180,9 +180,8 @@ class _Adapted:
             pieces.append((output, targets, self.task.model.loss(output, targets, reduction="none")))
 
         with cost(self.device) as taken:
-            result = dynamic.evaluate(
-                self.segmented, rows, self.update, self.statistics, **how, visit=visit if self.config.cache else None
-            )
+            how |= {"segments": self.segments, "visit": visit if self.config.cache else None}
+            result = dynamic.evaluate(self.task, rows, self.update, self.statistics, **how)
         if not math.isfinite(self.task.score(result["loss"])):
             raise RunError(
                 f"dynamic evaluation of {split} diverged after {result['tokens']:,} tokens; lower --dynamic_eval_lr "
@@ -230,7 +229,7 @@ class _Adapted:
 
     def _training_rows(self) -> Tensor:
         """What the statistics are taken of, (N, L)."""
-        longest = self.corpus.train.numel() // (self.segmented.seq_len or self.segmented.horizon) // 2
+        longest = self.corpus.train.numel() // self.segments.length // 2
         return batchify(self.corpus.train, max(1, min(STATISTICS_ROWS, longest)))
 
     def _prepare(self, max_tokens: int | None, progress: Progress | None) -> dict[str, Any] | None:
@@ -247,20 +246,16 @@ class _Adapted:
         if rule == "rms":
             rows, group = self._training_rows().to(self.device), max(1, config.batch_size // config.accumulate)
             self.statistics = dynamic.gradient_statistics(
-                self.segmented, rows, limit=config.dynamic_eval_stats, group=group, progress=progress
+                self.task, rows, segments=self.segments, limit=config.dynamic_eval_stats, group=group, progress=progress
             )
             further["statistics_seconds"] = time.monotonic() - started
         if config.dynamic_eval_tune:
             most = min(TUNING_TOKENS, max_tokens or TUNING_TOKENS)
             self.update, further["grid"] = dynamic.tune(
-                self.segmented, self.rows["valid"], self.update, self.statistics, max_tokens=most, progress=progress
-            )
+                self.task, self.rows["valid"], self.update, self.statistics, segments=self.segments, max_tokens=most,
+                progress=progress,
+            )  # fmt: skip
         return further
-
-
-def _windows(task: LanguageModeling) -> tuple[int, int]:
-    """What the windows of an evaluation follow from."""
-    return task.horizon, 0 if task.repackage else task.seq_len
 
 
 def _told(chosen: cache.Cache) -> dict[str, Any]:

@@ -18,15 +18,14 @@ Dropout is off. The history of a segment is that of the weights of now, as far a
 mode they come with the segment; where the state is carried, the segments before that hold them are computed again, from
 the state that lies before those.
 
-A task is told the length of its segments by :meth:`trellisnet.training.tasks.LanguageModeling.in_segments`. Beside the
-gradient, `rms` keeps four numbers for every weight (θ₀, G, and the two factors), `sgd` one.
+Segments come from :meth:`trellisnet.training.tasks.LanguageModeling.segments`. Besides the gradient, `rms` keeps four
+numbers for every weight (θ₀, G, and the two factors), `sgd` one.
 
 Letters: N batch (rows), L length of a row.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trellisnet.errors import counted
-from trellisnet.training.tasks import LanguageModeling, Progress, evaluating
+from trellisnet.training.tasks import LanguageModeling, Progress, Windows, evaluating
+from trellisnet.training.tasks.base import tracked
+from trellisnet.training.tasks.windows import no_window, windowed_features
 
 RULES = ("rms", "sgd")
 # What :func:`tune` multiplies rate and decay by.
@@ -101,13 +101,20 @@ def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
 
 @torch.enable_grad()
 def gradient_statistics(
-    task: LanguageModeling, rows: Tensor, *, limit: int = 0, group: int = 0, progress: Progress | None = None
+    task: LanguageModeling,
+    rows: Tensor,
+    *,
+    segments: Windows,
+    limit: int = 0,
+    group: int = 0,
+    progress: Progress | None = None,
 ) -> list[Tensor]:
     """G of the rule `rms`: root mean squares of the gradients of the mean losses of segments, in evaluation mode.
 
     Args:
-        task: in segments.
+        task: the model and its losses.
         rows: of the training data, (N, L). A segment is that of all rows; their number decides how much noise G has.
+        segments: how rows are cut.
         limit: use only so many segments from the beginning of the rows; 0: all.
         group: compute so many rows at a time, for want of memory; 0: all.
         progress: wraps the segments.
@@ -119,13 +126,11 @@ def gradient_statistics(
         ValueError: the rows are shorter than one window.
     """
     model, parameters = task.model, _trainable(task.model)
-    count = sum(1 for _ in itertools.islice(task.windows(rows, training=False), limit or None))
-    if not count:
-        raise ValueError(f"rows of {counted(rows.size(1), 'tokens')} hold no window with anything to score")
+    starts = segments.starts_to_score(rows)[: limit or None]
     squares = [torch.zeros_like(p) for p in parameters]
     with evaluating(model), _uncached(rows.device):
-        groups = [task.windowed(part) for part in rows.split(group or rows.size(0))]
-        for _ in range(count) if progress is None else progress(range(count), count):
+        groups = [windowed_features(model, part, segments, starts) for part in rows.split(group or rows.size(0))]
+        for _ in tracked(starts, progress):
             sums = None
             for part in groups:
                 output, targets = next(part)
@@ -134,7 +139,7 @@ def gradient_statistics(
                 sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
             for square, gradient in zip(squares, sums, strict=True):
                 square.addcmul_(gradient, gradient)
-    return [square.div_(count).sqrt_() for square in squares]
+    return [square.div_(len(starts)).sqrt_() for square in squares]
 
 
 def _factors(
@@ -158,6 +163,7 @@ def evaluate(
     update: Update,
     statistics: Sequence[Tensor] | None = None,
     *,
+    segments: Windows,
     max_tokens: int | None = None,
     progress: Progress | None = None,
     visit: Visit | None = None,
@@ -169,10 +175,11 @@ def evaluate(
     bit.
 
     Args:
-        task: in segments.
+        task: the model and its losses; a carried state is recomputed over `task.horizon` positions.
         rows: int64 (N, L). All rows have one set of weights; one row is what the authors adapt to.
         update: how to learn.
         statistics: of :func:`gradient_statistics`; the rule `sgd` needs none.
+        segments: how rows are cut.
         max_tokens: stop after the segment in which so many tokens have been scored.
         progress: wraps the segments.
         visit: called with the features (N, l, output_size) and targets (N, l) of every segment, before it is learned
@@ -187,14 +194,18 @@ def evaluate(
     model, parameters = task.model, _trainable(task.model)
     rates, steps = _factors(update, parameters, statistics)
     total, tokens, learns = 0.0, 0, update.lr > 0
-    how = {"max_tokens": max_tokens, "progress": progress}
     with (
         evaluating(model),
         torch.set_grad_enabled(learns),
         _uncached(rows.device),
         _restored(parameters) as trained,
     ):
-        pieces = task.windowed(rows, recompute=True, **how) if learns else task.scored(rows, **how)
+        if learns:
+            recomputed = math.ceil(task.horizon / segments.scored) if segments.carried else 0
+            starts = segments.starts_to_score(rows, max_tokens)
+            pieces = windowed_features(model, rows, segments, starts, progress, recomputed)
+        else:
+            pieces = task.scored(rows, windows=segments, max_tokens=max_tokens, progress=progress)
         for output, targets in pieces:
             loss = model.loss(output, targets, reduction="sum")
             total += loss.item()
@@ -214,7 +225,7 @@ def evaluate(
                         p.lerp_(before, rate)
                     p.addcmul_(g, step, value=-1)
     if not tokens:
-        raise ValueError(f"rows of {counted(rows.size(1), 'tokens')} hold no window with anything to score")
+        raise no_window(rows.size(1))
     return {"loss": total / tokens, "tokens": tokens}
 
 
@@ -224,6 +235,7 @@ def tune(
     update: Update,
     statistics: Sequence[Tensor] | None = None,
     *,
+    segments: Windows,
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Update, list[dict[str, float]]]:
@@ -241,7 +253,7 @@ def tune(
         for other in (FACTORS if update.decay else (1.0,))
     ]
     losses = [
-        evaluate(task, rows, candidate, statistics, max_tokens=max_tokens, progress=progress)["loss"]
+        evaluate(task, rows, candidate, statistics, segments=segments, max_tokens=max_tokens, progress=progress)["loss"]
         for candidate in grid
     ]
     losses = [loss if math.isfinite(loss) else math.inf for loss in losses]

@@ -22,11 +22,10 @@ from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
 from trellisnet.training.cores import TRELLISNET
 from trellisnet.training.distributed import Ranks
-from trellisnet.training.engine import Splits
 from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
-from trellisnet.training.tasks import Classification
+from trellisnet.training.tasks import Classification, Splits
 
 DILATION = [1, 1, *(2**i for i in range(1, 10))]  # one output sees 1,025 pixels
 PAPER = {"nhid": 100, "nlevels": 16, "lr": 2e-3, "dropout": 0.2, "wdecay": 1e-6}
@@ -165,7 +164,7 @@ def setup(
         sha256=images.sha256,
         sizes=tuple(len(part[1]) if part else 0 for part in parts.values()),
         vocabulary=hashlib.sha256(order.numpy()).hexdigest(),
-        everything={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
+        extra_evaluations={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
         choices={"permutation": order.tolist()} if config.permute else {},
     )
     facts = {"training images": len(images.train.labels), "pixels": length}

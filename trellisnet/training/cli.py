@@ -20,7 +20,7 @@ from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, from_settings, parse
 from trellisnet.training.distributed import LostError, Ranks
-from trellisnet.training.engine import Result, Splits, Task, evaluate, fit, rehearse, score_line
+from trellisnet.training.engine import Result, evaluate, fit, rehearse, score_line
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, make_optimizer
 from trellisnet.training.runlog import (
@@ -37,6 +37,7 @@ from trellisnet.training.runlog import (
     write_json,
 )
 from trellisnet.training.settings import flag_of, properties_of
+from trellisnet.training.tasks import Splits, Task
 
 OURS = (PROJECT, Path(weights.__file__).parent)  # where our warnings come from
 CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # what a run says of how it computes
@@ -259,7 +260,7 @@ class _Program:
             facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
             most = peak_memory(device)
-            outcome = {k: v for k, v in vars(result).items() if k != "everything"} | result.everything
+            outcome = {k: v for k, v in vars(result).items() if k != "extra_evaluations"} | result.extra_evaluations
             ended = None
         peaks = [most] if ended else ranks.gather(most)  # the other ranks may be gone
         if config.metrics:
@@ -373,7 +374,7 @@ class _Program:
             interrupts.note()
         device = next(task.model.parameters()).device
         results: dict[str, Any] = {"valid": None, "test": None}
-        evaluations = {name: (None, getattr(splits, name)) for name in results} | splits.everything
+        evaluations = {name: (None, getattr(splits, name)) for name in results} | splits.extra_evaluations
         ended, peaks = None, []
         for name, (method, data) in evaluations.items():
             if data is None:

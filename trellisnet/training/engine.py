@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,64 +31,14 @@ from trellisnet.training.optim import (
     put,
 )
 from trellisnet.training.runlog import NoFolder, RunFolder
+from trellisnet.training.tasks import Splits, Task
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # after so many steps or seconds the time of an epoch can be told
 
 
-class Task(Protocol):
-    """What the engine asks of a task."""
-
-    model: nn.Module
-    score_name: str  # the score that is logged
-    digits: int  # of it that are printed
-    batch_name: str  # of what an epoch has many
-    unit: str  # of what a batch and a result count, in short
-    count: str  # the same as a key of results
-    measured: Sequence[str]  # what is averaged while training: "loss", and further keys of what `loss` returns
-
-    def batches(self, data: Any, epoch: int) -> Sequence[Any]: ...
-    def size(self, batch: Any) -> int: ...
-    def rate(self, batch: Any) -> float: ...  # factor of the learning rate for this batch
-    def loss(self, *batch: Any, state: Any = None) -> tuple[dict[str, Tensor], Any]: ...
-    def evaluate(self, data: Any, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]: ...
-    def training_score(self, means: dict[str, float]) -> float: ...
-    def scores(self, result: dict[str, Any], split: str) -> dict[str, float]: ...
-    def is_better(self, result: dict[str, Any], best: dict[str, Any]) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The data of a run in the form that the task takes.
-
-    Without validation data `valid` is None. `label`, `sha256` and `sizes` (of train, valid and test, in the task's
-    units) say what they are. `everything` names further scores to report at the end: how to evaluate, and what.
-    `vocabulary` is a digest of what ids or places stand for, which is kept with the weights; `choices` are kept with
-    the run. `notices` are for the user. Where version 0.1.0 read the same data otherwise, `changed` says how they are
-    read now, and `stored_sha256` is the digest that it gave them.
-    """
-
-    train: Any
-    valid: Any
-    test: Any
-    label: str
-    sha256: str
-    sizes: tuple[int, int, int]
-    everything: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
-    vocabulary: str | None = None
-    choices: dict[str, Any] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-    changed: str = ""
-    stored_sha256: str = ""
-
-    @property
-    def fingerprint(self) -> list[Any]:
-        """Equal for equal data: the digest alone does not see where one split ends and the next begins."""
-        return [self.sha256, *self.sizes, self.vocabulary]
-
-
 @dataclass
 class Result:
-    """What a run came to. `valid`, `test` and what is in `everything` are results of :func:`evaluate`."""
+    """What a run came to. `valid`, `test` and what is in `extra_evaluations` are results of :func:`evaluate`."""
 
     valid: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
@@ -97,7 +47,7 @@ class Result:
     best_epoch: int | None = None
     complete: bool = False
     seconds: float = 0.0
-    everything: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra_evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Bar(tqdm):
@@ -758,13 +708,13 @@ class Trainer:
                 line = score_line(self.task, split, result)
                 self.say(line)
                 self.folder.log(line)
-        everything = {}
-        for split, (method, data) in self.splits.everything.items():
-            everything[split] = self._evaluate(data, split, method)
-            line = score_line(self.task, split, everything[split])
+        extra_evaluations = {}
+        for split, (method, data) in self.splits.extra_evaluations.items():
+            extra_evaluations[split] = self._evaluate(data, split, method)
+            line = score_line(self.task, split, extra_evaluations[split])
             self.say(line)
             self.folder.log(line)
-        self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **everything)
+        self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **extra_evaluations)
         with self._writing("the log"):
             self.folder.sync()
         if self.epoch >= self.config.epochs and self.ranks.first:
@@ -777,7 +727,7 @@ class Trainer:
             best_epoch=best_epoch,
             complete=self.epoch >= self.config.epochs and "partial" not in test,
             seconds=self.seconds,
-            everything=everything,
+            extra_evaluations=extra_evaluations,
         )
 
 

@@ -16,11 +16,11 @@ from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.distributed import Ranks
-from trellisnet.training.engine import Splits
 from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
-from trellisnet.training.tasks import LanguageModeling
+from trellisnet.training.tasks import LanguageModeling, Splits
+from trellisnet.training.tasks.windows import no_window
 
 # Scores to report: name → how to evaluate, and what.
 Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
@@ -295,10 +295,8 @@ def setup(
         rows = {split: batchify(getattr(corpus, split), sizes[split]).to(device) for split in SPLITS}
         steps = 0 if config.eval else len(task.batches(rows["train"]))
         for split in ("valid", "test"):
-            if next(task.windows(rows[split], training=False), None) is None:
-                raise ValueError(
-                    f"{split}: rows of {counted(rows[split].size(1), 'tokens')} hold no window with anything to score"
-                )
+            if not task.evaluation_windows.starts(rows[split].size(1)):
+                raise ValueError(f"{split}: {no_window(rows[split].size(1))}")
     except ValueError as e:
         raise UserError(f"the corpus is too short for these settings: {e}") from e
     schedule = make_schedule(
@@ -317,7 +315,7 @@ def setup(
         label=corpus.label,
         sha256=corpus.sha256,
         sizes=tokens,
-        everything=config.extra_evaluations(task, corpus, rows),
+        extra_evaluations=config.extra_evaluations(task, corpus, rows),
         vocabulary=corpus.vocabulary_sha256,
         notices=(*corpus.notices, *_only_held_out(corpus, config.token)),
         changed=corpus.changed,

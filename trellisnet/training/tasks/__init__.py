@@ -1,0 +1,21 @@
+"""What is learned: a task binds a model to its data, a loss and scores. The engine knows only :class:`Task`."""
+
+from trellisnet.training.tasks.base import AccuracyTask, Losses, Progress, Splits, Task, evaluating
+from trellisnet.training.tasks.classification import Augmentation, Classification
+from trellisnet.training.tasks.language_modeling import CharacterModeling, LanguageModeling, Reciting
+from trellisnet.training.tasks.windows import Windows
+
+__all__ = [
+    "AccuracyTask",
+    "Augmentation",
+    "CharacterModeling",
+    "Classification",
+    "LanguageModeling",
+    "Losses",
+    "Progress",
+    "Reciting",
+    "Splits",
+    "Task",
+    "Windows",
+    "evaluating",
+]

@@ -1,0 +1,446 @@
+"""Language modelling: losses, perplexity and bits per character.
+
+Letters: N batch (rows), L length of a row, l length of a window.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trellisnet.core import State
+from trellisnet.errors import counted
+from trellisnet.heads import LinearSoftmax
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
+from trellisnet.training.distributed import Ranks
+from trellisnet.training.tasks.base import LazyBatches, Losses, Progress, Task, evaluating, mean, tracked
+from trellisnet.training.tasks.windows import (
+    Windows,
+    cut,
+    no_window,
+    random_spans,
+    streamed_features,
+    windowed_features,
+)
+
+
+class LanguageModeling(Task):
+    """Next-token prediction over rows of text, scored by perplexity (section 5.2, Appendices B.1 and B.2).
+
+    A window gets its history in one of two ways. *History mode*: windows of `seq_len` overlap by `horizon` positions,
+    whose outputs are context only and are not scored; every window starts from a zero state. *Repackaging*: windows of
+    `horizon` positions lie end to end, all scored, and the state is carried from one to the next, detached. See
+    :class:`Windows`; `training_windows` and `evaluation_windows` follow the authors' two rules.
+
+    Args:
+        model: the language model.
+        horizon: unscored positions of a window in history mode; length of a window otherwise.
+        seq_len: length of a window in history mode.
+        repackage: carry the state. With seq_len > 0 training still uses overlapping windows, as in the authors'
+            word-level script; this carries a state into a window that starts before it and causes a warning.
+        aux_weight: λ of Eq. 23, the weight of the summed auxiliary losses; 0 or less: none.
+        aux_every: ℓ of Appendix B.2: layers ℓ, 2ℓ, … predict too, counted from the bottom as in the authors' code.
+        alpha, beta: weights of AR and TAR.
+        length_seed: train on windows of random length (Merity et al., 2018, section 5): normally distributed with mean
+            `horizon`, or half of it for one window in twenty, and deviation 5, but at least 5; drawn anew every epoch
+            from this seed. The learning rate of an update is scaled by the length. Only with `repackage`.
+        label_smoothing: share of each target, auxiliary ones included, that training spreads evenly over all tokens.
+            Only with a plain softmax.
+        ranks: the processes that share the evaluation; all get the result of the whole. By default this one is alone.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+
+    score_name = "ppl"
+    digits = 2
+    batch_name, unit, count = "window", "tok", "tokens"
+
+    def __init__(
+        self,
+        model: TrellisLanguageModel,
+        *,
+        horizon: int,
+        seq_len: int = 0,
+        repackage: bool = False,
+        aux_weight: float = 0.0,
+        aux_every: int | None = None,
+        alpha: float = 0.0,
+        beta: float = 0.0,
+        length_seed: int | None = None,
+        label_smoothing: float = 0.0,
+        ranks: Ranks | None = None,
+    ):
+        if horizon < 1:
+            raise ValueError(f"horizon: expected at least 1, got {horizon}")
+        if seq_len < 0:
+            raise ValueError(f"seq_len: expected 0 or more, got {seq_len}")
+        if aux_weight > 0 and aux_every is None:
+            raise ValueError("aux_every: expected a number of layers when aux_weight > 0, got None")
+        if length_seed is not None and (seq_len > 0 or not repackage):
+            raise ValueError("length_seed: windows of random length need repackage and seq_len = 0")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}")
+        if label_smoothing and not isinstance(model.head, LinearSoftmax):
+            raise ValueError("label_smoothing: needs a plain softmax, neither a mixture nor a split one")
+        if repackage and seq_len > 0:
+            warnings.warn(
+                f"repackaging with seq_len = {seq_len}: training windows overlap by {horizon} positions although the "
+                "state is carried; seq_len = 0 gives windows that lie end to end",
+                stacklevel=2,
+            )
+        self.model = model
+        self.horizon = horizon
+        self.training_windows = Windows.for_training(horizon, seq_len, repackage)
+        self.evaluation_windows = Windows.for_evaluation(horizon, seq_len, repackage)
+        self.aux_weight = aux_weight
+        self.aux_every = aux_every
+        self.alpha = alpha
+        self.beta = beta
+        self.length_seed = length_seed
+        self.label_smoothing = label_smoothing
+        self.ranks = ranks or Ranks()
+
+    def windows(self, rows: Tensor, training: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Cut rows (N, L) into windows: (start, inputs (N, l), targets (N, l)).
+
+        Windows with nothing to score are skipped. `training` selects one of the authors' two rules.
+
+        Raises:
+            ValueError: history mode with seq_len ≤ horizon.
+        """
+        windows = self.training_windows if training else self.evaluation_windows
+        for start in windows.starts(rows.size(1)):
+            yield start, *windows.cut(rows, start)
+
+    def segments(self, length: int) -> Windows:
+        """Windows that score `length` positions each, with the history that evaluation gives them.
+
+        Where the state is carried they lie end to end; otherwise each has `horizon` positions of context.
+
+        Raises:
+            ValueError: a length below 1.
+        """
+        if length < 1:
+            raise ValueError(f"length: expected at least 1, got {length}")
+        carried = self.evaluation_windows.carried
+        return Windows(0 if carried else self.horizon, length, carried)
+
+    def batches(self, rows: Tensor, epoch: int = 0) -> Sequence[tuple[Tensor, Tensor]]:
+        """Training windows (inputs, targets) of an epoch, cut out of rows (N, L) on access.
+
+        Raises:
+            ValueError: the rows are shorter than one window.
+        """
+        windows = self.training_windows
+        if self.length_seed is not None:
+            spans = random_spans(rows.size(1), self.horizon, np.random.default_rng([self.length_seed, epoch]))
+            batches = LazyBatches(spans, lambda span: cut(rows, *span))
+        else:
+            batches = LazyBatches(windows.starts(rows.size(1)), lambda start: windows.cut(rows, start))
+        if not batches:
+            raise no_window(rows.size(1))
+        return batches
+
+    def rate(self, batch: tuple[Tensor, Tensor]) -> float:
+        """Factor of the learning rate for a window: length / horizon if lengths are random, else 1."""
+        return 1.0 if self.length_seed is None else batch[0].size(1) / self.horizon
+
+    def size(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Number of scored tokens in a training window."""
+        inputs, _ = batch
+        return inputs.size(0) * (inputs.size(1) - self.training_windows.context)
+
+    def loss(
+        self, inputs: Tensor, targets: Tensor, state: State | None = None, masks: Masks | None = None
+    ) -> tuple[Losses, State | None]:
+        """Loss of one window, in nats per token.
+
+        Args:
+            inputs, targets: int64 (N, l).
+            state: (h, c) to start from; always used if given.
+            masks: explicit dropout masks.
+
+        Returns:
+            0-dim terms `raw`, `aux`, `alpha`, `beta`, and `smoothing` with label smoothing, already multiplied by their
+            weights, and their sum `loss`; and the state to carry: detached when repackaging, else None.
+
+        Raises:
+            ValueError: the window has nothing to score.
+        """
+        windows = self.training_windows if self.model.training else self.evaluation_windows
+        skip = windows.context
+        if inputs.size(1) <= skip:
+            raise ValueError(
+                f"a window of {counted(inputs.size(1), 'tokens')} holds nothing to score after the first {skip}"
+            )
+        aux_every = self.aux_every if self.aux_weight > 0 else None
+        out = self.model(inputs, state, start=skip, aux_every=aux_every, masks=masks)
+        targets = targets[:, skip:]
+
+        latent, latent_aux = (masks.latent, masks.latent_aux) if masks else (None, None)
+        draw = masks is None
+        outputs, weights = [out.output, *out.aux], [1.0] + [self.aux_weight] * len(out.aux)
+        if out.aux:
+            masked = [latent, *([None] * len(out.aux) if latent_aux is None else latent_aux.unbind(1))]
+            loss, each = self.model.losses(outputs, targets, weights, latent_masks=masked, draw=draw)
+            raw, aux = each[0], self.aux_weight * each[1:].sum()
+        else:
+            loss = raw = self.model.loss(out.output, targets, latent_mask=latent, draw=draw)
+            aux = raw.new_zeros(())
+        alpha = beta = raw.new_zeros(())
+        if self.alpha:
+            alpha = activation_regularization(out.output, self.alpha)
+        if self.beta:
+            beta = temporal_activation_regularization(out.raw_output, self.beta)
+        losses = {"loss": loss + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
+        if self.label_smoothing:
+            margins = [
+                weight * self.model.head.margin(x, targets).mean() for weight, x in zip(weights, outputs, strict=True)
+            ]
+            losses["smoothing"] = self.label_smoothing * sum(margins)
+            losses["loss"] = losses["loss"] + losses["smoothing"]
+        return losses | self._measure(out.output.detach(), targets), windows.carry(out.state)
+
+    def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Means (0-dim) of a window for the names in `measured` after "loss"."""
+        return {}
+
+    def streams(self, windows: Windows) -> bool:
+        """Whether :meth:`evaluate` reads every row once, as a stream, instead of in these windows.
+
+        It does where that is exact: where nothing that a window scores depends on positions before the window.
+        """
+        reach = getattr(self.model.core, "reach", math.inf)  # only TrellisNet has streams
+        return windows.context > 0 and windows.context >= reach and self.measured == ("loss",)
+
+    def scored(
+        self,
+        rows: Tensor,
+        *,
+        windows: Windows | None = None,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and targets that :meth:`evaluate` scores, piece by piece, to be consumed in evaluation mode.
+
+        Args:
+            rows, windows, max_tokens, progress: as in :meth:`evaluate`, which also lists the errors.
+            ranks: yield only this rank's part of the pieces; by default all of them.
+
+        Returns:
+            features (N, l, output_size) and targets, int64 (N, l), of each piece, in the order of the text.
+        """
+        windows, ranks = windows or self.evaluation_windows, ranks or Ranks()
+        starts = windows.starts_to_score(rows, max_tokens)
+        if self.streams(windows):
+            last = min(starts[-1] + windows.length, rows.size(1) - 1)
+            positions = ranks.part(range(windows.context, last))
+            return streamed_features(self.model, rows, positions, windows.context, progress)
+        if windows.carried:  # these windows must stay in order, so the ranks share the rows
+            rows = ranks.part(rows)
+            starts = starts if rows.size(0) else range(0)
+        else:
+            starts = ranks.part(starts)
+        return windowed_features(self.model, rows, windows, starts, progress)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        rows: Tensor,
+        *,
+        windows: Windows | None = None,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Mean loss of rows (N, L) in evaluation mode; restores the model's mode.
+
+        In history mode with a horizon of at least the reach of the model the rows are read as streams, each position
+        once; the scored positions are those of the windows.
+
+        Args:
+            rows: int64 (N, L).
+            windows: how to cut the rows; by default `evaluation_windows`.
+            max_tokens: stop after the window in which this many tokens have been scored.
+            progress: wraps the windows, e.g. in a progress bar.
+
+        Returns:
+            `loss`, the token-weighted mean in nats, and `tokens`, the scored positions × rows.
+
+        Raises:
+            ValueError: the rows are shorter than one window.
+        """
+        how = {"windows": windows, "max_tokens": max_tokens, "progress": progress}
+        with evaluating(self.model):
+            return self._averaged(self.scored(rows, **how, ranks=self.ranks))
+
+    def _averaged(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> dict:
+        """Means of `measured` over the features and targets of all ranks."""
+        total, tokens = 0.0, 0
+        others = dict.fromkeys(self.measured[1:], 0.0)
+        for output, targets in pieces:
+            total += self.model.loss(output, targets, reduction="sum").item()
+            for name, value in self._measure(output, targets).items():
+                others[name] += value.item() * targets.numel()
+            tokens += targets.numel()
+        total, tokens, *sums = self.ranks.sum(total, tokens, *others.values())
+        means = {name: mean(sum_, tokens) for name, sum_ in zip(others, sums, strict=True)}
+        return {"loss": mean(total, tokens), "tokens": tokens} | means
+
+    @torch.no_grad()
+    def evaluate_all(
+        self, stream: Tensor, *, batch_size: int = 1, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Mean loss of every target of a stream, including those with less history than a whole context.
+
+        In history mode every window starts from a zero state, so windows are scored side by side; otherwise, or where
+        windows and one long pass give the same result, the stream is one row.
+
+        Args:
+            stream: 1-D int64; all but its first token are scored.
+            batch_size: windows scored at a time.
+            max_tokens, progress: as in :meth:`evaluate`, which also describes the result and the errors.
+        """
+        rows, windows = stream.unsqueeze(0), self.evaluation_windows
+        if not windows.context:
+            return self.evaluate(rows, max_tokens=max_tokens, progress=progress)
+        starts = windows.starts(rows.size(1))
+        if starts and self.streams(windows):
+            if max_tokens is not None:  # the whole of the first window is scored
+                starts = starts[: 1 + max(0, math.ceil((max_tokens - windows.length) / windows.stride))]
+            positions = self.ranks.part(range(min(starts[-1] + windows.length, rows.size(1) - 1)))
+            with evaluating(self.model):
+                return self._averaged(streamed_features(self.model, rows, positions, windows.context, progress))
+        pieces = [windows.cut(rows, start) for start in starts]
+        if not pieces:
+            raise ValueError(f"a stream of {counted(stream.numel(), 'tokens')} holds no window with anything to score")
+        whole = [piece for piece in pieces[1:] if piece[0].size(1) == windows.length]
+        rest = [piece for piece in pieces[1:] if piece[0].size(1) != windows.length]
+        groups = [(0, pieces[:1])]  # the first window has nothing before it: all of it is scored
+        groups += [(windows.context, whole[i : i + batch_size]) for i in range(0, len(whole), batch_size)]
+        groups += [(windows.context, [piece]) for piece in rest]
+        if max_tokens is not None:
+            sizes = (sum(targets.size(1) - skip for _, targets in group) for skip, group in groups)
+            groups = groups[: 1 + sum(before < max_tokens for before in itertools.accumulate(sizes))]
+        groups = self.ranks.part(groups)
+        with evaluating(self.model):
+            total, tokens = 0.0, 0
+            for skip, group in tracked(groups, progress):
+                inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
+                loss = self.model.loss(self.model(inputs, start=skip).output, targets[:, skip:], reduction="sum")
+                total += loss.item()
+                tokens += targets[:, skip:].numel()
+        total, tokens = self.ranks.sum(total, tokens)
+        return {"loss": mean(total, tokens), "tokens": tokens}
+
+    @torch.no_grad()
+    def evaluate_mc(
+        self, rows: Tensor, *, passes: int, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Loss of each target's probability averaged over passes with dropout (Monte Carlo dropout; Gal & Ghahramani,
+        2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
+
+        Each pass draws one set of masks for its rows and keeps it from the first window to the last. A core whose
+        dropout has no mask per sequence draws as in training instead. The ranks share the rows, and each draws for its
+        own.
+
+        Args:
+            rows: int64 (N, L).
+            passes: number of samples.
+            max_tokens: each pass stops after the window in which this many tokens have been scored.
+            progress: wraps the passes.
+
+        Returns:
+            the result of :meth:`evaluate`, and `passes`.
+
+        Raises:
+            ValueError: the rows are shorter than one window.
+        """
+        windows = self.evaluation_windows
+        skip, starts = windows.context, windows.starts_to_score(rows, max_tokens)
+        own, total = self.ranks.part(rows), None
+        samples = range(passes if own.size(0) else 0)
+        for _ in tracked(samples, progress):
+            masks, losses, state = self.model.draw_masks(own.size(0)), [], None
+            latent = None if masks is None else masks.latent
+            with evaluating(self.model):
+                self.model.train(masks is None)
+                for start in starts:
+                    inputs, targets = windows.cut(own, start)
+                    out = self.model(inputs, state, start=skip, masks=masks)
+                    state, targets = windows.carry(out.state), targets[:, skip:]
+                    options = {"latent_mask": latent, "draw": masks is None, "reduction": "none"}
+                    losses.append(self.model.loss(out.output, targets, **options).flatten().double())
+            log_p = -torch.cat(losses)
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+        log_p = total.sum().item() if total is not None else 0.0
+        log_p, tokens = self.ranks.sum(log_p, 0 if total is None else total.numel())
+        return {"loss": math.log(passes) - mean(log_p, tokens), "tokens": tokens, "passes": passes}
+
+    @staticmethod
+    def score(loss: float) -> float:
+        """Perplexity of a mean loss in nats."""
+        return math.exp(loss) if loss < 700 else math.inf
+
+
+class Reciting(LanguageModeling):
+    """Language modelling scored by accuracy: the share of targets that are the model's most probable token.
+
+    On the training text this measures memorisation ("learning to recite": Demeester et al., 2018, "Predefined
+    Sparseness in Recurrent Sequence Models", section 4.2).
+    """
+
+    score_name = "accuracy"
+    digits = 4
+    measured = ("loss", "accuracy")
+
+    def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            likeliest = self.model.log_prob(output, draw=False).argmax(-1)
+        return {"accuracy": (likeliest == targets).float().mean()}
+
+    def training_score(self, means: dict[str, float]) -> float:
+        """Accuracy during training, before each update."""
+        return means["accuracy"]
+
+    def scores(self, result: dict, split: str) -> dict[str, float]:
+        """Accuracy and perplexity of a result."""
+        return {"accuracy": result["accuracy"], "ppl": self.score(result["loss"])}
+
+
+class CharacterModeling(LanguageModeling):
+    """Next-character prediction, scored in bits per character (Table 3).
+
+    The same text can be spelled in more or fewer symbols, and bits per character are bits per *symbol*: two results
+    compare only on the same denominator. So every stream's is reported: `bpc` for the stream that is modelled, and
+    `bpc_<name>`, the same bits divided by the number of symbols that stream <name> spells the text in.
+
+    Args:
+        model: the language model.
+        symbols: name of a stream → split → its symbols per symbol of the stream that is modelled.
+        options: those of :class:`LanguageModeling`.
+    """
+
+    score_name = "bpc"
+    digits = 4
+
+    def __init__(self, model: TrellisLanguageModel, *, symbols: dict[str, dict[str, float]], **options):
+        super().__init__(model, **options)
+        self.symbols = symbols
+
+    @staticmethod
+    def score(loss: float) -> float:
+        """Bits of a mean loss in nats."""
+        return loss / math.log(2)
+
+    def scores(self, result: dict, split: str) -> dict[str, float]:
+        """Bits per character on every denominator."""
+        bpc = self.score(result["loss"])
+        return {"bpc": bpc} | {f"bpc_{name}": bpc / ratios[split] for name, ratios in self.symbols.items()}
