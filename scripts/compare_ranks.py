@@ -40,10 +40,10 @@ from trellisnet.errors import RunError, UserError, counted  # noqa: E402
 from trellisnet.training.cli import guarded  # noqa: E402
 from trellisnet.training.config import Parser, parse  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
-from trellisnet.training.engine import Trainer, evaluate  # noqa: E402
-from trellisnet.training.interrupts import Interrupts  # noqa: E402
+from trellisnet.training.engine import Trainer  # noqa: E402
 from trellisnet.training.optim import make_optimizer  # noqa: E402
 from trellisnet.training.runlog import NoFolder, check_json_path, commit, machine, write_json  # noqa: E402
+from trellisnet.training.scoring import evaluate  # noqa: E402
 
 STEPS = 5
 BOUNDS = {"float32": 1e-6, "float64": 1e-12}
@@ -84,8 +84,8 @@ def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
         splits = replace(splits, extra_evaluations=extra)
         task.prepare = functools.partial(_prepared, task.prepare, dtype)
     optimizer = make_optimizer(task.model.parameters(), config)
-    args = (NoFolder(Path()), optimizer, schedule, _nothing, "", Interrupts(), _nothing, ranks)
-    trainer, found = Trainer(task, splits, config, *args), {}
+    args = (task, splits, config, NoFolder(Path()), optimizer, schedule, _nothing)
+    trainer, found = Trainer(*args, say=_nothing, ranks=ranks), {}
     batches = task.batches(splits.train, 0)
     task.model.train()
     for step in range(STEPS):

@@ -38,11 +38,10 @@ from trellisnet.models import TrellisClassifier  # noqa: E402
 from trellisnet.training import cli  # noqa: E402
 from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
 from trellisnet.training.distributed import Ranks  # noqa: E402
-from trellisnet.training.engine import Splits  # noqa: E402
 from trellisnet.training.network import TRELLISNET, NetworkConfig  # noqa: E402
 from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
 from trellisnet.training.settings import setting  # noqa: E402
-from trellisnet.training.tasks import Classification, evaluating  # noqa: E402
+from trellisnet.training.tasks import Classification, Splits, evaluating  # noqa: E402
 
 DIGITS, BLANK, MARKER = 10, 0, 9  # digits to remember, each 1 to 8; and the other two symbols
 DATA_SEED = 2018  # of the examples, the same for every --seed
@@ -184,7 +183,7 @@ class Tagger(TrellisClassifier):
 
 
 class Remembering(Classification):
-    """The task of :func:`trellisnet.training.engine.fit`; a problem says what its loss and its score are.
+    """The task of :meth:`trellisnet.training.engine.Trainer.fit`; a problem says what its loss and its score are.
 
     Args:
         as of :class:`trellisnet.training.tasks.Classification`, whose batches these are.

@@ -18,7 +18,7 @@ from trellisnet.data.corpus import Corpus
 from trellisnet.evaluation import adaptation, dynamic
 from trellisnet.evaluation.dynamic import Update
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training import engine
+from trellisnet.training import scoring
 from trellisnet.training.config import parse
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.interrupts import Interrupted, Interrupts
@@ -482,7 +482,7 @@ def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
     for name, (method, rows) in every.items():
         if not name.endswith(("static", "static_segments")):  # these are divided among the ranks
             with pytest.raises(Interrupted):
-                engine.evaluate(task, rows, name, config, method, ranks, told)
+                scoring.evaluate(task, rows, name, config, method, ranks, told)
 
 
 @pytest.mark.parametrize(

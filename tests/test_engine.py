@@ -14,8 +14,9 @@ from trellisnet import serialization
 from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
-from trellisnet.training.engine import Bar, Trainer, _duration, fit
+from trellisnet.training.engine import Trainer
 from trellisnet.training.optim import Schedule, make_optimizer, make_schedule
+from trellisnet.training.reporting import Bar, duration, duration_line
 from trellisnet.training.runlog import RunFolder, read_records
 from trellisnet.training.tasks import Splits, Task
 
@@ -82,11 +83,11 @@ def run(path, *, resume=None, task=None, sha256="abc", schedule=None, **options)
     folder = RunFolder(path, fresh=resume is None)
     said = []
     try:
-        result = fit(
+        result = Trainer(
             task, splits(sha256), config, folder, make_optimizer(task.model.parameters(), config),
             schedule or Schedule(config.lr), lambda model, file: serialization.save(file, model.state_dict()),
-            command="python regression.py", resume_from=content, say=said.append,
-        )  # fmt: skip
+            command="python regression.py", say=said.append,
+        ).fit(content)  # fmt: skip
     finally:
         folder.close()
     return task, result, said
@@ -386,7 +387,7 @@ def test_a_folder_that_is_deleted_during_the_run_is_named(tmp_path, when):
     [(5.25, "5.2s"), (65, "1m05s"), (3 * 3600, "3h00m"), (172_799.4, "47h59m"), (172_800, "2d00h"), (274_000, "3d04h")],
 )
 def test_durations(seconds, shown):
-    assert _duration(seconds) == shown
+    assert duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -399,11 +400,7 @@ def test_durations(seconds, shown):
     ],
 )
 def test_the_time_told_is_that_of_the_steps_to_come(max_steps, shown):
-    said = []
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.say = Config(epochs=20, max_steps=max_steps), said.append
-    trainer._tell_duration(10.0, 60)
-    assert said == [shown]
+    assert duration_line(10.0, 60, Config(epochs=20, max_steps=max_steps)) == shown
 
 
 @pytest.mark.parametrize(("max_steps", "end"), [(0, 60), (30, 13), (29, 12), (500, 60), (20, 12)])

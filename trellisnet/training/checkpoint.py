@@ -31,10 +31,12 @@ import math
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from trellisnet import serialization
 from trellisnet.errors import NAME, UserError, shown
@@ -210,6 +212,42 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
     for key, fits in _FITS.items():
         if not fits(content[key]):
             raise UserError(f"{path}: a corrupt checkpoint ({key}: wrong type or value)")
+    return content
+
+
+def check_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are weights of the model, and finite."""
+    ours, theirs = ({name: (t.shape, t.dtype) for name, t in w.items()} for w in (model.state_dict(), weights))
+    if ours != theirs:
+        names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        raise ValueError(f"other weights than this model's: {shown(names[0])}")
+    if not all(map(serialization.all_finite, weights.values())):
+        raise ValueError("weights that are not finite")
+
+
+def load_best(path: Path, best: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Load best.pt, which must be the one that last.pt describes as `best`; its tensors stay in the file.
+
+    Raises:
+        UserError: it is missing, corrupt or of another run.
+    """
+    try:
+        content = load(path, mmap=True)
+    except UserError as e:
+        weights = path.with_name("weights.pkl")
+        raise UserError(f"{e}; put a copy of it back, or begin anew from its weights, {weights}") from e
+    if content["best"] != best:
+        epoch = content["best"] and content["best"]["epoch"]
+        raise UserError(
+            f"{path}: is of epoch {epoch}, last.pt tells of epoch {best['epoch']}; put the files of one run together"
+        )
+    # If last.pt and best.pt swapped names, digests would match, but the weights would not be the best.
+    if (content["epoch"], content["batch"]) != (best["epoch"], 0):
+        raise UserError(f"{path}: was not written at the end of its epoch; put the files back under their names")
+    try:
+        check_weights(model, content["average"] or content["model"])
+    except ValueError as e:
+        raise UserError(f"{path}: a corrupt checkpoint ({e})") from e
     return content
 
 

@@ -20,9 +20,11 @@ from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, from_settings, parse
 from trellisnet.training.distributed import LostError, Ranks
-from trellisnet.training.engine import Result, evaluate, fit, rehearse, score_line
+from trellisnet.training.engine import Result, Trainer
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import Schedule, make_optimizer
+from trellisnet.training.rehearsal import rehearse
+from trellisnet.training.reporting import score_line
 from trellisnet.training.runlog import (
     NoFolder,
     RunFolder,
@@ -36,6 +38,7 @@ from trellisnet.training.runlog import (
     software,
     write_json,
 )
+from trellisnet.training.scoring import evaluate
 from trellisnet.training.settings import flag_of, properties_of
 from trellisnet.training.tasks import Splits, Task
 
@@ -338,20 +341,12 @@ class _Program:
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "ranks")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
-            result = fit(
-                task,
-                splits,
-                config,
-                folder,
-                optimizer,
-                schedule,
-                functools.partial(weights.save_weights, vocabulary=splits.vocabulary, task=config.task),
-                command=resumed["command"] if resumed else command,
-                interrupts=interrupts,
-                resume_from=resumed,
-                say=_say,
-                ranks=self.ranks,
-            )
+            save_weights = functools.partial(weights.save_weights, vocabulary=splits.vocabulary, task=config.task)
+            first_command = resumed["command"] if resumed else command
+            result = Trainer(
+                task, splits, config, folder, optimizer, schedule, save_weights, command=first_command,
+                interrupts=interrupts, say=_say, ranks=self.ranks,
+            ).fit(resumed)  # fmt: skip
             peaks = self.ranks.gather(peak_memory(next(task.model.parameters()).device))
             if self.ranks.size > 1 and None not in peaks:
                 line = "peak memory: " + ", ".join(f"rank {rank} {n / 1e9:.2f} GB" for rank, n in enumerate(peaks))

@@ -1,8 +1,8 @@
 """Several processes that train together, started by torchrun, or one that is alone.
 
-Each process is a *rank* and has the whole model. Of every batch a rank computes its own rows; gradients are summed over
-the ranks by DistributedDataParallel while they are made, so that all ranks make the same update. What little else they
-have to tell each other within a step travels with the gradients: no step waits for a communication of its own.
+Each process is a *rank* and has the whole model. Of every batch a rank computes its own rows; DistributedDataParallel
+sums the gradients over the ranks during the backward pass, so that all ranks make the same update. One small all-reduce
+per step then combines its status: whether all numbers are finite, whether a checkpoint is due, whether a signal came.
 """
 
 import contextlib
@@ -68,6 +68,28 @@ def _mapped(value: Any, function: Any, kind: type) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_mapped(item, function, kind) for item in value)
     return value
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """Status of a training step, the same on all ranks.
+
+    Args:
+        finite_loss, finite_gradient, finite_state: whether loss, gradient and carried state are finite.
+        late: whether a checkpoint is due, by the first rank's clock.
+        signum: the signal that a rank has received; 0: none.
+    """
+
+    finite_loss: bool
+    finite_gradient: bool
+    finite_state: bool
+    late: bool
+    signum: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may update the weights."""
+        return self.finite_loss and self.finite_gradient and self.finite_state
 
 
 class Ranks:
@@ -298,100 +320,77 @@ class Ranks:
         more = f" (ranks that differ from rank 0: {', '.join(map(str, differ))})" if len(differ) > 1 else ""
         raise UserError(f"rank {differ[0]} on {there} has {theirs}; rank 0 on {host} has {ours}{more}; {advice}")
 
+    def reduce_status(self, finite: Tensor, *, late: bool, signum: int) -> StepStatus:
+        """Copy the status of a step to the host (synchronises), combined over the ranks.
+
+        Args:
+            finite: bool, on the device: whether this rank's loss, gradient and each tensor of its state are finite.
+            late, signum: see :class:`StepStatus`; `late` counts on any rank, and the largest signal wins.
+        """
+        if self.size > 1:
+            wrong = finite.logical_not().to(torch.int32)
+            status = torch.cat([wrong, wrong.new_tensor([late, signum])])
+            with _reaching(self.progress):
+                dist.all_reduce(status, op=dist.ReduceOp.MAX)
+                *wrong, late, signum = status.tolist()
+            loss, gradient, *state = (not value for value in wrong)
+        else:
+            loss, gradient, *state = finite.tolist()
+        return StepStatus(loss, gradient, all(state), bool(late), signum)
+
     def heed(self, signum: int) -> None:
         """Raise Interrupted on all ranks if one of them has been told to end, by the signal `signum` (0: has not)."""
         if self.size > 1 and (signum := max(self.gather(signum))):
             raise Interrupted(signum)
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------
+# -- a training step ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Told:
-    """What all ranks know after a step.
-
-    Args:
-        finite: whether loss, gradient and carried state are finite.
-        loss: of the whole batch.
-        late: whether a checkpoint is due, by the first rank's clock.
-        signum: the signal by which a rank has been told to end; 0: none has.
-    """
-
-    finite: tuple[bool, bool, bool]
-    loss: float | Tensor
-    late: bool
-    signum: int
-
-
-_MARKS = 4 + len(SIGNALS)  # loss or state not finite, the loss, late, and a signal each
-
-
-class _Marked(nn.Module):
-    """A task's loss as a module, for DistributedDataParallel.
-
-    `marks` is a parameter that stays 0 and never changes a loss. Its gradient is whatever the rank has to tell, and is
-    summed with those of the weights.
-    """
+class _LossModule(nn.Module):
+    """A task's loss as a module, for DistributedDataParallel."""
 
     def __init__(self, task: Any):
         super().__init__()
         self.model = task.model
-        self.marks = nn.Parameter(next(task.model.parameters()).new_zeros(_MARKS))
         self._loss = task.loss
 
     def forward(
-        self,
-        part: Sequence[Tensor] | None,
-        state: Any = None,
-        share: float = 0.0,
-        factor: int = 1,
-        news: Sequence[float] = (),
+        self, part: Sequence[Tensor] | None, state: Any = None, weight: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor], Any] | Tensor:
         if part is None:
             return sum(parameter.view(-1)[0] * 0 for parameter in self.parameters() if parameter.requires_grad)
         losses, state = self._loss(*part, state=state)
-        loss = losses["loss"].detach() * share
-        wrong = loss.isfinite().logical_not()
-        stale = [tensor.isfinite().all().logical_not() for tensor in state or ()]
-        told = [wrong, torch.stack(stale).any() if stale else torch.zeros_like(wrong), loss]
-        told = torch.stack([value.to(self.marks) for value in told])
-        told = torch.cat([told, told.new_tensor(news)])
-        objective = losses["loss"] * (share * factor) + (self.marks * told).sum() * factor
-        return objective, {name: value.detach() for name, value in losses.items()}, state
+        return losses["loss"] * weight, {name: value.detach() for name, value in losses.items()}, state
 
 
-class Gradient:
-    """The gradient of a task's loss, summed over the rows of a batch and over all ranks.
+class DistributedLoss:
+    """A task's loss whose gradients are summed over the ranks.
 
     Args:
         task: with `model` and `loss`.
-        ranks: who computes parts of it.
+        ranks: the processes that compute parts of it.
     """
 
     def __init__(self, task: Any, ranks: Ranks):
         self.task, self.ranks = task, ranks
-        self._together = None
+        self._module = None
         if ranks.size > 1:
             with _reaching(ranks.progress):
-                self._together = nn.parallel.DistributedDataParallel(_Marked(task), gradient_as_bucket_view=True)
+                self._module = nn.parallel.DistributedDataParallel(_LossModule(task), gradient_as_bucket_view=True)
                 self._rehearse()
 
     def _rehearse(self) -> None:
-        """Differentiate zero. After its first backward pass DistributedDataParallel puts the weights in the order in
-        which their gradients came, and with that changes the order of sums over ranks. It does so now, that a continued
-        run ends bit-equal to one that was not stopped.
+        """Differentiate zero, so that a resumed run is bit-equal to an uninterrupted one.
+
+        After its first backward pass DistributedDataParallel reorders its buckets by the order in which gradients
+        arrived, and with them the sums over ranks. This makes it do so before the first step.
         """
-        self._together(None).backward()
-        for parameter in self._together.parameters():
+        self._module(None).backward()
+        for parameter in self._module.parameters():
             parameter.grad = None
 
-    def clear(self) -> None:
-        """Begin a new sum; the weights' gradients are the optimiser's to clear."""
-        if self._together is not None:
-            self._together.module.marks.grad = None
-
-    def add(
+    def backward(
         self,
         part: Sequence[Tensor],
         state: Any,
@@ -399,55 +398,28 @@ class Gradient:
         *,
         autocast: contextlib.AbstractContextManager,
         last: bool,
-        late: bool,
-        signum: int,
     ) -> tuple[dict[str, Tensor], Any]:
-        """Add that of some rows to the weights' `grad`.
+        """Add the gradient of some rows to the parameters' `grad`.
 
         Args:
             part: the rows.
-            state: what is carried into them.
-            share: of the batch of all ranks.
-            autocast: in which losses are computed.
-            last: whether no more follow on this rank: then the ranks' sums are added up, on all of them.
-            late, signum: see :class:`Told`.
+            state: the state carried into them.
+            share: of the rows in the batch of all ranks.
+            autocast: the context in which losses are computed.
+            last: whether this rank has no more rows in the batch; then the gradients are summed over the ranks.
 
         Returns:
-            losses and state as of `Task.loss`, the losses not to be differentiated.
+            losses and state of `Task.loss`; with several ranks the losses are detached.
         """
-        if self._together is None:
+        if self._module is None:
             with autocast:
                 losses, state = self.task.loss(*part, state=state)
             (losses["loss"] * share).backward()
             return losses, state
-        news = [late, *(signum == known for known in SIGNALS)] if last else [0.0] * (1 + len(SIGNALS))
-        with contextlib.nullcontext() if last else self._together.no_sync(), _reaching():
+        with contextlib.nullcontext() if last else self._module.no_sync(), _reaching():
             with autocast:
-                # DistributedDataParallel takes the mean over ranks.
-                objective, losses, state = self._together(part, state, share, self.ranks.size, news)
+                # DistributedDataParallel averages over the ranks.
+                objective, losses, state = self._module(part, state, share * self.ranks.size)
             with self.ranks.progress.meeting() if last else contextlib.nullcontext():
                 objective.backward()
         return losses, state
-
-    def known(self, loss: Tensor, norm: Tensor, carry: Sequence[Tensor]) -> Tensor:
-        """What is known of a step now, still on the device, for :meth:`told`.
-
-        Args:
-            loss: this rank's share of it.
-            norm: of the gradient.
-            carry: the state that this rank carries on.
-        """
-        if self._together is None:
-            return torch.stack([value.isfinite().all() for value in (loss, norm, *carry)])
-        marks = self._together.module.marks.grad
-        return torch.cat([marks, norm.isfinite().to(marks).view(1)])
-
-    def told(self, known: Tensor, loss: Tensor) -> Told:
-        """That, which is the same on all ranks; waits for the device. `loss` as there."""
-        if self._together is None:
-            finite = known.tolist()
-            return Told((finite[0], finite[1], all(finite[2:])), loss.detach(), False, 0)
-        with _reaching(self.ranks.progress):
-            wrong, stale, loss, late, *signals, finite = known.tolist()
-        signum = max((known for known, sent in zip(SIGNALS, signals, strict=True) if sent), default=0)
-        return Told((not wrong, bool(finite), not stale), loss, bool(late), int(signum))

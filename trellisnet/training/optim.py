@@ -242,6 +242,14 @@ class Schedule:
     def __post_init__(self) -> None:
         self.initial = self.lr
 
+    def state_dict(self) -> dict[str, Any]:
+        """What changes during a run."""
+        return {"lr": self.lr, "history": list(self.history), "averaging": self.averaging}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.lr, self.history, self.averaging = state["lr"], list(state["history"]), bool(state["averaging"])
+
     def rate(self, update: int) -> float:
         """The rate of the update after `update` others, which must not be asked for in falling order."""
         return self.lr if self.curve is None else self.lr * self.curve.factor(update)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from trellisnet.errors import UserError
+
 Losses = dict[str, Tensor]
 Progress = Callable[[Iterable, int], Iterable]  # wraps an iterable of known length, e.g. in a progress bar
 
@@ -140,6 +142,20 @@ class Splits:
     def fingerprint(self) -> list[Any]:
         """Equal for equal data; the digest alone does not show where one split ends and the next begins."""
         return [self.sha256, *self.sizes, self.vocabulary]
+
+    def check_same(self, fingerprint: list[Any]) -> None:
+        """Raise UserError unless a run's fingerprint is that of these data; older ones end before the vocabulary."""
+        if fingerprint == self.fingerprint[: max(len(fingerprint), 4)]:
+            return
+        if self.changed and fingerprint[0] in (self.sha256, self.stored_sha256):
+            raise UserError(
+                f"the run was started by a version that read these data otherwise: now they are read {self.changed}; "
+                "start a new run, or continue it with that version (see its log.txt)"
+            )
+        raise UserError(
+            f"the data differ from those the run was started on (sha256 {self.sha256[:12]}… instead of "
+            f"{fingerprint[0][:12]}…); name those with --data"
+        )
 
 
 class LazyBatches(Sequence):
