@@ -422,7 +422,7 @@ with ranks.watched():
     print(ranks.gather(os.getpid()), file=sys.stderr)
     for late in (1, 0):
         if ranks.rank == late:
-            time.sleep(4)
+            time.sleep(3)
         ranks.gather(None)
 ranks.leave()
 """
@@ -435,6 +435,8 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     pids = json.loads(said[0][0])
     for rank, (_, first, *more) in enumerate(said):
         name = rf"rank {1 - rank} \({platform.node()}, pid {pids[1 - rank]}\)"
-        for line in (first, *more):
-            assert re.fullmatch(rf"NOTICE: rank {rank} has been waiting for \d\.\d seconds for {name}; .*", line), line
-        assert len(more) <= 2  # after about 1, 2 and 4 seconds
+        waiting = rf"NOTICE: rank {rank} has been waiting for \d\.\d seconds"
+        assert re.fullmatch(rf"{waiting} for {name}; .*", first), first
+        for line in more:  # the other may arrive at the very moment of a look
+            assert re.fullmatch(rf"{waiting} (for {name}|although all ranks have arrived); .*", line), line
+        assert len(more) <= 2  # after about 1, 2 and, on a slow machine, 4 seconds

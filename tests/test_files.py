@@ -74,7 +74,7 @@ def test_readers_refuse_what_is_no_regular_file(special, tmp_path):
     ):
         with pytest.raises(UserError) as raised:
             read()
-        hint = "the folder holds no config.json"  # what --config says of a folder
+        hint = "the folder holds no "  # config.json or weights.pkl, which are looked for in a folder
         assert f"cannot be read ({said})" in str(raised.value) or (
             said == KINDS["folder"] and hint in str(raised.value)
         )
