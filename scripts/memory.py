@@ -183,7 +183,7 @@ class Tagger(TrellisClassifier):
 
 
 class Remembering(Classification):
-    """The task of :meth:`trellisnet.training.engine.Trainer.fit`; a problem says what its loss and its score are.
+    """The task of :meth:`trellisnet.training.engine.Trainer.fit`; a subclass defines loss and score.
 
     Args:
         as of :class:`trellisnet.training.tasks.Classification`, whose batches these are.
@@ -226,12 +226,12 @@ class Remembering(Classification):
 
     @staticmethod
     def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
-        """Whether a validation result is to be preferred to the best one so far."""
+        """Whether a validation result beats the best one so far."""
         return result["loss"] < best["loss"]
 
 
 class Copying(Remembering):
-    """Cross-entropy of every step's symbol, in nats a step; accuracy of the ten digits."""
+    """Cross-entropy of every step's symbol, in nats per step; accuracy of the ten digits."""
 
     score_name, digits = "accuracy", 4
     measured = ("loss", "accuracy")
