@@ -202,7 +202,7 @@ def test_repr_names_the_settings():
         ({"weight_dropout": -0.1}, "weight_dropout: expected a probability"),
         ({"backend": "fast"}, "backend: expected one of auto, reference, fused, triton, got 'fast'"),
         ({"activation": "relu"}, "activation: expected one of lstm, gru, tanh, got 'relu'"),
-        ({"kernel_groups": 2}, "kernel_groups: expected None or a divisor of hidden_size = 5, got 2"),
+        ({"kernel_groups": 2}, "kernel_groups: expected a divisor of hidden_size = 5, got 2"),
         ({"kernel_groups": 0}, "kernel_groups: expected at least 1, got 0"),
         ({"inject_every": 0}, "inject_every: expected at least 1, got 0"),
         ({"recompute": True, "activation": "gru"}, "recompute: only the backend fused can, and it has no gru gates"),

@@ -1,7 +1,6 @@
-"""TrellisNet: a causal convolution with the same kernel in every layer, the input injected into every layer.
+"""TrellisNet: a stack of causal convolutions that share one kernel, with the input injected into every layer.
 
-The module owns the parameters and prepares what one forward pass needs; the equation itself is in
-:mod:`trellisnet.ops.reference`.
+The module owns the parameters and prepares a forward pass; the equation itself is in :mod:`trellisnet.ops.reference`.
 """
 
 import dataclasses
@@ -20,15 +19,18 @@ from trellisnet.regularization import Masks, check_rate, draw_mask, drop_connect
 
 INIT_STD = 0.01
 
-State = tuple[Tensor, ...]  # (h, c) of a TrellisNet; other cores carry other tensors, the batch in front
+State = tuple[Tensor, ...]  # (h, c) of a TrellisNet; other cores carry other tensors, batch first
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Raise ValueError for the first argument, passed by its name, that is below `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse what is no padded tensor.
-
-    Raises:
-        TypeError: the argument `name` is a packed sequence, or no tensor at all.
-    """
+    """Raise TypeError if the argument `name` is not a tensor (a PackedSequence is not)."""
     if isinstance(value, PackedSequence):
         advice = "unpack it with torch.nn.utils.rnn.pad_packed_sequence(…, batch_first=True)"
         raise TypeError(f"{name}: expected a padded tensor, got a PackedSequence; {advice}")
@@ -37,10 +39,10 @@ def check_tensor(name: str, value: Any) -> None:
 
 
 def check_sequence(x: Tensor, input_size: int) -> None:
-    """Refuse x unless it is a tensor (N, L ≥ 1, input_size).
+    """Check that x is a tensor (N, L ≥ 1, input_size).
 
     Raises:
-        TypeError: x is no tensor.
+        TypeError: x is not a tensor.
         ValueError: x has another shape.
     """
     check_tensor("x", x)
@@ -49,10 +51,10 @@ def check_sequence(x: Tensor, input_size: int) -> None:
 
 
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
-    """The valid steps of every row of x (N, L, …) as int64 (N,) on its device.
+    """Return the number of valid steps in each row of x (N, L, …) as int64 (N,) on the device of x.
 
     Raises:
-        ValueError: not N integers from 1 to L.
+        ValueError: anything but N integers from 1 to L.
     """
     N, L = x.shape[:2]
     lengths = torch.as_tensor(lengths)
@@ -64,13 +66,12 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
 
 
 class TrellisOutput(NamedTuple):
-    """What a forward pass returns.
+    """Result of a forward pass.
 
     Args:
-        output: last `output_size` channels of the last layer, (N, L, output_size), or from the time step on that was
-            asked for.
+        output: last `output_size` channels of the last layer, (N, L − start, output_size).
         state: (h, c) of the last layer at the last time step, (N, H) each, not detached.
-        aux: outputs of the layers that were asked for, (N, L, output_size) each.
+        aux: auxiliary outputs, (N, L − start, output_size) each, from the lowest layer up.
     """
 
     output: Tensor
@@ -79,7 +80,7 @@ class TrellisOutput(NamedTuple):
 
 
 def _setting(owner: str, name: str) -> property:
-    """A field of the module's `spec` or `execution` as an attribute of its own, checked when it is set."""
+    """Expose a field of the module's `spec` or `execution` as an attribute, validated when it is set."""
 
     def read(self):
         return getattr(getattr(self, owner), name)
@@ -96,37 +97,37 @@ class TrellisNet(nn.Module):
     Args:
         input_size: channels of the input sequence x.
         hidden_size: H, all channels of h (the authors' nhid + nout).
-        num_layers: how often the one layer is applied; at dilation 1 and kernel size 2 the receptive field is
+        num_layers: number of times the one layer is applied. With dilation 1 and kernel size 2 the receptive field is
             num_layers + 1 inputs.
-        output_size: the last channels of h that are returned. Default: all H.
-        kernel_size: k ≥ 2 taps. The hidden sequence is seen (k−1)·dilation steps back, the cell `dilation` steps.
+        output_size: number of channels returned, the last ones of h. Default: all H.
+        kernel_size: k ≥ 2 taps. A layer reads h up to (k−1)·dilation steps back, and c `dilation` steps back.
         dilation: dilations, cycled over the layers.
-        weight_norm: weight normalisation of both kernels, one norm an output row (Appendix B.2).
-        hidden_dropout: probability of dropping a hidden channel; one mask a sequence, shared by all layers and time
+        weight_norm: normalise the weights of both kernels, with one norm per output row (Appendix B.2).
+        hidden_dropout: probability of dropping a hidden channel; one mask per sequence, shared by all layers and time
             steps (Appendix B.1, "variational dropout").
         weight_dropout: probability of dropping a weight of either kernel (Appendix B.1, "DropConnect").
         temporal_weight_dropout: drop weights of the older taps only.
-        activation: "lstm" (section 5.1, G = 4 gates), "gru" (3) or "tanh" (1, no gates). Without an LSTM's cell, the c
-            of a state is h.
-        kernel_groups: None for a dense kernel, else the number of groups of the mixed group convolution (Theorem 1,
-            Eq. 5), equally wide: group g reads its own past taps and the current tap of group g − 1, x enters group 1.
-        inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6); the bias enters all.
-        recompute: keep for the backward pass only what every `recompute_every`-th layer reads, and compute the layers
-            between once more: less memory, a third more time.
-        recompute_every: None: about the root of num_layers, which needs least memory.
+        activation: "lstm" (section 5.1, G = 4 gates), "gru" (3) or "tanh" (1, ungated). Only an LSTM has a cell; for
+            the others the c of a state equals h.
+        kernel_groups: None for a dense kernel, else the number of equal groups of the mixed group convolution (Theorem
+            1, Eq. 5): group g reads its own past taps and the current tap of group g − 1; x enters group 1.
+        inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6). The bias enters every layer.
+        recompute: store only the input of every `recompute_every`-th layer for the backward pass and recompute the
+            layers in between: less memory, a third more time.
+        recompute_every: None for about √num_layers, which needs least memory.
         backend: operator to run, one of `trellisnet.ops.BACKENDS`.
         gemm: matrix products of the backend `fused`, one of `trellisnet.ops.GEMMS`.
-        gates: what computes its gates, one of `trellisnet.ops.GATE_KERNELS`.
+        gates: gate kernels of the backend `fused`, one of `trellisnet.ops.GATE_KERNELS`.
 
-    Parameters `weight_x` (GH, input_size, k), `weight_h` (GH, H, k), `bias` (GH), rows i, o, g, f of an LSTM and r, u,
-    n of a GRU; with weight normalisation `weight_x_v`, `weight_x_g` (GH, 1, 1), `weight_h_v`, `weight_h_g` instead of
-    the kernels. They start from N(0, 0.01²), g from the norm of v. With `kernel_groups` = n, only what is not zero in
-    Eq. 5 is a parameter: `weight_x` is (GH/n, input_size, k), and `weight_h_past` (GH, H/n, k−1) and, for n > 1,
-    `weight_h_below` (GH − GH/n, H/n, 1) stand for `weight_h`, with one g for a row of both; rows run group by group,
-    then gate by gate.
+    The parameters are `weight_x` (GH, input_size, k), `weight_h` (GH, H, k) and `bias` (GH), with rows in the order i,
+    o, g, f for an LSTM and r, u, n for a GRU. With weight normalisation `weight_x_v` and `weight_x_g` (GH, 1, 1),
+    `weight_h_v` and `weight_h_g` replace the kernels. All start from N(0, 0.01²), but g from the norm of v. With
+    `kernel_groups` = n, only the non-zero blocks of Eq. 5 are parameters: `weight_x` is (GH/n, input_size, k), and
+    `weight_h_past` (GH, H/n, k−1) and, for n > 1, `weight_h_below` (GH − GH/n, H/n, 1) replace `weight_h` and share one
+    g per row. Their rows run group by group, then gate by gate.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -154,11 +155,8 @@ class TrellisNet(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value, least in (
-            ("input_size", input_size, 1), ("hidden_size", hidden_size, 1), ("kernel_size", kernel_size, 2),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_at_least(1, input_size=input_size, hidden_size=hidden_size)
+        check_at_least(2, kernel_size=kernel_size)
         output_size = hidden_size if output_size is None else output_size
         if not 1 <= output_size <= hidden_size:
             raise ValueError(f"output_size: expected 1 to hidden_size = {hidden_size}, got {output_size}")
@@ -172,10 +170,9 @@ class TrellisNet(nn.Module):
             num_layers, output_size, ops.find_activation(activation), dilation, kernel_size, kernel_groups, inject_every
         )
         self.execution = ops.Execution(backend, gemm, gates, bool(recompute), recompute_every)
-        ops.resolve(self.spec, self.execution)  # refuses what cannot run
+        ops.resolve(self.spec, self.execution)  # raises now if this backend cannot run this spec
         if kernel_groups is not None and hidden_size % kernel_groups:
-            expected = f"None or a divisor of hidden_size = {hidden_size}"
-            raise ValueError(f"kernel_groups: expected {expected}, got {kernel_groups}")
+            raise ValueError(f"kernel_groups: expected a divisor of hidden_size = {hidden_size}, got {kernel_groups}")
         for name, shape in self._parameter_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
@@ -198,21 +195,21 @@ class TrellisNet(nn.Module):
 
     def _parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         rows, k, groups = self.spec.activation.gates * self.hidden_size, self.kernel_size, self.kernel_groups
-        width, first = self.hidden_size // (groups or 1), rows // (groups or 1)  # channels, rows of a group
-        x, hidden = (first, self.input_size, k), {"weight_h": (rows, width, k)}
+        group_width, group_rows = self.hidden_size // (groups or 1), rows // (groups or 1)
+        x, hidden = (group_rows, self.input_size, k), {"weight_h": (rows, group_width, k)}
         if groups is not None:
-            hidden = {"weight_h_past": (rows, width, k - 1)}
+            hidden = {"weight_h_past": (rows, group_width, k - 1)}
             if groups > 1:
-                hidden["weight_h_below"] = (rows - first, width, 1)
+                hidden["weight_h_below"] = (rows - group_rows, group_width, 1)
         if not self.weight_norm:
             return {"weight_x": x, **hidden, "bias": (rows,)}
         directions = {f"{name}_v": shape for name, shape in hidden.items()}
         norms = {"weight_h_g": (rows, 1, 1)}
-        return {"weight_x_v": x, "weight_x_g": (first, 1, 1), **directions, **norms, "bias": (rows,)}
+        return {"weight_x_v": x, "weight_x_g": (group_rows, 1, 1), **directions, **norms, "bias": (rows,)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw kernels and bias from N(0, 0.01²); g becomes the norm of v, so that w = v at the start."""
+        """Draw kernels and bias from N(0, 0.01²) and set g to the norm of v, so that w = v at first."""
         for name, parameter in self.named_parameters():
             if not name.endswith("_g"):
                 nn.init.normal_(parameter, std=INIT_STD)
@@ -222,14 +219,14 @@ class TrellisNet(nn.Module):
                 getattr(self, f"{name}_g").copy_(norm)
 
     def _kernel(self, name: str) -> Tensor:
-        """A kernel as it is stored, v with weight normalisation; of a grouped one the shape that the operator reads."""
+        """Return a kernel as stored (v with weight normalisation), its groups assembled as the operator reads them."""
         suffix = "_v" if self.weight_norm else ""
         if name == "weight_x" or self.kernel_groups is None:
             return getattr(self, name + suffix)
         past = getattr(self, f"weight_h_past{suffix}")
         if self.kernel_groups == 1:
             return F.pad(past, (0, 1))
-        below = getattr(self, f"weight_h_below{suffix}")
+        below = getattr(self, f"weight_h_below{suffix}")  # group 1 has none: zeros instead
         return torch.cat([past, F.pad(below, (0, 0, 0, 0, past.size(0) - below.size(0), 0))], dim=2)
 
     def extra_repr(self) -> str:
@@ -246,10 +243,10 @@ class TrellisNet(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """Time steps of x that one output depends on, itself included: 1 + Σ_layers (k−1)·dilation.
+        """Number of time steps of x that one output depends on: 1 + Σ_layers (k−1)·dilation.
 
-        With `kernel_groups`, x takes a layer without a step back for every group that it has to climb; what is too
-        shallow for that sees nothing, 0.
+        With `kernel_groups`, x spends one layer, without a step back, on each group it climbs; the result is 0 if the
+        network is too shallow for x to reach the output.
         """
         cycle = self.spec.dilations
         if self.kernel_groups is None:
@@ -261,32 +258,31 @@ class TrellisNet(nn.Module):
 
     @property
     def reach(self) -> int:
-        """How many time steps back anything is read, by whatever path: Σ_layers max(k − 1, 1)·dilation.
+        """Number of time steps back that any path, through h or c, reads: Σ_layers max(k − 1, 1)·dilation.
 
-        After so many steps a sequence that began from a zero state cannot be told from one that began earlier.
+        After that many steps it makes no difference whether a sequence began here, from a zero state, or earlier.
         """
         return max(self.kernel_size - 1, 1) * sum(self.spec.dilations)
 
     def layer_steps(
         self, length: int, *, start: int = 0, last_only: bool = False, num_layers: int | None = None
     ) -> int:
-        """How many pairs of a layer and a time step the outputs of `length` time steps depend on.
+        """Count the (layer, time step) pairs that the outputs of `length` time steps depend on.
 
         Args:
             length: L.
-            start, last_only, num_layers: as in the forward pass.
+            start, last_only, num_layers: as in :meth:`forward`.
 
         Raises:
             ValueError: length or num_layers below 1.
         """
-        if length < 1:
-            raise ValueError(f"length: expected at least 1, got {length}")
+        check_at_least(1, length=length)
         start = length - 1 if last_only else start
         depth = self._at_depth(num_layers).num_layers
         return sum(map(len, ops.dependencies(length, depth, self.dilation, self.kernel_size, start)))
 
     def draw_masks(self, batch_size: int) -> dict[str, Any]:
-        """Masks for `batch_size` sequences, drawn as a forward pass in training mode would: fields of `Masks`."""
+        """Draw the fields of `Masks` for `batch_size` sequences, as a forward pass in training mode would."""
 
         def weight(name: str) -> Tensor | None:
             rows, channels, k = self._kernel(name).shape
@@ -297,11 +293,11 @@ class TrellisNet(nn.Module):
         return {"weight_x": weight("weight_x"), "weight_h": weight("weight_h"), "hidden": hidden}
 
     def effective_weight(self, name: str, masks: Masks | None = None) -> Tensor:
-        """The kernel of this forward pass: DropConnect first, weight normalisation of what is left after it.
+        """Return the kernel of one forward pass: DropConnect first, then weight normalisation of the result.
 
         Args:
             name: "weight_x" or "weight_h".
-            masks: explicit masks, or None to draw in training mode.
+            masks: explicit masks; None draws them in training mode.
         """
         kernel = self._kernel(name)
         kernel = drop_connect(kernel, self.weight_dropout, self.temporal_weight_dropout, self.training, masks, name)
@@ -323,20 +319,20 @@ class TrellisNet(nn.Module):
 
         Args:
             x: (N, L, input_size), L ≥ 1.
-            state: (h, c) carried from the segment before, (N, H) each; None for zeros.
-            start: the first time step whose outputs are wanted, 0 to L − 1; the backend `fused` computes only the
-                layer-steps that they depend on. Outputs, state and gradients are those of the full computation.
+            state: (h, c) carried over from the previous segment, (N, H) each; None for zeros.
+            start: first time step to return outputs for, 0 to L − 1. The backend `fused` computes only the layer-steps
+                these outputs depend on; outputs, state and gradients equal those of the full computation.
             aux_every: also return the outputs of the layers i = 1..num_layers with i % aux_every == 0.
-            last_only: the last time step alone, start = L − 1, which any backend computes from what it depends on.
-            lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L. The state is then that of
-                the last valid step; what lies behind it in x has no influence, and outputs there mean nothing. Not with
+            last_only: return the last time step alone (start = L − 1). Every backend then prunes the computation.
+            lengths: number of valid steps in each row of a right-padded batch, integers (N,) in 1..L. The state is then
+                that of the last valid step; padding in x has no influence, and outputs there are meaningless. Not with
                 start or last_only.
-            num_layers: depth of this call, as of a network of that depth with the same weights; None: the module's own.
-            masks: explicit dropout masks (`weight_x`, `weight_h` and `hidden` are read).
+            num_layers: depth of this call, with the same weights; None for the module's own.
+            masks: explicit dropout masks, of which `weight_x`, `weight_h` and `hidden` are read.
 
         Raises:
-            TypeError: x is no tensor.
-            ValueError: a shape or setting that does not fit.
+            TypeError: x is not a tensor.
+            ValueError: a shape or setting does not fit.
         """
         check_sequence(x, self.input_size)
         if aux_every is not None and aux_every < 1:
@@ -366,25 +362,24 @@ class TrellisNet(nn.Module):
             lengths=lengths,
             execution=self.execution,
         )
-        # A trace cannot hold an empty list, whose type it would not know.
+        # torch.jit.trace cannot infer the element type of an empty list.
         return TrellisOutput(out.output, out.state, out.aux or (() if torch.jit.is_tracing() else []))
 
     @torch.no_grad()
     def init_stream(self, batch_size: int, *, num_layers: int | None = None) -> Stream:
-        """Begin to read sequences in pieces (:mod:`trellisnet.ops.streaming`): zeros, and a copy of the kernels.
+        """Start reading sequences piece by piece (:mod:`trellisnet.ops.streaming`), with a copy of the kernels.
 
-        What :meth:`stream` and :meth:`step` then give is, position by position, what one long forward pass in
-        evaluation mode would: without gradients and dropout, in memory that does not grow with the sequence.
+        :meth:`stream` and :meth:`step` then return, position by position, what one long forward pass in evaluation mode
+        would, without gradients and in memory that does not grow with the sequence.
 
         Args:
-            batch_size: N ≥ 1 sequences, read side by side.
-            num_layers: depth of this stream; None: the module's own.
+            batch_size: N ≥ 1 sequences, read in parallel.
+            num_layers: depth of this stream; None for the module's own.
 
         Raises:
             ValueError: batch_size or num_layers below 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         weight_x, weight_h = (self.effective_weight(name, Masks()) for name in ("weight_x", "weight_h"))
         weights, spec = (weight_x, weight_h, self.bias), self._at_depth(num_layers)
         return streaming.start(streaming.prepare(weights, spec, self.execution, batch_size), batch_size)
@@ -394,30 +389,32 @@ class TrellisNet(nn.Module):
 
         Args:
             x: (N, T, input_size), T ≥ 1; pieces may differ in length.
-            stream: of the steps before; it can be used again, to read on in another way.
+            stream: the stream after the steps before. It is left unchanged, so that several continuations can share it.
 
         Returns:
-            the outputs, (N, T, output_size), and the stream to go on from.
+            outputs (N, T, output_size), and the stream after these steps.
 
         Raises:
-            ValueError: x does not fit.
+            TypeError: x is not a tensor.
+            ValueError: x has another shape.
         """
         self._check_piece(x, stream, 3)
         h, _, stream = streaming.piece(x, stream)
         return h[:, :, self.hidden_size - self.output_size :], stream
 
     def step(self, x_t: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """Read one step: every layer computes one position, the old taps of all layers by one product.
+        """Read one step: every layer computes one position, with a single product for the old taps of all layers.
 
         Args:
             x_t: (N, input_size).
             stream: as in :meth:`stream`.
 
         Returns:
-            the output, (N, output_size), and the stream to go on from.
+            output (N, output_size), and the stream after this step.
 
         Raises:
-            ValueError: x_t does not fit.
+            TypeError: x_t is not a tensor.
+            ValueError: x_t has another shape.
         """
         self._check_piece(x_t, stream, 2)
         h, _, stream, _ = streaming.step(x_t, stream)

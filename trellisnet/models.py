@@ -1,10 +1,10 @@
-"""Whole models: what goes into the trellis, the trellis, and the head on top of it.
+"""Complete models: input layer, core (a trellis) and head.
 
-Other networks can stand in the place of the trellis (:mod:`trellisnet.baselines`). Such a *core* is made and called
-like TrellisNet, as far as it goes: `Core(input_size, hidden_size, num_layers, output_size=…, …)`, with the attributes
-`input_size` and `output_size`; `core(x, state, start=…, aux_every=…, last_only=…, masks=…)`, which returns a
-:class:`trellisnet.core.TrellisOutput` whose state may be a tuple of any number of tensors with the batch in front; and
-`core.draw_masks(batch_size)`, which is None if its dropout is not one mask a sequence.
+Another core (:mod:`trellisnet.baselines`) can replace the trellis if it has TrellisNet's interface: the constructor
+`Core(input_size, hidden_size, num_layers, output_size=…, …)`; the attributes `input_size` and `output_size`;
+`core(x, state, start=…, aux_every=…, last_only=…, masks=…)`, which returns a :class:`trellisnet.core.TrellisOutput`
+whose state is a tuple of any number of batch-first tensors; and `core.draw_masks(batch_size)`, which returns None if
+its dropout does not use one mask per sequence.
 
 Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 """
@@ -16,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trellisnet.core import State, Stream, TrellisNet, check_sequence, check_tensor
+from trellisnet.core import State, Stream, TrellisNet, check_at_least, check_sequence, check_tensor
 from trellisnet.heads import INIT_RANGE, LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 
 def depth_of(core: nn.Module, num_layers: int | None) -> dict[str, int]:
-    """The keyword of a core's forward pass that sets the depth of one call.
+    """Return the keyword argument that sets the depth of one call of a core.
 
     Raises:
-        ValueError: a depth for a core whose layers have weights of their own.
+        ValueError: a depth for a core whose layers do not share their weights.
     """
     if num_layers is None:
         return {}
@@ -35,13 +35,13 @@ def depth_of(core: nn.Module, num_layers: int | None) -> dict[str, int]:
 
 
 class LanguageModelOutput(NamedTuple):
-    """Features before the head.
+    """Features for the head.
 
     Args:
-        output: after output dropout, (N, L, output_size).
-        raw_output: before it.
-        state: (h, c) to carry, (N, H) each, not detached; of another core its own tuple.
-        aux: auxiliary outputs after output dropout (a mask each), (N, L, output_size) each.
+        output: features after output dropout, (N, L, output_size).
+        raw_output: the same before output dropout.
+        state: (h, c) to carry over, (N, H) each, not detached; another core has its own tuple.
+        aux: auxiliary outputs, each after output dropout with its own mask, (N, L, output_size) each.
     """
 
     output: Tensor
@@ -51,34 +51,35 @@ class LanguageModelOutput(NamedTuple):
 
 
 class TrellisLanguageModel(nn.Module):
-    """Embedding, TrellisNet and (tied) softmax, mixture of softmaxes or split softmax: the models of Tables 1 to 3.
+    """Embedding, core and (tied) softmax, mixture of softmaxes or split softmax: the models of Tables 1 to 3.
 
     Args:
         vocab_size: V.
         embedding_size: E.
         hidden_size: all channels of h (the authors' nhid + nout).
-        num_layers: layers of the trellis.
+        num_layers: layers of the core.
         output_size: channels that the head reads; must equal embedding_size when tied, unless n_experts > 0.
-        tied: the head uses the embedding matrix.
-        n_experts: softmaxes in a mixture; 0: one softmax.
-        cutoffs: borders of the bands of a split (adaptive) softmax; None: no bands.
+        tied: the head shares the embedding matrix.
+        n_experts: number of softmaxes in the mixture; 0 for a single softmax.
+        cutoffs: first word ids of the bands of a split (adaptive) softmax; None for no bands.
         embedding_dropout: probability of dropping a whole word of the vocabulary.
-        input_dropout: probability of dropping an embedding channel, one mask a sequence.
-        output_dropout: probability of dropping an output channel, one mask a sequence.
-        latent_dropout: probability of dropping a latent channel of the mixture, one mask a sequence.
-        log_epsilon: added to the mixture's probabilities before the logarithm; no effect on a plain softmax.
+        input_dropout: probability of dropping an embedding channel, one mask per sequence.
+        output_dropout: probability of dropping an output channel, one mask per sequence.
+        latent_dropout: probability of dropping a latent channel of the mixture, one mask per sequence.
+        log_epsilon: added to the mixture's probabilities before the logarithm; no effect on a single softmax.
         freeze_last_embedding: give the last vocabulary entry no gradient through the input, as the authors' code
             does by accident (its padding_idx of −1 means the last row).
-        embedding_dropout_per_row: drop words for every row of a batch on its own, as recurrent highway networks do,
-            instead of for the whole batch.
-        network: what makes the core.
-        embedding: what makes the embedding of (vocab_size, embedding_size): a module with their matrix as `weight`.
-        embedding_init: draws the parameters of the embedding, and the matrix of an untied softmax. Default: U(±0.1).
+        embedding_dropout_per_row: draw the dropped words separately for each row of the batch, as recurrent highway
+            networks do, instead of once for the whole batch.
+        network: constructor of the core.
+        embedding: constructor of the embedding: (vocab_size, embedding_size) → module with the matrix as `weight`.
+        embedding_init: initialises the parameters of the embedding, and the matrix of an untied softmax, in place.
+            Default: U(±0.1).
         mixture: further keywords for :class:`trellisnet.heads.MixtureOfSoftmaxes`.
-        core: every further keyword goes to `network`.
+        core: further keywords for the core.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -110,9 +111,7 @@ class TrellisLanguageModel(nn.Module):
             raise ValueError(f"cutoffs: expected None with a mixture of softmaxes (n_experts = {n_experts})")
         if n_experts < 0:
             raise ValueError(f"n_experts: expected 0 or more, got {n_experts}")
-        for name, value in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_at_least(1, vocab_size=vocab_size, embedding_size=embedding_size)
         if tied and not n_experts and output_size != embedding_size:
             raise ValueError(f"output_size: tied weights need embedding_size = {embedding_size}, got {output_size}")
         self.vocab_size = vocab_size
@@ -155,27 +154,26 @@ class TrellisLanguageModel(nn.Module):
             embedding_init(self.head.weight)
 
     def embed(self, tokens: Tensor, masks: Masks | None = None) -> Tensor:
-        """Token ids (N, L) → embedded and dropped input (N, L, E)."""
+        """Embed token ids (N, L), with embedding and input dropout: (N, L, E)."""
         weight = self.embedding.weight
         padding_idx = self.vocab_size - 1 if self.freeze_last_embedding else None
         x = F.embedding(tokens, weight, padding_idx=padding_idx)  # (N, L, E)
-        shape = self._words(x.size(0))
-        words = dropout_scale(weight, shape, self.embedding_dropout, self.training, masks, "embedding")
-        if words is not None and self.embedding_dropout_per_row:
-            x = x * words.gather(1, tokens).unsqueeze(2)  # (N, L, 1)
-        elif words is not None:
-            x = x * F.embedding(tokens, words)  # the look-up of a scaled matrix, without building it
+        shape = self._word_mask_shape(x.size(0))
+        word_scale = dropout_scale(weight, shape, self.embedding_dropout, self.training, masks, "embedding")
+        if word_scale is not None and self.embedding_dropout_per_row:
+            x = x * word_scale.gather(1, tokens).unsqueeze(2)  # (N, L, 1)
+        elif word_scale is not None:
+            x = x * F.embedding(tokens, word_scale)  # scales the looked-up rows, not the whole matrix
         channels = (x.size(0), 1, x.size(2))
         return scaled(x, dropout_scale(x, channels, self.input_dropout, self.training, masks, "input"))
 
-    def _words(self, batch_size: int) -> tuple[int, int]:
-        """Shape of the mask on words."""
+    def _word_mask_shape(self, batch_size: int) -> tuple[int, int]:
         return (batch_size, self.vocab_size) if self.embedding_dropout_per_row else (self.vocab_size, 1)
 
     def draw_masks(self, batch_size: int) -> Masks | None:
-        """Masks for `batch_size` rows, drawn as training would; None if the core's dropout is not one mask a sequence.
+        """Draw masks for `batch_size` rows as training would; None if the core does not use one mask per sequence.
 
-        With them, several forward passes, also in evaluation mode, drop the same things (Monte Carlo dropout).
+        Passing them to several forward passes, also in evaluation mode, fixes what is dropped (Monte Carlo dropout).
         """
         core, like = self.core.draw_masks(batch_size), self.head.bias
         if core is None:
@@ -185,7 +183,7 @@ class TrellisLanguageModel(nn.Module):
             width = self.n_experts * self.head.embedding_size
             latent = draw_mask(like, (batch_size, 1, width), self.head.dropout)
         return Masks(
-            embedding=draw_mask(like, self._words(batch_size), self.embedding_dropout),
+            embedding=draw_mask(like, self._word_mask_shape(batch_size), self.embedding_dropout),
             input=draw_mask(like, (batch_size, 1, self.core.input_size), self.input_dropout),
             output=draw_mask(like, (batch_size, 1, self.core.output_size), self.output_dropout),
             latent=latent,
@@ -202,20 +200,19 @@ class TrellisLanguageModel(nn.Module):
         num_layers: int | None = None,
         masks: Masks | None = None,
     ) -> LanguageModelOutput:
-        """Features of a segment; :meth:`log_prob` and :meth:`loss` apply the head to them.
+        """Compute the features of a segment; :meth:`log_prob` and :meth:`loss` apply the head to them.
 
         Args:
             tokens: int64 (N, L), L ≥ 1.
-            state: (h, c) carried from the segment before, (N, H) each; None for zeros.
-            start: the first time step whose features are wanted, 0 to L − 1; there are then L − start of them, and only
-                what they depend on is computed (see :class:`trellisnet.TrellisNet`).
+            state: (h, c) carried over from the previous segment, (N, H) each; None for zeros.
+            start: first time step to return features for, 0 to L − 1; see :meth:`trellisnet.TrellisNet.forward`.
             aux_every: also return the outputs of every aux_every-th layer.
-            num_layers: depth of this call, of a TrellisNet only; None: the core's own.
+            num_layers: depth of this call, for a TrellisNet only; None for the core's own.
             masks: explicit dropout masks; None draws them in training mode.
 
         Raises:
-            TypeError: tokens is no tensor.
-            ValueError: a shape that does not fit, or a depth for another core.
+            TypeError: tokens is not a tensor.
+            ValueError: a shape does not fit, or another core is given a depth.
         """
         check_tensor("tokens", tokens)
         if tokens.dim() != 2 or tokens.size(1) < 1:
@@ -234,30 +231,30 @@ class TrellisLanguageModel(nn.Module):
         return LanguageModelOutput(output, raw_output, state, aux)
 
     def init_stream(self, batch_size: int, *, num_layers: int | None = None) -> Stream:
-        """Begin to read texts in pieces; arguments and errors as in :meth:`trellisnet.TrellisNet.init_stream`."""
+        """Start reading texts piece by piece; see :meth:`trellisnet.TrellisNet.init_stream`."""
         return self.core.init_stream(batch_size, **depth_of(self.core, num_layers))
 
     def stream(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """Features of the next tokens, without dropout and gradients.
+        """Compute the features of the next tokens, without dropout and gradients.
 
         Args:
             tokens: int64 (N, T), T ≥ 1.
-            stream: of the tokens before.
+            stream: the stream after the tokens before.
 
         Returns:
-            what :meth:`forward` calls `output` of one long pass in evaluation mode, (N, T, output_size), and the stream
-            to go on from.
+            features (N, T, output_size), equal to `output` of one long :meth:`forward` in evaluation mode, and the
+            stream after these tokens.
         """
         check_tensor("tokens", tokens)
         return self.core.stream(F.embedding(tokens, self.embedding.weight), stream)
 
     def step(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """As :meth:`stream` for one more token of every text: int64 (N,) → features (N, output_size)."""
+        """Read one more token of each text, int64 (N,): features (N, output_size), and the stream after it."""
         check_tensor("tokens", tokens)
         return self.core.step(F.embedding(tokens, self.embedding.weight), stream)
 
     def log_prob(self, output: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
-        """Log-probabilities in nats, (..., output_size) → (..., V); arguments as in :meth:`loss`."""
+        """Return log-probabilities in nats, (..., output_size) → (..., V); arguments as in :meth:`loss`."""
         return self.head.log_prob(output, **self._latent(latent_mask, draw))
 
     def loss(
@@ -269,17 +266,17 @@ class TrellisLanguageModel(nn.Module):
         reduction: str = "mean",
         draw: bool = True,
     ) -> Tensor:
-        """Negative log-likelihood in nats.
+        """Return the negative log-likelihood in nats.
 
         Args:
-            output: (..., output_size), of :meth:`forward`.
+            output: features from :meth:`forward`, (..., output_size).
             target: int64 (...).
             latent_mask: explicit 0/1 mask on the mixture's latent vectors, (N, 1, n_experts·embedding_size).
             reduction: "mean", "sum" or "none" (shape of target).
             draw: draw latent dropout in training mode if no mask is given.
 
         Raises:
-            ValueError: shapes that do not fit, or a latent mask for a plain softmax.
+            ValueError: shapes do not fit, or a single softmax is given a latent mask.
         """
         return self.head.loss(output, target, reduction, **self._latent(latent_mask, draw))
 
@@ -292,30 +289,30 @@ class TrellisLanguageModel(nn.Module):
         latent_masks: Sequence[Tensor | None] | None = None,
         draw: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Mean losses of several outputs against the same targets, in nats: in one go, with one gradient of the head.
+        """Return the mean losses of several outputs against the same targets, in nats, with one pass through the head.
 
         Args:
-            outputs: S of them, (N, L, output_size) each: `output` and `aux` of :meth:`forward`.
+            outputs: S outputs, (N, L, output_size) each: `output` and `aux` of :meth:`forward`.
             target: int64 (N, L).
             weights: S numbers.
-            latent_masks: for each output, as in :meth:`loss`; None among others: nothing is dropped there.
+            latent_masks: one mask per output, as in :meth:`loss`; where some are None, nothing is dropped there.
             draw: as in :meth:`loss`.
 
         Returns:
-            The sum of the losses by `weights`, which is what to differentiate, and the losses (S,).
+            The weighted sum of the losses, which is the one to differentiate, and the losses (S,).
 
         Raises:
-            ValueError: shapes that do not fit, or a latent mask for a plain softmax.
+            ValueError: shapes do not fit, or a single softmax is given a latent mask.
         """
         x = torch.stack(list(outputs))
-        given = [mask for mask in latent_masks or () if mask is not None]
-        latent = self._latent(given[0] if given else None, draw)
-        if given:
-            kept = x.new_full(given[0].shape, 1 - self.head.dropout)  # what the scale makes one of
-            latent["latent_mask"] = torch.stack([kept if mask is None else mask.to(x) for mask in latent_masks])
+        shape = next((mask.shape for mask in latent_masks or () if mask is not None), None)
+        latent = self._latent(None if shape is None else latent_masks, draw)
+        if shape is not None:
+            identity = x.new_full(shape, 1 - self.head.dropout)  # becomes 1 when the head divides by 1 − p
+            latent["latent_mask"] = torch.stack([identity if mask is None else mask.to(x) for mask in latent_masks])
         return self.head.losses(x, target, weights, **latent)
 
-    def _latent(self, latent_mask: Tensor | None, draw: bool) -> dict[str, Any]:
+    def _latent(self, latent_mask: Any, draw: bool) -> dict[str, Any]:
         if self.n_experts:
             return {"latent_mask": latent_mask, "draw": draw}
         if latent_mask is not None:
@@ -324,7 +321,7 @@ class TrellisLanguageModel(nn.Module):
 
 
 class ClassifierOutput(NamedTuple):
-    """What :class:`TrellisClassifier` returns.
+    """Result of a :class:`TrellisClassifier`.
 
     Args:
         logits: (N, num_classes).
@@ -336,22 +333,22 @@ class ClassifierOutput(NamedTuple):
 
 
 class TrellisClassifier(nn.Module):
-    """TrellisNet over a whole sequence and a linear map of its last step: the models of Table 4.
+    """A core over a whole sequence and a linear map of its last step: the models of Table 4.
 
     Args:
         input_size: channels of the sequence.
-        num_classes: classes.
+        num_classes: number of classes.
         hidden_size: all channels of h (the authors' nhid + nout).
-        num_layers: layers of the trellis.
-        output_size: channels that the linear map reads; default: all.
-        input_dropout: probability of dropping a number of the input, elementwise.
-        output_dropout: probability of dropping a logit, elementwise. Both act in training only; in the authors' code
-            also when it is tested.
-        network: what makes the core.
-        core: every further keyword goes to `network`.
+        num_layers: layers of the core.
+        output_size: channels that the linear map reads. Default: all.
+        input_dropout: probability of dropping an input value, elementwise.
+        output_dropout: probability of dropping a logit, elementwise. Both act in training only, whereas the authors'
+            code also drops in evaluation.
+        network: constructor of the core.
+        core: further keywords for the core.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -368,8 +365,7 @@ class TrellisClassifier(nn.Module):
         **core,
     ):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        check_at_least(1, num_classes=num_classes)
         self.num_classes = num_classes
         self.input_dropout = check_rate("input_dropout", input_dropout)
         self.output_dropout = check_rate("output_dropout", output_dropout)
@@ -390,15 +386,15 @@ class TrellisClassifier(nn.Module):
 
         Args:
             x: (N, L, input_size), L ≥ 1.
-            state: (h, c) carried from a segment before, (N, H) each; None for zeros.
-            lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L; None: all of them. What
-                stands behind them has no influence.
-            num_layers: depth of this call, of a TrellisNet only; None: the core's own.
-            masks: explicit dropout masks (`input`, `weight_x`, `weight_h`, `hidden` and `output` are read).
+            state: (h, c) carried over from a previous segment, (N, H) each; None for zeros.
+            lengths: number of valid steps in each row of a right-padded batch, integers (N,) in 1..L; None for all.
+                Padding has no influence.
+            num_layers: depth of this call, for a TrellisNet only; None for the core's own.
+            masks: explicit dropout masks, of which `input`, `weight_x`, `weight_h`, `hidden` and `output` are read.
 
         Raises:
-            TypeError: x is no tensor.
-            ValueError: a shape or length that does not fit, or a depth for another core.
+            TypeError: x is not a tensor.
+            ValueError: a shape or length does not fit, or another core is given a depth.
         """
         check_sequence(x, self.core.input_size)
         x = scaled(x, dropout_scale(x, x.shape, self.input_dropout, self.training, masks, "input"))
@@ -409,12 +405,12 @@ class TrellisClassifier(nn.Module):
             output, state, _ = self.core(x, state, lengths=lengths, masks=masks, **depth)
             last = torch.as_tensor(lengths).to(x.device, torch.int64) - 1
             output = output.gather(1, last.view(-1, 1, 1).expand(-1, 1, output.size(2)))
-        with torch.autocast(x.device.type, enabled=False):  # a product of no weight, and what a loss is made of
+        with torch.autocast(x.device.type, enabled=False):  # logits in full precision cost nothing at this size
             logits = self.head(output.squeeze(1).to(self.head.weight.dtype))
         shape, p = logits.shape, self.output_dropout
         return ClassifierOutput(scaled(logits, dropout_scale(x, shape, p, self.training, masks, "output")), state)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in the model, shared parameters counted once."""
+    """Count the parameters of the model, shared ones once."""
     return sum(p.numel() for p in model.parameters())
