@@ -1,6 +1,5 @@
 """Train or score a TrellisNet on character-level Penn Treebank: `python char_ptb/train.py --help`."""
 
-import functools
 import signal
 import sys
 
@@ -9,10 +8,11 @@ if __name__ == "__main__":
 
 from char_ptb import data
 from char_ptb.model import Config
-from trellisnet.training import cli, language_model
+from trellisnet.training.language_model import LanguageModelProgram
 
-setup = functools.partial(language_model.setup, data.load)
-main = functools.partial(cli.main, Config, setup)
+program = LanguageModelProgram(Config, data.load)
+main = program.main
+setup = program.setup
 
 if __name__ == "__main__":
     sys.exit(main())

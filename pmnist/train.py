@@ -1,6 +1,5 @@
 """Train or score a TrellisNet on sequential or permuted MNIST: `python pmnist/train.py --help`."""
 
-import functools
 import signal
 import sys
 
@@ -9,10 +8,11 @@ if __name__ == "__main__":
 
 from pmnist import data
 from pmnist.model import Config
-from trellisnet.training import classification, cli
+from trellisnet.training.classification import ClassificationProgram
 
-setup = functools.partial(classification.setup, data.load)
-main = functools.partial(cli.main, Config, setup)
+program = ClassificationProgram(Config, data.load)
+main = program.main
+setup = program.setup
 
 if __name__ == "__main__":
     sys.exit(main())

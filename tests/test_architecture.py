@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from trellisnet.training.config import PROJECT
+from trellisnet.training.programs import TASKS
 
 # Each floor may import from those after it.
 FLOORS = [
@@ -27,7 +28,6 @@ FLOORS = [
     "foundation",
 ]
 FOUNDATION = {"console", "errors", "serialization"}
-TASKS = {"word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"}
 FILES = sorted(path for top in ("trellisnet", *TASKS) for path in (PROJECT / top).rglob("*.py"))
 
 EXTRAS = {"triton_gates.py": {"triton"}}  # imported only when asked for

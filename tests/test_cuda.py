@@ -8,16 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-import char_ptb.train
-import cifar10.train
-import pmnist.train
-import word_ptb.train
 from test_graphs import assert_same, kept
 from test_ops import random_inputs, trellis
 from trellisnet import TrellisNet, heads
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import fused, gemm
-from trellisnet.training import graphs
+from trellisnet.training import graphs, programs
 from trellisnet.training.config import PROJECT, parse
 from trellisnet.training.tasks import LanguageModeling
 from word_ptb.model import Config
@@ -29,7 +25,6 @@ CUDA = torch.device("cuda")
 # Relative to the norm of what is compared, which is in float64 on the CPU.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 8e-2}
 BACKENDS = [("reference", "auto"), ("fused", "eager"), ("triton", "auto")]
-TASKS = {"word_ptb": word_ptb.train, "char_ptb": char_ptb.train, "pmnist": pmnist.train, "cifar10": cifar10.train}
 IMAGES = ("pmnist", "cifar10")
 ON_BOTH = pytest.mark.parametrize("precision", TOLERANCE)
 
@@ -270,11 +265,12 @@ def test_weights_and_checkpoints_go_from_device_to_device(tmp_path, capsys, here
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it announces itself as a prototype
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", programs.TASKS)
 def test_batches_are_made_without_waiting_for_the_device(task):
-    config, _ = parse(TASKS[task].Config, ["--data", "synthetic", "--nhid", "8", *["--augment"] * (task in IMAGES)])
-    made, splits, *_ = TASKS[task].setup(config, CUDA)
-    batches = made.batches(splits.train)
+    program = programs.get(task)
+    config, _ = parse(program.config_class, ["--data", "synthetic", "--nhid", "8", *["--augment"] * (task in IMAGES)])
+    task, splits, *_ = program.setup(config, CUDA)
+    batches = task.batches(splits.train)
     torch.cuda.set_sync_debug_mode("error")
     try:
         inputs, targets = batches[0]

@@ -7,16 +7,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import char_ptb.model
-import cifar10.model
-import pmnist.model
-import word_ptb.model
-import wt103.model
 from test_ops import SHAPES, random_inputs, trellis
 from trellisnet import TrellisNet, ops
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import compiled, fused, gemm, pruning
 from trellisnet.ops import gates as eager
+from trellisnet.training import programs
 from trellisnet.training.config import parse
 from trellisnet.training.tasks import LanguageModeling
 
@@ -482,17 +478,15 @@ def test_a_route_that_fails_is_not_taken(monkeypatch):
     gemm._works.cache_clear()
 
 
-MODULES = {
-    module.Config.task: module for module in (word_ptb.model, char_ptb.model, wt103.model, pmnist.model, cifar10.model)
-}
-SMALL = {name: ["--nhid", "3", "--batch_size", "2"] for name in MODULES}
+PROGRAMS = {task: programs.get(task) for task in programs.TASKS}
+SMALL = {name: ["--nhid", "3", "--batch_size", "2"] for name in PROGRAMS}
 SMALL |= {name: [*SMALL[name], "--emsize", "4", "--nout", "4"] for name in ("word_ptb", "char_ptb", "wt103")}
 
 
 PRESETS = [  # those of TrellisNet
     (task, name)
-    for task, module in MODULES.items()
-    for name, values in module.Config.presets.items()
+    for task, program in PROGRAMS.items()
+    for name, values in program.config_class.presets.items()
     if "model" not in values
 ]
 
@@ -516,15 +510,15 @@ def test_every_preset_of_every_task_takes_this_path(monkeypatch, task, preset):
 
     monkeypatch.setattr(fused, "trellis", count)
     torch.manual_seed(0)
-    config, _ = parse(MODULES[task].Config, ["--preset", preset, *SMALL[task]])
+    config, _ = parse(PROGRAMS[task].config_class, ["--preset", preset, *SMALL[task]])
     assert config.chosen(torch.device("cpu")).backend == "fused"
     if task in ("pmnist", "cifar10"):
         length, channels = (784, 1) if task == "pmnist" else (1024, 3)
-        model = MODULES[task].build_model(config, channels, 10).train()
+        model = PROGRAMS[task].build_model(config, channels, 10).train()
         model(torch.randn(2, length, channels)).logits.sum().backward()
         expected = {11: {784: 1_571, 1024: 2_047}, 16: {784: 4_831, 1024: 6_222}}[config.nlevels][length]
     else:
-        model = MODULES[task].build_model(config, 30).train()
+        model = PROGRAMS[task].build_model(config, 30).train()
         aux_every = config.aux_freq if config.aux else None
         task_ = LanguageModeling(
             model, horizon=config.horizon, seq_len=config.task_seq_len(), repackage=config.repack,

@@ -13,11 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import char_ptb.model
-import cifar10.model
-import pmnist.model
-import word_ptb.model
-import wt103.model
 from char_ptb import data as char_data
 from cifar10 import data as cifar_data
 from pmnist import data as mnist_data
@@ -25,7 +20,7 @@ from trellisnet import serialization
 from trellisnet.data import corpus, encoder, pixels
 from trellisnet.data.text import Texts, normalised
 from trellisnet.errors import UserError
-from trellisnet.training import checkpoint
+from trellisnet.training import checkpoint, programs
 from trellisnet.training.config import build_parser, flag_of, parse, to_settings
 from word_ptb.train import main
 
@@ -34,7 +29,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
-CONFIGS = [module.Config for module in (word_ptb.model, char_ptb.model, wt103.model, pmnist.model, cifar10.model)]
+CONFIGS = [programs.get(task).config_class for task in programs.TASKS]
 MANY = settings(
     max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import cifar10.model
 import cifar10.train
-import pmnist.model
-import pmnist.train
 import word_ptb.train
 from trellisnet.data import pixels
 from trellisnet.models import TrellisClassifier, count_parameters
-from trellisnet.training import checkpoint
+from trellisnet.training import checkpoint, programs
 from trellisnet.training.classification import DILATION
 from trellisnet.training.config import PROJECT, build_parser, parse
 from trellisnet.training.engine import Trainer
@@ -26,8 +23,7 @@ from trellisnet.weights import save_weights
 
 SMALL = """--data synthetic --nhid 4 --nlevels 11 --batch_size 50 --epochs 2 --max_steps 60 --lr 0.01 --dropouti 0
 --dropout 0 --wdrop 0 --dropouth 0 --log-interval 20 --max_eval_tokens 200 --threads 1""".split()
-TASKS = {"pmnist": (pmnist.model, pmnist.train.main), "cifar10": (cifar10.model, cifar10.train.main)}
-SETUPS = {"pmnist": pmnist.train.setup, "cifar10": cifar10.train.setup}
+TASKS = {task: programs.get(task) for task in ("pmnist", "cifar10")}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +38,7 @@ def run(tmp_path, capsys):
     def call(*argv, task="pmnist", out="run", base=True):
         metrics = tmp_path / "metrics.json"
         metrics.unlink(missing_ok=True)
-        code = TASKS[task][1](
+        code = TASKS[task].main(
             [str(a) for a in (*(SMALL if base else ()), "--out", tmp_path / out, "--metrics", metrics, *argv)]
         )
         printed = capsys.readouterr()
@@ -128,9 +124,9 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_batches_are_made_without_constants(task, augment):
     """A tensor made of Python's numbers would be copied to the device, which waits for it, in every step."""
-    config, _ = parse(TASKS[task][0].Config, [*SMALL[:10], *(["--augment"] if augment else [])])
-    made, splits, *_ = SETUPS[task](config, torch.device("cpu"))
-    batches = made.batches(splits.train)
+    config, _ = parse(TASKS[task].config_class, [*SMALL[:10], *(["--augment"] if augment else [])])
+    task, splits, *_ = TASKS[task].setup(config, torch.device("cpu"))
+    batches = task.batches(splits.train)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         inputs, _ = batches[0]
     assert "aten::lift_fresh" not in {event.key for event in profile.key_averages()}
@@ -174,7 +170,7 @@ def test_a_model_that_does_not_see_the_whole_image_is_told_of(run):
     with warnings.catch_warnings(action="default"):
         code, _, err, _ = run("--nlevels", "2", "--dilation", "1", "--max_steps", "1")
     assert code == 0
-    assert err == "warning: the last 3 of 784 pixels are all that the model sees: more --nlevels\n"
+    assert err == "warning: the model sees only the last 3 of 784 pixels: raise --nlevels\n"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +191,9 @@ def test_a_model_that_does_not_see_the_whole_image_is_told_of(run):
     ],
 )
 def test_sizes_and_layer_steps(task, preset, size, steps):
-    module, _ = TASKS[task]
-    model = module.build_model(parse(module.Config, ["--preset", preset])[0], {"pmnist": 1, "cifar10": 3}[task], 10)
+    program = TASKS[task]
+    config, _ = parse(program.config_class, ["--preset", preset])
+    model = program.build_model(config, {"pmnist": 1, "cifar10": 3}[task], 10)
     assert count_parameters(model) == size
     length = {"pmnist": 784, "cifar10": 1024}[task]
     assert (model.core.layer_steps(length, last_only=True), model.core.layer_steps(length)) == steps
@@ -205,7 +202,7 @@ def test_sizes_and_layer_steps(task, preset, size, steps):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_defaults_are_the_authors_released_ones(task):
-    config = TASKS[task][0].Config
+    config = TASKS[task].config_class
     c = parse(config, [])[0]
     released = {
         "nhid": 120, "lr": 4e-3, "clip": 0.5, "epochs": 200, "batch_size": 64, "nlevels": 11, "dropout": 0.1,

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from trellisnet.data import PROJECT, _project
-
-TASKS = ("word_ptb", "char_ptb", "wt103", "pmnist", "cifar10")
+from trellisnet.training.programs import TASKS
 
 
 def test_data_and_runs_go_to_the_checkout_or_else_to_the_working_directory(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import PROJECT
+from trellisnet.training.programs import TASKS
 
-TASKS = ["word_ptb", "char_ptb", "wt103", "pmnist", "cifar10"]
 SCRIPTS = """bench bench_sparse cifar_from_jpeg collect compare_ranks context export generate plot pos_tagging
 torture""".split()
 PROGRAMS = [f"{task}/{name}.py" for task in TASKS for name in ("train", "data")]

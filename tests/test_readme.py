@@ -4,14 +4,10 @@ import re
 
 import pytest
 
-import char_ptb.model
-import cifar10.model
-import pmnist.model
-import word_ptb.model
-import wt103.model
+from trellisnet.training import programs
 from trellisnet.training.config import PROJECT, build_parser
 
-CONFIGS = [module.Config for module in (word_ptb.model, char_ptb.model, wt103.model, pmnist.model, cifar10.model)]
+CONFIGS = [programs.get(task).config_class for task in programs.TASKS]
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 

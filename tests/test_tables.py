@@ -10,20 +10,12 @@ import sys
 import pytest
 import torch
 
-import char_ptb.model
-import cifar10.model
-import pmnist.model
-import word_ptb.model
-import wt103.model
 from trellisnet.models import count_parameters
+from trellisnet.training import programs
 from trellisnet.training.config import PROJECT, parse
 from word_ptb.model import Config, build_model
 
 TABLES = [1, 2, 3, 4, 6]
-MODELS = {
-    "word_ptb": word_ptb.model, "char_ptb": char_ptb.model, "wt103": wt103.model, "pmnist": pmnist.model,
-    "cifar10": cifar10.model,
-}  # fmt: skip
 
 
 def table(number, root=PROJECT, **environment):
@@ -81,10 +73,11 @@ def test_every_row_has_flags_that_make_sense(name, smoked, tmp_path):
     lines = re.findall(r"seed 1111: python (\w+)/train.py (.*)", done.stdout)
     assert len(lines) == (20 if name == "rhn_table" else len(rows_of(name)))
     for task, flags in lines:
-        config, _ = parse(MODELS[task].Config, flags.split())
+        program = programs.get(task)
+        config, _ = parse(program.config_class, flags.split())
         sizes = [3, 10] if task in ("pmnist", "cifar10") else [100_000 if task == "wt103" else 1000]
         with torch.device("meta"):
-            assert count_parameters(MODELS[task].build_model(config, *sizes)) > 0
+            assert count_parameters(program.build_model(config, *sizes)) > 0
 
 
 def test_every_depth_has_two_rows():

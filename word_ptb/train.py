@@ -1,18 +1,18 @@
 """Train or score a TrellisNet on word-level Penn Treebank: `python word_ptb/train.py --help`."""
 
-import functools
 import signal
 import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
-from trellisnet.training import cli, language_model
+from trellisnet.training.language_model import LanguageModelProgram
 from word_ptb import data
 from word_ptb.model import Config
 
-setup = functools.partial(language_model.setup, data.load)
-main = functools.partial(cli.main, Config, setup)
+program = LanguageModelProgram(Config, data.load)
+main = program.main
+setup = program.setup
 
 if __name__ == "__main__":
     sys.exit(main())

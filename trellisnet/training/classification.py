@@ -7,7 +7,6 @@ import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from trellisnet.baselines import TCN
 from trellisnet.data.augmentation import AffineMaps
-from trellisnet.data.pixels import Images, normalise, permutation
+from trellisnet.data.pixels import normalise, permutation
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
@@ -24,6 +23,7 @@ from trellisnet.training.cores import TRELLISNET
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.programs import Program
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import Classification, Splits
 
@@ -114,64 +114,59 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
     )
 
 
-def setup(
-    load: Callable[..., Images], config: ClassificationConfig, device: torch.device, ranks: Ranks | None = None
-) -> tuple[Classification, Splits, Schedule, dict[str, Any]]:
-    """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
+class ClassificationProgram(Program):
+    """The program of a classifier. `load(folder, download, validation)` returns an :class:`Images`."""
 
-    Args:
-        load: the task's `data.load(folder, download, validation)`.
-        config: the settings.
-        device: where to train.
-        ranks: the processes that train together; by default this one is alone.
+    build_model = staticmethod(build_model)
 
-    Raises:
-        UserError: images that cannot be read, or cannot be augmented.
-    """
-    if device.type == "cpu":
-        keep_freed_memory()  # worth about a third of a step here, nothing to language models, whose products weigh more
-    images = load(config.data_folder(), download=config.download and not config.data, validation=config.validation)
-    length, channels = images.train.pixels.shape[1:]
-    order = permutation(length, config.permutation_seed) if config.permute else torch.arange(length)
-    if config.augment and math.isqrt(length) ** 2 != length:
-        raise UserError(f"--augment: needs square images, and these have {length} pixels; leave it out")
-    model = build_model(config, channels, images.n_classes).to(device)
-    if (seen := model.core.receptive_field) < length:
-        warnings.warn(f"the last {seen} of {length} pixels are all that the model sees: more --nlevels", stacklevel=2)
-    # On the device once and for all: a copy for every batch would make it wait for the device.
-    places = order.to(device)
-    mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
+    def setup(
+        self, config: ClassificationConfig, device: torch.device, ranks: Ranks | None = None
+    ) -> tuple[Classification, Splits, Schedule, dict[str, Any]]:
+        if device.type == "cpu":
+            keep_freed_memory()  # saves about a third of a step here, and nothing in language models: larger products
+        download = config.download and not config.data
+        images = self.load(config.data_folder(), download=download, validation=config.validation)
+        length, channels = images.train.pixels.shape[1:]
+        order = permutation(length, config.permutation_seed) if config.permute else torch.arange(length)
+        if config.augment and math.isqrt(length) ** 2 != length:
+            raise UserError(f"--augment: needs square images, and these have {length} pixels; leave it out")
+        model = build_model(config, channels, images.n_classes).to(device)
+        if (seen := model.core.receptive_field) < length:
+            warnings.warn(f"the model sees only the last {seen} of {length} pixels: raise --nlevels", stacklevel=2)
+        # On the device once and for all: a copy for every batch would make it wait for the device.
+        places = order.to(device)
+        mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
 
-    def prepare(pixels: Tensor) -> Tensor:
-        return normalise(pixels[:, places], mean, std)
+        def prepare(pixels: Tensor) -> Tensor:
+            return normalise(pixels[:, places], mean, std)
 
-    task = Classification(
-        model,
-        batch_size=config.batch_size,
-        eval_batch_size=config.eval_batch_size,
-        prepare=prepare,
-        seed=config.seed,
-        augment=config.augmentation if config.augment else None,
-        label_smoothing=config.label_smoothing,
-        ranks=ranks,
-    )
-    parts = {"train": images.train, "valid": images.valid, "test": images.test}
-    score_mc = functools.partial(task.evaluate_mc, passes=config.mc_dropout)
-    parts = {name: part and tuple(tensor.to(device) for tensor in part) for name, part in parts.items()}
-    splits = Splits(
-        **parts,
-        label=images.label,
-        sha256=images.sha256,
-        sizes=tuple(len(part[1]) if part else 0 for part in parts.values()),
-        vocabulary=hashlib.sha256(order.numpy()).hexdigest(),
-        extra_evaluations={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
-        choices={"permutation": order.tolist()} if config.permute else {},
-    )
-    facts = {"training images": len(images.train.labels), "pixels": length}
-    steps = 0 if config.eval else len(task.batches(splits.train))
-    if steps:
-        facts["steps an epoch"] = steps
-    facts["order"] = f"permuted, seed {config.permutation_seed}" if config.permute else "row by row"
-    if steps and config.augment:
-        facts["augmentation"] = str(config.augmentation)
-    return task, splits, make_schedule(config, lambda epoch: steps), facts
+        task = Classification(
+            model,
+            batch_size=config.batch_size,
+            eval_batch_size=config.eval_batch_size,
+            prepare=prepare,
+            seed=config.seed,
+            augment=config.augmentation if config.augment else None,
+            label_smoothing=config.label_smoothing,
+            ranks=ranks,
+        )
+        parts = {"train": images.train, "valid": images.valid, "test": images.test}
+        score_mc = functools.partial(task.evaluate_mc, passes=config.mc_dropout)
+        parts = {name: part and tuple(tensor.to(device) for tensor in part) for name, part in parts.items()}
+        splits = Splits(
+            **parts,
+            label=images.label,
+            sha256=images.sha256,
+            sizes=tuple(len(part[1]) if part else 0 for part in parts.values()),
+            vocabulary=hashlib.sha256(order.numpy()).hexdigest(),
+            extra_evaluations={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
+            choices={"permutation": order.tolist()} if config.permute else {},
+        )
+        facts = {"training images": len(images.train.labels), "pixels": length}
+        steps = 0 if config.eval else len(task.batches(splits.train))
+        if steps:
+            facts["steps an epoch"] = steps
+        facts["order"] = f"permuted, seed {config.permutation_seed}" if config.permute else "row by row"
+        if steps and config.augment:
+            facts["augmentation"] = str(config.augmentation)
+        return task, splits, make_schedule(config, lambda epoch: steps), facts

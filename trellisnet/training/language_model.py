@@ -18,6 +18,7 @@ from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.programs import Program
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling, Splits
 from trellisnet.training.tasks.windows import no_window
@@ -254,77 +255,71 @@ def _only_held_out(corpus: Corpus, token: str) -> list[str]:
     return [f"{token} that the training text does not have: {', '.join(counts)}"] if found else []
 
 
-def setup(
-    load: Callable[..., Corpus], config: LanguageModelConfig, device: torch.device, ranks: Ranks | None = None
-) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
-    """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
+class LanguageModelProgram(Program):
+    """The program of a language model. `load(folder, download, **config.data_options())` returns a :class:`Corpus`."""
 
-    Args:
-        load: the task's `data.load(folder, download, **config.data_options())`.
-        config: the settings.
-        device: where to train.
-        ranks: the processes that train together; by default this one is alone.
+    build_model = staticmethod(build_model)
 
-    Raises:
-        UserError: a corpus that cannot be read or is too short for the settings.
-    """
-    # Only the project's own folder is filled by itself; a folder that the user names is theirs.
-    corpus = load(config.data_folder(), download=config.download and not config.data, **config.data_options())
-    model = build_model(config, len(corpus.vocabulary)).to(device)
-    if config.label_smoothing and config.bands(len(corpus.vocabulary)):
-        raise UserError(
-            "--label_smoothing: needs the log-probabilities of all classes, and a split softmax computes those of the "
-            "target's band only; leave it out or pass --cutoffs 0"
+    def setup(
+        self, config: LanguageModelConfig, device: torch.device, ranks: Ranks | None = None
+    ) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
+        # Only the project's own folder is filled by itself; a folder that the user names is theirs.
+        corpus = self.load(config.data_folder(), download=config.download and not config.data, **config.data_options())
+        model = build_model(config, len(corpus.vocabulary)).to(device)
+        if config.label_smoothing and config.bands(len(corpus.vocabulary)):
+            raise UserError(
+                "--label_smoothing: needs the log-probabilities of all classes, and a split softmax computes only "
+                "those of the target's band; leave it out or pass --cutoffs 0"
+            )
+        task = config.make_task(
+            model,
+            corpus,
+            horizon=config.horizon,
+            seq_len=config.task_seq_len(),
+            repackage=config.repack,
+            aux_weight=config.aux,
+            aux_every=config.aux_freq,
+            alpha=config.alpha,
+            beta=config.beta,
+            length_seed=config.seed if config.random_length else None,
+            label_smoothing=config.label_smoothing,
+            ranks=ranks,
         )
-    task = config.make_task(
-        model,
-        corpus,
-        horizon=config.horizon,
-        seq_len=config.task_seq_len(),
-        repackage=config.repack,
-        aux_weight=config.aux,
-        aux_every=config.aux_freq,
-        alpha=config.alpha,
-        beta=config.beta,
-        length_seed=config.seed if config.random_length else None,
-        label_smoothing=config.label_smoothing,
-        ranks=ranks,
-    )
-    sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
-    try:
-        rows = {split: batchify(getattr(corpus, split), sizes[split]).to(device) for split in SPLITS}
-        steps = 0 if config.eval else len(task.batches(rows["train"]))
-        for split in ("valid", "test"):
-            if not task.evaluation_windows.starts(rows[split].size(1)):
-                raise ValueError(f"{split}: {no_window(rows[split].size(1))}")
-    except ValueError as e:
-        raise UserError(f"the corpus is too short for these settings: {e}") from e
-    schedule = make_schedule(
-        config,
-        lambda epoch: len(task.batches(rows["train"], epoch)),
-        anneal=config.nonmono or config.patience(),
-        recent=config.anneal_recent,
-        factor=config.anneal_by or config.plateau_factor,
-        floor=config.plateau_floor,
-        when_floor=config.when_floor,
-        asgd=config.asgd or config.nonmono > 0,
-    )
-    tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
-    splits = Splits(
-        **rows,
-        label=corpus.label,
-        sha256=corpus.sha256,
-        sizes=tokens,
-        extra_evaluations=config.extra_evaluations(task, corpus, rows),
-        vocabulary=corpus.vocabulary_sha256,
-        notices=(*corpus.notices, *_only_held_out(corpus, config.token)),
-        changed=corpus.changed,
-        stored_sha256=corpus.stored_sha256,
-    )
-    facts = {"training tokens": tokens[0], config.token: len(corpus.vocabulary)}
-    if not config.eval:
-        facts["steps an epoch"] = steps
-    facts["softmax"] = f"mixture of {config.n_experts}" if config.n_experts else "plain"
-    if bands := config.bands(len(corpus.vocabulary)):
-        facts["softmax"] = f"split at {', '.join(map(str, bands))}"
-    return task, splits, schedule, facts
+        sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
+        try:
+            rows = {split: batchify(getattr(corpus, split), sizes[split]).to(device) for split in SPLITS}
+            steps = 0 if config.eval else len(task.batches(rows["train"]))
+            for split in ("valid", "test"):
+                if not task.evaluation_windows.starts(rows[split].size(1)):
+                    raise ValueError(f"{split}: {no_window(rows[split].size(1))}")
+        except ValueError as e:
+            raise UserError(f"the corpus is too short for these settings: {e}") from e
+        schedule = make_schedule(
+            config,
+            lambda epoch: len(task.batches(rows["train"], epoch)),
+            anneal=config.nonmono or config.patience(),
+            recent=config.anneal_recent,
+            factor=config.anneal_by or config.plateau_factor,
+            floor=config.plateau_floor,
+            when_floor=config.when_floor,
+            asgd=config.asgd or config.nonmono > 0,
+        )
+        tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
+        splits = Splits(
+            **rows,
+            label=corpus.label,
+            sha256=corpus.sha256,
+            sizes=tokens,
+            extra_evaluations=config.extra_evaluations(task, corpus, rows),
+            vocabulary=corpus.vocabulary_sha256,
+            notices=(*corpus.notices, *_only_held_out(corpus, config.token)),
+            changed=corpus.changed,
+            stored_sha256=corpus.stored_sha256,
+        )
+        facts = {"training tokens": tokens[0], config.token: len(corpus.vocabulary)}
+        if not config.eval:
+            facts["steps an epoch"] = steps
+        facts["softmax"] = f"mixture of {config.n_experts}" if config.n_experts else "plain"
+        if bands := config.bands(len(corpus.vocabulary)):
+            facts["softmax"] = f"split at {', '.join(map(str, bands))}"
+        return task, splits, schedule, facts
