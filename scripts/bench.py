@@ -22,6 +22,7 @@ fastest product of its precision there: of a layer's shape or, on CUDA, of 8192 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -41,23 +41,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-import char_ptb.model  # noqa: E402
-import cifar10.model  # noqa: E402
-import pmnist.model  # noqa: E402
-import word_ptb.model  # noqa: E402
-import wt103.model  # noqa: E402
-from trellisnet import ops  # noqa: E402
-from trellisnet.errors import RunError, UserError, counted  # noqa: E402
-from trellisnet.ops import gemm  # noqa: E402
-from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
-from trellisnet.training.cli import guarded  # noqa: E402
-from trellisnet.training.config import Parser, RunConfig, parse  # noqa: E402
-from trellisnet.training.graphs import WARM_UP, CUDARecorder, Recorded, Recorder  # noqa: E402
-from trellisnet.training.optim import make_optimizer  # noqa: E402
-from trellisnet.training.runlog import (  # noqa: E402
+import char_ptb.model
+import cifar10.model
+import pmnist.model
+import word_ptb.model
+import wt103.model
+from trellisnet import ops
+from trellisnet.errors import RunError, UserError, counted
+from trellisnet.ops import gemm
+from trellisnet.training.allocator import keep_freed_memory
+from trellisnet.training.cli import guarded
+from trellisnet.training.config import Parser, RunConfig, parse
+from trellisnet.training.graphs import WARM_UP, CUDARecorder, Recorded, Recorder
+from trellisnet.training.optim import make_optimizer
+from trellisnet.training.runlog import (
     check_json_path,
     command_line,
     commit,
@@ -65,8 +62,8 @@ from trellisnet.training.runlog import (  # noqa: E402
     peak_memory,
     write_json,
 )
-from trellisnet.training.tasks import LanguageModeling  # noqa: E402
-from trellisnet.training.tasks.windows import STREAM_POSITIONS  # noqa: E402
+from trellisnet.training.tasks import LanguageModeling
+from trellisnet.training.tasks.windows import STREAM_POSITIONS
 
 # What is timed: the task's settings, and classes (or pixels and colours) of its data.
 LANGUAGE = {"word_ptb": (word_ptb.model, 10_000), "char_ptb": (char_ptb.model, 50), "wt103": (wt103.model, 267_735)}
@@ -564,10 +561,7 @@ def run(argv: Sequence[str]) -> None:
         write_json(args.json, "--json", {**head, "records": records})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

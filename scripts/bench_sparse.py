@@ -7,11 +7,11 @@ three must agree before they are timed; a time is the best of several forward an
     python scripts/bench_sparse.py [--device cuda]
 """
 
+import functools
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
@@ -19,8 +19,6 @@ if __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trellisnet.baselines import SparseLSTM
 from trellisnet.errors import counted
@@ -111,10 +109,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"{inputs} → {hidden}, {len(layer.parts)} parts: {times}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@ where each begins, and the end of the last) and NAME_labels (n integers from 0 t
     python cifar10/train.py --data data/cifar10-jpeg
 """
 
+import functools
 import io
 import itertools
 import signal
@@ -156,10 +157,7 @@ def run(argv: Sequence[str]) -> None:
         print(f"{args.folder / name}: {len(batch):,} pictures")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,7 @@ Table 6 after equally many updates: what `PRESET=small STEPS=N bash scripts/tabl
 """
 
 import argparse
+import functools
 import json
 import re
 import signal
@@ -26,13 +27,10 @@ from typing import Any
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from trellisnet import errors  # noqa: E402
-from trellisnet.serialization import atomic_write, read_regular  # noqa: E402
-from trellisnet.training.cli import guarded  # noqa: E402
-from trellisnet.training.config import Parser  # noqa: E402
+from trellisnet import errors
+from trellisnet.serialization import atomic_write, read_regular
+from trellisnet.training.cli import guarded
+from trellisnet.training.config import PROJECT, Parser
 
 # Test scores of the paper (Tables 1 to 3), by task.
 PAPER = {
@@ -863,10 +861,7 @@ def run(argv: Sequence[str]) -> int:
     return 1 if stale and args.check else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,4 +54,4 @@ rhn() { timed rhn; }
 sparse_lstm() { timed sparse-lstm; }
 
 rows trellisnet awd_lstm tcn rhn sparse_lstm
-[ -n "${SMOKE:-}" ] || "$PY" "$ROOT/scripts/collect.py" --table compare
+[ -n "${SMOKE:-}" ] || "$PY" "$ROOT/scripts/collect.py" --table compare --root "$ROOT"

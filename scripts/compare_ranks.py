@@ -28,22 +28,19 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-import char_ptb.train  # noqa: E402
-import cifar10.train  # noqa: E402
-import pmnist.train  # noqa: E402
-import word_ptb.train  # noqa: E402
-import wt103.train  # noqa: E402
-from trellisnet.errors import RunError, UserError, counted  # noqa: E402
-from trellisnet.training.cli import guarded  # noqa: E402
-from trellisnet.training.config import Parser, parse  # noqa: E402
-from trellisnet.training.distributed import Ranks  # noqa: E402
-from trellisnet.training.engine import Trainer  # noqa: E402
-from trellisnet.training.optim import make_optimizer  # noqa: E402
-from trellisnet.training.runlog import NoFolder, check_json_path, commit, machine, write_json  # noqa: E402
-from trellisnet.training.scoring import evaluate  # noqa: E402
+import char_ptb.train
+import cifar10.train
+import pmnist.train
+import word_ptb.train
+import wt103.train
+from trellisnet.errors import RunError, UserError, counted
+from trellisnet.training.cli import guarded
+from trellisnet.training.config import Parser, parse
+from trellisnet.training.distributed import Ranks
+from trellisnet.training.engine import Trainer
+from trellisnet.training.optim import make_optimizer
+from trellisnet.training.runlog import NoFolder, check_json_path, commit, machine, write_json
+from trellisnet.training.scoring import evaluate
 
 STEPS = 5
 BOUNDS = {"float32": 1e-6, "float64": 1e-12}
@@ -196,10 +193,7 @@ def run(argv: Sequence[str]) -> int:
     return int(failed)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 all agree, 1 something does not, 2 wrong arguments."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,6 +7,7 @@ The loss of the same targets, spread evenly over the validation text, is compute
 them and nothing else: with 1, 2, 4, … and, of a TrellisNet or a TCN, as many as it can see, and twice as many.
 """
 
+import functools
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,8 +15,7 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
-import trained
-
+from scripts import trained
 from trellisnet.errors import UserError
 from trellisnet.evaluation.context import context_lengths, loss_by_context
 from trellisnet.models import count_parameters
@@ -65,10 +65,7 @@ def run(argv: Sequence[str]) -> None:
         write_json(args.json, "--json", told)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ when all is done: an earlier export stays whole until then. Further flags go to 
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
@@ -25,13 +26,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
-import trained
 
 import char_ptb.train
 import cifar10.train
 import pmnist.train
 import word_ptb.train
 import wt103.train
+from scripts import trained
 from trellisnet import weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.serialization import atomic_folder, atomic_write
@@ -177,10 +178,7 @@ def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Seq
     return size
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

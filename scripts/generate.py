@@ -9,6 +9,7 @@ for a single `<eos>`. Words must be of the vocabulary, which the data of the mod
 text on the same machine.
 """
 
+import functools
 import signal
 import sys
 import textwrap
@@ -19,8 +20,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 import torch
-import trained
 
+from scripts import trained
 from trellisnet.data.corpus import EOS, unknown_tokens
 from trellisnet.data.text import normalised
 from trellisnet.errors import NAME, UserError, shown
@@ -107,10 +108,7 @@ def run(argv: Sequence[str]) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 if __name__ == "__main__":
@@ -29,19 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from trellisnet.baselines import AWDLSTM, RHN, TCN  # noqa: E402
-from trellisnet.errors import UserError  # noqa: E402
-from trellisnet.models import TrellisClassifier  # noqa: E402
-from trellisnet.training import cli  # noqa: E402
-from trellisnet.training.allocator import keep_freed_memory  # noqa: E402
-from trellisnet.training.distributed import Ranks  # noqa: E402
-from trellisnet.training.network import TRELLISNET, NetworkConfig  # noqa: E402
-from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
-from trellisnet.training.settings import setting  # noqa: E402
-from trellisnet.training.tasks import Classification, Splits, evaluating  # noqa: E402
+from trellisnet.baselines import AWDLSTM, RHN, TCN
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisClassifier
+from trellisnet.training import cli
+from trellisnet.training.allocator import keep_freed_memory
+from trellisnet.training.distributed import Ranks
+from trellisnet.training.network import TRELLISNET, NetworkConfig
+from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.settings import setting
+from trellisnet.training.tasks import Classification, Splits, evaluating
 
 DIGITS, BLANK, MARKER = 10, 0, 9  # digits to remember, each 1 to 8; and the other two symbols
 DATA_SEED = 2018  # of the examples, the same for every --seed

@@ -22,16 +22,14 @@ from typing import Any, BinaryIO, NamedTuple
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
-import collect
-
+from scripts import collect
 from trellisnet.errors import UserError
 from trellisnet.ops.pruning import dependencies
 from trellisnet.serialization import atomic_write
 from trellisnet.training.cli import guarded
-from trellisnet.training.config import Parser
+from trellisnet.training.config import PROJECT, Parser
 from trellisnet.training.runlog import check_output, pip_install
 
-PROJECT = Path(__file__).resolve().parents[1]
 # What colour-blind readers tell apart (Okabe & Ito, 2008), and two more.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255"]
 AXES = {"ppl": "perplexity", "bpc": "bits per character", "accuracy": "accuracy"}
@@ -652,10 +650,7 @@ def run(argv: Sequence[str]) -> None:
             file.write(trellis().encode())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return guarded(run, argv)
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,23 +32,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from trellisnet.baselines import SparseEmbedding  # noqa: E402
-from trellisnet.baselines.lstm import WeightDropLSTM  # noqa: E402
-from trellisnet.core import check_lengths, check_tensor  # noqa: E402
-from trellisnet.data.corpus import ALL_ORDERS, SPLITS  # noqa: E402
-from trellisnet.data.text import Texts  # noqa: E402
-from trellisnet.errors import UserError  # noqa: E402
-from trellisnet.ops import hide_padding  # noqa: E402
-from trellisnet.regularization import dropout_scale, scaled  # noqa: E402
-from trellisnet.training import cli  # noqa: E402
-from trellisnet.training.config import RunConfig  # noqa: E402
-from trellisnet.training.distributed import Ranks  # noqa: E402
-from trellisnet.training.optim import Schedule, make_schedule  # noqa: E402
-from trellisnet.training.settings import setting  # noqa: E402
-from trellisnet.training.tasks import AccuracyTask, Splits  # noqa: E402
+from trellisnet.baselines import SparseEmbedding
+from trellisnet.baselines.lstm import WeightDropLSTM
+from trellisnet.core import check_lengths, check_tensor
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS
+from trellisnet.data.text import Texts
+from trellisnet.errors import UserError
+from trellisnet.ops import hide_padding
+from trellisnet.regularization import dropout_scale, scaled
+from trellisnet.training import cli
+from trellisnet.training.config import RunConfig
+from trellisnet.training.distributed import Ranks
+from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.settings import setting
+from trellisnet.training.tasks import AccuracyTask, Splits
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
 COLUMN = re.compile(r"\S+", re.ASCII)  # other white space, such as a no-break space, may be part of a word

@@ -11,19 +11,24 @@ what it takes beyond their sum, the device is idle. On a CPU operators stand in 
 
 import argparse
 import contextlib
+import functools
 import gc
+import signal
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import bench
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
+
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from scripts import bench
 from trellisnet.errors import RunError, UserError
 from trellisnet.ops import fused
-from trellisnet.training.cli import is_out_of_memory
+from trellisnet.training.cli import guarded, is_out_of_memory
 from trellisnet.training.config import Parser, RunConfig
 from trellisnet.training.graphs import WARM_UP
 
@@ -117,12 +122,19 @@ def measure(action: Callable[[bench.Work, int], str], step: str, label: str, arg
     return fits
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what was asked for with every step; 1 if one of them does not fit in memory.
+def run(argv: Sequence[str]) -> int:
+    """Take every action on every step; 1 if one of the steps does not fit in memory.
 
     Raises:
-        UserError: an action, device, task or preset that is not there.
+        UserError: an unknown action, device, task or preset.
     """
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("actions", nargs="*", metavar="ACTION", help=f"{', '.join(ACTIONS)}; default: times kernels")
+    parser.add_argument("--steps", nargs="+", metavar="TASK:PRESET", help=f"default: {' '.join(STEPS)}")
+    parser.add_argument("--repeats", type=int, default=15, help="steps that are timed (default: 15)")
+    parser.add_argument("--quick", action="store_true", help="small networks")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    args = parser.parse_args(argv)
     if args.repeats < 1:
         raise UserError(f"--repeats: expected at least 1, got {args.repeats}")
     if unknown := [action for action in args.actions if action not in ACTIONS]:
@@ -141,22 +153,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(fit) else 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("actions", nargs="*", metavar="ACTION", help=f"{', '.join(ACTIONS)}; default: times kernels")
-    parser.add_argument("--steps", nargs="+", metavar="TASK:PRESET", help=f"default: {' '.join(STEPS)}")
-    parser.add_argument("--repeats", type=int, default=15, help="steps that are timed (default: 15)")
-    parser.add_argument("--quick", action="store_true", help="small networks")
-    parser.add_argument("--device", default="cuda", help="default: cuda")
-    try:
-        return run(parser.parse_args(argv))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except RunError as e:
-        print(f"failed: {e}", file=sys.stderr)
-        return 1
-
+main = functools.partial(guarded, run)
 
 if __name__ == "__main__":
     sys.exit(main())

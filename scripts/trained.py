@@ -16,22 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-import char_ptb.data  # noqa: E402
-import char_ptb.model  # noqa: E402
-import word_ptb.data  # noqa: E402
-import word_ptb.model  # noqa: E402
-import wt103.data  # noqa: E402
-import wt103.model  # noqa: E402
-from trellisnet import weights  # noqa: E402
-from trellisnet.data.corpus import Corpus  # noqa: E402
-from trellisnet.errors import UserError  # noqa: E402
-from trellisnet.models import TrellisLanguageModel  # noqa: E402
-from trellisnet.serialization import read_regular  # noqa: E402
-from trellisnet.training.config import parse  # noqa: E402
-from trellisnet.training.language_model import LanguageModelConfig, build_model  # noqa: E402
+import char_ptb.data
+import char_ptb.model
+import word_ptb.data
+import word_ptb.model
+import wt103.data
+import wt103.model
+from trellisnet import weights
+from trellisnet.data.corpus import Corpus
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.serialization import read_regular
+from trellisnet.training.config import parse
+from trellisnet.training.language_model import LanguageModelConfig, build_model
 
 TASKS = {
     "word_ptb": (word_ptb.model.Config, word_ptb.data.load),

@@ -10,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
+from scripts import bench
 from test_graphs import Player
 from trellisnet.errors import RunError
 from trellisnet.training.config import PROJECT
@@ -18,21 +19,13 @@ SCRIPT = PROJECT / "scripts" / "bench.py"
 SMALL = ["--flags", "--nhid", "8", "--nlevels", "6"]
 
 
-@pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import bench as module
-
-    return module
-
-
-def bench(*arguments):
+def program(*arguments):
     command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1", *arguments, *SMALL]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def measured(tmp_path, task, *arguments):
-    done = bench("--tasks", task, "--repeats", "1", "--json", str(tmp_path / "b.json"), *arguments)
+    done = program("--tasks", task, "--repeats", "1", "--json", str(tmp_path / "b.json"), *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "b.json").read_text())
     assert done.stdout.count("\n|") == len(found["records"]) + 2
@@ -66,11 +59,11 @@ def test_it_measures_heads_and_their_memory(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "precisions"), [("cpu", ["fp32"]), ("cuda", ["fp32", "tf32", "bf16"])])
-def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(module, device, precisions):
-    variants = module.variants_on(torch.device(device), recompute=[4])
-    assert variants[0] == module.REFERENCE
+def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(device, precisions):
+    variants = bench.variants_on(torch.device(device), recompute=[4])
+    assert variants[0] == bench.REFERENCE
     assert [v.precision for v in variants if v.backend == "reference"] == precisions
-    assert {v.precision for v in variants if v.recompute == 4} == set(module.PRECISIONS[device])
+    assert {v.precision for v in variants if v.recompute == 4} == set(bench.PRECISIONS[device])
 
 
 @pytest.mark.parametrize("task", ["word_ptb", "wt103"])  # streamed, and with repackaging
@@ -82,14 +75,14 @@ def test_it_measures_evaluation_and_generation(tmp_path, task):
 
 
 @pytest.mark.parametrize(("parts", "measured"), [(["core", "step"], ["fp32", "bf16"]), (["head"], [])])
-def test_the_peak_is_measured_once_per_precision(module, monkeypatch, parts, measured):
+def test_the_peak_is_measured_once_per_precision(monkeypatch, parts, measured):
     asked = []
-    monkeypatch.setattr(module, "peak_gflops", lambda work, precision: asked.append(precision) or 2.0)
-    monkeypatch.setattr(module, "gate", lambda *_: None)
+    monkeypatch.setattr(bench, "peak_gflops", lambda work, precision: asked.append(precision) or 2.0)
+    monkeypatch.setattr(bench, "gate", lambda *_: None)
     args = argparse.Namespace(
         device="cpu", quick=True, flags=SMALL[1:], recompute=[], parts=parts, repeats=2, memory=False
     )
-    records = list(module.measure("word_ptb", args, module.Display(0)))
+    records = list(bench.measure("word_ptb", args, bench.Display(0)))
     assert asked == measured
     assert len(records) == 3 * len(parts)
     for record in records:
@@ -99,11 +92,11 @@ def test_the_peak_is_measured_once_per_precision(module, monkeypatch, parts, mea
             assert "share_of_peak" not in record
 
 
-def test_a_wrong_result_is_not_timed(module, monkeypatch):
+def test_a_wrong_result_is_not_timed(monkeypatch):
     from trellisnet.ops import fused
 
-    work = module.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
-    module.gate(work, module.variants_on(work.device))
+    work = bench.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
+    bench.gate(work, bench.variants_on(work.device))
     right = fused._Trellis.apply
 
     def wrong(*args):
@@ -112,21 +105,21 @@ def test_a_wrong_result_is_not_timed(module, monkeypatch):
 
     monkeypatch.setattr(fused._Trellis, "apply", wrong)
     with pytest.raises(RunError, match="pmnist, fused: differs from the reference by 0.01; nothing is timed"):
-        module.gate(work, module.variants_on(work.device))
+        bench.gate(work, bench.variants_on(work.device))
 
 
-def test_graphs_compute_what_their_variants_do(module, monkeypatch):
+def test_graphs_compute_what_their_variants_do(monkeypatch):
     counts = Counter()
-    monkeypatch.setattr(module.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
-    work = module.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
-    graph = module.Variant("fused", "fp32", graph=True)
+    monkeypatch.setattr(bench.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
+    work = bench.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
+    graph = bench.Variant("fused", "fp32", graph=True)
     assert graph.name == "fused graph"
-    module.gate(work, [module.REFERENCE, graph], ["core"])
+    bench.gate(work, [bench.REFERENCE, graph], ["core"])
     for _ in range(6):
         work.run("step", graph)
     assert counts["recorded"] == 2
     assert counts["replayed"] == 1 + 3
-    variants = module.variants_on(torch.device("cuda"))
+    variants = bench.variants_on(torch.device("cuda"))
     assert [v.name for v in variants[-2:]] == ["fused bf16", "fused bf16 graph"]
 
 
@@ -143,8 +136,8 @@ def test_graphs_compute_what_their_variants_do(module, monkeypatch):
         (["--flags", "--emsize", "0"], "--emsize: expected at least 1, got 0"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, arguments, message):
-    assert module.main(["--quick", "--tasks", "word_ptb", *arguments]) == 2
+def test_mistakes_are_one_line_before_anything_is_measured(capsys, arguments, message):
+    assert bench.main(["--quick", "--tasks", "word_ptb", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     said = [line for line in printed.err.splitlines() if not line.startswith("word_ptb: ")]
@@ -153,5 +146,5 @@ def test_mistakes_are_one_line_before_anything_is_measured(module, capsys, argum
 
 
 def test_what_is_being_measured_is_said(tmp_path):
-    done = bench("--tasks", "pmnist", "--repeats", "1", "--parts", "forward")
+    done = program("--tasks", "pmnist", "--repeats", "1", "--parts", "forward")
     assert done.stderr.splitlines() == ["pmnist: comparison with the reference", "pmnist: forward", "pmnist: memory"]

@@ -1,7 +1,6 @@
 """cifar10's files: records, CIFAR-10 or not, from the archive or from JPEG pictures, and what is refused."""
 
 import errno
-import importlib.util
 import io
 import os
 import tarfile
@@ -12,14 +11,10 @@ import torch
 
 from cifar10 import data
 from cifar10.data import NAMES, RECORD
+from scripts import cifar_from_jpeg as converter
 from trellisnet.data import download
 from trellisnet.errors import UserError
-from trellisnet.training.config import PROJECT
 from trellisnet.training.runlog import pip_install
-
-spec = importlib.util.spec_from_file_location("cifar_from_jpeg", PROJECT / "scripts" / "cifar_from_jpeg.py")
-converter = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(converter)
 
 
 def batch(labels, seed=0):

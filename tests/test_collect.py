@@ -1,6 +1,5 @@
 """scripts/collect.py: what is quoted, and what must not be."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,11 +8,8 @@ import shutil
 import pytest
 
 from cases import committed
+from scripts import collect
 from trellisnet.training.config import PROJECT
-
-spec = importlib.util.spec_from_file_location("collect", PROJECT / "scripts" / "collect.py")
-collect = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(collect)
 
 METRICS = {
     "task": "word_ptb", "preset": "small", "command": "python word_ptb/train.py --preset small", "version": "0.1.0",

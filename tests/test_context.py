@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from scripts import context
 from test_generate import KINDS, V, model
 from trellisnet.evaluation.context import context_lengths, loss_by_context
-from trellisnet.training.config import PROJECT
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,12 +52,9 @@ def test_what_cannot_be_measured_is_refused(lengths, targets, size):
         loss_by_context(model(), torch.zeros(size, dtype=torch.int64), lengths, targets=targets)
 
 
-def test_the_program(monkeypatch, capsys, tmp_path, run_folder):
-    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
-    import context as script
-
+def test_the_program(capsys, tmp_path, run_folder):
     path = tmp_path / "context.json"
-    assert script.main(["--run", str(run_folder), "--targets", "50", "--json", str(path)]) == 0
+    assert context.main(["--run", str(run_folder), "--targets", "50", "--json", str(path)]) == 0
     told = json.loads(path.read_text())
     assert told["receptive_field"] == 4
     assert [r["context"] for r in told["records"]] == [1, 2, 4, 8]
@@ -66,11 +63,11 @@ def test_the_program(monkeypatch, capsys, tmp_path, run_folder):
     weights = run_folder / "weights.pkl"
     before = weights.read_bytes()
     for wrong, message in ((weights, "holds something else"), ("/no/where.json", "cannot be written")):
-        assert script.main(["--run", "unread", "--json", str(wrong)]) == 2  # before the work
+        assert context.main(["--run", "unread", "--json", str(wrong)]) == 2  # before the work
         assert capsys.readouterr().err.startswith(f"error: --json {wrong}: {message}")
     assert weights.read_bytes() == before
-    assert script.main(["--run", str(run_folder), "--targets", "5", "--json", str(path)]) == 0  # an earlier result
+    assert context.main(["--run", str(run_folder), "--targets", "5", "--json", str(path)]) == 0  # an earlier result
     assert json.loads(path.read_text())["targets"] == 5
     capsys.readouterr()
-    assert script.main(["--run", str(run_folder), "--lengths", "999999"]) == 2
+    assert context.main(["--run", str(run_folder), "--lengths", "999999"]) == 2
     assert capsys.readouterr().err.startswith("error: --lengths 999999: ")

@@ -1,6 +1,5 @@
 """Several ranks: what one process would compute, one message, and an end for all."""
 
-import importlib.util
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import torch
 import trellisnet
 import word_ptb.train
 import wt103.train
+from scripts import compare_ranks
 from trellisnet import serialization, weights
 from trellisnet.data import corpus
 from trellisnet.errors import UserError
@@ -27,10 +27,6 @@ from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.runlog import runnable
-
-spec = importlib.util.spec_from_file_location("compare_ranks", PROJECT / "scripts" / "compare_ranks.py")
-compare_ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare_ranks)
 
 # With dropout, so that random numbers matter; the state is carried, and Adam has one of its own.
 MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --repack --seq_len 0 --horizon 40 --batch_size 24

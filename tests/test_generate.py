@@ -8,12 +8,12 @@ import torch
 from torch.testing import assert_close
 
 from char_ptb import data as characters
+from scripts import generate as program
 from trellisnet.baselines import AWDLSTM, RHN, TCN
 from trellisnet.data import corpus
 from trellisnet.data.corpus import EOS
 from trellisnet.evaluation.generate import PIECE, Reader, Sampling, generate
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.training.config import PROJECT
 
 V = 23
 
@@ -167,13 +167,10 @@ def test_prompts_are_spelled_as_the_text_is():
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
-    import generate as module
-
+def script(capsys):
     def call(*argv):
         capsys.readouterr()
-        code = module.main([str(a) for a in argv])
+        code = program.main([str(a) for a in argv])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -195,11 +192,9 @@ def test_a_run_writes_text(script, run_folder, sizes):
 
 
 def test_escape_codes_in_a_vocabulary_do_not_reach_a_terminal(script, run_folder, monkeypatch):
-    import generate as module
-
-    monkeypatch.setattr(module.trained.TASKS["word_ptb"][0], "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
+    monkeypatch.setattr(program.trained.TASKS["word_ptb"][0], "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
     assert script("--run", run_folder, "--width", 0)[1] == "a \x1b[2Jword\nof \x9b31m two\n"
-    monkeypatch.setattr(module.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(program.sys.stdout, "isatty", lambda: True)
     assert script("--run", run_folder, "--width", 0)[1] == "a \\x1b[2Jword\nof \\x9b31m two\n"
 
 
@@ -220,10 +215,8 @@ def test_samples_and_an_empty_prompt(script, run_folder):
 
 
 def test_lines_are_wrapped_or_left_as_they_are():
-    import generate as module
-
-    assert module.wrapped(" one two \nthree", 5) == "one\ntwo\nthree"
-    assert module.wrapped(" one two \nthree", 0) == " one two \nthree"
+    assert program.wrapped(" one two \nthree", 5) == "one\ntwo\nthree"
+    assert program.wrapped(" one two \nthree", 0) == " one two \nthree"
 
 
 @pytest.mark.parametrize(
@@ -246,13 +239,11 @@ def test_mistakes_are_one_line(script, run_folder, arguments, message):
 
 
 def test_too_little_memory_is_one_line(script, run_folder, monkeypatch):
-    import generate as module
-
-    monkeypatch.setattr(module, "generate", lambda *_, **__: torch.empty(2**50))
+    monkeypatch.setattr(program, "generate", lambda *_, **__: torch.empty(2**50))
     code, text, told = script("--run", run_folder, "--prompt", "the old boat")
     assert (code, text) == (1, "")
     assert told == "failed: out of memory; ask for less at once, or pass another --device\n"
-    monkeypatch.setattr(module, "generate", lambda *_, **__: torch.empty(2) @ torch.empty(3))
+    monkeypatch.setattr(program, "generate", lambda *_, **__: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="size"):  # a mistake of the program stays one
         script("--run", run_folder, "--prompt", "the old boat")
 

@@ -1,22 +1,16 @@
 """scripts/memory.py: the copy task and the adding problem."""
 
-import importlib.util
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from scripts import memory
 from trellisnet.models import TrellisClassifier, count_parameters
-from trellisnet.training.config import PROJECT, parse
-
-spec = importlib.util.spec_from_file_location("memory", PROJECT / "scripts" / "memory.py")
-memory = importlib.util.module_from_spec(spec)
-sys.modules["memory"] = memory
-spec.loader.exec_module(memory)
+from trellisnet.training.config import parse
 
 
 def test_what_was_read_first_is_written_last():

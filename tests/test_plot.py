@@ -10,18 +10,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from cases import committed
+from scripts import plot
 from trellisnet import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.training.config import PROJECT
 from trellisnet.training.runlog import pip_install
-
-
-@pytest.fixture
-def plot(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
-    import plot as module
-
-    return module
 
 
 def epoch(number, train, valid, score=math.exp):
@@ -83,7 +76,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_curve_is_what_the_run_has_written(plot, tmp_path):
+def test_a_curve_is_what_the_run_has_written(tmp_path):
     # The second epoch was continued and told twice; an epoch that was cut short does not count.
     cut = epoch(3, 4.0, 4.0) | {"finished": False}
     run = written(tmp_path / "a", {"event": "train"}, epoch(1, 6, 5), epoch(2, 9, 9), epoch(2, 5.5, 4.5), cut)
@@ -108,14 +101,14 @@ def test_a_curve_is_what_the_run_has_written(plot, tmp_path):
         ("3\n", "a damaged one"),
     ],
 )
-def test_what_is_no_curve_is_refused(plot, tmp_path, content, message):
+def test_what_is_no_curve_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         plot.curve(tmp_path, "x")
 
 
-def test_committed_results_have_curves(plot):
+def test_committed_results_have_curves():
     runs = [path.parent for path in committed("results/*/metrics.jsonl")]
     assert len(runs) > 4
     for run in runs:
@@ -124,14 +117,14 @@ def test_committed_results_have_curves(plot):
         assert curve.score == {"word_ptb": "ppl", "wt103": "ppl", "char_ptb": "bpc"}.get(task, "accuracy")
 
 
-def test_labels_tell_runs_apart(plot, tmp_path):
+def test_labels_tell_runs_apart(tmp_path):
     paths = [tmp_path / "a" / "seed-1", tmp_path / "b" / "seed-1"]
     assert plot.labels(paths) == ["a/seed-1", "b/seed-1"]
     assert plot.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
     assert plot.labels([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
 
 
-def test_tables_are_what_the_files_say(plot, root):
+def test_tables_are_what_the_files_say(root):
     tables = {table.name: table for table in plot.tables(root)}
     ours = ["table6_small", "precision", "compare_13_minutes", "adapted_word_ptb_small"]
     assert list(tables) == [*ours, "table1", "compare-30-minutes"]
@@ -155,7 +148,7 @@ def test_tables_are_what_the_files_say(plot, root):
         plot.tables(root)
 
 
-def test_contexts_of_one_kind_only(plot, tmp_path):
+def test_contexts_of_one_kind_only(tmp_path):
     content = {
         "task": "word_ptb", "name": "a", "token": "words", "receptive_field": None, "corpus": "c", "split": "valid",
         "targets": 9, "records": [{"context": 1, "loss": 2.0, "error": 0.1}],
@@ -173,7 +166,7 @@ def test_contexts_of_one_kind_only(plot, tmp_path):
             plot.contexts([other])
 
 
-def test_damaged_measurements_are_one_line(plot, root):
+def test_damaged_measurements_are_one_line(root):
     path = root / "results" / "memory" / "pmnist.json"
     path.write_text('{"peak_memory": null}')
     with pytest.raises(UserError, match="memory: a field is missing or of another kind"):
@@ -185,7 +178,7 @@ def test_damaged_measurements_are_one_line(plot, root):
             [draw() for _, draw in plot.pictures(root)]
 
 
-def test_bars_do_not_hide_each_other(plot):
+def test_bars_do_not_hide_each_other():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     for _, content in plot.speeds(PROJECT):
         figure = plot.draw_speeds(content)
@@ -198,7 +191,7 @@ def test_bars_do_not_hide_each_other(plot):
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(2, [1]), (2, [1, 2]), (3, [1]), (2, [2, 1])])
-def test_the_trellis_shows_the_receptive_field(plot, kernel_size, dilation):
+def test_the_trellis_shows_the_receptive_field(kernel_size, dilation):
     text = plot.trellis(3, kernel_size, [dilation], 10)
     picture = ElementTree.fromstring(text)
     assert picture.tag.endswith("svg")
@@ -210,20 +203,20 @@ def test_the_trellis_shows_the_receptive_field(plot, kernel_size, dilation):
     assert f"y sees {field} inputs" in text
 
 
-def test_the_committed_trellis_is_what_the_script_draws(plot, tmp_path, capsys):
+def test_the_committed_trellis_is_what_the_script_draws(tmp_path, capsys):
     assert plot.main(["trellis", "--out", str(tmp_path / "new" / "trellis.svg")]) == 0
     committed = PROJECT / "results" / "figures" / "trellis.svg"
     assert (tmp_path / "new" / "trellis.svg").read_text() == committed.read_text()
     assert "results/figures/trellis.svg" in (PROJECT / "README.md").read_text()
 
 
-def test_without_matplotlib_one_line_says_what_to_install(plot, monkeypatch, capsys, tmp_path):
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main(["curves", str(written(tmp_path, epoch(1, 6, 5)))]) == 2
     assert capsys.readouterr().err == f"error: plots need matplotlib: {pip_install('matplotlib')}\n"
 
 
-def test_pictures_are_drawn_and_drawn_again_alike(plot, root, tmp_path, capsys, monkeypatch):
+def test_pictures_are_drawn_and_drawn_again_alike(root, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     run = written(tmp_path / "a", epoch(1, 6, 5), epoch(2, 5.5, 4.5))
@@ -260,7 +253,7 @@ def test_pictures_are_drawn_and_drawn_again_alike(plot, root, tmp_path, capsys, 
         (["tables", "--root", "root"], "plain.svg", f"plain.svg/table1.svg: {UNWRITABLE}"),
     ],
 )
-def test_what_is_no_picture_is_not_replaced(plot, tmp_path, monkeypatch, capsys, command, out, message):
+def test_what_is_no_picture_is_not_replaced(tmp_path, monkeypatch, capsys, command, out, message):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "root" / "runs" / "tables" / "table1" / "trellisnet" / "seed-1"
     folder.mkdir(parents=True)
@@ -273,7 +266,7 @@ def test_what_is_no_picture_is_not_replaced(plot, tmp_path, monkeypatch, capsys,
     assert {name: (tmp_path / name).read_bytes() for name in contents} == contents
 
 
-def test_an_earlier_picture_is_replaced(plot, tmp_path):
+def test_an_earlier_picture_is_replaced(tmp_path):
     (tmp_path / "x.SVG").write_text("<svg>")
     assert plot.main(["trellis", "--out", str(tmp_path / "x.SVG")]) == 0
     assert (tmp_path / "x.SVG").read_text() == plot.trellis()

@@ -1,28 +1,17 @@
 """scripts/pos_tagging.py and scripts/bench_sparse.py: tagging with a sparse embedding; ways to a sparse layer."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from scripts import bench_sparse as bench
+from scripts import pos_tagging as pos
 from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
 from trellisnet.ops import hide_padding
-from trellisnet.training.config import PROJECT
 
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, PROJECT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for what annotations mean
-    spec.loader.exec_module(module)
-    return module
-
-
-pos, bench = script("pos_tagging"), script("bench_sparse")
 SMALL = "--emsize 8 --nhid 6 --threads 1 --lr 0.02".split()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cases import committed
+from scripts import export
 from trellisnet import serialization
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
@@ -21,14 +22,6 @@ from trellisnet.training.config import PROJECT
 from trellisnet.weights import WHAT, load_weights, round_weights, save_weights
 
 FOUND = [path.parent for path in committed("results/*/weights.pkl")]
-
-
-@pytest.fixture
-def export(monkeypatch):
-    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
-    import export as module
-
-    return module
 
 
 def model(**options):
@@ -92,7 +85,7 @@ def test_other_types_of_numbers_are_refused(tmp_path):
 # --- the program
 
 
-def test_an_export_scores_what_it_says(export, run_folder, tmp_path, capsys):
+def test_an_export_scores_what_it_says(run_folder, tmp_path, capsys):
     out = tmp_path / "results" / "tiny"
     assert export.main([str(run_folder), str(out), "--partial", "150"]) == 0
     assert re.search(r"weights.pkl: 0.01 MB, float16; scores in", capsys.readouterr().out)
@@ -103,8 +96,8 @@ def test_an_export_scores_what_it_says(export, run_folder, tmp_path, capsys):
     assert "partial" not in told["valid"]
     ends = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert told["before_rounding"]["valid"] == ends[-1]["valid"]
-    check(export, out, tmp_path, "valid", told["partial"]["valid"], "--max_eval_tokens", "150")
-    check(export, out, tmp_path, "test", told["test"])
+    check(out, tmp_path, "valid", told["partial"]["valid"], "--max_eval_tokens", "150")
+    check(out, tmp_path, "test", told["test"])
     config = json.loads((out / "config.json").read_text())
     assert not {"command", "device", "threads"} & set(config)
     assert config["settings"]["gemm"] == config["settings"]["gates"] == config["settings"]["device"] == "auto"
@@ -125,7 +118,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_export_of_any_name_can_be_read(export, run_folder, tmp_path, capsys):
+def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
     """By everything that reads results/, beside those that are there."""
     import collect
     import plot
@@ -155,7 +148,7 @@ def test_an_export_of_any_name_can_be_read(export, run_folder, tmp_path, capsys)
 
 
 @pytest.fixture
-def earlier(export, run_folder, tmp_path):
+def earlier(run_folder, tmp_path):
     """An export whose scores are not those of its run any more."""
     out = tmp_path / "results" / "my_words"
     assert export.main([str(run_folder), str(out), "--partial", "150", "--max_eval_tokens", "150"]) == 0
@@ -165,7 +158,7 @@ def earlier(export, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["fails", "is stopped", "is killed"])
-def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(export, run_folder, earlier, how, monkeypatch, capsys):
+def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(run_folder, earlier, how, monkeypatch, capsys):
     before = contents(earlier)
     argv = [str(run_folder), str(earlier), "--overwrite"]
     if how == "is killed":
@@ -190,7 +183,7 @@ def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(export, run_fold
         assert after["metrics.json"] == before["metrics.json"]  # of the same run
 
 
-def test_an_export_replaces_nothing_but_exports(export, run_folder, earlier, capsys):
+def test_an_export_replaces_nothing_but_exports(run_folder, earlier, capsys):
     (earlier / "thesis.tex").write_text("years of work")
     assert export.main([str(run_folder), str(earlier), "--overwrite"]) == 2
     assert "my_words: holds thesis.tex, which no export wrote; name another folder" in capsys.readouterr().err
@@ -214,7 +207,7 @@ def test_a_folder_that_a_kill_has_left_between_two_names_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_mistakes_are_one_line(export, run_folder, tmp_path, capsys):
+def test_mistakes_are_one_line(run_folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_bytes((run_folder / "config.json").read_bytes())
     (tmp_path / "odd").mkdir()
@@ -232,7 +225,7 @@ def test_mistakes_are_one_line(export, run_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_within_the_project_are_named_from_there(export):
+def test_folders_within_the_project_are_named_from_there():
     def data(folder):
         return export.portable({"task": "word_ptb", "settings": {"data": folder}, "command": "x"})["settings"]["data"]
 
@@ -259,11 +252,11 @@ def test_git_takes_weights_of_results_and_no_other_pickles():
 # --- those in results/
 
 
-def check(export, folder, tmp_path, split, recorded, *flags):
+def check(folder, tmp_path, split, recorded, *flags):
     """Score the weights in a folder, and compare."""
     program, _ = export.PROGRAMS[json.loads((folder / "config.json").read_text())["task"]]
     command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval", "--no-download"]
-    command += [*data_of(export, folder), *flags, "--metrics", tmp_path / "again.json"]
+    command += [*data_of(folder), *flags, "--metrics", tmp_path / "again.json"]
     assert program.main([str(part) for part in command]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     tolerance = 1e-4 if again["precision"] == "fp32" else 5e-3
@@ -272,7 +265,7 @@ def check(export, folder, tmp_path, split, recorded, *flags):
         assert again[split].get(count) == recorded.get(count)
 
 
-def data_of(export, folder):
+def data_of(folder):
     """The flag for the data of a result, which are named from the project; skip without them."""
     config = json.loads((folder / "config.json").read_text())
     if config["settings"]["data"] == "synthetic":
@@ -297,12 +290,12 @@ def test_the_file_is_what_stands_beside_it(folder):
 
 
 @pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
-def test_their_first_scores_are_the_recorded_ones(export, folder, tmp_path):
+def test_their_first_scores_are_the_recorded_ones(folder, tmp_path):
     told = json.loads((folder / "weights.json").read_text())["partial"]
-    check(export, folder, tmp_path, "test", told["test"], "--max_eval_tokens", str(told["max_eval_tokens"]))
+    check(folder, tmp_path, "test", told["test"], "--max_eval_tokens", str(told["max_eval_tokens"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
-def test_their_scores_are_the_recorded_ones(export, folder, tmp_path):
-    check(export, folder, tmp_path, "test", json.loads((folder / "weights.json").read_text())["test"])
+def test_their_scores_are_the_recorded_ones(folder, tmp_path):
+    check(folder, tmp_path, "test", json.loads((folder / "weights.json").read_text())["test"])

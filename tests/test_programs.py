@@ -12,10 +12,9 @@ from trellisnet.training.cli import guarded
 from trellisnet.training.config import PROJECT
 from trellisnet.training.programs import TASKS
 
-SCRIPTS = """bench bench_sparse cifar_from_jpeg collect compare_ranks context export generate plot pos_tagging
-torture""".split()
 PROGRAMS = [f"{task}/{name}.py" for task in TASKS for name in ("train", "data")]
-PROGRAMS += [f"scripts/{name}.py" for name in SCRIPTS]
+SCRIPTS = [path for path in sorted((PROJECT / "scripts").glob("*.py")) if "__main__" in path.read_text()]
+PROGRAMS += [path.relative_to(PROJECT).as_posix() for path in SCRIPTS]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

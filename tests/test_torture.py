@@ -9,42 +9,41 @@ import sys
 import pytest
 import torch
 
+from scripts import torture
+from tests.faults import mutations, payloads, runs
 from trellisnet.training.config import PROJECT
 
 SCRIPT = PROJECT / "scripts" / "torture.py"
 
 
-@pytest.fixture
-def torture(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import torture as module
-
+@pytest.fixture(autouse=True)
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield module
+    yield
     torch.set_num_threads(threads)
 
 
-def test_a_run_survives_all_of_it(torture, tmp_path):
-    found = torture.kill(tmp_path, 2, seed=1, epochs=1)
-    assert sum(found[f"killed in {moment}"] for moment in torture.MOMENTS) == 2
-    assert torture.full(tmp_path, 5, seed=1, epochs=1)["no room"] == 5
-    assert torture.locks(tmp_path, seed=1, epochs=1) == {"refused": 3}
-    assert torture.clocks(tmp_path, seed=1, epochs=1) == {"runs": 1}
+def test_a_run_survives_all_of_it(tmp_path):
+    found = runs.kill(tmp_path, 2, seed=1, epochs=1)
+    assert sum(found[f"killed in {moment}"] for moment in runs.MOMENTS) == 2
+    assert runs.full(tmp_path, 5, seed=1, epochs=1)["no room"] == 5
+    assert runs.locks(tmp_path, seed=1, epochs=1) == {"refused": 3}
+    assert runs.clocks(tmp_path, seed=1, epochs=1) == {"runs": 1}
 
 
-def test_it_would_notice_a_difference(torture, tmp_path):
-    expected = torture.reference(tmp_path, seed=1, epochs=1)
-    job = torture.Job(tmp_path / "whole-1-1", 1, 1)
+def test_it_would_notice_a_difference(tmp_path):
+    expected = runs.reference(tmp_path, seed=1, epochs=1)
+    job = runs.Job(tmp_path / "whole-1-1", 1, 1)
     job.expect_outcome(expected, "nothing")
-    content = torture.checkpoint.load(job.last)
+    content = runs.checkpoint.load(job.last)
     content["carry"] = (torch.zeros(1),)
-    torture.checkpoint.save(job.last, content)
-    with pytest.raises(torture.BrokenError, match="after this the run ended with other carry of last.pt than the unin"):
+    runs.checkpoint.save(job.last, content)
+    with pytest.raises(runs.BrokenError, match="after this the run ended with other carry of last.pt than the unin"):
         job.expect_outcome(expected, "this")
 
 
-def test_damage_is_noticed_or_harmless(torture, tmp_path):
+def test_damage_is_noticed_or_harmless(tmp_path):
     records = torture.damaged(tmp_path / "m", 200, seed=3)
     assert sum(r["tried"] for r in records) == 200
     for r in records:
@@ -54,45 +53,45 @@ def test_damage_is_noticed_or_harmless(torture, tmp_path):
     assert unsummed == {"weights, 2019 container"}
 
 
-def test_damage_that_is_not_noticed_is_told(torture, tmp_path):
+def test_damage_that_is_not_noticed_is_told(tmp_path):
     record = {"target": "x", "summed": True, "unnoticed": 2, "how": ["bit flip"]}
-    assert torture.mutations.broken([record]) == ["x: 2 not noticed (bit flip)"]
-    assert torture.mutations.broken([record | {"summed": False}]) == []
-    assert torture.mutations.broken([record | {"summed": False, "how": ["truncation"]}])
+    assert mutations.broken([record]) == ["x: 2 not noticed (bit flip)"]
+    assert mutations.broken([record | {"summed": False}]) == []
+    assert mutations.broken([record | {"summed": False, "how": ["truncation"]}])
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
-    read = torture.mutations.digest_of(lambda: list(path.read_bytes()))  # of a format without any check
-    target = torture.mutations.Target("x", path, read)
-    assert ("bit flip", "unnoticed") in {torture.mutations.try_one(target, random.Random(i)) for i in range(50)}
+    read = mutations.digest_of(lambda: list(path.read_bytes()))  # of a format without any check
+    target = mutations.Target("x", path, read)
+    assert ("bit flip", "unnoticed") in {mutations.try_one(target, random.Random(i)) for i in range(50)}
     assert path.read_bytes() == bytes(100)
 
 
-def test_hostile_files_run_nothing_and_take_no_memory(torture, tmp_path):
+def test_hostile_files_run_nothing_and_take_no_memory(tmp_path):
     found = torture.hostile(tmp_path / "p")
     assert found["executed"] == 0
     assert found["files"] > 200
 
 
-def test_a_payload_would_be_noticed(torture, tmp_path):
+def test_a_payload_would_be_noticed(tmp_path):
     """They are what an ordinary unpickler runs."""
     import pickle
 
     trap = tmp_path / "trap"
-    for name, content in torture.payloads.code(trap).items():
+    for name, content in payloads.code(trap).items():
         if name in ("call of os.system", "call of eval", "call of nested", "a call as a key", "call of subprocess"):
             pickle.loads(pickle.dumps(content))
             assert trap.is_dir(), name
             trap.rmdir()
 
 
-def test_memory_is_watched(torture, tmp_path):
-    found = torture.soak(tmp_path, 0.05, seed=1)
+def test_memory_is_watched(tmp_path):
+    found = runs.soak(tmp_path, 0.05, seed=1)
     assert found["steps"] > 0
     assert found["resident at the end"] > 50_000_000
-    assert torture.drift([1, 9, 9, *[5] * 3, *[6] * 9, *[7, 8, 7]]) == (5, 8)
+    assert runs.drift([1, 9, 9, *[5] * 3, *[6] * 9, *[7, 8, 7]]) == (5, 8)
 
 
-def test_the_findings_are_written_with_where_they_came_from(torture, tmp_path, capsys):
+def test_the_findings_are_written_with_where_they_came_from(tmp_path, capsys):
     path = tmp_path / "t.json"
     argv = ["--kills", "0", "--writes", "0", "--mutations", "9", "--no-payloads", "--seed", "5", "--json", str(path)]
     assert torture.main(argv) == 0
@@ -104,13 +103,13 @@ def test_the_findings_are_written_with_where_they_came_from(torture, tmp_path, c
     assert "mutations: target " in capsys.readouterr().out
 
 
-def test_what_was_lost_is_told(torture, monkeypatch, capsys):
-    monkeypatch.setattr(torture.payloads, "run", lambda _: {"executed": 1})
+def test_what_was_lost_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(payloads, "run", lambda _: {"executed": 1})
     assert torture.main(["--kills", "0", "--writes", "0", "--mutations", "0"]) == 1
     assert capsys.readouterr().err == "failed: payloads: a file ran code\n"
 
 
-def test_bad_arguments(torture, capsys):
+def test_bad_arguments(capsys):
     assert torture.main(["--kills", "-1"]) == 2
     assert capsys.readouterr().err == "error: --kills: expected at least 0, got -1\n"
     assert torture.main(["--json", "/no/where.json"]) == 2  # before anything is done

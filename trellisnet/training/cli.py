@@ -96,7 +96,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
 
 
 @console.lenient()
-def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's program, which is no run of its own.
 
     Args:

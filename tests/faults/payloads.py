@@ -26,14 +26,11 @@ from typing import Any
 import torch
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
-
-from trellisnet import weights  # noqa: E402
-from trellisnet.data import archive, pixels  # noqa: E402
-from trellisnet.errors import UserError  # noqa: E402
-from trellisnet.models import TrellisLanguageModel  # noqa: E402
-from trellisnet.training import checkpoint  # noqa: E402
+from trellisnet import weights
+from trellisnet.data import archive, pixels
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.training import checkpoint
 
 MEMORY = 2**30  # bytes that a reader may take beyond what the process has
 HUGE = 2**36  # what files claim: bytes or numbers

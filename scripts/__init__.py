@@ -1,0 +1,1 @@
+"""Programs beside the package: they measure, report and check it. README.md lists them."""

@@ -1,0 +1,1 @@
+"""Faults inflicted on real runs and files; scripts/torture.py starts them."""
