@@ -16,7 +16,7 @@ from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig
 from trellisnet.training.engine import Trainer
 from trellisnet.training.optim import Schedule, make_optimizer, make_schedule
-from trellisnet.training.reporting import Bar, duration, duration_line
+from trellisnet.training.reporting import Bar, duration, duration_line, epoch_line
 from trellisnet.training.runlog import RunFolder, read_records
 from trellisnet.training.tasks import Splits, Task
 
@@ -204,7 +204,7 @@ def test_a_moving_average_is_scored_and_saved_and_skipped_steps_are_not_in_it(tm
 
 
 def test_what_a_run_leaves_and_says(tmp_path):
-    _, result, said = run(tmp_path / "run")
+    task, result, said = run(tmp_path / "run")
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert files == {"log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl"}
     assert result.complete
@@ -214,6 +214,9 @@ def test_what_a_run_leaves_and_says(tmp_path):
     assert said[-1].startswith("test rmse ")
     log = (tmp_path / "run" / "log.txt").read_text()
     assert re.search(r"^epoch 1 batch 2/6 step 2 loss [\d.]+ rmse [\d.]+ lr 0.05 [\d,]+ pt/s$", log, re.MULTILINE)
+    records = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["event"] == "epoch"]
+    assert [epoch_line(task, r) for r in records] == said[:4]  # the record holds all that was printed
+    assert all(line in log for line in said)
 
 
 def test_the_model_ends_with_the_best_weights(tmp_path):

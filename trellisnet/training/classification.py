@@ -97,7 +97,7 @@ class ClassificationConfig(NetworkConfig):
         return self.classes
 
     def recipe(self) -> dict[str, Any]:
-        return super().recipe() | {"augment": self.augment}
+        return super().recipe() | {"augment": self.augment, "permute": self.permute}
 
 
 def build_model(config: ClassificationConfig, channels: int, num_classes: int) -> TrellisClassifier:

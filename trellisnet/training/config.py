@@ -186,7 +186,8 @@ class RunConfig(HardwareConfig):
 
     def recipe(self) -> dict[str, Any]:
         """Settings of training that a score is reported with, by name."""
-        return {name: getattr(self, name) for name in ("schedule", "warmup", "ema", "label_smoothing")}
+        recipe = {name: getattr(self, name) for name in ("schedule", "warmup", "ema", "label_smoothing")}
+        return recipe | {"load_weight": self.load_weight.removeprefix(f"{PROJECT}{os.sep}")}  # as in the command
 
     def marks(self) -> dict[str, bool]:
         """What every score of weights that were loaded and not trained further is marked with."""

@@ -29,7 +29,7 @@ from trellisnet.training.optim import (
     make_optimizer,
     put,
 )
-from trellisnet.training.reporting import Meter, bar, duration, duration_line, figures, score_line, score_text
+from trellisnet.training.reporting import Meter, bar, duration_line, epoch_line, figures, score_line
 from trellisnet.training.runlog import NoFolder, RunFolder
 from trellisnet.training.scoring import evaluate
 from trellisnet.training.tasks import Splits, Task
@@ -425,7 +425,7 @@ class Trainer:
         epoch, lr, name, seconds = self.epoch + 1, self.lr, self.task.score_name, self.running["seconds"]
         train = {key: self.running[key] / max(self.running["count"], 1) for key in self.task.measured}
         train_score = self.task.training_score(train)
-        rate = self.running["count"] / max(seconds, 1e-9)
+        count = int(self.running["count"])
         # Without validation data the last epoch counts.
         better = finished and (None in (self.best, valid) or self.task.is_better(valid, self.best["valid"]))
         if better:
@@ -439,17 +439,14 @@ class Trainer:
                 self.say(f"epoch {epoch:3d}  no gain in {patience}: averaging from here on")
             self.epoch, self.batch, self.carry = epoch, 0, None
             self.running, self.meter = dict.fromkeys(self.running, 0.0), Meter(self.task.measured, self.ranks)
-        scores = f"train {score_text(self.task, train_score)}  "
-        if valid:
-            scores += f"valid {score_text(self.task, valid[name])}{' *' if better else ''}  "
-        cut_short = "" if finished else " (cut short)"
-        line = f"epoch {epoch:3d}{cut_short}  lr {lr:g}  {scores}{duration(seconds)}  {rate:,.0f} {self.task.unit}/s"
+        record = {
+            "epoch": epoch, "step": self.step, "lr": lr, "train_loss": train["loss"], "train_score": train_score,
+            "valid_loss": valid and valid["loss"], "valid_score": valid and valid[name], "best": better,
+            "finished": finished, "count": count, "train_seconds": seconds, "seconds": self.seconds,
+        }  # fmt: skip
+        line = epoch_line(self.task, record)
         self.folder.log(line)
-        self.folder.record(
-            "epoch", epoch=epoch, step=self.step, lr=lr, train_loss=train["loss"], train_score=train_score,
-            valid_loss=valid and valid["loss"], valid_score=valid and valid[name], finished=finished,
-            train_seconds=seconds, seconds=self.seconds,
-        )  # fmt: skip
+        self.folder.record("epoch", **record)
         self._save(better)
         self.say(line)
 

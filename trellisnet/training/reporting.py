@@ -103,6 +103,16 @@ def figures(task: Task, meter: Meter, lr: float) -> list[str]:
     return [f"loss {means['loss']:.4f}", score, f"lr {lr:g}", f"{speed:,.0f} {task.unit}/s"]
 
 
+def epoch_line(task: Task, record: dict[str, Any]) -> str:
+    """An epoch as a line, from its record in metrics.jsonl."""
+    valid, seconds = record["valid_score"], record["train_seconds"]
+    parts = [f"epoch {record['epoch']:3d}{'' if record['finished'] else ' (cut short)'}", f"lr {record['lr']:g}"]
+    parts.append(f"train {score_text(task, record['train_score'])}")
+    if valid is not None:
+        parts.append(f"valid {score_text(task, valid)}{' *' * record['best']}")
+    return "  ".join([*parts, duration(seconds), f"{record['count'] / max(seconds, 1e-9):,.0f} {task.unit}/s"])
+
+
 def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     """A result of :func:`trellisnet.training.scoring.evaluate` as a line."""
     main = result[task.score_name]
