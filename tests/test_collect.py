@@ -9,6 +9,7 @@ import pytest
 
 from cases import committed
 from scripts import collect
+from scripts.reports.tables import COMPARED, PUBLISHED, TABLES
 from trellisnet.training.config import PROJECT
 
 METRICS = {
@@ -17,7 +18,7 @@ METRICS = {
     "best_epoch": 2, "complete": True, "valid": {"loss": 4.8, "ppl": 121.51, "tokens": 73044},
     "test": {"loss": 4.7, "ppl": 109.95, "tokens": 81720}, "seconds": 3600.0, "device": "cpu",
     "machine": "CPU, 2 cores", "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111,
-    "torch": "2.13.0",
+    "torch": "2.13.0", "train": {"tokens": 5000}, "load_weight": "",
 }  # fmt: skip
 
 
@@ -27,13 +28,14 @@ def root(tmp_path):
         folder = tmp_path / "results" / "one"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(METRICS | changes))
-        epoch = {"event": "epoch", "lr": 20.0, "finished": True}
+        epoch = {"event": "epoch", "lr": 20.0, "finished": True, "best": True, "count": 5000, "train_seconds": 100.0}
         epochs = [
             epoch | {"epoch": i, "train_score": 300 / i, "valid_score": 250 / i, "seconds": 60 * i} for i in (1, 2)
         ]
-        lines = [json.dumps({"event": "train", "loss": 5}), *map(json.dumps, epochs)]
+        result = {"event": "result", "step": 20, "valid": METRICS["valid"], "test": METRICS["test"], "best_epoch": 2}
+        lines = map(json.dumps, [{"event": "train", "loss": 5}, *epochs, result])
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        (folder / "log.txt").write_text("epoch   1  lr 20  train ppl 300.00\ntest ppl 109.95\n")
+        (folder / "log.txt").write_text("for readers\n")
         (tmp_path / "README.md").write_text("hello\n")
         return tmp_path
 
@@ -58,13 +60,13 @@ def test_a_result_is_written_with_everything_it_needs(root):
         ({"complete": False}, "not a complete run"),
         ({"epochs": 3}, "not a complete run"),
         ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
-        ({"commit": "0123456789ab-dirty"}, "the code of the run was not committed"),
-        ({"commit": None}, "the code of the run was not committed"),
+        ({"commit": "0123456789ab-dirty"}, "the code was not committed"),
+        ({"commit": None}, "the code was not committed"),
         ({"command": "python word_ptb/train.py --data /home/me/penn"}, "names a path of one machine"),
-        ({"test": {}}, "a field is missing"),
-        ({"seconds": None}, "a field is missing or of another kind"),
-        ({"machine": "CPU\x1b[2J"}, "holds a text with control characters: CPU\\x1b[2J"),
-        ({"command": "two\nlines"}, "holds a text with control characters: two\\nlines"),
+        ({"test": {}}, "corrupt or of another kind (it has no 'score')"),
+        ({"seconds": None}, "corrupt or of another kind (unsupported operand"),
+        ({"machine": "CPU\x1b[2J"}, "a text with control characters: CPU\\x1b[2J"),
+        ({"command": "two\nlines"}, "a text with control characters: two\\nlines"),
     ],
 )
 def test_what_is_no_result_is_refused(root, capsys, changes, message):
@@ -76,7 +78,7 @@ def test_what_is_no_result_is_refused(root, capsys, changes, message):
 
 def test_a_record_that_is_no_file_is_refused(root, capsys):
     folder = root()
-    path = folder / "results" / "one" / "log.txt"
+    path = folder / "results" / "one" / "metrics.jsonl"
     path.unlink()
     os.mkfifo(path)
     assert collect.main(["--root", str(folder)]) == 2
@@ -89,7 +91,8 @@ def test_the_demos_output_is_quoted_in_readme(root):
     (folder / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "README.md").read_text()
-    assert "test ppl 109.95" in text
+    assert "\nepoch   2  lr 20  train ppl 150.00  valid ppl 125.00 *  1m40s  50 tok/s\nvalid ppl 121.51  loss" in text
+    assert "\ntest ppl 109.95  loss 4.7000 nats  81,720 tokens\n```\n" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -157,7 +160,7 @@ def test_speed_is_written_into_readme(root):
 
 def test_accuracies(root):
     split = {"loss": 0.1, "accuracy": 0.98765, "examples": 10_000}
-    folder = root(task="pmnist", valid=split, test=split, command="python pmnist/train.py --no-permute")
+    folder = root(task="pmnist", valid=split, test=split, permute=False)
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     assert "## pmnist, preset `small`, not permuted" in text
@@ -165,8 +168,7 @@ def test_accuracies(root):
 
 
 def test_where_a_run_began(root):
-    command = "python word_ptb/train.py --preset small --load_weight results/a/weights.pkl --nlevels 12"
-    folder = root(command=command)
+    folder = root(load_weight="results/a/weights.pkl")
     assert collect.main(["--root", str(folder)]) == 0
     assert "## word_ptb, preset `small`, from `results/a/weights.pkl`\n" in (folder / "RESULTS.md").read_text()
 
@@ -230,11 +232,11 @@ def test_rows_are_compared_at_equal_updates(root, capsys):
     assert f"| - Injected Input (every 2 layers instead) {flags}" in text
     partial = {"loss": 4.0, "ppl": 1.0, "tokens": 5, "partial": True}
     for change, message in [
-        ({"commit": "0-dirty"}, "of synthetic data or uncommitted code"),
-        ({"corpus": "synthetic"}, "of synthetic data or uncommitted code"),
+        ({"commit": "0-dirty"}, "the code was not committed"),
+        ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
         ({"preset": "tiny"}, "of another preset than small"),
-        ({"test": partial}, "partial"),
-        ({"valid": None}, "damaged"),
+        ({"test": partial}, "its scores are partial"),
+        ({"valid": None}, "corrupt"),
     ]:
         for row in ("trellisnet", "inject_every_2"):
             write(row, 310.5, **change)
@@ -245,7 +247,7 @@ def test_rows_are_compared_at_equal_updates(root, capsys):
     write("trellisnet", 300.0)
     write("inject_every_2", 310.5, steps=8)
     assert collect.main(["--root", str(folder)]) == 2
-    assert "rows of one kind expected" in capsys.readouterr().err
+    assert "the runs differ in steps; keep those of one kind" in capsys.readouterr().err
     write("inject_every_2", 310.5)
     (rows / "inject_every_2.json").rename(rows / "nothing.json")
     assert collect.main(["--root", str(folder)]) == 2
@@ -274,9 +276,9 @@ def test_tables_of_others(root, capsys):
 def test_rows_of_other_tables_are_in_their_script():
     script = (PROJECT / "scripts" / "sparse_table.sh").read_text()
     listed = script.rsplit("\nrows ", 1)[1].split()
-    assert listed == [name for *_, name in collect.OTHER_TABLES["sparse"][2]]
+    assert listed == [row.name for row in TABLES["sparse"].rows]
     script = (PROJECT / "scripts" / "compare.sh").read_text()
-    assert list(collect.COMPARED) == script.split("\nrows ", 1)[1].splitlines()[0].split()
+    assert list(COMPARED) == script.split("\nrows ", 1)[1].splitlines()[0].split()
 
 
 FAULTS = {
@@ -346,12 +348,12 @@ def test_ranks_are_compared(root):
         assert collect.main(["--root", str(folder)]) == 2
 
 
-@pytest.mark.parametrize("number", collect.TABLES)
+@pytest.mark.parametrize("number", [name for name in TABLES if name.isdigit()])
 def test_every_row_of_a_table_is_in_its_script(number):
     script = (PROJECT / "scripts" / f"table{number}.sh").read_text()
     functions = set(re.findall(r"^(\w+)\(\) \{ train ", script, re.M))
     listed = set(re.sub(r"\\\n", " ", script).rsplit("\nrows ", 1)[1].split())
-    assert functions == listed == {name for *_, name in collect.TABLES[number][1] if name}
+    assert functions == listed == {row.name for row in TABLES[number].rows}
 
 
 def test_precisions_are_compared(root):
@@ -403,12 +405,12 @@ def test_cache_and_dynamic_evaluation(root, capsys):
     ):
         assert part in text
     for change, message in [
-        ({"corpus": "synthetic"}, "of synthetic data or uncommitted code"),
-        ({"commit": "0-dirty"}, "of synthetic data or uncommitted code"),
-        ({"complete": False}, "of a part of the data"),
+        ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
+        ({"commit": "0-dirty"}, "the code was not committed"),
+        ({"complete": False}, "not a complete run"),
         ({"command": "python word_ptb/train.py --load_weight /tmp/w.pkl"}, "names a path of one machine"),
-        ({"test_static": {}}, "damaged"),
-        ({"test_cache": 7}, "damaged"),
+        ({"test_static": {}}, "it has no 'score'"),
+        ({"test_cache": 7}, "corrupt"),
     ]:
         path.write_text(json.dumps(metrics | change))
         assert collect.main(["--root", str(folder)]) == 2
@@ -422,12 +424,11 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
     images = {"task": "pmnist", "test": {"loss": 0.1, "accuracy": 0.95, "examples": 5}, "valid": None}
     for name, changes in {
         "char": {"task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.4, "tokens": 5}, "valid": None},
-        "sequential": images | {"command": "python pmnist/train.py --no-permute"},
-        "permuted": images | {"command": "python pmnist/train.py", "augment": False},
-        "varied": images | {"command": "python pmnist/train.py", "augment": True},
+        "sequential": images | {"permute": False},
+        "permuted": images | {"permute": True, "augment": False},
+        "varied": images | {"permute": True, "augment": True},
         "better": {
-            "command": "python t.py --load_weight results/one/weights.pkl", "params": 7,
-            "test": METRICS["test"] | {"ppl": 20.0},
+            "load_weight": "results/one/weights.pkl", "params": 7, "test": METRICS["test"] | {"ppl": 20.0},
         },
     }.items():  # fmt: skip
         shutil.copytree(folder / "results" / "one", folder / "results" / name)
@@ -435,7 +436,8 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     rows = text[text.index("| table |") : text.index("## word_ptb")].strip().splitlines()[2:]
-    size, after = {task: model for task, (_, model) in collect.PAPER.items()}, "`small` | 123,456 | Penn Treebank | 60"
+    size = {task: published.setting for task, published in PUBLISHED.items()}
+    after = "`small` | 123,456 | Penn Treebank | 60"
     assert rows == [
         f"| 1 | word_ptb | {size['word_ptb']} | 56.97 | 20.00 | `small` | 7 | Penn Treebank | 60 after `results/one` |",
         f"| 3 | char_ptb | {size['char_ptb']} | 1.158 | 1.4000 | {after} |",
@@ -457,14 +459,12 @@ def test_networks_after_equal_time(root, capsys):
     one, compare = folder / "results" / "one", folder / "results" / "compare_25_minutes"
     out = "/home/me/runs/tables/compare-25-minutes/x"
     metrics = METRICS | {"command": f"{METRICS['command']} --model rhn --threads 1 --out {out} --metrics /x.json"}
-    records = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     for row, ppl in (("trellisnet", 140.0), ("rhn", 150.0)):
         (compare / row).mkdir(parents=True)
         changed = metrics | {"test": metrics["test"] | {"ppl": ppl}}
         (compare / row / "metrics.json").write_text(json.dumps(changed))
-        lines = [json.dumps(r | {"train_seconds": 100.0}) for r in records]
-        (compare / row / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        (compare / row / "log.txt").write_text("# training tokens: 5000\n")
+        for name in ("metrics.jsonl", "log.txt"):
+            shutil.copy(one / name, compare / row / name)
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     assert "after about 25 minutes each, word_ptb" in text
@@ -474,10 +474,12 @@ def test_networks_after_equal_time(root, capsys):
     other = metrics["command"].replace("25", "20")
     (compare / "rhn" / "metrics.json").write_text(json.dumps(metrics | {"command": other}))
     assert collect.main(["--root", str(folder)]) == 2
-    assert "runs that were planned for 20, 25 minutes" in capsys.readouterr().err
+    assert (
+        "rhn: was planned for another time (--out /home/me/runs/tables/compare-20-minutes/x)" in capsys.readouterr().err
+    )
     (compare / "rhn" / "metrics.json").write_text(json.dumps(metrics | {"threads": 1}))
     assert collect.main(["--root", str(folder)]) == 2
-    assert "runs on different data, machines or code" in capsys.readouterr().err
+    assert "the runs differ in threads; keep those of one kind" in capsys.readouterr().err
     (compare / "rhn").rename(compare / "other")
     assert collect.main(["--root", str(folder)]) == 2
     assert "expected folders named trellisnet" in capsys.readouterr().err

@@ -11,6 +11,10 @@ import pytest
 
 from cases import committed
 from scripts import plot
+from scripts.reports import charts
+from scripts.reports.pictures import draw_speeds
+from scripts.reports.records import read_memories, read_speeds
+from scripts.reports.trellis import trellis
 from trellisnet import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.training.config import PROJECT
@@ -32,8 +36,20 @@ def written(folder, *records):
 
 UNWRITABLE = "cannot be written; name a file in a folder that exists and is writable"
 METRICS = {
-    "complete": True, "corpus": "Penn Treebank", "test": {"ppl": 60.0}, "params": 5, "epochs": 3, "commit": "a1",
+    "task": "word_ptb", "preset": "small", "complete": True, "corpus": "Penn Treebank", "params": 5, "epochs": 1,
+    "commit": "a1", "data": "f", "machine": "CPU, 2 cores", "threads": 2, "torch": "2", "steps": 500, "seed": 1,
+    "backend": "fused", "command": "python word_ptb/train.py --out runs/tables/compare-13-minutes/x",
+    "valid": {"ppl": 60.0, "tokens": 7}, "test": {"ppl": 60.0, "tokens": 7}, "peak_memory": 4.5e9,
 }  # fmt: skip
+
+
+def metrics(ppl=60.0, **changes):
+    return METRICS | {"test": METRICS["test"] | {"ppl": ppl}} | changes
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -42,37 +58,33 @@ def root(tmp_path):
     for row, scores in (("trellisnet", (58.5, 59.5)), ("tcn", (90.0,))):
         for seed, ppl in enumerate(scores):
             for table in ("table1", "compare-30-minutes"):
-                folder = tmp_path / "runs" / "tables" / table / row / f"seed-{seed}"
-                folder.mkdir(parents=True)
-                (folder / "metrics.json").write_text(json.dumps(METRICS | {"test": {"ppl": ppl}}))
+                write(tmp_path / "runs" / "tables" / table / row / f"seed-{seed}" / "metrics.json", metrics(ppl))
     results = tmp_path / "results"
-    for folder in ("speed", "memory", "table6_small", "precision"):
-        (results / folder).mkdir(parents=True)
     records = [
         {"task": "word_ptb", "part": part, "variant": variant, "seconds": 2.0 / (i + 1), "ratio": i + 1.0,
          "per_second": 5.0, **({"gflops": 3.0} if part == "step" else {})}
         for part in ("step", "generation") for i, variant in enumerate(("reference", "fused"))
     ]  # fmt: skip
     records.append({"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 3e9})
-    content = {"machine": "CPU, 2 cores", "command": "python scripts/bench.py", "records": records}
+    content = {"machine": "CPU, 2 cores", "command": "python scripts/bench.py", "commit": "a1", "records": records}
     for name in ("word_ptb", "word_ptb_recompute"):  # the same parts twice
-        (results / "speed" / f"{name}.json").write_text(json.dumps(content))
+        write(results / "speed" / f"{name}.json", content)
     for network, ppl in (("trellisnet", 130.0), ("rhn", 150.0)):
         folder = results / "compare_13_minutes" / network
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"test": {"ppl": ppl}}))
-    (results / "adapted").mkdir()
-    content = {"task": "word_ptb", "preset": "small", "test_static": {"ppl": 101.0}, "test_dynamic": {"ppl": 89.0}}
-    (results / "adapted" / "word_ptb_small.json").write_text(json.dumps(content))
+        write(folder / "metrics.json", metrics(ppl))
+        written(folder, epoch(1, 6.0, 5.0))
+        (folder / "log.txt").touch()
+    static, dynamic = {"ppl": 101.0}, {"ppl": 89.0}
+    content = metrics(test_static=static, valid_static=static, test_dynamic=dynamic, valid_dynamic=dynamic)
+    write(results / "adapted" / "word_ptb_small.json", content)
     for task in ("pmnist", "word_ptb"):
-        (results / "memory" / f"{task}.json").write_text(json.dumps({"task": task, "peak_memory": 4.5e9}))
+        write(results / "memory" / f"{task}.json", metrics(task=task))
     for name, ppl in (("trellisnet", 300.0), ("activation_tanh", 9e5), ("mixed_group_2", 400.0)):
-        content = {"test": {"ppl": ppl}, "steps": 500}
-        (results / "table6_small" / f"{name}.json").write_text(json.dumps(content))
+        write(results / "table6_small" / f"{name}.json", metrics(ppl, complete=False))
     for precision in ("fp32", "bf16"):
         for seed in (1, 2):
-            content = {"test": {"ppl": 100.0 + seed}, "precision": precision, "task": "word_ptb", "preset": "small"}
-            (results / "precision" / f"{precision}-{seed}.json").write_text(json.dumps(content))
+            content = metrics(100.0 + seed, precision=precision, seed=seed)
+            write(results / "precision" / f"{precision}-{seed}.json", content)
     return tmp_path
 
 
@@ -80,52 +92,53 @@ def test_a_curve_is_what_the_run_has_written(tmp_path):
     # The second epoch was continued and told twice; an epoch that was cut short does not count.
     cut = epoch(3, 4.0, 4.0) | {"finished": False}
     run = written(tmp_path / "a", {"event": "train"}, epoch(1, 6, 5), epoch(2, 9, 9), epoch(2, 5.5, 4.5), cut)
-    curve = plot.curve(run, "a")
+    curve = charts.read_curve(run, "a")
     assert (curve.label, curve.score, curve.epochs, curve.minutes) == ("a", "ppl", [1, 2], [1.0, 2.0])
     assert curve.train == [math.exp(6), math.exp(5.5)]
     assert curve.valid == [math.exp(5), math.exp(4.5)]
     run = written(tmp_path / "b", epoch(1, 1.2, None, lambda loss: loss / math.log(2)))
-    assert plot.curve(run / "metrics.jsonl", "b")[1:] == ("bpc", [1], [1.0], [1.2 / math.log(2)], [])
+    assert charts.read_curve(run / "metrics.jsonl", "b")[1:] == ("bpc", [1], [1.0], [1.2 / math.log(2)], [])
     run = written(tmp_path / "c", epoch(1, 1.2, 1.3, lambda loss: 0.5))
-    assert plot.curve(run, "c").score == "accuracy"
+    assert charts.read_curve(run, "c").score == "accuracy"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read .*; name the folder of a run"),
-        ("", "no epoch is done yet"),
-        ('{"event": "train"}\n', "no epoch is done yet"),
-        ("{", "not the metrics.jsonl of a run, or a damaged one"),
-        ('{"event": "epoch", "finished": true, "epoch": 1}\n', "a damaged one"),
-        ("3\n", "a damaged one"),
+        (None, "no such file; name the folder of a run"),
+        ("", "no epoch is finished yet"),
+        ('{"event": "train"}\n', "no epoch is finished yet"),
+        ("{", "no epoch is finished yet"),  # a torn line, which the run will write again
+        ("{\n", "corrupt or of another kind"),
+        ('{"event": "epoch", "finished": true, "epoch": 1}\n', "corrupt or of another kind"),
+        ("3\n", "corrupt or of another kind"),
     ],
 )
 def test_what_is_no_curve_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        plot.curve(tmp_path, "x")
+        charts.read_curve(tmp_path, "x")
 
 
 def test_committed_results_have_curves():
     runs = [path.parent for path in committed("results/*/metrics.jsonl")]
     assert len(runs) > 4
     for run in runs:
-        curve = plot.curve(run, run.name)
+        curve = charts.read_curve(run, run.name)
         task = json.loads((run / "metrics.json").read_text())["task"]
         assert curve.score == {"word_ptb": "ppl", "wt103": "ppl", "char_ptb": "bpc"}.get(task, "accuracy")
 
 
 def test_labels_tell_runs_apart(tmp_path):
     paths = [tmp_path / "a" / "seed-1", tmp_path / "b" / "seed-1"]
-    assert plot.labels(paths) == ["a/seed-1", "b/seed-1"]
-    assert plot.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
-    assert plot.labels([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
+    assert charts.labels(paths) == ["a/seed-1", "b/seed-1"]
+    assert charts.labels([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert charts.labels([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
 
 
 def test_tables_are_what_the_files_say(root):
-    tables = {table.name: table for table in plot.tables(root)}
+    tables = {table.name: table for table in charts.read_charts(root)}
     ours = ["table6_small", "precision", "compare_13_minutes", "adapted_word_ptb_small"]
     assert list(tables) == [*ours, "table1", "compare-30-minutes"]
     rows = [(row.label, row.ours) for row in tables["compare_13_minutes"].rows]
@@ -139,13 +152,12 @@ def test_tables_are_what_the_files_say(root):
     assert (tables["table1"].title, tables["table1"].axis) == ("Table 1. Word-level Penn Treebank", "test perplexity")
     assert [row.ours for row in tables["table6_small"].rows] == [[300.0], [400.0], [9e5]]
     assert [(row.label, row.ours) for row in tables["precision"].rows] == [("fp32", [101, 102]), ("bf16", [101, 102])]
-    assert plot.memories(root) == [("word_ptb", 4.5), ("pmnist", 4.5)]
-    assert [(name, len(content["records"])) for name, content in plot.speeds(root)] == [
-        ("word_ptb", 5), ("word_ptb_recompute", 5),
-    ]  # fmt: skip
-    (root / "results" / "table6_small" / "trellisnet.json").write_text('{"test": {}}')
-    with pytest.raises(UserError, match="a field is missing"):
-        plot.tables(root)
+    assert list(read_memories(root)) == ["word_ptb", "pmnist"]
+    counts = {name: len(content["records"]) for name, content in read_speeds(root).items()}
+    assert counts == {"word_ptb": 5, "word_ptb_recompute": 5}
+    write(root / "results" / "table6_small" / "trellisnet.json", metrics(test={}))
+    with pytest.raises(UserError, match="trellisnet.json: corrupt or of another kind"):
+        charts.read_charts(root)
 
 
 def test_contexts_of_one_kind_only(tmp_path):
@@ -157,31 +169,30 @@ def test_contexts_of_one_kind_only(tmp_path):
     for name, changes in zip("abcdefg", ({}, {}, {"token": "symbols"}, *damaged), strict=True):
         (tmp_path / f"{name}.json").write_text(json.dumps(content | changes))
     a, b, c, *others = (tmp_path / f"{name}.json" for name in "abcdefg")
-    assert [label for label, _ in plot.contexts([a])] == ["word_ptb a"]
-    assert [label for label, _ in plot.contexts([a, b])] == ["a.json", "b.json"]
+    assert [label for label, _ in charts.read_contexts([a])] == ["word_ptb a"]
+    assert [label for label, _ in charts.read_contexts([a, b])] == ["a.json", "b.json"]
     with pytest.raises(UserError, match="plot them one by one"):
-        plot.contexts([a, c])
+        charts.read_contexts([a, c])
     for other in others:
-        with pytest.raises(UserError, match="not what scripts/context.py writes"):
-            plot.contexts([other])
+        with pytest.raises(UserError, match="corrupt or of another kind"):
+            charts.read_contexts([other])
 
 
-def test_damaged_measurements_are_one_line(root):
-    path = root / "results" / "memory" / "pmnist.json"
-    path.write_text('{"peak_memory": null}')
-    with pytest.raises(UserError, match="memory: a field is missing or of another kind"):
-        plot.memories(root)
-    pytest.importorskip("matplotlib")
-    for content in ("{}", '{"records": [{"part": "step"}], "command": "c", "machine": "m"}'):
-        (root / "results" / "speed" / "word_ptb.json").write_text(content)
-        with pytest.raises(UserError, match="word_ptb.json: not what scripts/bench.py writes"):
-            [draw() for _, draw in plot.pictures(root)]
+def test_corrupt_measurements_are_one_line(root):
+    write(root / "results" / "memory" / "pmnist.json", metrics(peak_memory=None))
+    with pytest.raises(UserError, match="pmnist.json: corrupt or of another kind"):
+        list(plot.pictures(root))
+    head = {"command": "c", "machine": "m", "commit": "a1"}
+    for content in ({}, head | {"records": [{"part": "step"}]}):
+        write(root / "results" / "speed" / "word_ptb.json", content)
+        with pytest.raises(UserError, match="word_ptb.json: corrupt or of another kind"):
+            list(plot.pictures(root))
 
 
 def test_bars_do_not_hide_each_other():
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    for _, content in plot.speeds(PROJECT):
-        figure = plot.draw_speeds(content)
+    for content in read_speeds(PROJECT).values():
+        figure = draw_speeds(content)
         for axes in figure.axes:
             places = [round(bar.get_y(), 6) for bar in axes.patches]
             assert len(places) == len(set(places))
@@ -192,7 +203,7 @@ def test_bars_do_not_hide_each_other():
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(2, [1]), (2, [1, 2]), (3, [1]), (2, [2, 1])])
 def test_the_trellis_shows_the_receptive_field(kernel_size, dilation):
-    text = plot.trellis(3, kernel_size, [dilation], 10)
+    text = trellis(3, kernel_size, [dilation], 10)
     picture = ElementTree.fromstring(text)
     assert picture.tag.endswith("svg")
     inputs = re.findall(r'<rect class="(x[^"]*)"', text)
@@ -269,4 +280,4 @@ def test_what_is_no_picture_is_not_replaced(tmp_path, monkeypatch, capsys, comma
 def test_an_earlier_picture_is_replaced(tmp_path):
     (tmp_path / "x.SVG").write_text("<svg>")
     assert plot.main(["trellis", "--out", str(tmp_path / "x.SVG")]) == 0
-    assert (tmp_path / "x.SVG").read_text() == plot.trellis()
+    assert (tmp_path / "x.SVG").read_text() == trellis()

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from cases import committed
-from scripts import export
+from scripts import collect, export
+from scripts.reports.charts import read_charts
+from scripts.reports.tables import PUBLISHED
 from trellisnet import serialization
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
@@ -120,9 +122,6 @@ def contents(folder):
 
 def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
     """By everything that reads results/, beside those that are there."""
-    import collect
-    import plot
-
     root = tmp_path / "project"
     for path in (*committed("results/**/*"), *committed("*.md")):
         copy = root / path.relative_to(PROJECT)
@@ -133,7 +132,7 @@ def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
     for name in ("cifar_of_words", "table6_mine", "precision", "compare_5_minutes"):
         shutil.rmtree(root / "results" / name, ignore_errors=True)
         shutil.copytree(out, root / "results" / name)
-    tables = {table.name for table in plot.tables(root)}
+    tables = {chart.name for chart in read_charts(root)}
     assert "table6_small" in tables
     assert not {"table6_mine", "precision", "compare_5_minutes"} & tables
     capsys.readouterr()
@@ -143,7 +142,7 @@ def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
         (out / name).write_bytes((PROJECT / "results" / "word_ptb_small" / name).read_bytes())
     assert collect.main(["--root", str(root)]) == 0
     headings = re.findall("^## (word_ptb|char_ptb|wt103|pmnist|cifar10),.*", (root / "RESULTS.md").read_text(), re.M)
-    assert headings == sorted(headings, key=list(collect.PAPER).index)
+    assert headings == sorted(headings, key=list(PUBLISHED).index)
     assert headings.count("word_ptb") == 3
 
 

@@ -1,0 +1,307 @@
+"""The sections of RESULTS.md, each from its records."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scripts.reports.markdown import HERE_ONLY, table, threads
+from scripts.reports.records import (
+    ADAPTED,
+    Run,
+    options,
+    read_ablations,
+    read_adapted,
+    read_equal_time,
+    read_measurement,
+    read_precisions,
+    refusing,
+    score_of,
+    without,
+)
+from scripts.reports.tables import PUBLISHED
+
+ORDERS = {True: "permuted", False: "not permuted"}
+
+
+def minutes(seconds: float) -> str:
+    """Seconds in minutes, with a decimal if there are few."""
+    return f"{seconds / 60:.{0 if seconds >= 600 else 1}f}"
+
+
+def all_scores(result: dict[str, Any]) -> str:
+    """A score with its other denominators."""
+    score = score_of(result)
+    prefix = f"{score.score_name}_"
+    others = [key for key in result if key.startswith(prefix) and result[key] != score.value]
+    more = "".join(f", {result[key]:.{score.digits}f} on the {key.removeprefix(prefix)} stream" for key in others)
+    return f"{score.title} **{score}**{more}"
+
+
+def section(run: Run) -> str:
+    """A heading, the facts and the learning curve of one run.
+
+    Raises:
+        UserError: a field is missing or of another kind.
+    """
+    with refusing(run.folder):
+        return _section(run, run.metrics)
+
+
+def _section(run: Run, metrics: dict[str, Any]) -> str:
+    score, published = score_of(metrics["test"]), PUBLISHED[metrics["task"]]
+    units = "examples" if score.score_name == "accuracy" else "tokens"
+    paper = published.score
+    if published.not_permuted:
+        paper += f", {published.not_permuted} without permutation,"
+    valid = "none held out; the last epoch is scored"
+    if metrics["valid"]:
+        valid = f"{score_of(metrics['valid'])} at epoch {metrics['best_epoch']}"
+    facts = {
+        "Command": f"`{metrics['command']}`",
+        "Test": f"{all_scores(metrics['test'])} ({metrics['test'][units]:,} {units} scored); "
+        f"the paper reports {paper} with another configuration ({published.setting})",
+        "Validation": valid,
+        "Parameters": f"{metrics['params']:,}",
+        "Wall time": f"{minutes(metrics['seconds'])} minutes, evaluation included",
+        "Machine": f"{metrics['machine']}, {threads(metrics)}, {metrics['device']}, {metrics['precision']}, "
+        f"backend {metrics['backend']}, torch {metrics['torch']}",
+        "Seed": str(metrics["seed"]),
+        "Commit": f"`{metrics['commit']}`",
+        "Data": f"{metrics['corpus']}, sha256 `{metrics['data'][:16]}…`",
+        "Log": f"[results/{run.folder.name}/](results/{run.folder.name})",
+    }
+    heading = f"## {metrics['task']}, preset `{metrics['preset']}`"
+    if metrics["task"] == "pmnist" and not metrics["permute"]:
+        heading += f", {ORDERS[False]}"
+    heading += ", augmented" if metrics.get("augment") else ""
+    heading += f", from `{metrics['load_weight']}`" if metrics["load_weight"] else ""
+    curve = table(
+        ["epoch:", "lr:", f"train {score.score_name}:", f"valid {score.score_name}:", "minutes:"],
+        (
+            (e["epoch"], f"{e['lr']:g}", f"{e['train_score']:.{score.digits}f}",
+             "" if e["valid_score"] is None else f"{e['valid_score']:.{score.digits}f}", f"{e['seconds'] / 60:.1f}")
+            for e in run.epochs
+        ),
+    )  # fmt: skip
+    return _text([heading, "", *(f"- {key}: {value}" for key, value in facts.items()), "", *curve])
+
+
+def summary(runs: Iterable[Run]) -> str:
+    """Tables 1 to 4 beside the best result of each kind."""
+    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for metrics in (run.metrics for run in runs):
+        order = ORDERS[metrics["permute"]] if metrics["task"] == "pmnist" else ""
+        key = metrics["task"], order, "augmented" if metrics.get("augment") else ""
+        if key not in best or score_of(metrics["test"]).better(score_of(best[key]["test"])):
+            best[key] = metrics
+
+    def position(key: tuple[str, str, str]) -> tuple:
+        task, order, augmented = key
+        return PUBLISHED[task].table, list(PUBLISHED).index(task), order == ORDERS[False], augmented
+
+    rows = []
+    for task, order, augmented in sorted(best, key=position):
+        metrics, published = best[task, order, augmented], PUBLISHED[task]
+        score, start = score_of(metrics["test"]), metrics["load_weight"].rpartition("/")[0]
+        rows.append(
+            (
+                published.table, ", ".join(filter(None, (task, order, augmented))), published.setting,
+                published.not_permuted if order == ORDERS[False] else published.score,
+                f"{100 * score.value:.2f} %" if score.score_name == "accuracy" else score,
+                f"`{metrics['preset']}`", f"{metrics['params']:,}", metrics["corpus"],
+                minutes(metrics["seconds"]) + (f" after `{start}`" if start else ""),
+            )
+        )  # fmt: skip
+    columns = "table: task|the paper's model|paper:|ours:|preset|parameters:|data|minutes:"
+    return _text(
+        [
+            "## Tables 1 to 4 of the paper, and what is here",
+            "",
+            "TrellisNet in the paper (without a mixture of softmaxes), and the best result below on the same task. "
+            "Where sizes or data differ these do not compare: what the paper's models come to with this code is not "
+            "known before they have been trained.",
+            "",
+            *table(columns.replace("table: ", "table:|").split("|"), rows),
+        ]
+    )
+
+
+def equal_time(folder: Path) -> str:
+    """Networks after about the same time, from results/compare_<minutes>_minutes."""
+    planned, runs = read_equal_time(folder)
+    with refusing(folder):
+        rows = []
+        for label, run in runs:
+            m, seconds = run.metrics, sum(epoch["train_seconds"] for epoch in run.epochs)
+            rows.append(
+                (
+                    label, f"{m['params']:,}", m["precision"], len(run.epochs), f"{m['seconds'] / 60:.1f}",
+                    f"{m['train']['tokens'] * len(run.epochs) / seconds:,.0f}", score_of(m["valid"]),
+                    score_of(m["test"]), f"`{m['command']}`",
+                )
+            )  # fmt: skip
+        columns = "network|parameters:|precision|epochs:|minutes:|tokens/s of training:|valid ppl:|test ppl:|command"
+        return _text(
+            [
+                f"## Networks of one size after about {planned} minutes each, {m['task']}",
+                "",
+                f"`MINUTES={planned} bash scripts/compare.sh`: every network in the precision in which it is faster. "
+                f"{m['machine']}, threads {m['threads']}, torch {m['torch']}, commit `{m['commit']}`, data sha256 "
+                f"`{m['data'][:16]}…`; one seed.",
+                "",
+                *table(columns.split("|"), rows),
+            ]
+        )
+
+
+def ablations(folder: Path) -> str:
+    """Rows of Table 6 after equally many updates, from results/table6_<preset>."""
+    runs = read_ablations(folder)
+    with refusing(folder):
+        first, base = runs[0]
+        score, test = score_of(base["test"]), base["test"]
+        name, digits = score.score_name, score.digits
+        common, rows = set(options(without(base["command"], *HERE_ONLY))), []
+        for row, metrics in runs:
+            own = [words for words in options(without(metrics["command"], *HERE_ONLY)) if words not in common]
+            flags = f"`{' '.join(word for words in own for word in words)}`" if own else ""
+            diverged = " — diverged with these settings" if metrics["test"]["loss"] > test["loss"] + 2 else ""
+            difference = f"{metrics['test'][name] - test[name]:+.{digits}f}"
+            paper = "" if row.paper is None else f"{row.paper - first.paper:+.{digits}f}"
+            rows.append(
+                (
+                    row.label + diverged, flags, f"{metrics['params']:,}", f"{metrics['seconds'] / 60:.1f}",
+                    *(score_of(metrics[split]) for split in ("valid", "test")),
+                    *(("", "") if row is first else (difference, paper)),
+                )
+            )  # fmt: skip
+        columns = f"row|flags|parameters:|minutes:|valid {name}:|test {score.title}:|difference:|in the paper:"
+        steps, preset = base["steps"], base["preset"]
+        return _text(
+            [
+                f"## Rows of Table 6, {base['task']}, preset `{preset}`, {steps:,} updates each",
+                "",
+                f"`{without(base['command'], *HERE_ONLY)} --max_steps {steps}` and the flags of the row: "
+                f"`PRESET={preset} STEPS={steps} bash scripts/table6.sh`. "
+                f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}, seed "
+                f"{base['seed']} alone; a small network and few updates: no test of the paper's differences, which are "
+                "those of 500 epochs at 24M parameters. Minutes are wall time, no measure of speed.",
+                "",
+                *table(columns.split("|"), rows),
+            ]
+        )
+
+
+def precisions(folder: Path) -> str:
+    """Runs that differ in precision and seed only, from results/precision."""
+    runs = read_precisions(folder)
+    with refusing(folder):
+        one, title = runs[0], score_of(runs[0]["test"]).title
+        command = without(one["command"], "precision", "seed", "out", "metrics")
+        rows = (
+            (run["precision"], run["seed"], f"{run['seconds'] / 60:.1f}", score_of(run["valid"]), score_of(run["test"]))
+            for run in runs
+        )
+        return _text(
+            [
+                f"## Single precision and bfloat16, {one['task']}, preset `{one['preset']}`, {one['epochs']} epochs",
+                "",
+                f"`{command} --precision … --seed …`: `bash scripts/precision.sh`. {one['params']:,} parameters, "
+                f"{one['machine']}, torch {one['torch']}, commit `{one['commit']}`, {one['corpus']}. "
+                "Minutes are wall time, no measure of speed.",
+                "",
+                *table(["precision", "seed:", "minutes:", f"valid {title}:", f"test {title}:"], rows),
+            ]
+        )
+
+
+def adapted(path: Path) -> str:
+    """Ways of scoring one run with a cache and dynamic evaluation, and what each costs."""
+    metrics, ways = read_adapted(path)
+    with refusing(path):
+        name, rows = score_of(metrics["test_static"]).score_name, []
+        for way, (valid, test) in ways.items():
+            peak = f"{test['peak_memory'] / 1e9:.2f} GB" if test["peak_memory"] else ""
+            prepared = f"{valid['preparation_seconds'] / 60:.1f} min" if "preparation_seconds" in valid else ""
+            settings = test.get("settings", {}).items()
+            listed = ", ".join(f"{key} {v if isinstance(v, str) else format(v, 'g')}" for key, v in settings)
+            cost = f"{test['seconds'] / 60:.1f}", peak, prepared
+            rows.append((ADAPTED[way], score_of(valid), score_of(test), *cost, listed))
+        return _text(
+            [
+                f"## Cache and dynamic evaluation, {metrics['task']}, preset `{metrics['preset']}`",
+                "",
+                f"`{metrics['command']}` on {metrics['machine']}, {threads(metrics)}, {metrics['device']}, "
+                f"{metrics['precision']}, torch {metrics['torch']}, commit `{metrics['commit']}`, {metrics['corpus']}; "
+                f"{metrics['params']:,} parameters, seed {metrics['seed']}; {metrics['test_static']['tokens']:,} test "
+                "tokens. Minutes and the peak of the process's memory are those of scoring the test data, after what "
+                "was prepared and tuned once, on training and validation data.",
+                "",
+                *table(["", f"valid {name}:", f"test {name}:", "minutes:", "peak:", "prepared in:", "settings"], rows),
+            ]
+        )
+
+
+def faults(path: Path) -> str:
+    """What runs and files have survived, from what scripts/torture.py has written."""
+    found = read_measurement(path)
+    with refusing(path):
+        kills, disk, hostile, soak = *(found[part] for part in ("kills", "disk", "payloads")), found.get("soak")
+        moments = {key.removeprefix("killed "): n for key, n in kills.items() if key.startswith("killed in ")}
+        listed = ", ".join(f"{count} {moment}" for moment, count in moments.items())
+        lines = [
+            f"## Faults, seed {found['seed']}",
+            "",
+            f"`{found['command']}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`, seed "
+            f"{found['seed']}. Every run that something was done to ended, to the bit, with the weights, the optimiser "
+            "and the random numbers of one that was left alone.",
+            "",
+            f"- Kills survived: {sum(moments.values())} ({listed}) in {kills['runs']} run(s) of {kills['epochs']} "
+            f"epochs; and {kills['terminated']} times SIGTERM, after which the run ended with a checkpoint within "
+            f"{kills['seconds to terminate']:g} s",
+            f"- Writes that failed: {disk['no room']} for want of room, {disk['too large']} for a limit on the size of "
+            f"files; folders that may not be written: {disk['read-only']}",
+            f"- Second processes refused: {found['locks']['refused']}; runs with jumping clocks: "
+            f"{found['clocks']['runs']}",
+            f"- Hostile files: {hostile['files']}, opened {hostile['opened']} times; {hostile['executed']} ran code, "
+            f"and memory grew by {hostile['bytes'] / 1e6:.0f} MB at most",
+        ]
+        if soak:
+            start, end = (soak[f"resident at the {when}"] / 1e6 for when in ("start", "end"))
+            lines.append(
+                f"- Memory: in {soak['minutes']:g} minutes of training ({soak['steps']:,} updates, {soak['epochs']:,} "
+                f"epochs, each evaluated and saved) from {start:.1f} to {end:.1f} MB"
+            )
+        rows = (
+            (r["target"] + ("" if r["summed"] else ", which has no checksums"),
+             *(f"{r[key]:,}" for key in ("tried", "detected", "harmless", "unnoticed")))
+            for r in found["mutations"]
+        )  # fmt: skip
+        columns = ["damaged at random", "tried:", "detected:", "harmless:", "not noticed:"]
+        return _text([*lines, "", *table(columns, rows)])
+
+
+def ranks(path: Path) -> str:
+    """How far several ranks differ from one process, from what scripts/compare_ranks.py has written."""
+    found = read_measurement(path)
+    with refusing(path):
+        worst: dict[tuple[str, int], dict[str, float]] = {}
+        for r in found["records"]:
+            largest = max(r[kind] for kind in ("losses", "gradients", "weights", "scores"))
+            worst.setdefault((r["task"], r["ranks"]), {})[r["dtype"]] = largest
+        rows = [(*key, *(f"{kinds[dtype]:.1e}" for dtype in ("float32", "float64"))) for key, kinds in worst.items()]
+        return _text(
+            [
+                "## Several ranks",
+                "",
+                f"`{found['command']}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`: tiny "
+                f"networks without dropout, {found['steps']} updates. The largest difference from one process of "
+                "losses, gradients, weights and scores, relative to the largest entry.",
+                "",
+                *table(["task", "ranks:", "float32:", "float64:"], rows),
+            ]
+        )
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)

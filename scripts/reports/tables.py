@@ -1,0 +1,145 @@
+"""The papers' tables as data: their rows, and the scores printed there."""
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """The paper's test score of TrellisNet on a task."""
+
+    table: int
+    score: str
+    setting: str
+    not_permuted: str = ""  # the score with pixels in their order
+
+
+# In the order of the paper.
+PUBLISHED = {
+    "word_ptb": Published(1, "56.97", "24M parameters, preset `paper`"),
+    "char_ptb": Published(3, "1.158", "13.4M parameters, preset `paper`, on the authors' stream"),
+    "wt103": Published(2, "29.19", "180M parameters, preset `paper`, on the whole of WikiText-103"),
+    "pmnist": Published(4, "98.13 %", "8M parameters, preset `8m`", "99.20 %"),
+    "cifar10": Published(4, "73.42 %", "8M parameters, preset `8m`, on the original images"),
+}
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Args:
+        label: the model.
+        size: as printed there, or "".
+        paper: the score; None if there is none.
+        name: of its function in the script that trains it.
+        recited: whether the score is the training accuracy instead.
+    """
+
+    label: str
+    size: str
+    paper: float | None
+    name: str
+    recited: bool = False
+
+
+class Table(NamedTuple):
+    """A table, the score in it, and the script (scripts/<script>.sh) that trains its rows."""
+
+    title: str
+    score: str
+    script: str
+    rows: list[Row]
+
+
+# Those of the authors' README of recurrent highway networks: test perplexity by depth, with tied and untied weights.
+_RHN = (
+    (90.6, 89.2), (75.1, 76.3), (70.6, 72.6), (68.6, 70.9), (67.7, 69.8),
+    (66.6, 69.3), (66.4, 68.7), (66.1, 68.5), (66.0, 68.5), (66.0, 68.3),
+)  # fmt: skip
+# Table 5 of the paper lists settings, which are the presets `paper`. The numbers of "Predefined Sparseness in Recurrent
+# Sequence Models" are not in its README.
+TABLES = {
+    "1": Table(
+        "Table 1. Word-level Penn Treebank", "test perplexity", "table1",
+        [
+            Row("Generic TCN", "13M", 88.68, "tcn"),
+            Row("AWD-LSTM (ours without finetuning)", "24M", 58.8, "awd_lstm"),
+            Row("AWD-LSTM-MoS (ours without finetuning)", "24M", 55.97, "awd_lstm_mos"),
+            Row("TrellisNet", "24M", 56.97, "trellisnet"),
+            Row("TrellisNet (1.4x larger)", "33M", 56.80, "trellisnet_larger"),
+            Row("TrellisNet-MoS", "25M", 54.67, "trellisnet_mos"),
+            Row("TrellisNet-MoS (1.4x larger)", "34M", 54.19, "trellisnet_mos_larger"),
+            Row("Recurrent highway network, depth 10 (not in the paper)", "", None, "rhn"),
+            Row("Sparse LSTM (not in the paper)", "", None, "sparse_lstm"),
+        ],
+    ),
+    "2": Table(
+        "Table 2. WikiText-103", "test perplexity", "table2",
+        [
+            Row("Generic TCN (ours with our settings)", "150M", 45.2, "tcn"),
+            Row("TrellisNet", "180M", 29.19, "trellisnet"),
+        ],
+    ),
+    "3": Table(
+        "Table 3. Character-level Penn Treebank", "test bits per character", "table3",
+        [
+            Row("Generic TCN", "3.0M", 1.31, "tcn"),
+            Row("AWD-LSTM, standard stream", "13.8M", 1.175, "awd_lstm"),
+            Row("TrellisNet", "13.4M", 1.158, "trellisnet"),
+            Row("TrellisNet, standard stream", "13.4M", None, "trellisnet_standard"),
+        ],
+    ),
+    "4": Table(
+        "Table 4. MNIST and CIFAR-10 pixel by pixel", "test accuracy in percent", "table4",
+        [
+            Row("Sequential MNIST: Generic TCN", "", 99.0, "sequential_mnist_tcn"),
+            Row("Sequential MNIST: TrellisNet", "8M", 99.20, "sequential_mnist"),
+            Row("Sequential MNIST: TrellisNet, released settings", "", None, "sequential_mnist_released"),
+            Row("Permuted MNIST: Generic TCN", "", 97.2, "permuted_mnist_tcn"),
+            Row("Permuted MNIST: TrellisNet", "8M", 98.13, "permuted_mnist"),
+            Row("Permuted MNIST: TrellisNet, released settings", "", None, "permuted_mnist_released"),
+            Row("Sequential CIFAR-10: TrellisNet", "8M", 73.42, "sequential_cifar10"),
+            Row("Sequential CIFAR-10: TrellisNet, released settings", "", None, "sequential_cifar10_released"),
+        ],
+    ),
+    "6": Table(
+        "Table 6. Ablations on word-level Penn Treebank", "test perplexity", "table6",
+        [
+            Row("TrellisNet", "24.1M", 56.97, "trellisnet"),
+            Row("- Hidden (VD-based) Dropout", "24.1M", 64.69, "no_hidden_dropout"),
+            Row("- Weight Dropout", "24.1M", 63.82, "no_weight_dropout"),
+            Row("- Auxiliary Losses", "24.1M", 57.99, "no_auxiliary_losses"),
+            Row("- Long Seq. Parallelism", "24.1M", 57.35, "no_long_sequence_parallelism"),
+            Row("- Dense Kernel (i.e. mixed group conv; 2 groups here)", "24.1M", 59.18, "mixed_group_2"),
+            Row("- Dense Kernel (4 groups; not in the paper)", "", None, "mixed_group_4"),
+            Row("- Injected Input (every 2 layers instead)", "24.1M", 57.44, "inject_every_2"),
+            Row("- Injected Input (every 5 layers instead)", "24.1M", 59.75, "inject_every_5"),
+            Row("- Injected Input (every 10 layers instead)", "24.1M", 60.70, "inject_every_10"),
+            Row("- Injected Input (every 20 layers instead)", "24.1M", 74.91, "inject_every_20"),
+            Row("GRU gates (not in the paper)", "", None, "activation_gru"),
+            Row("tanh, no gates (not in the paper)", "", None, "activation_tanh"),
+        ],
+    ),
+    "rhn": Table(
+        "Recurrent highway networks on word-level Penn Treebank", "test perplexity", "rhn_table",
+        [
+            Row(f"depth {depth}, {tied} weights", "32M" if tied == "untied" else "", paper, f"depth_{depth}{suffix}")
+            for depth, both in enumerate(_RHN, start=1)
+            for (tied, suffix), paper in zip((("tied", ""), ("untied", "_untied")), both, strict=True)
+        ],
+    ),
+    "sparse": Table(
+        "Predefined sparseness on word-level Penn Treebank", "test perplexity", "sparse_table",
+        [
+            Row("AWD-LSTM", "24.2M", None, "dense"),
+            Row("sparse_hidden, 1725 channels", "23.8M", None, "sparse"),
+            Row("Reciting: dense", "24.2M", None, "recite_dense", recited=True),
+            Row("Reciting: dense, half the width", "7.07M", None, "recite_dense_reduced", recited=True),
+            Row("Reciting: sparse_hidden", "7.07M", None, "recite_sparse_hidden", recited=True),
+            Row("Reciting: sparse_all, sparse embedding", "7.07M", None, "recite_sparse_all", recited=True),
+        ],
+    ),
+}  # fmt: skip
+# What scripts/compare.sh trains: the name of a row and of its network.
+COMPARED = {
+    "trellisnet": "TrellisNet", "awd_lstm": "AWD-LSTM", "tcn": "Generic TCN", "rhn": "Recurrent highway network",
+    "sparse_lstm": "Sparse LSTM",
+}  # fmt: skip
