@@ -91,7 +91,7 @@ def seconds(way: str, layer: SparseLSTM, x: Tensor) -> float:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, measure, print."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="any torch device")
     parser.add_argument("--quick", action="store_true", help="a small layer")
     args = parser.parse_args(argv)

@@ -149,7 +149,7 @@ def convert(source: Path, folder: Path) -> dict[str, np.ndarray]:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, convert, list."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help=".npz file with the pictures")
     parser.add_argument("folder", type=Path, help="where the batches go, made if need be")
     args = parser.parse_args(argv)

@@ -73,7 +73,7 @@ def report(root: Path, readme_text: str) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, read, write or compare."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a file is out of date")
     names = [*TABLES, "compare"]
     parser.add_argument("--table", choices=names, help="print this table of the paper or a script, and write nothing")

@@ -10,8 +10,6 @@ float64.
 
 import argparse
 import functools
-import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,26 +26,19 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-import char_ptb.train
-import cifar10.train
-import pmnist.train
-import word_ptb.train
-import wt103.train
-from trellisnet.errors import RunError, UserError, counted
+from scripts.common import check_bounds, origin
+from trellisnet.errors import RunError, counted
+from trellisnet.training import programs
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser, parse
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.engine import Trainer
 from trellisnet.training.optim import make_optimizer
-from trellisnet.training.runlog import NoFolder, check_json_path, commit, machine, write_json
+from trellisnet.training.runlog import NoFolder, check_json_path, write_json
 from trellisnet.training.scoring import evaluate
 
 STEPS = 5
 BOUNDS = {"float32": 1e-6, "float64": 1e-12}
-PROGRAMS = {
-    "word_ptb": word_ptb.train, "char_ptb": char_ptb.train, "wt103": wt103.train, "pmnist": pmnist.train,
-    "cifar10": cifar10.train,
-}  # fmt: skip
 OFF = "--dropout 0 --dropouti 0 --dropouth 0 --wdrop 0 --data synthetic --nhid 6 --max_eval_tokens 1500".split()
 TEXT = """--emsize 8 --nout 8 --nlevels 4 --horizon 6 --batch_size 12 --emb_dropout 0 --dropoutl 0 --aux 0.1
 --aux_freq 2 --alpha 2 --beta 1 --lr 1 --optim SGD --clip 0.25 --mc_dropout 2 --eval_all""".split()
@@ -67,8 +58,8 @@ CASES = {
 
 def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
     """Some updates: loss and gradients of every step, the weights after them, and scores of the test data."""
-    program = PROGRAMS[case.split(",")[0]]
-    config, _ = parse(program.Config, [*OFF, *CASES[case], *(DOUBLE if dtype is torch.float64 else [])])
+    program = programs.get(case.split(",")[0])
+    config, _ = parse(program.config_class, [*OFF, *CASES[case], *(DOUBLE if dtype is torch.float64 else [])])
     config = config.chosen(torch.device("cpu"))
     ranks.check_rows(config.batch_size)
     torch.manual_seed(config.seed)
@@ -156,7 +147,7 @@ def launch(size: int, path: Path, cases: Iterable[str]) -> dict[str, dict[str, A
 
 def run(argv: Sequence[str]) -> int:
     """Parse, train, compare, write."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to train (default: all)")
     parser.add_argument("--json", help="also write the findings to this file")
@@ -165,8 +156,7 @@ def run(argv: Sequence[str]) -> int:
     if args.worker:
         worker(args.worker, args.cases)
         return 0
-    if min(args.ranks) < 1:
-        raise UserError(f"--ranks: expected at least 1, got {min(args.ranks)}")
+    check_bounds(args, ranks=1)
     if args.json:
         check_json_path(args.json, "--json", ("command", "records"))
     records, failed = [], False
@@ -184,12 +174,9 @@ def run(argv: Sequence[str]) -> int:
                     failed |= wrong
                     shown = ", ".join(f"{name} {value:.1e}" for name, value in differ.items())
                     print(f"{case}, {size} ranks, {kind}: {shown}{'  TOO MUCH' if wrong else ''}", flush=True)
-    head = {
-        "command": shlex.join(["python", "scripts/compare_ranks.py", *argv]), "commit": commit(), "steps": STEPS,
-        "machine": machine(torch.device("cpu")), "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
     if args.json:
-        write_json(args.json, "--json", {**head, "records": records})
+        head = origin("scripts/compare_ranks.py", argv, torch.device("cpu"))
+        write_json(args.json, "--json", {**head, "steps": STEPS, "records": records})
     return int(failed)
 
 

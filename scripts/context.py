@@ -16,6 +16,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 from scripts import trained
+from scripts.common import check_bounds
 from trellisnet.errors import UserError
 from trellisnet.evaluation.context import context_lengths, loss_by_context
 from trellisnet.models import count_parameters
@@ -26,17 +27,15 @@ from trellisnet.training.runlog import check_json_path, environment, write_json
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, measure, print and write."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     trained.add_flags(parser)
-    parser.add_argument("--lengths", nargs="+", type=int, help="numbers of visible tokens (default: see above)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="visible tokens (default: see above)")
     parser.add_argument("--longest", type=int, default=256, help="of the lengths by default (default: 256)")
     parser.add_argument("--targets", type=int, default=2000, help="tokens to predict, at most (default: 2000)")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="(default: valid)")
     parser.add_argument("--json", help="file to write")
     args, flags = parser.parse_known_args(argv)
-    for name, least in (("lengths", min(args.lengths or [1])), ("longest", args.longest), ("targets", args.targets)):
-        if least < 1:
-            raise UserError(f"--{name}: expected at least 1, got {least}")
+    check_bounds(args, lengths=1, longest=1, targets=1)
     if args.json:
         check_json_path(args.json, "--json", ("task", "receptive_field", "records"))
     model = trained.load(args, flags)

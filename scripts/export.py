@@ -27,26 +27,16 @@ if __name__ == "__main__":
 
 import torch
 
-import char_ptb.train
-import cifar10.train
-import pmnist.train
-import word_ptb.train
-import wt103.train
 from scripts import trained
+from scripts.reports.records import read_events, refusing
 from trellisnet import weights
 from trellisnet.errors import RunError, UserError
 from trellisnet.serialization import atomic_folder, atomic_write
+from trellisnet.training import programs
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import PROJECT, Parser, check_settings
 
-# The program of every task, and how many tokens or images the short score is of.
-PROGRAMS = {
-    "word_ptb": (word_ptb.train, 5000),
-    "char_ptb": (char_ptb.train, 5000),
-    "wt103": (wt103.train, 5000),
-    "pmnist": (pmnist.train, 256),
-    "cifar10": (cifar10.train, 256),
-}
+PARTIAL = {"tokens": 5000, "examples": 256}  # size of the short score
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 10  # MB
 WRITTEN = ("weights.pkl", "config.json", "weights.json")
@@ -61,7 +51,7 @@ def portable(config: dict[str, Any]) -> dict[str, Any]:
     settings |= {"threads": 0, "load_weight": "", "max_eval_tokens": 0}
     data = Path(settings.get("data", "")).absolute()
     if settings.get("data", "") not in ("", "synthetic") and data.is_relative_to(PROJECT):
-        default = PROJECT / PROGRAMS[config["task"]][0].Config.default_data
+        default = PROJECT / programs.get(config["task"]).config_class.default_data
         settings["data"] = "" if data == default else data.relative_to(PROJECT).as_posix()
     rest = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
     return {**rest, "settings": settings}
@@ -78,7 +68,7 @@ def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict
         metrics = Path(temporary) / "metrics.json"
         command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval"]
         command += [*flags, "--max_eval_tokens", limit, "--metrics", metrics]
-        code = PROGRAMS[task][0].main([str(part) for part in command])
+        code = programs.get(task).main([str(part) for part in command])
         if code > 128:
             raise SystemExit(code)
         if code:
@@ -90,14 +80,12 @@ def before(run: Path) -> dict[str, Any] | None:
     """The scores of a finished run.
 
     Raises:
-        UserError: its metrics.jsonl is damaged.
+        UserError: its metrics.jsonl is corrupt.
     """
     path = run / "metrics.jsonl"
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        ends = [{key: r[key] for key in ("valid", "test")} for r in records if r["event"] == "result"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: a damaged file ({e})") from e
+    events = read_events(path) if path.is_file() else []
+    with refusing(path):
+        ends = [{key: r[key] for key in ("valid", "test")} for r in events if r["event"] == "result"]
     return ends[-1] if ends else None
 
 
@@ -131,7 +119,7 @@ def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, round, score, write."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path, help="folder to write, such as results/NAME")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the file (default: float16)")
@@ -140,10 +128,10 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args, flags = parser.parse_known_args(argv)
     config = trained.read_config(args.run)
-    if config["task"] not in PROGRAMS:
-        raise UserError(f"{args.run}: is of {config['task']}; expected one of {', '.join(PROGRAMS)}")
+    if config["task"] not in programs.TASKS:
+        raise UserError(f"{args.run}: is of {config['task']}; expected one of {', '.join(programs.TASKS)}")
     out = args.out
-    check_settings(PROGRAMS[config["task"]][0].Config, config["settings"], str(args.run / "config.json"))
+    check_settings(programs.get(config["task"]).config_class, config["settings"], str(args.run / "config.json"))
     with atomic_folder(out) as new:
         size = fill(new, config, args, flags)
     if not (out / "metrics.json").is_file():
@@ -160,7 +148,7 @@ def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Seq
         raise UserError(f"{args.run}: its weights take {size / 1e6:.1f} MB in {args.dtype}; see --max_mb")
     write(new / "config.json", portable(config))
     measured = score(task, new, [*trained.HERE, *flags])
-    limit = args.partial or PROGRAMS[task][1]
+    limit = args.partial or next(PARTIAL[count] for count in PARTIAL if count in measured["test"])
     short = score(task, new, [*trained.HERE, *flags], limit)
     splits = ("valid", "test")
     write(

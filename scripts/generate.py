@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 
 from scripts import trained
+from scripts.common import check_bounds
 from trellisnet.data.corpus import EOS, unknown_tokens
 from trellisnet.data.text import normalised
 from trellisnet.errors import NAME, UserError, shown
@@ -62,7 +63,7 @@ def wrapped(text: str, width: int) -> str:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, load, generate, print."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     trained.add_flags(parser)
     parser.add_argument("--prompt", default="", help="what the text begins with; default: a single <eos>")
     parser.add_argument("--length", type=int, default=200, help="tokens to generate (default: 200)")
@@ -73,9 +74,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=1111, help="of the draws (default: 1111)")
     parser.add_argument("--width", type=int, default=100, help="of printed lines; 0: not wrapped (default: 100)")
     args, flags = parser.parse_known_args(argv)
-    for name, least in (("length", 1), ("samples", 1), ("width", 0), ("seed", 0)):
-        if not least <= getattr(args, name) < 2**31:
-            raise UserError(f"--{name}: expected {least} to {2**31 - 1}, got {getattr(args, name)}")
+    check_bounds(args, length=1, samples=1, width=0, seed=0)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as e:

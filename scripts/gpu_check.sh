@@ -24,7 +24,7 @@
 #
 # A first quarter of an hour on one H100:
 #   carry       the checkout with data/penn and data/mnist, which git ignores; no .venv
-#   minute  0   bash scripts/gpu_check.sh short      first its lines "look": a run must name triton gates and CUDA graph,
+#   minute  0   bash scripts/gpu_check.sh short      first its part "look": a run must have Triton's gates and a CUDA graph,
 #                                                    the tests must pass, a step should take some 20 ms (word_ptb)
 #   minute  5   bash scripts/gpu_check.sh pixels     or sweep, if the kernels of profile say that gates cost most
 #   minute 10   BUDGET=240 bash scripts/gpu_check.sh words
@@ -181,7 +181,7 @@ training() { # training SECONDS NAME TASK FLAG...: train in RUNS/NAME; bring bac
         --out "$run" --metrics "$OUT/$name.metrics.json"
     if [ ! -f "$run/log.txt" ]; then return; fi
     for file in log.txt config.json metrics.jsonl; do cp "$run/$file" "$OUT/$name.$file"; done
-    grep ' step ' "$run/log.txt" | tail -n 3
+    tail -n 3 "$run/log.txt"
     pack
 }
 
@@ -209,8 +209,9 @@ look() {
         training 70 "look_graph_$graph" word_ptb --preset paper --precision bf16 --data "$DATA" --cuda_graph "$graph" \
             --max_steps 100 --log-interval 20 --max_eval_tokens 2000
     done
-    if ! grep -qs "triton gates, CUDA graph" "$OUT/look_graph_on.txt"; then
-        note look "not by Triton's gates, as the first line of look_graph_on.txt must say"
+    if ! { grep -qs '"gates": "triton"' "$OUT/look_graph_on.metrics.json" &&
+        grep -qs '"cuda_graph": "on"' "$OUT/look_graph_on.metrics.json"; }; then
+        note look "without Triton's gates or a CUDA graph, as look_graph_on.metrics.json says"
     fi
 }
 

@@ -95,7 +95,7 @@ def pictures(root: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, read, draw, write."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
     command = commands.add_parser("curves", help="learning curves of runs")
     command.add_argument("runs", nargs="+", type=Path, help="folders with a metrics.jsonl")

@@ -25,7 +25,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from scripts import bench
+from scripts.common import check_bounds
+from scripts.workload import PRESETS, Variant, Work, seconds, synchronize
 from trellisnet.errors import RunError, UserError
 from trellisnet.ops import fused
 from trellisnet.training.cli import guarded, is_out_of_memory
@@ -39,12 +40,12 @@ SHAPES = ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8))  # channels of a p
 ROWS = 24  # kernels that are listed
 
 
-def times(work: bench.Work, repeats: int) -> str:
+def times(work: Work, repeats: int) -> str:
     """One line: how the step was computed, how long it took, and the memory that the device holds."""
-    variant = bench.Variant("fused", "bf16", graph=work.device.type == "cuda")
+    variant = Variant("fused", "bf16", graph=work.device.type == "cuda")
     for _ in range(WARM_UP + 3):  # the graph is recorded in one of these
         work.run("step", variant)
-    measured = [1e3 * bench.seconds(lambda: work.run("step", variant), work.device) for _ in range(repeats)]
+    measured = [1e3 * seconds(lambda: work.run("step", variant), work.device) for _ in range(repeats)]
     line = f"{statistics.median(measured):8.2f} ms ({min(measured):.2f} to {max(measured):.2f}), {variant.name}"
     line += f", {work.chosen[variant.precision].gates} gates"
     if work.device.type == "cuda":
@@ -52,20 +53,20 @@ def times(work: bench.Work, repeats: int) -> str:
     return line
 
 
-def kernels(work: bench.Work, repeats: int) -> str:
+def kernels(work: Work, repeats: int) -> str:
     """The table of one step's kernels, the longest first; `repeats` has no effect.
 
     Raises:
         RunError: none was seen, as where the profiler may not use the device's counters.
     """
-    variant, on_gpu, found = bench.Variant("fused", "bf16"), work.device.type == "cuda", []
+    variant, on_gpu, found = Variant("fused", "bf16"), work.device.type == "cuda", []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
     for _ in range(2):
         work.run("step", variant)
-    bench.synchronize(work.device)
+    synchronize(work.device)
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work.run("step", variant)
-        bench.synchronize(work.device)
+        synchronize(work.device)
     for event in profile.key_averages():
         if on_gpu and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             found.append((event.self_device_time_total / 1e3, event.count, event.key))
@@ -100,16 +101,16 @@ def launched_as(block: int, warps: int, device: torch.device):
         triton_gates.BLOCK, triton_gates.WARPS = before
 
 
-def measure(action: Callable[[bench.Work, int], str], step: str, label: str, args: argparse.Namespace) -> bool:
+def measure(action: Callable[[Work, int], str], step: str, label: str, args: argparse.Namespace) -> bool:
     """Print what the action finds of a step, TASK:PRESET; False if the step does not fit in memory."""
     task, _, preset = step.partition(":")
-    if task not in bench.PRESETS:
-        raise UserError(f"--steps {step}: expected TASK:PRESET, the task one of {', '.join(bench.PRESETS)}")
+    if task not in PRESETS:
+        raise UserError(f"--steps {step}: expected TASK:PRESET, the task one of {', '.join(PRESETS)}")
     device = torch.device(args.device)
     flags = ["--preset", preset] if preset else []
     fits = True
     try:
-        found = action(bench.Work(task, args.quick, device, flags), args.repeats)
+        found = action(Work(task, args.quick, device, flags), args.repeats)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
@@ -128,15 +129,14 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: an unknown action, device, task or preset.
     """
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("actions", nargs="*", metavar="ACTION", help=f"{', '.join(ACTIONS)}; default: times kernels")
     parser.add_argument("--steps", nargs="+", metavar="TASK:PRESET", help=f"default: {' '.join(STEPS)}")
     parser.add_argument("--repeats", type=int, default=15, help="steps that are timed (default: 15)")
     parser.add_argument("--quick", action="store_true", help="small networks")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise UserError(f"--repeats: expected at least 1, got {args.repeats}")
+    check_bounds(args, repeats=1)
     if unknown := [action for action in args.actions if action not in ACTIONS]:
         raise UserError(f"{unknown[0]}: expected {', '.join(ACTIONS)}")
     device = RunConfig(device=args.device).torch_device()

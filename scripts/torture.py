@@ -9,8 +9,6 @@ The faults themselves are in tests/faults.
 
 import argparse
 import functools
-import platform
-import shlex
 import signal
 import sys
 import tempfile
@@ -24,12 +22,13 @@ if __name__ == "__main__":
 
 import torch
 
+from scripts.common import check_bounds, origin
 from tests.faults import mutations, payloads
 from tests.faults.runs import BrokenError, clocks, expect, full, kill, locks, soak
-from trellisnet.errors import RunError, UserError
+from trellisnet.errors import RunError
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
-from trellisnet.training.runlog import check_json_path, commit, machine, write_json
+from trellisnet.training.runlog import check_json_path, write_json
 
 
 def hostile(folder: Path) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def damaged(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
 
 def run(argv: Sequence[str]) -> None:
     """Parse, break things, print and write."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to survive (default: 100)")
     parser.add_argument("--epochs", type=int, default=12, help="of every run that is killed (default: 12)")
     parser.add_argument("--writes", type=int, default=150, help="writes that fail (default: 150)")
@@ -60,17 +59,11 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of all that is done at random (default: 1)")
     parser.add_argument("--json", help="also write the findings to this file")
     args = parser.parse_args(argv)
-    for name, least in {"kills": 0, "epochs": 1, "writes": 0, "mutations": 0, "soak": 0, "seed": 0}.items():
-        if not least <= (value := getattr(args, name)) < 2**31:
-            raise UserError(f"--{name}: expected at least {least}, got {value}")
+    check_bounds(args, kills=0, epochs=1, writes=0, mutations=0, soak=0, seed=0)
     if args.json:
         check_json_path(args.json, "--json", ("command", "seed", "machine"))
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    head = {
-        "command": shlex.join(["python", "scripts/torture.py", *argv]), "seed": args.seed, "commit": commit(),
-        "machine": machine(device), "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
+    head = {**origin("scripts/torture.py", argv, torch.device("cpu")), "seed": args.seed}
     findings: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         folder = Path(name)

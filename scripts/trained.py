@@ -8,7 +8,6 @@ Either way the flags of the task's train.py that say where things are and how th
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-import char_ptb.data
-import char_ptb.model
-import word_ptb.data
-import word_ptb.model
-import wt103.data
-import wt103.model
+from scripts.reports.records import read_json
 from trellisnet import weights
 from trellisnet.data.corpus import Corpus
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.serialization import read_regular
+from trellisnet.training import programs
 from trellisnet.training.config import parse
-from trellisnet.training.language_model import LanguageModelConfig, build_model
+from trellisnet.training.language_model import LanguageModelConfig, LanguageModelProgram
 
-TASKS = {
-    "word_ptb": (word_ptb.model.Config, word_ptb.data.load),
-    "char_ptb": (char_ptb.model.Config, char_ptb.data.load),
-    "wt103": (wt103.model.Config, wt103.data.load),
-}
+PROGRAMS = {task: programs.get(task) for task in programs.TASKS}
+PROGRAMS = {task: program for task, program in PROGRAMS.items() if isinstance(program, LanguageModelProgram)}
 # What a run has chosen for its own machine is chosen again here.
 HERE = "--backend auto --gemm auto --gates auto --threads 0 --device auto".split()
 
@@ -52,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that :func:`load` reads."""
     parser.add_argument("--run", help="folder of a run: its config.json and weights.pkl")
     parser.add_argument(
-        "--task", choices=list(TASKS), help="or a task, --load_weight FILE, and the flags of its train.py"
+        "--task", choices=list(PROGRAMS), help="or a task, --load_weight FILE, and the flags of its train.py"
     )
 
 
@@ -63,12 +54,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: there is none.
     """
     path = folder / "config.json"
-    try:
-        content = json.loads(read_regular(path))
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); name the folder of a run") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not JSON ({e})") from e
+    if not path.exists():
+        raise UserError(f"{path}: no such file; name the folder of a run")
+    content = read_json(path)
     if not isinstance(content, dict) or not (
         isinstance(content.get("task"), str) and isinstance(content.get("settings"), dict)
     ):
@@ -93,15 +81,15 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
         task = read_config(folder)["task"]
         if args.task not in (None, task):
             raise UserError(f"--task {args.task}: {folder} is a run of {task}; leave one of the two out")
-        if task not in TASKS:
-            raise UserError(f"{folder}: is a run of {task}; expected a language model: {', '.join(TASKS)}")
+        if task not in PROGRAMS:
+            raise UserError(f"{folder}: is a run of {task}; expected a language model: {', '.join(PROGRAMS)}")
         given = ["--config", str(folder / "config.json"), "--load_weight", str(folder / "weights.pkl"), *HERE]
     elif task is None:
         raise UserError(
             "no model: pass --run FOLDER, or --task and --load_weight FILE with the flags it was trained with"
         )
-    cls, read = TASKS[task]
-    config, _ = parse(cls, [*given, *flags, "--eval"])
+    program = PROGRAMS[task]
+    config, _ = parse(program.config_class, [*given, *flags, "--eval"])
     if not config.load_weight:
         raise UserError(f"no weights: pass --load_weight FILE, or the folder of a run with --run (task {task})")
     device = config.torch_device()
@@ -109,10 +97,10 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
         torch.set_num_threads(config.threads)
     config = config.chosen(device)
     # Only the project's own folder is filled by itself; a folder that the user names is theirs.
-    corpus = read(config.data_folder(), download=config.download and not config.data, **config.data_options())
+    corpus = program.load(config.data_folder(), download=config.download and not config.data, **config.data_options())
     for notice in corpus.notices:
         print(notice, file=sys.stderr)
-    model = build_model(config, len(corpus.vocabulary)).to(device).eval()
+    model = program.build_model(config, len(corpus.vocabulary)).to(device).eval()
     options = {"vocabulary": corpus.vocabulary_sha256, "changed": corpus.changed, "task": config.task}
     options |= config.load_options()
     with config.in_flags():

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-from scripts import bench
+from scripts import bench, workload
 from test_graphs import Player
 from trellisnet.errors import RunError
 from trellisnet.training.config import PROJECT
@@ -60,10 +60,10 @@ def test_it_measures_heads_and_their_memory(tmp_path):
 
 @pytest.mark.parametrize(("device", "precisions"), [("cpu", ["fp32"]), ("cuda", ["fp32", "tf32", "bf16"])])
 def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(device, precisions):
-    variants = bench.variants_on(torch.device(device), recompute=[4])
-    assert variants[0] == bench.REFERENCE
+    variants = workload.variants_on(torch.device(device), recompute=[4])
+    assert variants[0] == workload.REFERENCE
     assert [v.precision for v in variants if v.backend == "reference"] == precisions
-    assert {v.precision for v in variants if v.recompute == 4} == set(bench.PRECISIONS[device])
+    assert {v.precision for v in variants if v.recompute == 4} == set(workload.PRECISIONS[device])
 
 
 @pytest.mark.parametrize("task", ["word_ptb", "wt103"])  # streamed, and with repackaging
@@ -95,8 +95,8 @@ def test_the_peak_is_measured_once_per_precision(monkeypatch, parts, measured):
 def test_a_wrong_result_is_not_timed(monkeypatch):
     from trellisnet.ops import fused
 
-    work = bench.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
-    bench.gate(work, bench.variants_on(work.device))
+    work = workload.Work("pmnist", True, torch.device("cpu"), SMALL[1:])
+    workload.gate(work, workload.variants_on(work.device))
     right = fused._Trellis.apply
 
     def wrong(*args):
@@ -105,21 +105,21 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(fused._Trellis, "apply", wrong)
     with pytest.raises(RunError, match="pmnist, fused: differs from the reference by 0.01; nothing is timed"):
-        bench.gate(work, bench.variants_on(work.device))
+        workload.gate(work, workload.variants_on(work.device))
 
 
 def test_graphs_compute_what_their_variants_do(monkeypatch):
     counts = Counter()
-    monkeypatch.setattr(bench.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
-    work = bench.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
-    graph = bench.Variant("fused", "fp32", graph=True)
+    monkeypatch.setattr(workload.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
+    work = workload.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
+    graph = workload.Variant("fused", "fp32", graph=True)
     assert graph.name == "fused graph"
-    bench.gate(work, [bench.REFERENCE, graph], ["core"])
+    workload.gate(work, [workload.REFERENCE, graph], ["core"])
     for _ in range(6):
         work.run("step", graph)
     assert counts["recorded"] == 2
     assert counts["replayed"] == 1 + 3
-    variants = bench.variants_on(torch.device("cuda"))
+    variants = workload.variants_on(torch.device("cuda"))
     assert [v.name for v in variants[-2:]] == ["fused bf16", "fused bf16 graph"]
 
 

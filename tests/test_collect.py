@@ -451,7 +451,9 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
 
 def test_a_mistyped_flag_is_one_line(capsys):
     assert collect.main(["--nonsense"]) == 2
-    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense; see --help\n"
+    assert capsys.readouterr().err == "error: unknown argument --nonsense; --help lists the flags\n"
+    assert collect.main(["--chek"]) == 2
+    assert capsys.readouterr().err == "error: unknown argument --chek; did you mean --check?\n"
 
 
 def test_networks_after_equal_time(root, capsys):

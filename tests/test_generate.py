@@ -192,7 +192,8 @@ def test_a_run_writes_text(script, run_folder, sizes):
 
 
 def test_escape_codes_in_a_vocabulary_do_not_reach_a_terminal(script, run_folder, monkeypatch):
-    monkeypatch.setattr(program.trained.TASKS["word_ptb"][0], "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
+    config = program.trained.PROGRAMS["word_ptb"].config_class
+    monkeypatch.setattr(config, "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
     assert script("--run", run_folder, "--width", 0)[1] == "a \x1b[2Jword\nof \x9b31m two\n"
     monkeypatch.setattr(program.sys.stdout, "isatty", lambda: True)
     assert script("--run", run_folder, "--width", 0)[1] == "a \\x1b[2Jword\nof \\x9b31m two\n"
@@ -225,7 +226,7 @@ def test_lines_are_wrapped_or_left_as_they_are():
         (["--prompt", "the zebra"], "--prompt: 'zebra' is not among the .* words of the vocabulary; leave it out"),
         (["--prompt", "The old"], "'The' is not among .*; write the for it"),
         (["--temperature", "-1"], "--temperature: expected a finite number of at least 0, got -1"),
-        (["--length", "0"], "--length: expected 1 to "),
+        (["--length", "0"], "--length: expected at least 1, got 0"),
         (["--top_p", "2"], "--top_p: expected a probability"),
         (["--emsize", "9", "--nout", "9"], "encoder.weight has shape .*; pass --emsize 8 --nout 8"),
         (["--nonsense", "9"], "unknown argument --nonsense"),
@@ -251,7 +252,7 @@ def test_too_little_memory_is_one_line(script, run_folder, monkeypatch):
 def test_a_model_must_be_named(script, tmp_path):
     assert script()[2].startswith("error: no model: pass --run FOLDER")
     assert script("--task", "word_ptb")[2].startswith("error: no weights: pass --load_weight FILE")
-    assert script("--run", tmp_path)[2].startswith(f"error: {tmp_path / 'config.json'}: cannot be read")
+    assert script("--run", tmp_path)[2].startswith(f"error: {tmp_path / 'config.json'}: no such file")
     (tmp_path / "config.json").write_text('{"task": "pmnist", "settings": {}}')
     assert "is a run of pmnist; expected a language model: word_ptb" in script("--run", tmp_path)[2]
     (tmp_path / "config.json").write_text('{"task": "word_ptb"}')

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -20,6 +19,7 @@ from scripts.reports.tables import PUBLISHED
 from trellisnet import serialization
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
+from trellisnet.training import programs
 from trellisnet.training.config import PROJECT
 from trellisnet.weights import WHAT, load_weights, round_weights, save_weights
 
@@ -161,13 +161,12 @@ def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(run_folder, earl
     before = contents(earlier)
     argv = [str(run_folder), str(earlier), "--overwrite"]
     if how == "is killed":
-        code = "import os, signal, sys\nimport export\n"
+        code = "import os, signal, sys\nfrom scripts import export\n"
         code += "export.score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\nexport.main(sys.argv[1:])"
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT / "scripts")}
-        done = subprocess.run([sys.executable, "-c", code, *argv], env=environment, check=False)
+        done = subprocess.run([sys.executable, "-c", code, *argv], cwd=PROJECT, check=False)
         assert done.returncode == -signal.SIGKILL
     else:
-        program, _ = export.PROGRAMS["word_ptb"]
+        program = programs.get("word_ptb")
         main = {"fails": lambda _: 1, "is stopped": lambda _: 143}[how]
         monkeypatch.setattr(program, "main", main)
         assert export.main(argv) == {"fails": 1, "is stopped": 143}[how]
@@ -213,7 +212,7 @@ def test_mistakes_are_one_line(run_folder, tmp_path, capsys):
     (tmp_path / "odd" / "config.json").write_text('{"task": "word_ptb", "settings": {"data": 3}}')
     for arguments, message in [
         ([run_folder, tmp_path / "out", "--max_mb", "0.001"], "its weights take 0.0 MB in float16; see --max_mb"),
-        ([tmp_path, tmp_path / "out"], "config.json: cannot be read"),
+        ([tmp_path, tmp_path / "out"], "config.json: no such file"),
         ([tmp_path / "empty", tmp_path / "out"], "has no weights.pkl"),
         ([tmp_path / "odd", tmp_path / "out"], "config.json: data expects str, got 3"),
         ([run_folder, run_folder], "is the folder of the run; name another"),
@@ -253,7 +252,7 @@ def test_git_takes_weights_of_results_and_no_other_pickles():
 
 def check(folder, tmp_path, split, recorded, *flags):
     """Score the weights in a folder, and compare."""
-    program, _ = export.PROGRAMS[json.loads((folder / "config.json").read_text())["task"]]
+    program = programs.get(json.loads((folder / "config.json").read_text())["task"])
     command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval", "--no-download"]
     command += [*data_of(folder), *flags, "--metrics", tmp_path / "again.json"]
     assert program.main([str(part) for part in command]) == 0
@@ -269,7 +268,7 @@ def data_of(folder):
     config = json.loads((folder / "config.json").read_text())
     if config["settings"]["data"] == "synthetic":
         return []
-    data = PROJECT / (config["settings"]["data"] or export.PROGRAMS[config["task"]][0].Config.default_data)
+    data = PROJECT / (config["settings"]["data"] or programs.get(config["task"]).config_class.default_data)
     if not data.is_dir() or not any(data.iterdir()):
         pytest.skip(f"needs {data.relative_to(PROJECT)}")
     return ["--data", data] if config["settings"]["data"] else []

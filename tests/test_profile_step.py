@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from scripts import bench, profile_step
+from scripts import profile_step
+from scripts.workload import Variant, Work
 from test_graphs import Player
 from trellisnet.ops import fused
 
@@ -19,14 +20,14 @@ def no_warm_up(monkeypatch):
 
 @pytest.fixture
 def work():
-    return bench.Work("pmnist", True, torch.device("cpu"), SMALL)
+    return Work("pmnist", True, torch.device("cpu"), SMALL)
 
 
 def test_times_are_of_the_fused_operator_in_bfloat16(work, monkeypatch):
     asked = []
     monkeypatch.setattr(work, "run", lambda part, variant: asked.append((part, variant.name)))
     seconds = iter([3.0, 1.0, 2.5])
-    monkeypatch.setattr(profile_step.bench, "seconds", lambda function, device: function() or next(seconds))
+    monkeypatch.setattr(profile_step, "seconds", lambda function, device: function() or next(seconds))
     gates = work.chosen["bf16"].gates
     assert profile_step.times(work, 3) == f" 2500.00 ms (1000.00 to 3000.00), fused bf16, {gates} gates"
     assert set(asked) == {("step", "fused bf16")}
@@ -45,9 +46,9 @@ def test_kernels_are_listed_by_their_time(work):
 
 def test_a_graph_is_what_is_timed_where_there_are_graphs(work, monkeypatch):
     counts = Counter()
-    monkeypatch.setattr(bench.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
-    graph = bench.Variant("fused", "bf16", graph=True)
-    monkeypatch.setattr(profile_step.bench, "Variant", lambda *_, **__: graph)
+    monkeypatch.setattr(Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
+    graph = Variant("fused", "bf16", graph=True)
+    monkeypatch.setattr(profile_step, "Variant", lambda *_, **__: graph)
     monkeypatch.setattr(profile_step, "WARM_UP", 3)
     assert "fused bf16 graph" in profile_step.times(work, 2)
     assert counts["recorded"] == 1

@@ -251,6 +251,17 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 class Parser(argparse.ArgumentParser):
     """Complain in one line instead of a usage dump, and name the nearest flag or choice."""
 
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = did_you_mean(unknown[0].split("=")[0], flags, cutoff=0.8)
+            raise UserError(f"unknown argument {unknown[0]}{near or '; --help lists the flags'}")
+        return found
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
 
@@ -299,7 +310,6 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         usage="%(prog)s [flags]",
         description=f"{cls.__doc__} Presets: {', '.join(cls.presets)}.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for field in dataclasses.fields(cls):
@@ -344,13 +354,7 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     Raises:
         UserError: an unknown flag or a value that makes no sense.
     """
-    parser = build_parser(cls)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = did_you_mean(unknown[0].split("=")[0], flags, cutoff=0.8)
-        raise UserError(f"unknown argument {unknown[0]}{near or '; --help lists the flags'}")
-    flags = vars(namespace)
+    flags = vars(build_parser(cls).parse_args(argv))
     given = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
     if "preset" in given:
         given["preset"] = cls.preset_of(given)
