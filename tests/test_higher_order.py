@@ -149,7 +149,7 @@ def test_total_and_losses_together_are_exact():
         return cross_entropy(x, weight, bias, target, scale, log_prior=prior.log_softmax(1), log_epsilon=1e-2)
 
     assert torch.autograd.gradgradcheck(run, (x, weight, bias, prior), fast_mode=True)
-    with pytest.raises(ValueError, match="scale: there is no gradient for it"):
+    with pytest.raises(ValueError, match="scale: cross_entropy has no gradient for it"):
         cross_entropy(x, weight, bias, target, scale.requires_grad_())
 
 

@@ -93,7 +93,7 @@ print("compiled")
 
 @installed
 def test_they_compile_for_a_gpu_with_wide_loads(tmp_path):
-    """All loads but those of indices are of several numbers."""
+    """All loads but those of indices are vector loads."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
@@ -106,7 +106,7 @@ def test_it_is_refused_where_it_cannot_run(monkeypatch):
     import torch
 
     if importlib.util.find_spec("triton") is not None:
-        with pytest.raises(ValueError, match="gates: triton cannot run, Triton needs a CUDA device, not cpu"):
+        with pytest.raises(ValueError, match="gates: triton cannot run, Triton needs a CUDA device, got cpu"):
             TrellisNet(3, 4, 2, backend="triton")(torch.randn(1, 5, 3))
     monkeypatch.setattr(ops.fused, "no_triton", lambda: "the package triton is not installed")
     with pytest.raises(ValueError, match="backend: triton cannot run this, the package triton is not installed; expec"):

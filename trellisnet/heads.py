@@ -1,4 +1,4 @@
-"""Output layers. Each owns (or shares) its parameters and has one interface: `log_prob(x)` and `loss(x, target)`.
+"""Output layers, which own or share their parameters, with one interface: `log_prob(x)` and `loss(x, target)`.
 
 Letters: V classes, K experts, E embedding width, P positions; `...` any leading dimensions.
 """
@@ -18,28 +18,28 @@ from trellisnet.regularization import check_rate, scaled
 
 INIT_RANGE = 0.1
 REDUCTIONS = ("mean", "sum", "none")
-# Logits that a mixture's log_prob makes at a time (16 MB in fp32; the backward pass holds a few such tensors).
+# Logits computed at a time by a mixture's log_prob (16 MB in fp32; the backward pass holds a few such tensors).
 CHUNK_LOGITS = 2**22
 
 
 class _Head(nn.Module):
-    """The losses that all heads have in common. A head says what `_losses` are.
+    """Losses common to all heads; a head implements `_losses`.
 
-    No loss keeps as many numbers as positions × V: see :mod:`trellisnet.ops.cross_entropy`.
+    No loss stores positions × V numbers: see :mod:`trellisnet.ops.cross_entropy`.
     """
 
     def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None, **latent: Any) -> tuple[Tensor | None, Tensor]:
-        """Σ scale · loss (None without a scale) and the losses (P,) of x (..., in_features) with P targets (...)."""
+        """Return Σ scale · loss (None without a scale) and the losses (P,) of x (..., in_features) and P targets."""
         raise NotImplementedError
 
     def loss(self, x: Tensor, target: Tensor, reduction: str = "mean", **latent: Any) -> Tensor:
-        """Negative log-likelihood in nats.
+        """Return the negative log-likelihood in nats.
 
         Args:
             x: (..., in_features).
             target: class ids, int64, (...).
             reduction: "mean", "sum" (0-dim results) or "none" (shape of target), whose gradient takes longer.
-            latent: of a mixture, as in :meth:`MixtureOfSoftmaxes.log_prob`.
+            latent: for a mixture, the keywords of :meth:`MixtureOfSoftmaxes.log_prob`.
 
         Raises:
             ValueError: unknown reduction, or shapes that do not fit.
@@ -54,7 +54,7 @@ class _Head(nn.Module):
         return total / target.numel() if reduction == "mean" else total
 
     def losses(self, x: Tensor, target: Tensor, weights: Sequence[float], **latent: Any) -> tuple[Tensor, Tensor]:
-        """Mean losses of several features of the same positions: in one go, and with one gradient of the matrix.
+        """Return the mean losses of S features of the same positions, in one pass with one gradient of the matrix.
 
         Args:
             x: (S, ..., in_features).
@@ -63,8 +63,8 @@ class _Head(nn.Module):
             latent: as in :meth:`loss`.
 
         Returns:
-            The sum of the losses by `weights`, and the losses (S,). What is to be differentiated is the sum: the
-            gradient of the others takes longer.
+            The weighted sum of the losses, and the losses (S,). Differentiate the sum: the gradient of the individual
+            losses takes longer.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -78,10 +78,10 @@ class _Head(nn.Module):
 
 
 class _Softmax(_Head):
-    """What all heads own or share: the matrix (n_classes, in_features) and the bias (n_classes,) of a softmax.
+    """A head with the matrix (n_classes, in_features) and the bias (n_classes,) of a softmax, owned or shared.
 
-    The matrix is the parameter `weight`; or it is that of a module, `weight_of`, which puts it together anew for every
-    pass (:class:`trellisnet.baselines.sparse.SparseEmbedding`). :meth:`matrix` is either.
+    The matrix is either the parameter `weight`, or `weight_of.weight` of a module that assembles it anew for every pass
+    (:class:`trellisnet.baselines.sparse.SparseEmbedding`). :meth:`matrix` returns it in both cases.
 
     Args:
         n_classes: V.
@@ -90,7 +90,7 @@ class _Softmax(_Head):
         bias: parameter to share. Default: a new one, zero.
 
     Raises:
-        ValueError: what is shared has another shape.
+        ValueError: a shared parameter has another shape.
     """
 
     def __init__(
@@ -118,15 +118,15 @@ class _Softmax(_Head):
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
     def matrix(self) -> Tensor:
-        """The matrix of the softmax, (V, in_features)."""
+        """Return the matrix of the softmax, (V, in_features)."""
         return self.weight_of.weight if "weight_of" in self._modules else self.weight
 
 
 def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -> Tensor:
-    """function(*tensors) over chunks of positions, each of which takes so many logits.
+    """Evaluate function(*tensors) in chunks of positions; `logits` is the number of logits per position.
 
-    With gradients, the logits of more than one chunk are computed again in the backward pass, so that only one chunk's
-    are alive at a time.
+    With gradients and more than one chunk, the backward pass recomputes the logits, so that those of only one chunk are
+    alive at a time.
     """
     size = max(1, CHUNK_LOGITS // logits)
     if tensors[0].size(0) <= size:
@@ -134,18 +134,18 @@ def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -
     chunks = zip(*(t.split(size) for t in tensors), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([function(*chunk) for chunk in chunks])
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in there
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # the function draws no random numbers
     return torch.cat([checkpoint(function, *chunk, **options) for chunk in chunks])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits x · weightᵀ + bias, in float32 at least: the product may be in bfloat16, softmax and losses may not."""
+    """Return logits x · weightᵀ + bias in float32 at least: the product may be in bfloat16, softmax and loss not."""
     logits = F.linear(x, weight, bias)
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def _repeated(weight: float, x: Tensor, target: Tensor) -> Tensor:
-    """A weight for every target, in float32 at least."""
+    """Repeat a weight for every target, in float32 at least."""
     return x.new_full((target.numel(),), weight, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -155,10 +155,10 @@ class LinearSoftmax(_Softmax):
     Args:
         in_features: width of x.
         n_classes: V.
-        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model, or a module that has such a
+        weight: parameter (V, in_features) to share, such as the embedding of a tied model, or a module with such a
             `weight`. Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
-        gemm: how the products of losses are made, one of `trellisnet.ops.GEMMS`.
+        gemm: matrix products of the losses, one of `trellisnet.ops.GEMMS`.
 
     Raises:
         ValueError: a shared parameter has another shape.
@@ -184,17 +184,17 @@ class LinearSoftmax(_Softmax):
         return f"{self.in_features}, {self.n_classes}"
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., in_features) → (..., V)."""
+        """Return logits, (..., in_features) → (..., V)."""
         return _linear(x, self.matrix(), self.bias)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probabilities in nats, (..., in_features) → (..., V)."""
+        """Return log-probabilities in nats, (..., in_features) → (..., V)."""
         return F.log_softmax(self.logits(x), dim=-1)
 
     def margin(self, x: Tensor, target: Tensor) -> Tensor:
-        """Logit of the target less the mean of all logits, without making these.
+        """Return the logit of the target minus the mean of all logits, without computing them.
 
-        Cross-entropy with label smoothing ε is the loss plus ε times it.
+        Cross-entropy with label smoothing ε is the loss plus ε times this margin.
 
         Args:
             x: (..., in_features).
@@ -215,26 +215,25 @@ class LinearSoftmax(_Softmax):
 class MixtureOfSoftmaxes(_Softmax):
     """Mixture of softmaxes p = Σ_k π_k softmax(W tanh(z_k) + b) (Yang et al., 2018), in log space.
 
-    π = softmax(prior(x)); z = latent(x), K latent vectors of width E. As in the authors' code the prior has a bias and
-    latent dropout acts *before* the tanh. P·K·V numbers never exist at once.
+    π = softmax(prior(x)) and z = latent(x), K latent vectors of width E. As in the TrellisNet authors' code, the prior
+    has a bias and latent dropout acts *before* the tanh. The P·K·V logits never exist all at once.
 
     Args:
         in_features: width of x.
         n_classes: V.
         n_experts: K.
         embedding_size: E.
-        weight: parameter (V, E) to share, e.g. the embedding of a tied model, or a module that has such a `weight`.
+        weight: parameter (V, E) to share, such as the embedding of a tied model, or a module with such a `weight`.
             Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
-        dropout: probability of dropping a channel of a latent vector, one mask a sequence.
-        log_epsilon: the result is log(p + log_epsilon). The authors' code has 1e-8 there, which gives improbable
-            words a little more than they have.
-        prior_bias, dropout_after_tanh: whether the prior has a bias, and whether latent dropout follows the tanh. The
-            defaults are TrellisNet's; Yang et al. have no bias and drop after the tanh.
-        gemm: how the products of losses are made, one of `trellisnet.ops.GEMMS`.
+        dropout: probability of dropping a channel of a latent vector, one mask per sequence.
+        log_epsilon: the result is log(p + log_epsilon). The authors' code adds 1e-8, which flatters improbable words.
+        prior_bias: whether the prior has a bias. Yang et al. have none.
+        dropout_after_tanh: apply latent dropout after the tanh, as Yang et al. do.
+        gemm: matrix products of the losses, one of `trellisnet.ops.GEMMS`.
 
     Raises:
-        ValueError: a setting out of range, or a shared parameter of another shape.
+        ValueError: a setting is out of range, or a shared parameter has another shape.
     """
 
     def __init__(
@@ -274,7 +273,7 @@ class MixtureOfSoftmaxes(_Softmax):
         return f"{self.in_features}, {self.n_classes}, n_experts={self.n_experts}, dropout={self.dropout}"
 
     def _mix(self, x: Tensor, latent_mask: Tensor | None, draw: bool) -> tuple[Tensor, Tensor]:
-        """log π (P, K) and tanh(z) (P, K, E) of x (..., in_features)."""
+        """Return log π (P, K) and tanh(z) (P, K, E) for x (..., in_features)."""
         shape = (*x.shape[:-2], 1, self.n_experts * self.embedding_size)
         if latent_mask is not None:
             if tuple(latent_mask.shape) != shape:
@@ -295,14 +294,14 @@ class MixtureOfSoftmaxes(_Softmax):
         return torch.logaddexp(log_p, log_p.new_full((), math.log(self.log_epsilon)))
 
     def log_prob(self, x: Tensor, *, latent_mask: Tensor | None = None, draw: bool = True) -> Tensor:
-        """Log-probabilities in nats, (..., in_features) → (..., V).
+        """Return log-probabilities in nats, (..., in_features) → (..., V).
 
         Args:
             x: (..., L, in_features).
-            latent_mask: explicit 0/1 mask (..., 1, K·E); acts in training and evaluation mode.
+            latent_mask: explicit 0/1 mask (..., 1, K·E); it acts in training and evaluation mode.
             draw: draw a mask in training mode if none is given.
         """
-        # Those of this pass: a backward pass may come when `torch.func.functional_call` has put others back.
+        # Bound now: when the checkpoint recomputes, `torch.func.functional_call` may have restored other parameters.
         matrix, bias = self.matrix(), self.bias
 
         def mixture(log_prior: Tensor, z: Tensor) -> Tensor:
@@ -321,24 +320,24 @@ class MixtureOfSoftmaxes(_Softmax):
 
 
 class SplitSoftmax(_Softmax):
-    """Tied adaptive softmax: frequent words in a short list, the others in bands behind it (Grave et al., 2017).
+    """Tied adaptive softmax (Grave et al., 2017): a short list of frequent words, and bands of rarer ones.
 
-    The head softmax runs over the words below the first cut-off and one entry for each band; a word of a band has the
-    probability of the band's entry times that of a softmax within the band. All words use one matrix, so that it can be
-    shared with the embedding; only the bands' entries need vectors of their own. The numbers, and the order of those
-    vectors, are those of the authors' code of 2019: band i, counted from 1, is row −i.
+    The head softmax covers the words below the first cut-off and one entry per band. A word in a band has the
+    probability of the band's entry times that of a softmax within the band. All words share one matrix, so that it can
+    be tied to the embedding; only the bands' entries have vectors of their own. Values, and the order of these vectors,
+    follow the authors' code of 2019: band i, counted from 1, is row −i.
 
     Args:
         in_features: width of x.
         n_classes: V.
         cutoffs: 0 < c₁ < c₂ < … < V; the short list is [0, c₁), band i is [cᵢ, cᵢ₊₁).
-        weight: parameter (V, in_features) to share, e.g. the embedding of a tied model, or a module that has such a
+        weight: parameter (V, in_features) to share, such as the embedding of a tied model, or a module with such a
             `weight`. Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
-        gemm: how the products of losses are made, one of `trellisnet.ops.GEMMS`.
+        gemm: matrix products of the losses, one of `trellisnet.ops.GEMMS`.
 
     Raises:
-        ValueError: cut-offs that do not increase or reach V, or a shared parameter of another shape.
+        ValueError: the cut-offs do not increase or reach V, or a shared parameter has another shape.
     """
 
     def __init__(
@@ -369,17 +368,17 @@ class SplitSoftmax(_Softmax):
         return f"{self.in_features}, {self.n_classes}, cutoffs={self.cutoffs}"
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of the head softmax, then of every band."""
-        # Split once: the backward pass then makes one gradient of the whole matrix, not one for every slice.
+        """Return weight and bias of the head softmax, then of every band."""
+        # Split once, so that the backward pass builds one gradient of the whole matrix and not one per slice.
         (short, *weights), (short_bias, *biases) = self.matrix().split(self.sizes), self.bias.split(self.sizes)
         head = torch.cat([short, self.tail_vectors]), torch.cat([short_bias, self.tail_bias])
         return [head, *zip(weights, biases, strict=True)]
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probabilities in nats, (..., in_features) → (..., V): the full table."""
+        """Return log-probabilities in nats, (..., in_features) → (..., V)."""
         head, *bands = (F.log_softmax(_linear(x, weight, bias), dim=-1) for weight, bias in self._parts())
-        of_band = head[..., self.sizes[0] :].unbind(-1)
-        bands = [of_band[-i].unsqueeze(-1) + band for i, band in enumerate(bands, 1)]
+        entries = head[..., self.sizes[0] :].unbind(-1)
+        bands = [entries[-i].unsqueeze(-1) + band for i, band in enumerate(bands, 1)]
         return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
 
     def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -392,8 +391,10 @@ class SplitSoftmax(_Softmax):
         for i, part in enumerate(bands, 1):
             at = (band == i).nonzero().squeeze(1)
             if at.numel():
-                of_band = None if scale is None else scale[at]
-                more, each = cross_entropy(x[at], *part, flat[at] - self.cutoffs[i - 1], of_band, gemm=self.gemm)
-                total = None if scale is None else total + more
-                losses = losses.index_add(0, at, each)
+                band_scale = None if scale is None else scale[at]
+                band_total, band_losses = cross_entropy(
+                    x[at], *part, flat[at] - self.cutoffs[i - 1], band_scale, gemm=self.gemm
+                )
+                total = None if scale is None else total + band_total
+                losses = losses.index_add(0, at, band_losses)
         return total, losses

@@ -1,9 +1,9 @@
 """Regularisation: variational dropout, embedding dropout, DropConnect, weight normalisation, AR and TAR.
 
-All functions are pure; whatever lives for one forward pass only (masks, effective weights) is passed around as a
-value. A *scale* here is a mask already divided by the keep probability: 0 where dropped, 1/(1−p) where kept.
+All functions are pure: masks and effective weights, which live for one forward pass, are passed around as values. A
+*scale* is a mask already divided by the keep probability: 0 where dropped, 1/(1−p) where kept.
 
-Letters: N batch, L length, E embedding width, H hidden channels, V classes, M auxiliary outputs, k kernel size.
+Letters: N batch, L length, E embedding width, H hidden channels, G gates, V classes, M auxiliary outputs, k taps.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from torch import Tensor
 class Masks(NamedTuple):
     """Explicit 0/1 dropout masks of one forward pass, of any dtype.
 
-    Given masks act in training and in evaluation mode, and nothing is drawn beside them: a field left None means
-    that nothing is dropped there. Kept entries are scaled by 1/(1−p) with the rate of the module that reads the mask.
+    They act in training and in evaluation mode, and nothing else is drawn: where a field is None, nothing is dropped.
+    Kept entries are scaled by 1/(1−p) with the rate of the module that reads the mask.
 
     Args:
-        embedding: whole words, (V, 1); or (N, V) where every row has its own.
+        embedding: whole words, (V, 1), or (N, V) with a mask per row.
         input: embedded input, (N, 1, E), the same at every time step.
-        weight_x: kernel on the input, (4H, in, k−1) when only the older taps are dropped, else (4H, in, k).
+        weight_x: kernel on the input, (GH, in, k−1) when only the older taps are dropped, else (GH, in, k).
         weight_h: kernel on the hidden sequence, likewise.
         hidden: hidden input of every layer and time step, (N, H, 1).
         output: (N, 1, output_size).
@@ -32,7 +32,7 @@ class Masks(NamedTuple):
         latent_aux: the same for each auxiliary output, (N, M, 1, n_experts·embedding_size).
 
     The networks of :mod:`trellisnet.baselines` read weight_h and hidden in shapes of their own; a stack of layers
-    takes a tuple of them, one for each layer.
+    takes a tuple with one mask per layer.
     """
 
     embedding: Tensor | None = None
@@ -56,18 +56,18 @@ def check_rate(name: str, p: float) -> float:
 def dropout_scale(
     like: Tensor, shape: Sequence[int], p: float, training: bool, masks: Masks | None, name: str
 ) -> Tensor | None:
-    """The scale for one forward pass: from `masks.<name>` if masks are given, else drawn, else None (no dropout).
+    """Return the scale for one forward pass: from `masks.<name>` if there are masks, else drawn; None for no dropout.
 
     Args:
-        like: tensor whose device and dtype the scale takes.
+        like: tensor that determines device and dtype.
         shape: shape of the scale.
         p: probability of dropping.
-        training: draw only if True; without it no random number is consumed.
+        training: draw only if True; otherwise no random number is consumed.
         masks: explicit masks, or None.
         name: field of `masks`.
 
     Raises:
-        ValueError: the given mask has another shape.
+        ValueError: the mask has another shape.
     """
     if masks is None:
         return F.dropout(like.new_ones(shape), p) if training and p > 0 else None
@@ -80,20 +80,20 @@ def dropout_scale(
 
 
 def draw_mask(like: Tensor, shape: Sequence[int], p: float) -> Tensor | None:
-    """A 0/1 mask for :class:`Masks`: every entry is 0 with probability `p`. None, and nothing drawn, if p is 0."""
+    """Draw a 0/1 mask for :class:`Masks`, each entry 0 with probability `p`; for p = 0 draw nothing, return None."""
     return torch.bernoulli(like.new_full(shape, 1 - p)) if p > 0 else None
 
 
 def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """x · scale, broadcast; x itself if scale is None."""
+    """Return x · scale, broadcast; x itself if scale is None."""
     return x if scale is None else x * scale
 
 
 def drop_connect(weight: Tensor, p: float, temporal: bool, training: bool, masks: Masks | None, name: str) -> Tensor:
-    """DropConnect on a kernel (rows, in, k) (Appendix B.1, "recurrent weight dropout").
+    """Apply DropConnect to a kernel (rows, in, k) (Appendix B.1, "recurrent weight dropout").
 
-    With `temporal` only the older taps 0 … k−2 are dropped, never the newest: they are what a recurrent network calls
-    its hidden-to-hidden matrix. Otherwise every tap is.
+    With `temporal` only the older taps 0 … k−2 are dropped, the counterpart of a recurrent network's hidden-to-hidden
+    matrix; otherwise all taps are.
     """
     rows, channels, k = weight.shape
     dropped = k - 1 if temporal else k
@@ -104,7 +104,7 @@ def drop_connect(weight: Tensor, p: float, temporal: bool, training: bool, masks
 
 
 def weight_norm(v: Tensor, g: Tensor) -> Tensor:
-    """Weight normalisation w = g · v / ‖v‖ (Salimans & Kingma, 2016) with one norm an output row.
+    """Return w = g · v / ‖v‖ (weight normalisation, Salimans & Kingma, 2016), with one norm per output row.
 
     v is the direction *after* DropConnect, as in the authors' code: every row keeps the norm |g|, so the 1/(1−p)
     scaling only shifts weight between dropped and undropped taps. A row that is dropped entirely becomes zero.
@@ -117,12 +117,12 @@ def weight_norm(v: Tensor, g: Tensor) -> Tensor:
 
 
 def activation_regularization(output: Tensor, alpha: float) -> Tensor:
-    """AR: alpha · mean(output²) on the dropped output (Merity et al., 2018b)."""
+    """Return the AR term alpha · mean(output²), on the output after dropout (Merity et al., 2018b)."""
     return alpha * output.square().mean()
 
 
 def temporal_activation_regularization(raw_output: Tensor, beta: float) -> Tensor:
-    """TAR: beta · mean((o_{t+1} − o_t)²) on the output before dropout, (N, L, C); 0 when L = 1 (no pair)."""
+    """Return the TAR term beta · mean((o_{t+1} − o_t)²), on the output before dropout (N, L, C); 0 if L = 1."""
     if raw_output.size(1) < 2:
         return raw_output.new_zeros(())
     return beta * raw_output.diff(dim=1).square().mean()

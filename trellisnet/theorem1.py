@@ -1,21 +1,22 @@
-r"""Theorem 1, made executable: truncated recurrent networks as trellis networks.
+r"""Theorem 1, executable: truncated recurrent networks as trellis networks.
 
-**Theorem 1** (section 4.2). Let :math:`\rho^M` be an M-truncated recurrent network of L layers with d hidden units: its
-output at time t is computed from zero states and the last M inputs alone. Then there is a TrellisNet :math:`\tau` of
-M + L − 1 layers and Ld channels with
+**Theorem 1** (section 4.2). Let :math:`\rho^M` be an M-truncated recurrent network with L layers of d hidden units: its
+output at time t is computed from zero states and the last M inputs alone. Then there is a TrellisNet :math:`\tau` with
+M + L − 1 layers and Ld channels such that
 
 .. math::
     \rho^M(x_{1:T}) = \tau_{(L-1)d+1 \,:\, Ld}(x_{1:T}).
 
-The paper prints the index as L(d−1)+1 : Ld. That would be the last L channels; the proof (Eq. 6 and what follows Eq.
-18) shows that group i of the channels is layer i, so that the output is the last *group*, the last d channels.
+The paper prints the index as L(d−1)+1 : Ld, which would be the last L channels. The proof (Eq. 6 and the text after Eq.
+18) shows that group i of the channels is layer i, so the output is the last *group*, the last d channels.
 
 The kernel is the mixed group convolution of Eq. 5: :math:`W_{hh}^{(i)}` reads the past tap of group i,
 :math:`W_{hx}^{(i)}` the current tap of group i − 1, or of x for i = 1. By Eq. 6, layer j of the trellis holds
-:math:`h^{(i)}_{t,\,t-j+i}`, layer i of the network begun at t − j + i. Of a network that has not begun yet (i > j) that
-is zero, and the trellis must compute it as zero: f(0) = 0, hence tanh (relu too, which `TrellisNet` does not have) or
-the cell of an LSTM, but no sigmoid, and **no biases**. With one layer nothing has yet to begin, and a bias is harmless
-once M inputs have been seen (t ≥ M; before that too if, as here, the trellis is padded with zeros in every layer).
+:math:`h^{(i)}_{t,\,t-j+i}`, layer i of the network started at t − j + i. If that network has not started yet (i > j),
+the value is zero, and the trellis must compute it as zero. This requires f(0) = 0, hence tanh (or relu, which
+`TrellisNet` lacks) or an LSTM cell, but no sigmoid, and **no biases**. With a single layer there is no such network,
+and a bias is harmless once M inputs have been seen (t ≥ M; here also before, because the trellis is padded with zeros
+in every layer).
 """
 
 import torch
@@ -23,23 +24,23 @@ from torch import nn
 
 from trellisnet.core import TrellisNet
 
-_ROWS = {"lstm": (0, 3, 2, 1), "tanh": (0,)}  # torch's row groups i, f, g, o in the order i, o, g, f
+_ROWS = {"lstm": (0, 3, 2, 1), "tanh": (0,)}  # where torch, with the order i, f, g, o, has our i, o, g, f
 
 
 def from_rnn(rnn: nn.RNN, horizon: int) -> TrellisNet:
-    """The trellis network of a truncated `nn.RNN` with tanh.
+    """Convert a truncated `nn.RNN` with tanh to an equal trellis network.
 
     Args:
-        rnn: L layers of d units, one direction, without biases (with one layer: biases are allowed, see above). Dropout
-            between its layers, which acts in training only, is left behind.
-        horizon: M ≥ 1, how many inputs an output sees. M ≥ T gives the untruncated network.
+        rnn: L layers of d units, unidirectional, without biases unless L = 1 (see above). Dropout between its layers,
+            which acts in training only, is not carried over.
+        horizon: M ≥ 1, the number of inputs that an output sees. M ≥ T gives the untruncated network.
 
     Returns:
-        a network of M + L − 1 layers, Ld channels in L groups and output_size d, of the dtype and device of `rnn`, with
-        copies of its weights; it reads (N, T, C) whatever `rnn.batch_first` says.
+        a network with M + L − 1 layers, Ld channels in L groups and output_size d, on the device and in the dtype of
+        `rnn`, with copies of its weights; it reads (N, T, C) whatever `rnn.batch_first` is.
 
     Raises:
-        ValueError: a network that has no equal TrellisNet, or a horizon that is no integer of at least 1.
+        ValueError: no TrellisNet equals this network, or horizon is not an integer ≥ 1.
     """
     _check(rnn, nn.RNN, horizon)
     if rnn.nonlinearity != "tanh":
@@ -48,7 +49,7 @@ def from_rnn(rnn: nn.RNN, horizon: int) -> TrellisNet:
 
 
 def from_lstm(lstm: nn.LSTM, horizon: int) -> TrellisNet:
-    """The trellis network of a truncated `nn.LSTM` (Appendix A); all else as in :func:`from_rnn`."""
+    """Convert a truncated `nn.LSTM` (Appendix A); otherwise as :func:`from_rnn`."""
     _check(lstm, nn.LSTM, horizon)
     return _convert(lstm, horizon, "lstm")
 
@@ -65,7 +66,7 @@ def _check(network: nn.RNNBase, kind: type[nn.RNNBase], horizon: int) -> None:
     if network.bias and network.num_layers > 1:
         raise ValueError(
             f"bias: with {network.num_layers} layers Theorem 1 holds only without biases, because layers that have not "
-            "begun must stay zero; use bias=False"
+            "started must stay zero; use bias=False"
         )
 
 

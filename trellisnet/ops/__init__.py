@@ -1,7 +1,7 @@
-"""The trellis operators and their backends, each operator behind one call.
+"""The trellis operator and its backends, behind one call.
 
-`reference` is the paper's equation and the truth that every other backend is tested against; `fused` is the fast one;
-`triton` is `fused` with gates by Triton, on CUDA, which `fused` takes there by itself if it can.
+`reference` is the paper's equation, against which every other backend is tested; `fused` is fast; `triton` is `fused`
+with Triton gates, which `fused` itself prefers on CUDA.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ __all__ = [
 
 
 class Trellis(NamedTuple):
-    """What :func:`trellis` returns.
+    """Result of :func:`trellis`.
 
     Args:
         output: (N, L − start, output_size).
         state: (h, c) of the last layer at the last step, (N, H) each.
         aux: auxiliary outputs, (N, L − start, output_size) each.
-        layer_steps: how many pairs of a layer and a time step were computed.
+        layer_steps: number of (layer, time step) pairs that were computed.
     """
 
     output: Tensor
@@ -55,19 +55,19 @@ class Trellis(NamedTuple):
 
 
 def _traced() -> bool:
-    """Whether torch records what is run, to compile, export or trace it."""
+    """Whether torch is compiling, exporting or tracing this code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def hide_padding(x: Tensor, lengths: Tensor, value: float = 0) -> Tensor:
-    """x (N, L, …) with `value` behind the `lengths` (N,) of its rows, even where NaN stands there."""
-    at = torch.arange(x.size(1), device=x.device)
-    behind = at >= lengths.unsqueeze(1)  # (N, L)
-    return x.masked_fill(behind.view(*behind.shape, *[1] * (x.dim() - 2)), value)
+    """Replace the padding of x (N, L, …), whose rows have `lengths` (N,) valid steps, by `value`."""
+    padding = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(1)  # (N, L)
+    # Not a product with a mask, which would let NaN through.
+    return x.masked_fill(padding.view(*padding.shape, *[1] * (x.dim() - 2)), value)
 
 
 def find_activation(name: str) -> Activation:
-    """The activation of this name.
+    """Return the activation of this name.
 
     Raises:
         ValueError: there is none.
@@ -78,7 +78,7 @@ def find_activation(name: str) -> Activation:
 
 
 def not_fused(spec: TrellisSpec) -> str:
-    """Why the fused operator cannot run this; empty if it can."""
+    """Say why the fused operator cannot run this spec here; empty if it can."""
     if _traced():
         return "torch cannot compile, export or trace it"
     if higher_order.transformed():
@@ -89,10 +89,10 @@ def not_fused(spec: TrellisSpec) -> str:
 
 
 def resolve(spec: TrellisSpec, execution: Execution) -> str:
-    """The backend that runs `spec`: for `auto` the fastest that can.
+    """Return the backend that runs `spec`: for `auto` the fastest that can.
 
     Raises:
-        ValueError: a backend that cannot run this, or recomputation by one that cannot recompute.
+        ValueError: the chosen backend cannot run it, or cannot recompute although that is asked for.
     """
     backend, reason = execution.backend, not_fused(spec)
     if backend == "triton":
@@ -100,7 +100,7 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
     if backend in ("fused", "triton") and reason:
         raise ValueError(f"backend: {backend} cannot run this, {reason}; expected auto or reference")
     if backend == "reference" or reason:
-        # What torch records is computed by the reference whatever else is asked for.
+        # Under tracing the reference runs whatever was asked for, so that any model can be exported.
         if execution.recompute and not _traced():
             raise ValueError(f"recompute: only the backend fused can, and {reason or 'the backend is reference'}")
         return "reference"
@@ -108,7 +108,7 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
 
 
 def slow_gates(device: torch.device, compute: torch.dtype, activation: str = "lstm") -> str:
-    """Why `auto` falls back to eager gates here, naming the faster ones; empty if it does not."""
+    """Say why `auto` falls back to eager gates here, naming the faster ones; empty if it does not."""
     fastest = fused.fastest_gates(device)
     reason = fused.reason_against(fastest, device, compute, activation)
     return f"slower than {fastest}: {reason}" if reason else ""
@@ -130,22 +130,22 @@ def trellis(
 
     Args:
         x: input sequence (N, L, C), L ≥ 1.
-        weights: (weight_x, weight_h, bias): kernel on x, (GH, C, k), newest tap last, G row groups: i, o, g, f of an
-            LSTM; kernel on the hidden sequence, (GH, H, k); bias (GH,).
-        state: (h, c) left of the first time step, (N, H) each; None: zeros.
+        weights: (weight_x, weight_h, bias): kernel on x (GH, C, k), newest tap last, in G row groups (i, o, g, f for an
+            LSTM); kernel on the hidden sequence (GH, H, k); bias (GH,).
+        state: (h, c) to the left of the first time step, (N, H) each; None for zeros.
         spec: what to compute.
-        start: the first time step whose outputs are wanted, 0 to L − 1. `fused`, and `reference` for start = L − 1,
-            compute only what these depend on.
+        start: first time step to return outputs for, 0 to L − 1. `fused`, and `reference` for start = L − 1, compute
+            only what these outputs depend on.
         aux_every: also return the output of every layer i = 1..num_layers with i % aux_every == 0.
-        hidden_scale: factor on the hidden input of every layer and time step, its left padding included, (N, H, 1);
-            0 or 1/(1−p) for variational dropout. Cell path, x and outputs are untouched. `fused` has no gradient for
-            it.
-        lengths: valid steps of every row of a right-padded batch, int64 (N,) in start + 1..L; the state is then that of
-            the last valid step, and what x has behind it is without influence. None: all are valid.
+        hidden_scale: factor on the hidden input of every layer and time step, including its left padding, (N, H, 1);
+            0 or 1/(1−p) for variational dropout. It leaves the cell path, x and the outputs alone. `fused` has no
+            gradient for it.
+        lengths: number of valid steps in each row of a right-padded batch, int64 (N,) in start + 1..L; the state is
+            then that of the last valid step, and padding in x has no influence. None for all.
         execution: how to compute it.
 
     Raises:
-        ValueError: kernels of another size than the spec has, or a backend, gemm or gates that cannot run here.
+        ValueError: the kernels do not match the spec, or the backend, gemm or gates cannot run here.
     """
     _, weight_h, bias = weights
     if weight_h.size(2) != spec.kernel_size:
@@ -153,7 +153,7 @@ def trellis(
     backend, gates = execution.backend, spec.activation.gates
     if hidden_scale is not None and hidden_scale.requires_grad:
         if backend in ("fused", "triton"):
-            raise ValueError(f"hidden_scale: {backend} has no gradient for it; expected a tensor without, or reference")
+            raise ValueError(f"hidden_scale: {backend} has no gradient for it; detach it or take backend='reference'")
         backend = "reference"
     if x.is_meta and backend == "auto":
         backend = "reference"
@@ -168,7 +168,7 @@ def trellis(
     if state is None:
         zero = x.new_zeros(N, bias.numel() // gates)
         state = (zero, zero)
-    # What torch records is the equation, not the sets of positions.
+    # Under tracing the equation is recorded; the sets of positions of the pruned path depend on L.
     if start == L - 1 and aux_every is None and lengths is None and not _traced():
         if spec.kernel_groups is not None:
             weights = mixed_group.dense(*weights, spec.kernel_groups, gates)

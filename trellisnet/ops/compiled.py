@@ -1,10 +1,10 @@
-"""What C does faster than torch's operations, where it has been built: gates, and products of a few rows.
+"""Optional C library for the CPU: LSTM gates, and products of a few rows.
 
-The gates of :mod:`trellisnet.ops.gates` in one pass over memory (gates.c), LSTM gates on the CPU, products in float32
-or bfloat16; and for the steps of streams products that read their matrix at the speed of memory (product.c).
+gates.c computes the gates of :mod:`trellisnet.ops.gates` in one pass over memory, for products in float32 or bfloat16.
+product.c multiplies a few rows, as a step of a stream needs, as fast as the matrix can be read from memory.
 
-`pip install -e .` builds the library if there is a C compiler. Nothing depends on it: it changes speed, and results by
-rounding.
+`pip install -e .` builds the library if there is a C compiler. Nothing depends on it: it changes speed, and results
+only by rounding.
 """
 
 import ctypes
@@ -23,11 +23,11 @@ from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
 SOURCES = ("common.h", "gates.c", "gates.h", "product.c")
-# Functions of gates.c for every activation that it knows, forwards and backwards.
+# Functions of gates.c by activation: forward, backward.
 KERNELS = {"lstm": ("trellis_gates_forward", "trellis_gates_backward")}
-FEW = 4  # rows up to which a product is best made here; BLOCK is that of product.c
-BLOCK = 64
-# Index arrays: what they are called in gates.c, and in pruning.py.
+FEW = 4  # rows up to which product.c is the fastest
+BLOCK = 64  # that of product.c
+# Index arrays: name in gates.c → name in pruning.Places.
 ROWS = {"x_row": "x", "cell_row": "cell", "out_row": "out", "dc_row": "dc", "tap_row": "taps"}
 HERE = Path(__file__).parent
 POINTER = ctypes.c_void_p
@@ -72,13 +72,13 @@ class _Product(ctypes.Structure):
 
 
 def fingerprint(folder: Path = HERE) -> str:
-    """Of the source, which setup.py builds in."""
+    """Return the digest of the C source, which setup.py builds into the library."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
 
 @lru_cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Load the library, or say why there is none."""
     path = next((p for suffix in EXTENSION_SUFFIXES if (p := HERE / f"_compiled{suffix}").exists()), None)
     if path is None:
         return "it has not been built (pip install -e . builds it where there is a C compiler)"
@@ -98,7 +98,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def reason_against(device: torch.device, compute: torch.dtype, activation: str) -> str:
-    """Why the compiled gates cannot run this; empty if they can."""
+    """Say why the compiled gates cannot run this; empty if they can."""
     if device.type != "cpu":
         return f"it does not run on {device.type}"
     if compute not in (torch.float32, torch.bfloat16):
@@ -110,13 +110,13 @@ def reason_against(device: torch.device, compute: torch.dtype, activation: str) 
 
 
 def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
-    """The structure, and what has to live as long as it."""
-    places, arguments, alive = pruning.places(step.layer, step.above, torch.device("cpu")), _Arguments(), []
+    """Return the structure, and the tensors it points into, which must outlive it."""
+    places, arguments, tensors = pruning.places(step.layer, step.above, torch.device("cpu")), _Arguments(), []
 
-    def give(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def point(name: str, tensor: Tensor, dtype: torch.dtype = torch.float32) -> None:
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous {dtype}, got {tensor.dtype} with {tensor.stride()}")
-        alive.append(tensor)
+        tensors.append(tensor)
         setattr(arguments, name, tensor.data_ptr())
 
     size, N, GH = step.gates.shape
@@ -125,44 +125,44 @@ def _arguments(step: Step) -> tuple[_Arguments, list[Tensor]]:
     arguments.k = len(step.layer.taps)
     for name in ("gates", "x", "taps", "dtaps", "dz"):
         if (tensor := getattr(step, name)) is not None:
-            give(name, tensor, real)
+            point(name, tensor, real)
     for name in ("c", "c_below", "c0", "scale", "out", "dc_above", "dc", "dx"):
         if (tensor := getattr(step, name)) is not None:
-            give(name, tensor)
+            point(name, tensor)
     for name, place in ROWS.items():
         if (tensor := getattr(places, place)) is not None:
-            give(name, tensor, torch.int32)
+            point(name, tensor, torch.int32)
     arguments.add = step.add
     arguments.out_from = 0 if step.out is None else H - step.out.size(2)
-    return arguments, alive
+    return arguments, tensors
 
 
 def _run(name: str, step: Step) -> None:
-    arguments, alive = _arguments(step)
+    arguments, tensors = _arguments(step)
     function = getattr(_library(), name)
     function(ctypes.byref(arguments), step.gates.dtype == torch.bfloat16, torch.get_num_threads())
-    del alive
+    del tensors  # alive until here
 
 
 def forward(step: Step) -> None:
-    """As :func:`trellisnet.ops.gates.forward`."""
+    """Do the work of :func:`trellisnet.ops.gates.forward`."""
     _run(KERNELS[step.activation.name][0], step)
 
 
 def backward(step: Step) -> None:
-    """As :func:`trellisnet.ops.gates.backward`."""
+    """Do the work of :func:`trellisnet.ops.gates.backward`."""
     _run(KERNELS[step.activation.name][1], step)
 
 
 class Packed(NamedTuple):
-    """A matrix (outputs, inputs) as product.c reads it, in float32 or bfloat16."""
+    """A matrix (outputs, inputs) in the layout of product.c, float32 or bfloat16."""
 
     blocks: Tensor
     outputs: int
 
 
 def pack(weight: Tensor) -> Packed:
-    """`weight` (outputs, inputs), float32 or bfloat16, for :func:`add_product`."""
+    """Pack `weight` (outputs, inputs), float32 or bfloat16, for :func:`add_product`."""
     outputs, inputs = weight.shape
     weight = F.pad(weight, (0, inputs % 2, 0, -outputs % BLOCK))
     pair = 1 if weight.dtype == torch.float32 else 2
@@ -171,10 +171,10 @@ def pack(weight: Tensor) -> Packed:
 
 
 def add_product(target: Tensor, rows: Tensor, weight: Packed) -> None:
-    """target (N, outputs) += rows (N, inputs) · weightᵀ: all three of one type, contiguous; sums are in float32.
+    """Add rows (N, inputs) · weightᵀ to target (N, outputs) in place; sums are in float32.
 
     Raises:
-        ValueError: they are not, or of other sizes.
+        ValueError: the three differ in dtype, are not contiguous, or do not fit in size.
     """
     N, inputs, blocks = *rows.shape, weight.blocks
     even = blocks.size(1) * blocks.size(3)

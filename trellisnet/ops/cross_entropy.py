@@ -1,17 +1,17 @@
-r"""The loss of a softmax over a linear map, or of a mixture of them, without all its logits.
+r"""Cross-entropy of a softmax over a linear map, or of a mixture of them, without holding all logits at once.
 
-Expert k of a mixture (Yang et al., 2018) has the logits a_k = W x_k + b. With a target y the loss and its gradient are
+Expert k of a mixture (Yang et al., 2018) has the logits a_k = W x_k + b. For a target y the loss and its gradient are
 
 .. math::
     \ell = -\log\Bigl(\varepsilon + \sum_k \pi_k\, \mathrm{softmax}(a_k)_y\Bigr), \qquad
     \frac{\partial \ell}{\partial a_k} = \rho_k\,(\mathrm{softmax}(a_k) - \mathrm{onehot}(y)), \qquad
     \rho_k = -\frac{\partial \ell}{\partial \log \pi_k} = \pi_k\, \mathrm{softmax}(a_k)_y\, e^{\ell},
 
-and a plain softmax is the mixture of one, ρ = 1. So the logits of a few positions tell all that is ever needed of these
-positions, if it is known beforehand how their losses will be summed: the loss, and the gradient of that sum. Both are
-made in the forward pass, a chunk of positions at a time, by the three products of an ordinary backward pass; to make
-logits again would take a fourth. That is left to the gradient of anything else than the sum. Where the backward pass is
-itself differentiated, it is that of the definition, with all logits at once.
+and a single softmax is the mixture of one, ρ = 1. So if the weights of the sum of losses are known beforehand, a chunk
+of positions needs its logits only once, for the losses and for the gradient of the sum. Both are computed in the
+forward pass, chunk by chunk, with the three products that forward and backward pass take anyway; recomputing the logits
+would take a fourth, and does for the gradient of anything but the sum. If the backward pass is itself differentiated,
+the definition is used instead, with all logits at once.
 
 Letters: P positions, K experts, E width of x, V classes, R rows of a product: K for each position of a chunk.
 """
@@ -26,25 +26,24 @@ from torch import Tensor
 from trellisnet.ops import gemm as products
 from trellisnet.ops import higher_order
 
-# Logits of a chunk: 8 MB in fp32. But every chunk reads the matrix W twice and adds to its gradient, so that it has a
-# few rows at least; and, on a CPU, a multiple of BUCKET: oneDNN keeps a megabyte for every number of rows it has met.
-CHUNK, CHUNK_GPU = 1 << 21, 1 << 24
-ROWS, BUCKET = 128, 32
+CHUNK, CHUNK_GPU = 1 << 21, 1 << 24  # logits of a chunk; the first is 8 MB in fp32
+ROWS = 128  # of a chunk at least, because every chunk reads W twice and adds to its gradient
+BUCKET = 32  # round rows up to a multiple on a CPU, where oneDNN keeps a megabyte for every distinct number of rows
 
 
 class _Setting(NamedTuple):
     compute: torch.dtype  # of the products
     product: products.Product
-    positions: int  # of a chunk
-    bucket: int  # rows of a product are a multiple of it
+    positions: int  # per chunk
+    bucket: int  # rows of a product are a multiple of this
     log_epsilon: float
-    keep: bool  # what a backward pass needs
+    needs_grad: bool
 
 
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, log_prior: Tensor | None = None, log_epsilon: float = 0.0
 ) -> Tensor:
-    """The losses (P,) as they are defined, all logits at once; arguments as in :func:`cross_entropy`."""
+    """Return the losses (P,) by their definition, with all logits at once; arguments as in :func:`cross_entropy`."""
     log_p = F.log_softmax(F.linear(x, weight, bias), dim=-1)  # (P, K, V)
     log_p = log_p.gather(2, target.view(-1, 1, 1).expand(-1, x.size(1), 1)).squeeze(2)  # (P, K)
     if log_prior is not None:
@@ -54,18 +53,18 @@ def reference(
 
 
 def _log_softmax(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of logits (R, V), and its logarithm at y (R, 1)."""
+    """Return the softmax of logits (R, V), and its logarithm at y (R, 1)."""
     p = torch.softmax(logits, dim=1)
-    # The largest probability is 1 / Σ exp(a − max a): the logarithm of the sum without exponentials of its own.
+    # The largest probability is 1 / Σ exp(a − max a), so log Σ exp(a) costs no further exponentials.
     log_sum = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
     return p, logits.gather(1, y) - log_sum
 
 
 def _losses(setting: _Setting, x, weight, bias, target, log_prior, scale, wanted=(True, True)) -> tuple[Tensor, tuple]:
-    """The losses (P,), and with a `scale` the gradients of Σ scale · loss: of x, weight, bias and log_prior.
+    """Return the losses (P,) and, with a `scale`, the gradients of Σ scale · loss by x, weight, bias and log_prior.
 
     Args:
-        wanted: whether the gradients of x and weight are, which take a product each.
+        wanted: whether to compute the gradients of x and of weight, which take a product each.
     """
     (P, K, E), compute = x.shape, setting.compute
     sums = torch.float64 if compute == torch.float64 else torch.float32  # softmax, losses, and sums over chunks
@@ -96,19 +95,19 @@ def _losses(setting: _Setting, x, weight, bias, target, log_prior, scale, wanted
         if dlog_prior is not None:
             dlog_prior[at] = -rho
         rho = F.pad(rho.view(R, 1), padding)
-        # In one dimension, for that can be recorded as a CUDA graph where algorithms have to be deterministic.
-        places = y.squeeze(1) + torch.arange(y.size(0), device=y.device) * p.size(1)
-        p.view(-1).scatter_(0, places, p.gather(1, y).squeeze(1) - 1)
-        # Summed in blocks: a product of all rows at once would add them up one by one, and lose digits.
+        # In one dimension: with deterministic algorithms, only that form of scatter can be captured in a CUDA graph.
+        flat_y = y.squeeze(1) + torch.arange(y.size(0), device=y.device) * p.size(1)
+        p.view(-1).scatter_(0, flat_y, p.gather(1, y).squeeze(1) - 1)
+        # Sum in blocks: one product over all rows would add them up one by one and lose digits.
         block = BUCKET if rows.size(0) % BUCKET == 0 else rows.size(0)
         dbias += torch.bmm(rho.view(-1, 1, block), p.view(-1, block, p.size(1))).sum((0, 1))
         p = p.to(compute)
-        # ρ belongs to rows, so that either product can be multiplied by it where it is narrow.
+        # ρ is one number per row, so each product is scaled on its narrow side, E, not on V.
         if dx is not None:
             dx[at] = (setting.product(p, w.t()) * rho)[:R].view(-1, K, E)
         if wanted[1]:
             rows = (rows * rho).to(compute)
-            if dweight is None:  # no zeros to add to: that costs as much as many rows of the product
+            if dweight is None:  # filling and adding to zeros would cost as much as many rows of the product
                 dweight = products.product_in(sums, p.t(), rows.t(), products.ROUTES["mm"])
             else:
                 products.add_product(dweight, p.t(), rows.t(), products.ROUTES["mm"])
@@ -123,7 +122,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.setting, ctx.wanted = setting, ctx.needs_input_grad[1:3]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, target, log_prior, scale)
-        summed = scale if setting.keep else None
+        summed = scale if setting.needs_grad else None
         loss, ctx.gradients = _losses(setting, x, weight, bias, target, log_prior, summed, ctx.wanted)
         return None if scale is None else (loss * scale).sum(), loss
 
@@ -135,18 +134,18 @@ class _CrossEntropy(torch.autograd.Function):
             return _CrossEntropy._differentiable(ctx, dtotal, dloss)
         x, weight, bias, target, log_prior, scale = ctx.saved_tensors
 
-        def again(scale: Tensor) -> tuple[Tensor | None, ...]:
+        def compute(scale: Tensor) -> tuple[Tensor | None, ...]:
             with torch.autocast(x.device.type, enabled=False):
                 return _losses(ctx.setting, x, weight, bias, target, log_prior, scale, ctx.wanted)[1]
 
         if dloss is None:
-            # What was made beforehand is multiplied in place and given away; another backward pass makes it again.
-            gradients, ctx.gradients = ctx.gradients or again(scale), None
+            # The precomputed gradients are scaled in place and handed over; a second backward pass recomputes them.
+            gradients, ctx.gradients = ctx.gradients or compute(scale), None
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(dtotal)
         else:
-            gradients = again(dloss if dtotal is None else dloss + dtotal * scale)
+            gradients = compute(dloss if dtotal is None else dloss + dtotal * scale)
         dx, dweight, dbias, dlog_prior = gradients
         dweight = None if dweight is None else dweight.to(weight.dtype)
         return None, dx, dweight, dbias.to(bias.dtype), None, dlog_prior, None
@@ -158,7 +157,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def _differentiable(ctx: Any, dtotal, dloss):
         x, weight, bias, target, log_prior, scale = ctx.saved_tensors
-        ctx.gradients = None  # made beforehand, for an ordinary backward pass; another one makes them again
+        ctx.gradients = None  # frees the precomputed ones, which an ordinary backward pass would recompute
         sums = torch.float64 if ctx.setting.compute == torch.float64 else torch.float32
 
         def losses(*inputs):
@@ -182,30 +181,30 @@ def cross_entropy(
     log_epsilon: float = 0.0,
     gemm: str = "auto",
 ) -> tuple[Tensor | None, Tensor]:
-    """Negative log-likelihood in nats, −log(log_epsilon + Σ_k prior_k · softmax(W x_k + b)[target]).
+    """Return the negative log-likelihood in nats, −log(log_epsilon + Σ_k prior_k · softmax(W x_k + b)[target]).
 
-    Differentiable in x, weight, bias and log_prior. The gradient of the sum is made together with it; that of
-    the single losses takes their logits a second time. Within `torch.autocast` the products are in its type; softmax
-    and losses, and the gradients of weight and bias until they are complete, are in float32 at least.
+    Differentiable in x, weight, bias and log_prior. The gradient of the sum is computed together with it; that of the
+    individual losses computes the logits a second time. Within `torch.autocast` the products are in its dtype; softmax,
+    losses and the accumulated gradients of weight and bias are in float32 at least.
 
     Args:
         x: features, (P, K, E); K = 1 without a mixture.
         weight: W, (V, E).
         bias: b, (V,).
         target: classes, int64 (P,).
-        scale: weights of the positions in the sum, (P,), without a gradient. None: no sum is wanted.
-        log_prior: logarithms of the prior of every expert, (P, K). None: zero, of a single expert.
+        scale: weights of the positions in the sum, (P,), without a gradient. None for no sum.
+        log_prior: log-prior of every expert, (P, K). None for a single expert.
         log_epsilon: added to the probability.
-        gemm: how products are made, one of `trellisnet.ops.GEMMS`.
+        gemm: matrix products, one of `trellisnet.ops.GEMMS`.
 
     Returns:
         The sum of scale · loss, 0-dim (or None), and the losses (P,): float64 if weight is, else float32.
 
     Raises:
-        ValueError: an unknown gemm, or one that cannot run here; a scale that needs a gradient.
+        ValueError: an unknown gemm, or one that cannot run here; a scale that requires a gradient.
     """
     if scale is not None and scale.requires_grad:
-        raise ValueError("scale: there is no gradient for it; expected a tensor that needs none")
+        raise ValueError("scale: cross_entropy has no gradient for it; detach it")
     if higher_order.transformed() or torch.jit.is_tracing():
         losses = reference(x, weight, bias, target, log_prior, log_epsilon)
         return None if scale is None else (losses * scale).sum(), losses
@@ -217,7 +216,8 @@ def cross_entropy(
     rows = max(ROWS, chunk // V)
     rows += -rows % bucket
     product = products.resolve(gemm, x.device, compute)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, log_prior))
-    setting = _Setting(compute, product, max(1, rows // K), bucket, log_epsilon, keep)
+    inputs = (x, weight, bias, log_prior)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    setting = _Setting(compute, product, max(1, rows // K), bucket, log_epsilon, needs_grad)
     with torch.autocast(device, enabled=False):
         return _CrossEntropy.apply(setting, x, weight, bias, target, log_prior, scale)

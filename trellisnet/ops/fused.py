@@ -1,23 +1,23 @@
 r"""The whole trellis as one differentiable operation: fast and lean, for LSTM gates or tanh and a dense kernel.
 
-It computes what :mod:`trellisnet.ops.reference` says, with these differences in how:
+It computes the equation of :mod:`trellisnet.ops.reference`, with these differences:
 
-- **Time comes first**, (S, N, H), so that what a tap reads is a slice (or, of a strided set, a selection) of rows.
-- **Only what is asked for** is computed: the positions of :mod:`trellisnet.ops.pruning`.
-- **One product a layer**: the rows of all taps side by side, (S·N, k·H), times the kernel.
-- **Gates in one go** (:mod:`trellisnet.ops.gates`, or :mod:`trellisnet.ops.compiled`), in place where the products left
-  them. They put h straight into the taps of the layer above.
-- **Kept for the backward**: the gates (in the type of the products) and the cell, (S, N, 5H) a layer; hidden states
-  are computed from them again. With `recompute` = K only what is read by every K-th layer is kept, and the K layers
-  from there on are computed once more when the backward pass comes to them.
+- **Time comes first**, (S, N, H), so that a tap reads a slice of rows (or, from a strided set, a selection).
+- **Only the positions of** :mod:`trellisnet.ops.pruning` are computed, those that the requested outputs depend on.
+- **One product per layer**: the rows of all taps side by side, (S·N, k·H), times the kernel.
+- **Gates in one pass** (:mod:`trellisnet.ops.gates` or :mod:`trellisnet.ops.compiled`), in the memory of the product.
+  They write h straight into the taps of the layer above.
+- **Stored for the backward pass** are the gates (in the dtype of the products) and the cell, (S, N, 5H) per layer;
+  hidden states are recomputed from them. With `recompute` only the input of every K-th layer is stored, and the
+  backward pass recomputes K layers at a time.
 - **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once:
-  on a GPU over all of them, if what they multiply takes no more than `ARENA`.
+  on a GPU over all of them, if their operands take no more than `ARENA`.
 
-Products may be in bfloat16; cells, gates at work and sums over layers are then in float32.
+Products may be in bfloat16; cells, gate arithmetic and sums over layers are then in float32.
 
-Where its backward pass is itself differentiated, it is replaced by that of the same layers in differentiable operations
-(:func:`trellisnet.ops.last_step.layers`), computed anew; so there are derivatives of any order, in the memory and time
-of the reference. It has no forward-mode derivatives and does not run under `torch.func`; the reference does.
+If its backward pass is itself differentiated, the layers are recomputed in differentiable operations
+(:func:`trellisnet.ops.last_step.layers`), which gives derivatives of any order in the memory and time of the reference.
+There are no forward-mode derivatives and no support for `torch.func`; the reference has both.
 
 Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
@@ -37,35 +37,35 @@ from trellisnet.ops.gates import Step
 from trellisnet.ops.pruning import Plan
 from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
-empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
-BUCKET = 128  # products have a multiple of so many rows: the libraries keep something for every distinct number of them
-LAYERS_AT_ONCE = 4  # whose rows are collected before they are multiplied into the gradient of the kernel
-ARENA = 2 << 30  # bytes of rows that are collected on a GPU
+empty = torch.empty  # a name in this module, so that tests can fill uninitialised memory with NaN
+BUCKET = 128  # round the rows of a CPU product up to a multiple: oneDNN caches something for every distinct number
+LAYERS_AT_ONCE = 4  # layers per product into the gradient of the kernel, on a CPU
+ARENA = 2 << 30  # bytes of rows that are collected for that product on a GPU
 
 
 def _triton() -> ModuleType:
-    return importlib.import_module("trellisnet.ops.triton_gates")  # it needs an extra
+    return importlib.import_module("trellisnet.ops.triton_gates")  # not at the top: triton is an extra
 
 
 def no_triton() -> str:
-    """Why there is no Triton; empty if there is."""
+    """Say why Triton is unavailable; empty if it is available."""
     if not importlib.util.find_spec("triton"):
         return "the package triton is not installed"
     try:
         _triton()
-    except Exception as e:  # a library that it needs is missing, another version of torch, …
+    except Exception as e:  # a missing library, an incompatible torch, …
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:80]
         return f"the package triton cannot be imported ({reason})"
     return ""
 
 
 def fastest_gates(device: torch.device) -> str:
-    """The gate kernels that `auto` tries first on this device."""
+    """Return the gate kernels that `auto` tries first on this device."""
     return "triton" if device.type == "cuda" else "compiled"
 
 
 def reason_against(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> str:
-    """Why these gate kernels cannot run here; empty if they can."""
+    """Say why these gate kernels cannot run here; empty if they can."""
     if choice == "eager":
         return ""
     if choice == "compiled":
@@ -74,10 +74,10 @@ def reason_against(choice: str, device: torch.device, compute: torch.dtype, acti
 
 
 def resolve_gates(choice: str, device: torch.device, compute: torch.dtype, activation: str = "lstm") -> str:
-    """The gate kernels that `choice` stands for: `auto` becomes the fastest that can run here.
+    """Return the gate kernels to use: for `auto` the fastest that can run here.
 
     Raises:
-        ValueError: a choice that cannot run here.
+        ValueError: the chosen kernels cannot run here.
     """
     auto = choice == "auto"
     choice = fastest_gates(device) if auto else choice
@@ -89,7 +89,7 @@ def resolve_gates(choice: str, device: torch.device, compute: torch.dtype, activ
 
 
 def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation: str) -> ModuleType:
-    """The module whose `forward` and `backward` compute the gates; arguments and errors as in :func:`resolve_gates`."""
+    """Return the module whose `forward` and `backward` compute the gates; see :func:`resolve_gates`."""
     choice = resolve_gates(choice, device, compute, activation)
     return {"eager": eager, "compiled": compiled}.get(choice) or _triton()
 
@@ -97,17 +97,17 @@ def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation
 class _Setting(NamedTuple):
     plan: Plan
     spec: TrellisSpec
-    compute: torch.dtype  # of the products and of the gates that are kept
+    compute: torch.dtype  # of the products and of the stored gates
     product: products.Product
     gates: ModuleType
     aux_layers: frozenset[int]  # counted from 1
-    inject_dilations: tuple[int, ...]  # of the x̃ that follow
-    keep: bool  # what a backward pass needs
-    segments: tuple[tuple[int, int], ...]  # first and last layer of each; all but the last segment are computed again
+    inject_dilations: tuple[int, ...]  # dilations of the x̃ arguments, in their order
+    needs_grad: bool  # store what a backward pass reads
+    segments: tuple[tuple[int, int], ...]  # first and last layer of each; all but the last segment are recomputed
 
 
 class _Geometry:
-    """What every step of the operation needs of shapes and types."""
+    """Shapes and dtypes of one call."""
 
     def __init__(self, setting: _Setting, weight: Tensor, batch: int):
         self.N = batch
@@ -125,31 +125,32 @@ class _Geometry:
         return torch.zeros(shape, dtype=self.sum, device=self.device)
 
     def rows(self, positions: int) -> int:
-        """Rows of a product over so many positions, rounded up."""
+        """Return the number of rows of a product over these positions, rounded up to whole buckets on a CPU."""
         return -(-positions * self.N // BUCKET) * BUCKET if self.device.type == "cpu" else positions * self.N
 
 
 class _Rows:
-    """Rows for products, of one width, whose memory is used again and again."""
+    """Memory for the rows of products, all of one width, that is reused from layer to layer."""
 
     def __init__(self, geometry: _Geometry, width: int, rows: int):
         self.geometry = geometry
         self.memory = geometry.empty(rows, width, dtype=geometry.compute)
 
     def take(self, positions: int, after: int = 0) -> Tensor:
-        """Rows for so many positions behind the first `after`; those that fill up the bucket are zero."""
+        """Return the rows for these positions, `after` rows into the memory; those that fill up the bucket are zero."""
         rows = self.memory[after : after + self.geometry.rows(positions)]
         rows[positions * self.geometry.N :].zero_()
         return rows
 
 
 def _positions(rows: Tensor, positions: int, *shape: int) -> Tensor:
-    """Rows of a product as (positions, N, …), without those that fill up the bucket."""
+    """View rows of a product as (positions, N, …), without those that fill up the bucket."""
     return rows[: positions * shape[0]].view(positions, *shape)
 
 
 def _layers_at_once(geometry: _Geometry, rows: Sequence[int]) -> int:
-    """How many layers' rows are collected. It must not depend on how much memory is free: sums would differ."""
+    """Return the number of layers per product into the kernel's gradient."""
+    # Not a function of free memory: the order of summation, and so the rounding, has to be reproducible.
     if geometry.device.type != "cuda":
         return LAYERS_AT_ONCE
     width = (geometry.GH + geometry.k * geometry.H) * geometry.compute.itemsize
@@ -159,49 +160,50 @@ def _layers_at_once(geometry: _Geometry, rows: Sequence[int]) -> int:
 
 
 class _KernelGradient:
-    """Σ over layers of tapsᵀ · dz, (k·H, GH). The rows of some layers are collected, then multiplied at once.
+    """Gradient of the kernel, Σ over layers of tapsᵀ · dz, (k·H, GH), one product for several layers.
 
-    (oneDNN is some percent faster with this than with the transpose of it.)
+    (k·H, GH) and not its transpose, because oneDNN is a few percent faster that way. The layers arrive from the top
+    down, and the taps of each arrive one layer after its dz: they are the h of the layer below.
 
     Args:
-        sizes: positions of the layers, from below; they come from above.
-        sparing: two layers are all that there is room for.
+        sizes: positions of the layers, from the lowest up.
+        low_memory: hold two layers at most.
     """
 
-    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product, sparing: bool):
+    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product, low_memory: bool):
         self.geometry, self.product = geometry, product
-        self.ahead = [geometry.rows(size) for size in sizes if size]  # of layers that are to come
-        at_once = 1 if sparing else _layers_at_once(geometry, self.ahead)
-        capacity = min(sum(self.ahead), (at_once + 1) * max(self.ahead, default=0))
-        self.dz = _Rows(geometry, geometry.GH, capacity)
-        self.taps = _Rows(geometry, geometry.k * geometry.H, capacity)
-        self.capacity, self.complete, self.last = capacity, 0, 0  # rows of which taps are there too; positions
+        self.rows_ahead = [geometry.rows(size) for size in sizes if size]  # of the layers still to come
+        at_once = 1 if low_memory else _layers_at_once(geometry, self.rows_ahead)
+        self.capacity = min(sum(self.rows_ahead), (at_once + 1) * max(self.rows_ahead, default=0))
+        self.dz = _Rows(geometry, geometry.GH, self.capacity)
+        self.taps = _Rows(geometry, geometry.k * geometry.H, self.capacity)
+        self.complete = 0  # rows with both dz and taps
+        self.last = 0  # positions of the layer with dz but no taps yet
         self.sum: Tensor | None = None
 
-    def dz_of(self, positions: int) -> Tensor:
-        """Rows for dz of the next layer down, to be filled while the taps of the layer before are."""
-        after = self.complete + self.geometry.rows(self.last)
-        return self.dz.take(positions, after)
+    def next_dz(self, positions: int) -> Tensor:
+        """Return the rows for dz of the next layer down, to be filled together with :meth:`last_taps`."""
+        return self.dz.take(positions, self.complete + self.geometry.rows(self.last))
 
-    def taps_of_last(self) -> Tensor:
-        """Rows for the taps that go with the last dz."""
+    def last_taps(self) -> Tensor:
+        """Return the rows for the taps that belong to the last dz."""
         return self.taps.take(self.last, self.complete)
 
     def advance(self, positions: int) -> Tensor:
-        """To be called when dz of so many positions and the taps of the layer before are there: where dz is now."""
+        """Take over the filled rows, multiply if the next layer would not fit, and return where dz lies now."""
         self.complete += self.geometry.rows(self.last)
         self.last = positions
-        rows = self.ahead.pop()
+        rows = self.rows_ahead.pop()
         dz = self.dz.memory[self.complete : self.complete + rows]
-        if self.complete + rows + (self.ahead[-1] if self.ahead else 0) <= self.capacity:
+        if self.complete + rows + (self.rows_ahead[-1] if self.rows_ahead else 0) <= self.capacity:
             return dz
         self._multiply()
         self.complete = 0
-        self.dz.memory[:rows] = dz.clone()  # the two may overlap
+        self.dz.memory[:rows] = dz.clone()  # source and target may overlap
         return self.dz.memory[:rows]
 
     def finish(self) -> Tensor:
-        """To be called when the last taps are there: the gradient."""
+        """Return the gradient, once the taps of the lowest layer are filled."""
         self.complete += self.geometry.rows(self.last)
         self._multiply()
         if self.sum is None:
@@ -218,26 +220,27 @@ class _KernelGradient:
 
 
 class _Layers:
-    """The layers of one call, computed one by one from below."""
+    """The layers of one call, computed one by one from the lowest up."""
 
     def __init__(self, setting: _Setting, weight, bias, h0, c0, scale, batch: int, x_tilde: Sequence[Tensor]):
         self.setting, self.layers = setting, setting.plan.layers
         self.geometry = geometry = _Geometry(setting, weight, batch)
-        # Positions of every layer for which there is something to multiply.
+        # Positions of every layer whose product can differ from zero.
         self.edges = [layer.edge if i or h0 is not None else 0 for i, layer in enumerate(self.layers)]
         self.x = dict(zip(setting.inject_dilations, x_tilde, strict=True))
-        self.most = max(map(geometry.rows, self.edges))  # rows of a product
-        self.w = products.pack(weight.to(setting.compute), self.most, setting.product)
+        self.max_rows = max(map(geometry.rows, self.edges))  # of a product
+        self.w = products.pack(weight.to(setting.compute), self.max_rows, setting.product)
         self.bias = bias.to(setting.compute)
-        # Whole rows, as the kernels read them.
-        given = (None if s is None else s.to(geometry.sum).contiguous() for s in (h0, c0, scale))
-        h_left, self.c_left, self.scale = given
+        # Contiguous, because the gate kernels read whole rows.
+        h_left, self.c_left, self.scale = (
+            None if s is None else s.to(geometry.sum).contiguous() for s in (h0, c0, scale)
+        )
         self.h_left = h_left if self.scale is None or h_left is None else h_left * self.scale
-        # The taps of a layer are written when those of the layer below have been read: one memory for all.
-        self.memory = _Rows(geometry, geometry.k * geometry.H, self.most)
+        # One memory for all layers: the taps of a layer are written after those of the layer below have been read.
+        self.memory = _Rows(geometry, geometry.k * geometry.H, self.max_rows)
 
     def fill(self, rows: Tensor, number: int) -> Tensor:
-        """Write what lies before the first step into the taps of a layer: (S, N, k, H), as a view of `rows`."""
+        """Write the carried h into the taps that reach before the first step: (S, N, k, H), a view of `rows`."""
         geometry, layer, edge = self.geometry, self.layers[number - 1], self.edges[number - 1]
         taps = _positions(rows, edge, geometry.N, geometry.k, geometry.H)
         for j, read in enumerate(layer.taps):
@@ -255,12 +258,12 @@ class _Layers:
     def compute(
         self, number: int, taps: Tensor, c_below: Tensor | None, out: Tensor | None, with_taps: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gates, cell, and the taps of the layer above, of the layer `number`; `out` as in :class:`Step`."""
+        """Compute layer `number`: its gates, its cell, and the taps of the layer above; `out` as in :class:`Step`."""
         setting, geometry = self.setting, self.geometry
         layer, edge = self.layers[number - 1], self.edges[number - 1]
         z = _positions(setting.product(taps, self.w), edge, geometry.N, geometry.GH) if edge else None
         if edge == layer.size:
-            gates = z  # they stay where the product has left them, if it has made them all
+            gates = z  # in place: the product covers every position
         else:
             gates = geometry.empty(layer.size, geometry.N, geometry.GH, dtype=setting.compute)
             if edge:
@@ -279,20 +282,19 @@ class _Layers:
 
 
 def _at(last: Tensor | None, N: int) -> Any:
-    """Index of every row's last position in (S, N, …); if all are the same a number, which takes no kernels."""
+    """Index of the last position of every row in (S, N, …); -1, which needs no kernel launch, if all rows are full."""
     return -1 if last is None else (last, torch.arange(N, device=last.device))
 
 
 class _Trellis(torch.autograd.Function):
-    """(setting, weight, bias, h0, c0, scale, last, N, weight_x, *rows, *x̃) → layer-steps computed, h, c, and the
-    auxiliary outputs.
+    """(setting, weight, bias, h0, c0, scale, last, N, weight_x, *rows, *x̃) → (layer-steps, h, c, *aux).
 
-    weight (GH, k·H), bias (GH,), h0 and c0 (N, H) or None for zeros, scale (N, H) or None, every x̃ (P, N, GH) with its
-    bias in it. h (S, N, H), unmasked, is that of the last layer, c (N, H) its cell at the positions `last` (N,), or
-    at the end of all for None; auxiliary outputs (S, N, output_size).
+    Arguments: weight (GH, k·H), bias (GH,), h0 and c0 (N, H) or None for zeros, scale (N, H) or None, last (N,) or None
+    for the end of every row, rows (P, N, k·C), x̃ (P, N, GH) including the bias. Results: h (S, N, H) of the last
+    layer, unmasked, its cell c (N, H) at the positions `last`, and the auxiliary outputs (S, N, output_size).
 
-    x̃ = rows · weight_xᵀ + bias, rows (P, N, k·C), is not kept: where the backward pass is differentiated, it is made
-    again of its factors, which the product that made it keeps anyway. They have no gradient of their own here.
+    x̃ = rows · weight_xᵀ + bias is not stored. If the backward pass is differentiated, it is recomputed from rows and
+    weight_x, which the product that made it stores anyway; they have no gradient of their own here.
     """
 
     @staticmethod
@@ -302,28 +304,28 @@ class _Trellis(torch.autograd.Function):
         run = _Layers(setting, weight, bias, h0, c0, scale, batch, x_tilde)
         geometry, layers = run.geometry, setting.plan.layers
         N, H, wanted = geometry.N, geometry.H, layers[-1].size
-        kept, checkpoints, aux, layer_steps = [], [], [], 0
+        stored, checkpoints, aux, layer_steps = [], [], [], 0
         taps, h, c = run.first_taps(), geometry.empty(wanted, N, H), None
         for first, end in setting.segments:
-            if setting.keep and end < len(layers):
+            if setting.needs_grad and end < len(layers):
                 checkpoints += [taps.clone(), c]
             for number in range(first, end + 1):
                 out = h if number == len(layers) else None
                 if out is None and number in setting.aux_layers:
                     out = geometry.empty(wanted, N, setting.spec.output_size)
                 if number == first and end == len(layers):
-                    kept.append(c)  # below the first layer that is kept
+                    stored.append(c)  # cell of the layer below the first stored one
                 gates, c, taps = run.compute(number, taps, c, out, with_taps=number < len(layers))
                 layer_steps += layers[number - 1].size
-                if setting.keep and end == len(layers):
-                    kept += [gates, c]
+                if setting.needs_grad and end == len(layers):
+                    stored += [gates, c]
                 if number in setting.aux_layers:
                     aux.append(out[..., H - setting.spec.output_size :].clone() if out is h else out)
         ctx.setting, ctx.batch = setting, batch
         ctx.shapes, ctx.dtypes = [tuple(x.shape) for x in x_tilde], [x.dtype for x in x_tilde]
-        if setting.keep:
-            again = x_tilde if checkpoints else [None] * len(x_tilde)
-            ctx.save_for_backward(weight, bias, h0, c0, scale, last, weight_x, *rows, *again, *checkpoints, *kept)
+        if setting.needs_grad:
+            reread = x_tilde if checkpoints else [None] * len(x_tilde)
+            ctx.save_for_backward(weight, bias, h0, c0, scale, last, weight_x, *rows, *reread, *checkpoints, *stored)
         return layer_steps, h, (h if c is None else c)[_at(last, N)].clone(), *aux
 
     @staticmethod
@@ -364,9 +366,9 @@ class _Trellis(torch.autograd.Function):
         with torch.autocast(grads[0].device.type, enabled=False):
             x_tilde = [torch.nn.functional.linear(wide(r), wide(weight_x), wide(bias)) for r in rows]
         wanted = [*needs[1:5], *needs[-len(dilations) :]]
-        found = higher_order.gradients(outputs, (weight, bias, h0, c0, *x_tilde), wanted, grads)
-        dx = [None if g is None else g.to(dtype) for g, dtype in zip(found[4:], ctx.dtypes, strict=True)]
-        return None, *found[:4], *[None] * (4 + len(dilations)), *dx
+        grads = higher_order.gradients(outputs, (weight, bias, h0, c0, *x_tilde), wanted, grads)
+        dx = [None if g is None else g.to(dtype) for g, dtype in zip(grads[4:], ctx.dtypes, strict=True)]
+        return None, *grads[:4], *[None] * (4 + len(dilations)), *dx
 
     @staticmethod
     def _backward(ctx: Any, dh, dc_last, *daux):
@@ -378,8 +380,8 @@ class _Trellis(torch.autograd.Function):
         run = _Layers(setting, weight, bias, h0, c0, scale, ctx.batch, x_tilde)
         geometry = run.geometry
         N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
-        w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.most, setting.product)  # (k·H, GH)
-        kernel = _KernelGradient(geometry, run.edges, setting.product, sparing=len(setting.segments) > 1)
+        w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.max_rows, setting.product)  # (k·H, GH)
+        kernel = _KernelGradient(geometry, run.edges, setting.product, low_memory=len(setting.segments) > 1)
         dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
         dx: dict[int, Tensor] = {}
         shapes = dict(zip(setting.inject_dilations, ctx.shapes, strict=True))
@@ -394,15 +396,15 @@ class _Trellis(torch.autograd.Function):
             if end == len(layers):
                 cells, gates = saved[2 * segment :: 2], saved[2 * segment + 1 :: 2]
             else:
-                cells, gates = _again(run, first, end, *saved[2 * segment : 2 * segment + 2])
+                cells, gates = _recompute(run, first, end, *saved[2 * segment : 2 * segment + 2])
             for number in range(end, first - 1, -1):
                 layer, edge = layers[number - 1], run.edges[number - 1]
                 if above:
-                    taps = run.fill(kernel.taps_of_last(), number + 1)
-                dz = kernel.dz_of(edge)
-                read_below = activation.has_cell and (number > 1 or c0 is not None)
-                dc_below = geometry.empty(layer.size, N, H) if read_below else None
-                # The layer that has all rows of x̃ of its dilation writes them, if it is the first to come.
+                    taps = run.fill(kernel.last_taps(), number + 1)
+                dz = kernel.next_dz(edge)
+                reads_cell = activation.has_cell and (number > 1 or c0 is not None)
+                dc_below = geometry.empty(layer.size, N, H) if reads_cell else None
+                # The first layer of a dilation writes the gradient of x̃ if it covers all rows, else it adds to zeros.
                 add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shapes[layer.dilation][0])
                 if layer.x is None:
                     dx_layer = geometry.empty(layer.size, N, GH)
@@ -411,12 +413,13 @@ class _Trellis(torch.autograd.Function):
                 else:
                     make = geometry.zeros if add else geometry.empty
                     dx_layer = dx[layer.dilation] = make(*shapes[layer.dilation])
-                place = number - first
-                before = {"c_below": cells[place], "c0": run.c_left, "scale": run.scale}
-                passed = {"taps": taps, "out": daux.get(number), "dtaps": dtaps, "dc_above": dc}
-                result = {"dz": _positions(dz, edge, N, GH), "dc": dc_below, "dx": dx_layer, "add": add}
-                now = activation, layer, above, edge, gates[place], None, cells[place + 1]
-                setting.gates.backward(Step(*now, **before, **passed, **result))
+                i = number - first
+                step = Step(
+                    activation, layer, above, edge, gates[i], x=None, c=cells[i + 1], c_below=cells[i], c0=run.c_left,
+                    scale=run.scale, taps=taps, out=daux.get(number), dtaps=dtaps, dc_above=dc,
+                    dz=_positions(dz, edge, N, GH), dc=dc_below, dx=dx_layer, add=add,
+                )  # fmt: skip
+                setting.gates.backward(step)
                 if layer.x is None:
                     dbias += dx_layer.sum((0, 1))
                 if dc_below is not None and c0 is not None:
@@ -429,7 +432,7 @@ class _Trellis(torch.autograd.Function):
                 dc, above = dc_below, layer
             del cells, gates
         if run.edges[0]:
-            run.fill(kernel.taps_of_last(), 1)
+            run.fill(kernel.last_taps(), 1)
         dw = kernel.finish().t()
         if scale is not None:
             dh_left *= run.scale
@@ -438,8 +441,8 @@ class _Trellis(torch.autograd.Function):
         return None, dw.to(weight.dtype), dbias, *state, *[None] * (4 + dilations), *grads
 
 
-def _again(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -> tuple[list, list]:
-    """Cells, that below the first layer among them, and gates of a segment, from what was kept of its beginning."""
+def _recompute(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -> tuple[list, list]:
+    """Recompute a segment from its checkpoint: its cells, after that of the layer below it, and its gates."""
     cells, gates = [c], []
     for number in range(first, end + 1):
         gate, c, taps = run.compute(number, taps, c, None, with_taps=number < end)
@@ -449,7 +452,7 @@ def _again(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -
 
 
 def _last_gradient(setting: _Setting, dh: Tensor, dc: Tensor, daux: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h of the last layer, its auxiliary output among them, and of its cell (S, N, H) each."""
+    """Return the gradients of h (including that of its auxiliary output) and c of the last layer, (S, N, H) each."""
     if not setting.spec.activation.has_cell:  # h is the cell
         dh, dc = dh + dc, None
     if daux is not None:
@@ -470,10 +473,10 @@ def trellis(
     lengths: Tensor | None = None,
     execution: Execution,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor], int]:
-    """The outputs of the last layer from `start` on, the state, the auxiliary outputs, and the layer-steps computed.
+    """Run all layers; arguments, results and shapes as in :func:`trellisnet.ops.trellis`.
 
-    Arguments and shapes as in :func:`trellisnet.ops.trellis`. Differentiable in x, the kernels, the bias and the state,
-    but not in `hidden_scale`. Within `torch.autocast` the products are in its type.
+    Differentiable in x, the kernels, the bias and the state, but not in `hidden_scale`. Within `torch.autocast` the
+    products are in its dtype.
     """
     N, L, C = x.shape
     weight_x, weight_h, bias = weights
@@ -482,25 +485,25 @@ def trellis(
     if torch.is_autocast_enabled(device) and compute != torch.float64:
         compute = torch.get_autocast_dtype(device)
     plan = pruning.plan(L, spec, start, x.device)
-    product = products.resolve(execution.gemm if N else "mm", x.device, compute)  # oneDNN has no products of nothing
+    product = products.resolve(execution.gemm if N else "mm", x.device, compute)  # oneDNN refuses empty matrices
     weight_x, weight_h = (w.transpose(1, 2).flatten(1) for w in (weight_x, weight_h))  # (GH, k·C), (GH, k·H)
     x = x.transpose(0, 1)  # (L, N, C)
-    nothing = x.new_zeros(1, N, C)
-    rows = [torch.cat([pruning.take(x, read, nothing) for read in reads], dim=2) for reads in plan.x.values()]
-    if compute != weight_h.dtype:  # as autocast would, so that what the products keep can be kept for this operator
+    zero = x.new_zeros(1, N, C)
+    rows = [torch.cat([pruning.take(x, read, zero) for read in reads], dim=2) for reads in plan.x.values()]
+    if compute != weight_h.dtype:  # before autocast does, so that F.linear and this operator store the same tensors
         weight_x, rows = weight_x.to(compute), [r.to(compute) for r in rows]
     x_tilde = [torch.nn.functional.linear(r, weight_x, bias) for r in rows]
     aux_layers = frozenset(range(aux_every, num_layers + 1, aux_every)) if aux_every else frozenset()
-    # What was made in inference mode cannot be kept for a backward pass.
+    # Autograd cannot save inference tensors for a backward pass.
     h0, c0 = (s.clone() if s.is_inference() else s for s in state) if state else (None, None)
-    keep = torch.is_grad_enabled() and any(
+    needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
     )
     choice = "triton" if execution.backend == "triton" else execution.gates
     gates = gates_of(choice, x.device, compute, spec.activation.name)
-    every = execution.segment(num_layers) if keep else num_layers
+    every = execution.segment(num_layers) if needs_grad else num_layers
     segments = tuple((first, min(first + every - 1, num_layers)) for first in range(1, num_layers + 1, every))
-    setting = _Setting(plan, spec, compute, product, gates, aux_layers, tuple(plan.x), keep, segments)
+    setting = _Setting(plan, spec, compute, product, gates, aux_layers, tuple(plan.x), needs_grad, segments)
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     last = None if lengths is None else lengths - start - 1
     with torch.autocast(device, enabled=False):

@@ -1,8 +1,8 @@
-"""The gates of one layer, forwards and backwards, between the products of the fused operator: in torch's operations.
+"""Forward and backward pass of the gates of one layer, between the products of the fused operator.
 
-:mod:`trellisnet.ops.compiled` does the same in one pass over memory. Either works on what a :class:`Step` names, in
-place. Rows are (position, sequence), time first; the gates of an LSTM lie in the order i, o, g, f. `FUNCTIONS` holds
-what depends on the activation.
+This is the version in torch's operations; :mod:`trellisnet.ops.compiled` does the same in one pass over memory. Both
+work in place on the buffers of a :class:`Step`. Rows are (position, sequence), time first; LSTM gates lie in the order
+i, o, g, f. What depends on the activation is in `FUNCTIONS`.
 
 Letters: N batch, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
@@ -19,36 +19,39 @@ from trellisnet.ops.spec import Activation
 
 # (gradient of the outputs, outputs) → gradient of the inputs
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-empty = torch.empty  # a name of this module's own, so that tests can fill what it makes with NaN
-BLOCK = 1 << 18  # numbers of a block of H channels, 1 MB: small enough to stay in the cache
+empty = torch.empty  # a name in this module, so that tests can fill uninitialised memory with NaN
+BLOCK = 1 << 18  # elements of a block of H channels, 1 MB: small enough to stay in the cache
 
 
 @dataclass
 class Step:
-    """What the gates of one layer read and write. Products and gates are in the type of `gates`, else single precision.
+    """Buffers that the gates of one layer read and write.
+
+    `gates`, `x`, `taps`, `dtaps` and `dz` are in the dtype of the products; everything else is in single precision, or
+    in double if the products are.
 
     Args:
-        activation: the function of the layer.
-        layer: its positions and what they read.
+        activation: activation of the layer.
+        layer: positions of the layer, and what they read.
         above: the layer above, or None.
-        product: positions whose gates hold a product on entry; of the others the gates are those of x alone.
-        gates: (S, N, GH): products on entry of `forward`, the gates then.
-        x: x̃ with its bias, (P, N, GH); where x does not enter, the bias (GH,).
-        c: (S, N, H); None without a cell. `forward` writes it.
-        c_below: of the layer below; None: zero.
-        c0: left of the first step, (N, H); None: zero.
-        scale: factor on h as the layer above reads it, (N, H); None: one.
-        taps: (S of the layer above, N, k, H), or None. Where h goes: each tap beside its neighbours. What lies before
-            the first step is left alone.
-        out: (wanted, N, ·), or None. Where the last channels of h go unmasked, at `layer.wanted`; of `backward` the
+        product: number of leading positions whose gates hold a product on entry; the others see x alone.
+        gates: (S, N, GH): products on entry to `forward`, gates afterwards.
+        x: x̃ including the bias, (P, N, GH); in a layer without x, the bias (GH,).
+        c: cell (S, N, H), written by `forward`; None if there is none.
+        c_below: cell of the layer below; None for zeros.
+        c0: cell to the left of the first step, (N, H); None for zeros.
+        scale: factor on h as the layer above reads it, (N, H); None for one.
+        taps: (S of the layer above, N, k, H), or None: where h goes, the k taps of a position side by side. Taps before
+            the first step are left alone.
+        out: (wanted, N, ·), or None: where the last channels of h go, unmasked, at `layer.wanted`; in `backward`, the
             gradient of that.
         dtaps: gradient of `taps`, or None.
-        dc_above: (S of the layer above, N, H), or None: what its cell path passes down; of the last layer the gradient
-            of its cell, (S, N, H).
-        dz: (product, N, GH): gradient of the products. `backward` writes it.
-        dc: (S, N, H), or None: what the cell path of this layer passes down. `backward` writes it.
-        dx: (P, N, GH), gradient of x̃; where x does not enter (S, N, GH).
-        add: whether `backward` adds to `dx`; else it writes, which is right if this layer has all rows of x̃.
+        dc_above: gradient that the cell path of the layer above passes down, (S of the layer above, N, H), or None; for
+            the last layer, the gradient of its cell, (S, N, H).
+        dz: gradient of the products, (product, N, GH), written by `backward`.
+        dc: gradient that this layer's cell path passes down, (S, N, H), written by `backward`, or None.
+        dx: gradient of x̃, (P, N, GH); in a layer without x, (S, N, GH).
+        add: whether `backward` adds to `dx`. It may overwrite if this layer covers all rows of x̃.
     """
 
     activation: Activation
@@ -72,16 +75,16 @@ class Step:
 
 
 def _blocks(step: Step) -> list[tuple[int, int]]:
-    """Positions of the layer in pieces, none of them on both sides of `product`."""
+    """Divide the positions of the layer into blocks, none of which straddles `product`."""
     size, N, GH = step.gates.shape
-    # On a GPU nothing is gained by blocks.
-    most = max(1, BLOCK * 4 // max(1, N * GH)) if step.gates.device.type == "cpu" else max(1, size)
+    # One block on a GPU, which gains nothing from cache-sized ones.
+    length = max(1, BLOCK * 4 // max(1, N * GH)) if step.gates.device.type == "cpu" else max(1, size)
     spans = ((0, step.product), (step.product, size))
-    return [(a, min(a + most, last)) for first, last in spans for a in range(first, last, most)]
+    return [(a, min(a + length, last)) for first, last in spans for a in range(first, last, length)]
 
 
 def _pieces(read: Read, first: int, last: int) -> list[tuple[slice, Index | None]]:
-    """Positions first:last of a read, as slices of the block: those before the first step (None), then rows."""
+    """Split positions first:last of a read into (slice of the block, rows); rows are None before the first step."""
     left = min(max(read.left - first, 0), last - first)
     pieces: list[tuple[slice, Index | None]] = [(slice(0, left), None)] if left else []
     if left < last - first:
@@ -90,7 +93,7 @@ def _pieces(read: Read, first: int, last: int) -> list[tuple[slice, Index | None
 
 
 def add_rows(target: Tensor, index: Index, values: Tensor) -> None:
-    """target[index] += values, along dimension 0."""
+    """Add values to target[index] along dimension 0."""
     if isinstance(index, range):
         pruning.rows(target, index).add_(values)
     else:
@@ -98,7 +101,7 @@ def add_rows(target: Tensor, index: Index, values: Tensor) -> None:
 
 
 def _spread(step: Step, h: Tensor) -> None:
-    """h, masked, (S, N, H), to the taps of the layer above."""
+    """Write h, already masked, (S, N, H), to the taps of the layer above."""
     for j, read in enumerate(step.above.taps):
         step.taps[read.left :, :, j].copy_(pruning.rows(h, read.rows))
 
@@ -111,10 +114,10 @@ def _lstm(step: Step, first: int, gate: Tensor, h: Tensor) -> None:
     i, o, g, f = gate.split(H, dim=-1)
     c = torch.mul(i, g, out=step.c[first:last])
     for where, index in _pieces(step.layer.cell, first, last):
-        before = step.c0 if index is None else step.c_below
-        if before is not None:
-            before = before if index is None else pruning.rows(before, index)
-            c[where].addcmul_(f[where], before.to(c.dtype))
+        c_shifted = step.c0 if index is None else step.c_below
+        if c_shifted is not None:
+            c_shifted = c_shifted if index is None else pruning.rows(c_shifted, index)
+            c[where].addcmul_(f[where], c_shifted.to(c.dtype))
     torch.tanh(c, out=h).mul_(o)
 
 
@@ -130,11 +133,11 @@ def _lstm_backward(step: Step, first: int, gate: Tensor, dh: Tensor, dc: Tensor,
     tanh_backward(dc_now * i, g, grad_input=dz_g)
     sigmoid_backward(dc_now, f, grad_input=dz_f)
     for where, index in _pieces(step.layer.cell, first, last):
-        before = step.c0 if index is None else step.c_below
-        if before is None:
+        c_shifted = step.c0 if index is None else step.c_below
+        if c_shifted is None:
             dz_f[where].zero_()
         else:
-            dz_f[where].mul_(before if index is None else pruning.rows(before, index))
+            dz_f[where].mul_(c_shifted if index is None else pruning.rows(c_shifted, index))
     if step.dc is not None:
         torch.mul(dc_now, f, out=step.dc[first:last])
     return h.mul_(o)
@@ -149,9 +152,9 @@ def _tanh_backward(step: Step, first: int, gate: Tensor, dh: Tensor, dc: None, d
     return gate
 
 
-# For every activation two functions of a block of positions, which begins at `first`. Forward: (step, first, gate, h)
-# turn `gate`, which holds x̃ + Conv1D(h) on entry, into what backward needs, and write h and, where there is one, the
-# cell. Backward: (step, first, gate, dh, dc, dz) write dz and, where there is a cell, its gradient, and return h.
+# Two functions per activation, each for a block of positions that begins at `first`. Forward (step, first, gate, h)
+# turns `gate`, which holds x̃ + Conv1D(h) on entry, into what backward needs, and writes h and the cell, if any.
+# Backward (step, first, gate, dh, dc, dz) writes dz and the gradient of the cell, if any, and returns h.
 FUNCTIONS: dict[str, tuple[Callable[..., None], Callable[..., Tensor]]] = {
     "lstm": (_lstm, _lstm_backward),
     "tanh": (_tanh, _tanh_backward),
@@ -159,7 +162,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], Callable[..., Tensor]]] = {
 
 
 def forward(step: Step) -> None:
-    """Compute gates and cell, and put h where it is read."""
+    """Compute gates and cell, and write h to the taps that read it and to the output."""
     layer, gates = step.layer, step.gates
     size, N, GH = gates.shape
     H = GH // step.activation.gates
@@ -170,7 +173,7 @@ def forward(step: Step) -> None:
         return empty((rows, N, channels), dtype=dtype, device=gates.device)
 
     h_masked = None if step.taps is None else new(size, H, gates.dtype)
-    whole = None if step.out is None else new(size, H)
+    h_all = None if step.out is None else new(size, H)
     for a, b in _blocks(step):
         gate = gates[a:b] if gates.dtype == work else new(b - a, GH)
         x = step.x if layer.x is None else pruning.rows(step.x, layer.x, a, b)
@@ -178,7 +181,7 @@ def forward(step: Step) -> None:
             gate.copy_(x)
         else:
             (gate if gates.dtype == work else gate.copy_(gates[a:b])).add_(x)
-        h = new(b - a, H) if whole is None else whole[a:b]
+        h = new(b - a, H) if h_all is None else h_all[a:b]
         function(step, a, gate, h)
         if gates.dtype != work:
             gates[a:b] = gate
@@ -186,12 +189,12 @@ def forward(step: Step) -> None:
             h_masked[a:b] = h if step.scale is None else h * step.scale
     if h_masked is not None:
         _spread(step, h_masked)
-    if whole is not None:
-        step.out.copy_(pruning.rows(whole, layer.wanted)[..., H - step.out.size(2) :])
+    if h_all is not None:
+        step.out.copy_(pruning.rows(h_all, layer.wanted)[..., H - step.out.size(2) :])
 
 
 def backward(step: Step) -> None:
-    """Compute the gradients of products, x̃ and cells, and put h where the layer above has read it."""
+    """Compute the gradients of products, x̃ and cells, and write h to the taps again."""
     layer, above, gates = step.layer, step.above, step.gates
     size, N, GH = gates.shape
     H = GH // step.activation.gates
@@ -217,7 +220,7 @@ def backward(step: Step) -> None:
     for a, b in _blocks(step):
         gate = gates[a:b].to(work)
         direct = a < step.product and gates.dtype == work
-        dz = step.dz[a:b] if direct else new(b - a, GH)  # where the products read it
+        dz = step.dz[a:b] if direct else new(b - a, GH)
         h = function(step, a, gate, dh[a:b], None if dc is None else dc[a:b], dz)
         if h_masked is not None:
             h_masked[a:b] = h if step.scale is None else h * step.scale

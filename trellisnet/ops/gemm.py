@@ -1,7 +1,7 @@
 """Matrix products of the fused operator, by one of several routes to the same result.
 
-On a CPU `torch.mm` in single precision may be half as fast as oneDNN on the same machine (AMD), and torch offers
-oneDNN's product only under a private name; so that route is used if it is there and works, and nothing depends on it.
+On an AMD CPU, `torch.mm` in single precision may be half as fast as oneDNN. Torch exposes oneDNN's product only under a
+private name, so that route is used where it exists and works, and nothing depends on it.
 
 Letters: M, K, N rows and columns of any matrices.
 """
@@ -30,14 +30,14 @@ GEMMS = ("auto", *ROUTES)
 
 
 def usable(route: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a route gives right products here."""
+    """Whether a route works on this device for this dtype."""
     return route == "mm" or (device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _works(route, dtype))
 
 
 @lru_cache
 @torch.inference_mode(False)
 def _works(route: str, dtype: torch.dtype) -> bool:
-    """Whether a small product on the CPU comes out right."""
+    """Whether the route multiplies a small matrix correctly on the CPU."""
     a = torch.arange(6.0, dtype=dtype).view(2, 3)
     try:
         return torch.equal(ROUTES[route](a, a), a @ a.t())
@@ -46,7 +46,7 @@ def _works(route: str, dtype: torch.dtype) -> bool:
 
 
 def resolve(route: str, device: torch.device, dtype: torch.dtype) -> Product:
-    """The product a, b ↦ a · bᵀ of a route, (M, K) and (N, K) to (M, N); `auto`: oneDNN where it works, else `mm`.
+    """Return the product a, b ↦ a · bᵀ of a route, (M, K) and (N, K) to (M, N); `auto` is oneDNN if it works, else mm.
 
     Raises:
         ValueError: an unknown route, or one that does not work here.
@@ -61,14 +61,14 @@ def resolve(route: str, device: torch.device, dtype: torch.dtype) -> Product:
 
 
 def for_single_rows(device: torch.device, dtype: torch.dtype, product: Product) -> Product:
-    """The product for matrices of few rows: oneDNN where it works, which packed weights make some times as fast."""
+    """Return the product for matrices of few rows: oneDNN where it works, several times faster with packed weights."""
     return _onednn if usable("onednn", device, dtype) else product
 
 
 def pack(weight: Tensor, rows: int, product: Product) -> Tensor:
-    """`weight` (N, K) as `product` likes it best when it multiplies many matrices of about so many rows by it.
+    """Reorder `weight` (N, K) for repeated products with matrices of about `rows` rows.
 
-    oneDNN has an order of its own, which only the product can read.
+    oneDNN's layout can only be read by its product; other routes take the weight as it is.
     """
     if product is _onednn and rows and weight.numel():
         with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
@@ -77,14 +77,14 @@ def pack(weight: Tensor, rows: int, product: Product) -> Tensor:
 
 
 def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a · b of a narrow type in a wider one, without rounding to the narrow one in between."""
+    """Return a · b in `dtype`, wider than that of a and b, without rounding to the narrow type in between."""
     return torch.mm(a, b, out_dtype=dtype)
 
 
 @lru_cache
 @torch.inference_mode(False)
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` can be had in float32 here: on CUDA, by a torch that knows how."""
+    """Whether products of a 16-bit `dtype` can be returned in float32: on CUDA, by recent versions of torch."""
     if device.type != "cuda" or dtype.itemsize >= 4:
         return False
     a = torch.ones(16, 16, device=device, dtype=dtype)
@@ -95,14 +95,14 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def product_in(dtype: torch.dtype, a: Tensor, b: Tensor, product: Product) -> Tensor:
-    """a · bᵀ in `dtype`; rounded to the type of a and b on the way where torch cannot do without."""
+    """Return a · bᵀ in `dtype`, rounded to the type of a and b first where torch cannot avoid it."""
     if product is _mm and a.dtype != dtype and widens(a.device, a.dtype):
         return _wide(a, b.t(), dtype)
     return product(a, b).to(dtype)
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor, product: Product) -> None:
-    """target += a · bᵀ, in the type of `target`: in one go where torch can."""
+    """Add a · bᵀ to `target` in place, in the type of `target`, by one call where torch can."""
     if product is _mm and target.dtype == a.dtype:
         target.addmm_(a, b.t())
     else:
@@ -110,15 +110,16 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, product: Product) -> None:
 
 
 def fastest(device: torch.device, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> str:
-    """The route that is fastest for the three products of a layer here, measured in a second at most.
+    """Measure which route is fastest for the three products of a layer here; takes a second at most.
 
     Args:
-        rows: of the input (rows, inputs) and the output (rows, outputs), whose kernel is (outputs, inputs).
+        rows, inputs, outputs: sizes of the input (rows, inputs), the output (rows, outputs) and the kernel
+            (outputs, inputs).
     """
     x, z, w = (
         torch.ones(*shape, device=device).to(dtype) for shape in ((rows, inputs), (rows, outputs), (outputs, inputs))
     )
-    matrices = [(x, w), (z, w.t().contiguous()), (z.t(), x.t())]  # forward; backward: of the input, of the kernel
+    matrices = [(x, w), (z, w.t().contiguous()), (z.t(), x.t())]  # output; gradients of input and kernel
     seconds = {}
     for route, product in ROUTES.items():
         if usable(route, device, dtype):

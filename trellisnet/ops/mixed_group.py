@@ -1,14 +1,14 @@
-r"""The mixed group convolution of Theorem 1 (Eq. 5): the sparse kernel with which a trellis is a recurrent network.
+r"""The mixed group convolution of Theorem 1 (Eq. 5): the sparse kernel that turns a trellis into a recurrent network.
 
 The H channels form as many groups as the recurrent network has layers. Group g reads its own **past** taps and the
-**current** tap of group g − 1; the first, which has none below it, reads x instead, through all taps of W^x:
+**current** tap of group g − 1; the first group, with none below it, reads x instead, through all taps of W^x:
 
 .. math::
     \hat z^{(g)}_t = \sum_{j=1}^{k-1} W^{past}_{g,j} h^{(g)}_{t-jd} + b^{(g)} +
     \begin{cases} \mathrm{Conv1D}(x; W^x)_t & g = 1 \\ W^{below}_g h^{(g-1)}_t & g > 1 \end{cases}
 
-Rows of every kernel, and the bias, run group by group and gate by gate within a group, as a group convolution makes
-them; what leaves this module is ordered gate by gate, as everything else reads it.
+The rows of every kernel and of the bias run group by group, and gate by gate within a group, as a group convolution
+needs them. The outputs of this module are ordered gate by gate, as the activations need them.
 
 Letters: N batch, L length, H hidden channels, h = H/groups, G gates, k kernel size, d dilation.
 """
@@ -19,12 +19,12 @@ from torch import Tensor
 
 
 def by_gate(z: Tensor, groups: int, gates: int, dim: int = 1) -> Tensor:
-    """Rows in dimension `dim` from group by group to gate by gate."""
+    """Reorder the rows in dimension `dim` from group by group to gate by gate."""
     return z.unflatten(dim, (groups, gates, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
 
 
 def conv_x(x: Tensor, weight_x: Tensor, bias: Tensor, d: int, groups: int, gates: int) -> Tensor:
-    """x̃: the convolution of x, which enters the first group, and the bias of all.
+    """Compute x̃: the convolution of x, for the first group, plus the bias, for all groups.
 
     Args:
         x: (N, C, (k−1)·d + L).
@@ -39,12 +39,12 @@ def conv_x(x: Tensor, weight_x: Tensor, bias: Tensor, d: int, groups: int, gates
 
 
 def conv_h(h: Tensor, weight_h: Tensor, d: int, groups: int, gates: int) -> Tensor:
-    """The convolution of the hidden sequence.
+    """Convolve the hidden sequence.
 
     Args:
         h: (N, H, (k−1)·d + L).
-        weight_h: (G·H, h, k): the last tap reads the group below, the others their own. The first group has none
-            below, and its last tap is not read.
+        weight_h: (G·H, h, k). The last tap reads the group below, the others their own group; the first group's last
+            tap is unused.
 
     Returns:
         (N, G·H, L).
@@ -59,10 +59,10 @@ def conv_h(h: Tensor, weight_h: Tensor, d: int, groups: int, gates: int) -> Tens
 
 
 def dense(weight_x: Tensor, weight_h: Tensor, bias: Tensor, groups: int, gates: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same kernels with their zeros, (G·H, C, k) and (G·H, H, k), and the bias, all gate by gate."""
+    """Fill in the zeros of both kernels, (G·H, C, k) and (G·H, H, k), and order them and the bias gate by gate."""
     width, k = weight_h.shape[1:]
     blocks = weight_h.unflatten(0, (groups, -1))  # (groups, G·h, h, k)
-    full = blocks.new_zeros(groups, blocks.size(1), groups, width, k)  # rows of a group, columns of a group
+    full = blocks.new_zeros(groups, blocks.size(1), groups, width, k)  # (row group, rows, column group, columns, k)
     group = torch.arange(groups, device=blocks.device)
     full[group, :, group, :, :-1] = blocks[..., :-1]
     full[group[1:], :, group[:-1], :, -1] = blocks[1:, ..., -1]

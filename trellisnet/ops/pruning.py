@@ -1,12 +1,12 @@
-r"""Which pairs of a layer and a time step the asked-for outputs depend on, and where each finds what it reads.
+r"""Pruning: which (layer, time step) pairs the requested outputs depend on, and where each finds what it reads.
 
-Tap j of a layer reads j·d steps back and its cell path reads t − d, so if the last layer is wanted from step s on, the
-positions that count are, from the top down,
+Tap j of a layer reads j·d steps back and its cell path reads t − d. So if the last layer is requested from step s on,
+the positions that matter are, from the top down,
 
 .. math::
     S_n = \{s, \dots, L - 1\}, \qquad S_{i-1} = \{t - j d_i : t \in S_i,\ j = 0, \dots, k-1\} \cap \{t \ge 0\}
 
-(with k = 1 the cell path adds t − d_i). S_i contains S_n, so auxiliary outputs ask for nothing more. For dilation 1 the
+(with k = 1 the cell path adds t − d_i). S_i contains S_n, so auxiliary outputs need nothing more. For dilation 1 the
 sets are ranges: 4,669 of 6,380 layer-steps for 58 layers, L = 110, s = 58. For dilations 1, 1, 2, 4, …, 512 and the
 last step of 784 they are strided: 1,571 of 8,624.
 
@@ -26,23 +26,23 @@ Index = range | Tensor  # row numbers, ascending; a range is sliced, which copie
 
 
 class Read(NamedTuple):
-    """Where the positions of a layer find what one tap reads: `left` of them before the first step, then `rows`."""
+    """Where one tap of a layer reads: `left` positions read before the first step, the others these `rows`."""
 
     left: int
     rows: Index
 
 
 class Layer(NamedTuple):
-    """One layer of a plan. Of the first layer, whose input is zero, `taps` and `cell` are read by `edge` positions."""
+    """One layer of a plan."""
 
     dilation: int
     size: int  # |S_i|
-    edge: int  # positions whose taps or cell path may read something else than zero; below the first layer: all
+    edge: int  # leading positions that may read something other than zero: all, except in the first layer
     taps: tuple[Read, ...]  # oldest first
     cell: Read
-    x: Index | None  # rows of x̃ of this dilation; None: x does not enter this layer
+    x: Index | None  # rows of x̃ of this dilation; None if x does not enter this layer
     wanted: Index  # rows of S_n
-    found: dict[Any, "Places"]  # what :func:`places` has made, which lives as long as the layer
+    cache: dict[Any, "Places"]  # results of :func:`places`, which live as long as the layer
 
 
 class Plan(NamedTuple):
@@ -54,14 +54,14 @@ class Plan(NamedTuple):
 def dependencies(
     length: int, num_layers: int, dilation: Sequence[int], kernel_size: int, start: int | None = None
 ) -> list[list[int]]:
-    """Positions t ≥ 0 of every layer that the last layer from step `start` on depends on.
+    """Return the positions t ≥ 0 of every layer that the last layer depends on from step `start` on.
 
     Args:
         length: L ≥ 1.
         num_layers: n ≥ 1.
         dilation: dilations, cycled over the layers.
         kernel_size: k ≥ 1.
-        start: s; None: L − 1, the last step alone.
+        start: s; None for L − 1, the last step alone.
 
     Returns:
         [S_1, …, S_n], each sorted; S_0 is left out because layer 0 is zero.
@@ -75,7 +75,7 @@ def dependencies(
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Index:
-    """The row numbers as a range where they are one."""
+    """Return the row numbers as a range if they form one, else as a tensor."""
     if len(rows) == 0:
         return range(0)
     step = rows[1] - rows[0] if len(rows) > 1 else 1
@@ -85,15 +85,15 @@ def _index(rows: Sequence[int], device: torch.device) -> Index:
 
 
 def _read(positions: Sequence[int], back: int, row: dict[int, int], device: torch.device) -> Read:
-    """What `positions` read `back` steps back, from rows numbered by `row`."""
+    """Return where `positions` read `back` steps back; `row` maps a time step to its row."""
     inside = [t - back for t in positions if t >= back]
     return Read(len(positions) - len(inside), _index([row[t] for t in inside], device))
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # training may use again what an evaluation has made
+@torch.inference_mode(False)  # the cached tensors may be made in evaluation and reused in training
 def plan(length: int, spec: TrellisSpec, start: int, device: torch.device) -> Plan:
-    """All indices of one geometry, those that are no ranges on `device`."""
+    """Compute all indices of one geometry; those that are tensors lie on `device`."""
     kernel_size = spec.kernel_size
     positions = dependencies(length, spec.num_layers, spec.dilation, kernel_size, start)
     needed: dict[int, set[int]] = {}
@@ -106,7 +106,7 @@ def plan(length: int, spec: TrellisSpec, start: int, device: torch.device) -> Pl
 
     layers = []
     for i, (d, here) in enumerate(zip(spec.dilations, positions, strict=True)):
-        below = range(length) if i == 0 else positions[i - 1]  # of the first layer the rows mean nothing
+        below = range(length) if i == 0 else positions[i - 1]  # layer 0 is zero, so any numbering will do
         row, row_here = ({t: row for row, t in enumerate(p)} for p in (below, here))
         layers.append(
             Layer(
@@ -120,26 +120,26 @@ def plan(length: int, spec: TrellisSpec, start: int, device: torch.device) -> Pl
                 {},
             )
         )
-    of_x = {t: t for t in range(length)}
-    taps_of_x = {d: taps(sorted(rows), d, of_x) for d, rows in needed.items()}
-    return Plan(tuple(layers), taps_of_x, sum(map(len, positions)))
+    time = {t: t for t in range(length)}
+    x_taps = {d: taps(sorted(rows), d, time) for d, rows in needed.items()}
+    return Plan(tuple(layers), x_taps, sum(map(len, positions)))
 
 
 class Places(NamedTuple):
-    """For every position of a layer its row in other buffers, or −1: int32, for what goes position by position."""
+    """Row of each position of a layer in other buffers, −1 for none; int32, for kernels that loop over positions."""
 
     x: Tensor | None  # (S,): row of x̃
-    cell: Tensor  # (S,): what the cell path reads in the layer below; −1: before the first step
-    out: Tensor  # (S,): which wanted position this is
-    taps: Tensor | None  # (k, S): positions of the layer above that read this one by each tap, oldest first
-    dc: Tensor  # (S,): position of the layer above whose cell path reads this one; of the last layer itself
+    cell: Tensor  # (S,): row of the layer below that the cell path reads; −1 before the first step
+    out: Tensor  # (S,): row of the output
+    taps: Tensor | None  # (k, S): position of the layer above that reads this one by each tap, oldest first
+    dc: Tensor  # (S,): position of the layer above whose cell path reads this one; in the last layer, the position
 
 
 def places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
-    """Those of a layer below `above`, None for the last layer, on `device`."""
-    # A layer is below one other; in streams also below none.
-    found = layer.found.get((above is None, device))
-    return found or layer.found.setdefault((above is None, device), _places(layer, above, device))
+    """Return the places of a layer below `above` (None for the last layer), on `device`."""
+    # The key does not name `above`: a layer only ever lies below one other, or, in streams, below none.
+    cached = layer.cache.get((above is None, device))
+    return cached or layer.cache.setdefault((above is None, device), _places(layer, above, device))
 
 
 @torch.inference_mode(False)
@@ -148,10 +148,10 @@ def _places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
         return torch.tensor(index) if isinstance(index, range) else index.cpu()
 
     def inverse(index: Index, first: int) -> Tensor:
-        """Which of first, first + 1, … reads each position of the layer."""
-        found = torch.full((layer.size,), -1)
-        found[array(index).long()] = torch.arange(first, first + len(index))
-        return found
+        """Return, for each position of the layer, which of first, first + 1, … reads it."""
+        readers = torch.full((layer.size,), -1)
+        readers[array(index).long()] = torch.arange(first, first + len(index))
+        return readers
 
     taps, dc = None, torch.arange(layer.size)
     if above is not None:
@@ -164,7 +164,7 @@ def _places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
 
 
 def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, dim: int = 0) -> Tensor:
-    """`source` at index[first:last] along `dim`: a view if the index is a range."""
+    """Return `source` at index[first:last] along `dim`: a view if the index is a range."""
     index = index[first:last]
     if isinstance(index, range):
         return source[(slice(None),) * dim + (slice(index.start, index.stop, index.step),)]
@@ -172,7 +172,7 @@ def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, 
 
 
 def take(source: Tensor, read: Read, left: Tensor, dim: int = 0) -> Tensor:
-    """What a tap reads: `left` (of size 1 in `dim`) for positions before the first step, then rows of `source`."""
+    """Return what a tap reads: `left` (size 1 in `dim`) before the first step, then rows of `source`."""
     inside = rows(source, read.rows, dim=dim)
     if not read.left:
         return inside

@@ -16,12 +16,11 @@ LSTM gates are the paper's choice; the other activations :math:`h, c = f(\tilde 
 are below. With `inject_every` = K, x enters layers 1, 1 + K, 1 + 2K, … and b all of them (Table 6). With
 `kernel_groups` the kernel is that of Theorem 1, see :mod:`trellisnet.ops.mixed_group`.
 
-What lies left of the first time step (Appendix B.1, "history repackaging"): zeros for x, and in **every** layer the
-same carried h and c, those of the last layer at the last step of the segment before. Two segments with a carried
-state are therefore *not* the same as one long segment; only truncated recurrent networks (Theorem 1) have that
-property.
+To the left of the first time step lie zeros for x and, in **every** layer, the same carried h and c: those of the last
+layer at the last step of the previous segment (Appendix B.1, "history repackaging"). Two segments with a carried state
+are therefore *not* the same as one long segment; only truncated recurrent networks (Theorem 1) have that property.
 
-Letters: N batch, L length, C input channels, H hidden channels, G gates (4 of an LSTM), k kernel size.
+Letters: N batch, L length, C input channels, H hidden channels, G gates (4 for an LSTM), k kernel size.
 """
 
 import torch
@@ -33,17 +32,17 @@ from trellisnet.ops.spec import Activation, TrellisSpec, Weights
 
 
 def lstm(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Section 5.1 and Appendix A. Rows i, o, g, f, the order of the published weights; z_x = x̃, z_h = Conv1D(h)."""
+    """LSTM gates (section 5.1, Appendix A) in the published order i, o, g, f, from z_x = x̃ and z_h = Conv1D(h)."""
     z_i, z_o, z_g, z_f = (z_x + z_h).chunk(4, dim)
     c = torch.sigmoid(z_f) * c_shifted + torch.sigmoid(z_i) * torch.tanh(z_g)
     return torch.sigmoid(z_o) * torch.tanh(c), c
 
 
 def gru(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Appendix B.1, "gated activations": rows r, u, n. c is h itself.
+    """GRU gates (Appendix B.1, "gated activations"), in the order r, u, n; c is h itself.
 
-    r acts behind the kernel, as in `nn.GRU`, and on all its taps: on a group below too, so that with several groups
-    this is no stack of GRUs.
+    r scales the output of the kernel, as in `nn.GRU`, and so all its taps, also those on the group below: with several
+    groups this is not a stack of GRUs.
     """
     (x_r, x_u, x_n), (h_r, h_u, h_n) = z_x.chunk(3, dim), z_h.chunk(3, dim)
     n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
@@ -53,7 +52,7 @@ def gru(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tens
 
 
 def tanh(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """A recurrent network without gates (Theorem 1 with g = tanh): c is h, and nothing reads it."""
+    """Ungated activation (Theorem 1 with g = tanh); c is h itself, and nothing reads it."""
     h = torch.tanh(z_x + z_h)
     return h, h
 
@@ -75,7 +74,10 @@ def trellis(
     hidden_scale: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
-    """Any dtype, any device, differentiable in every tensor. Arguments as in :func:`trellisnet.ops.trellis`."""
+    """Run all layers, on any device and in any dtype, differentiable in every tensor.
+
+    Arguments as in :func:`trellisnet.ops.trellis`.
+    """
     h0, c0 = (s.unsqueeze(2) for s in state)  # (N, H, 1)
     weight_x, weight_h, bias = weights
     (N, L, _), H, k, output_size = x.shape, h0.size(1), spec.kernel_size, spec.output_size

@@ -1,7 +1,4 @@
-"""What a trellis computes, :class:`TrellisSpec`, and how it is computed, :class:`Execution`.
-
-Both are checked where they are made, so that nothing that receives one checks it again.
-"""
+"""What a trellis computes, :class:`TrellisSpec`, and how, :class:`Execution`. Both validate themselves when built."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +16,14 @@ Weights = tuple[Tensor, Tensor, Tensor]  # weight_x (GH, C, k), weight_h (GH, H,
 
 @dataclass(frozen=True)
 class Activation:
-    """The function of a layer, h, c = f(x̃, Conv1D(h), c_{t−d}).
+    """Activation of a layer, h, c = f(x̃, Conv1D(h), c_{t−d}).
 
     Args:
-        name: key of the gate kernels that compute it.
-        gates: G, the row groups of a kernel.
-        has_cell: whether c is a tensor of its own; else it is h.
-        additive: whether x̃ and Conv1D(h) enter as their sum alone.
-        function: (z_x, z_h, c_shifted, dim) → (h, c), with the channels along `dim`.
+        name: key of its gate kernels.
+        gates: G, the number of row groups in a kernel.
+        has_cell: whether c is a separate tensor; otherwise c is h.
+        additive: whether x̃ and Conv1D(h) enter only as their sum.
+        function: (z_x = x̃, z_h = Conv1D(h), c_shifted, dim) → (h, c), with the channels along `dim`.
     """
 
     name: str
@@ -51,23 +48,24 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class TrellisSpec:
-    """What a trellis computes from its weights, which know neither the depth nor the dilations.
+    """What a trellis computes. Its weights fix neither depth nor dilations, so both are here.
 
     Args:
-        num_layers: how often the one layer is applied.
-        output_size: how many of the last channels of h are the output.
-        activation: the function of a layer, one of `trellisnet.ops.ACTIVATIONS`.
+        num_layers: number of times the one layer is applied.
+        output_size: number of output channels, the last ones of h.
+        activation: activation of a layer, one of `trellisnet.ops.ACTIVATIONS`.
         dilation: dilations, cycled over the layers.
         kernel_size: k taps.
-        kernel_groups: None for a dense kernel. A number of groups for the kernel of Theorem 1: weight_x is then
-            (GH/groups, C, k), weight_h (GH, H/groups, k), rows ordered as in :mod:`trellisnet.ops.mixed_group`.
-        inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters all.
+        kernel_groups: None for a dense kernel, else the number of groups of Theorem 1's: weight_x is then
+            (GH/groups, C, k) and weight_h (GH, H/groups, k), with rows ordered as in
+            :mod:`trellisnet.ops.mixed_group`.
+        inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters every layer.
 
     Attributes:
-        dilations: the dilation of every layer.
+        dilations: dilation of each layer.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     num_layers: int
@@ -84,31 +82,31 @@ class TrellisSpec:
         values["inject_every"] = _positive("inject_every", self.inject_every)
         if self.kernel_groups is not None:
             values["kernel_groups"] = _positive("kernel_groups", self.kernel_groups)
-        given = self.dilation
-        if not isinstance(given, Sequence) or not given or not all(isinstance(d, Integral) and d >= 1 for d in given):
-            raise ValueError(f"dilation: expected a sequence of integers ≥ 1, got {given!r}")
-        values["dilation"] = dilation = tuple(map(int, given))
-        values["dilations"] = (dilation * -(-values["num_layers"] // len(dilation)))[: values["num_layers"]]
+        cycle = self.dilation
+        if not isinstance(cycle, Sequence) or not cycle or not all(isinstance(d, Integral) and d >= 1 for d in cycle):
+            raise ValueError(f"dilation: expected a sequence of integers ≥ 1, got {cycle!r}")
+        values["dilation"] = cycle = tuple(map(int, cycle))
+        values["dilations"] = (cycle * -(-values["num_layers"] // len(cycle)))[: values["num_layers"]]
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def injected(self, layer: int) -> bool:
-        """Whether x enters the layer, counted from 0."""
+        """Whether x enters this layer, counted from 0."""
         return layer % self.inject_every == 0
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a trellis is computed. It changes speed, memory and rounding only.
+    """How a trellis is computed. This changes speed, memory and rounding only.
 
     Args:
-        backend: one of `BACKENDS`; `auto` takes the fastest that can run the spec, `triton` is `fused` with gates by
-            Triton.
-        gemm: how `fused` multiplies, one of `GEMMS`; `auto` follows a fixed rule, see :mod:`trellisnet.ops.gemm`.
-        gates: how `fused` computes the gates, one of `GATE_KERNELS`; `auto` takes the fastest that can run.
-        recompute: keep for the backward pass only what every `recompute_every`-th layer reads, and compute the layers
-            between once more when it reaches them. Only `fused` can.
-        recompute_every: None: about the root of num_layers, which needs least memory.
+        backend: one of `BACKENDS`. `auto` takes the fastest that supports the spec; `triton` is `fused` with Triton
+            gates.
+        gemm: matrix products of `fused`, one of `GEMMS`; `auto` follows a fixed rule, see :mod:`trellisnet.ops.gemm`.
+        gates: gate kernels of `fused`, one of `GATE_KERNELS`; `auto` takes the fastest that can run.
+        recompute: store only the input of every `recompute_every`-th layer for the backward pass, which recomputes the
+            layers in between. Only `fused` can.
+        recompute_every: None for about √num_layers, which needs least memory.
 
     Raises:
         ValueError: an unknown choice, or a value out of range.
@@ -129,5 +127,5 @@ class Execution:
             raise ValueError(f"recompute_every: expected None or an integer ≥ 1, got {every!r}")
 
     def segment(self, num_layers: int) -> int:
-        """How many layers are computed from what is kept below them; all of them without `recompute`."""
+        """Return the number of layers between stored inputs; all of them without `recompute`."""
         return (self.recompute_every or max(1, round(num_layers**0.5))) if self.recompute else num_layers

@@ -1,11 +1,11 @@
-r"""A sequence in pieces, of any length, with nothing computed twice and constant memory.
+r"""Streaming: read a sequence of any length piece by piece, in constant memory, computing nothing twice.
 
-Every layer reads the one below at most (k−1)·d steps back (its cell path d steps), so those last rows of every layer,
-and the last rows of x, are all that a next piece needs. The pieces together are one long pass from a zero state,
-position by position. That is not "history repackaging", which gives every layer the rows of the last one.
+A layer reads the one below at most (k−1)·d steps back (its cell path d steps), so the next piece needs only those last
+rows of every layer and of x. All pieces together equal one long pass from a zero state, position by position. This
+differs from "history repackaging", which gives every layer the state of the last one.
 
-Any kind of layer, without gradients; the equation is that of :mod:`trellisnet.ops.reference`. Time comes first, and
-products and LSTM gates are those of :mod:`trellisnet.ops.fused`.
+All kinds of layers are supported, without gradients; the equation is that of :mod:`trellisnet.ops.reference`. Time
+comes first, and products and gate kernels are those of :mod:`trellisnet.ops.fused`.
 
 Letters: N batch, T steps of a piece, C input channels, H hidden channels, G gates, k kernel size, d dilation of a
 layer.
@@ -30,27 +30,27 @@ from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
 
 class Kernels(NamedTuple):
-    """Dense kernels of a network, as :func:`prepare` arranges them, and what is computed with them."""
+    """Dense kernels of a network, arranged by :func:`prepare`, and how to compute with them."""
 
-    weight_x: Tensor  # (GH, k·C), oldest tap first, in the type of the products
+    weight_x: Tensor  # (GH, k·C), oldest tap first, in the dtype of the products
     weight_h: Tensor  # (GH, k·H), likewise
     oldest: Tensor  # (GH, (k−1)·H), all taps but the newest, packed for a row of every layer but the first
-    newest: Any  # (GH, H), as `add` reads it
-    weight_x_single: Any  # weight_x likewise
+    newest: Any  # (GH, H), packed for `add`
+    weight_x_single: Any  # weight_x, packed for `add`
     bias: Tensor  # (GH,)
     spec: TrellisSpec
     product: products.Product
-    add: Callable[[Tensor, Tensor, Any], None]  # (target, rows, weight): target += rows · weightᵀ, one row a sequence
-    gates: ModuleType | None  # what computes the gates; None: the activation of the reference
+    add: Callable[[Tensor, Tensor, Any], None]  # (target, rows, weight): target += rows · weightᵀ, one row per sequence
+    gates: ModuleType | None  # gate kernels; None for the activation of the reference
 
 
 class Stream(NamedTuple):
-    """What is remembered of a sequence, all of constant size.
+    """State between two pieces, of constant size.
 
     Args:
-        kernels: those of the network when the stream was begun.
+        kernels: kernels of the network when the stream was started.
         x: the last (k−1)·max(d) steps of the input, (·, N, C).
-        h: for every layer but the first, the last (k−1)·d steps of the layer below, ((k−1)·d, N, H) each, in the type
+        h: for every layer but the first, the last (k−1)·d steps of the layer below, ((k−1)·d, N, H) each, in the dtype
             of the products.
         c: likewise the last d steps of its cell, (d, N, H) each.
     """
@@ -62,9 +62,9 @@ class Stream(NamedTuple):
 
 
 def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_size: int) -> Kernels:
-    """For streams of so many sequences; other arguments as in :func:`trellisnet.ops.trellis`.
+    """Arrange the kernels for streams of `batch_size` sequences; arguments as in :func:`trellisnet.ops.trellis`.
 
-    Within `torch.autocast` the products are in its type.
+    Within `torch.autocast` the products are in its dtype.
     """
     activation = spec.activation
     if spec.kernel_groups is not None:
@@ -75,15 +75,16 @@ def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_siz
     if torch.is_autocast_enabled(device.type) and compute != torch.float64:
         compute = torch.get_autocast_dtype(device.type)
 
-    def arranged(weight):
-        return weight.detach().transpose(1, 2).flatten(1).to(compute, copy=True)  # a copy that stays as it is
+    def arranged(weight):  # a copy, so that later training steps do not change a stream
+        return weight.detach().transpose(1, 2).flatten(1).to(compute, copy=True)
 
     H, k = weight_h.shape[1:]
     w, product = arranged(weight_h), products.resolve(execution.gemm, device, compute)
     gate_kernels = None
     if activation.name in eager.FUNCTIONS:
         gate_kernels = gates_of(execution.gates, device, compute, activation.name)
-    oldest, newest = w[:, : (k - 1) * H].contiguous(), w[:, (k - 1) * H :].contiguous()  # strided ones would be copied
+    # Contiguous now, because each product would copy a strided one.
+    oldest, newest = w[:, : (k - 1) * H].contiguous(), w[:, (k - 1) * H :].contiguous()
     w_x = arranged(weight_x)
     if gate_kernels is compiled and batch_size <= compiled.FEW:
         add, pack = compiled.add_product, compiled.pack
@@ -106,7 +107,7 @@ def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_siz
 
 
 def start(kernels: Kernels, batch_size: int) -> Stream:
-    """The stream before its first step: zeros."""
+    """Return the stream before its first step: zeros."""
     k, dilations = kernels.spec.kernel_size, kernels.spec.dilations
     H = kernels.weight_h.size(1) // k
 
@@ -123,13 +124,13 @@ def start(kernels: Kernels, batch_size: int) -> Stream:
 
 
 def _taps(rows: Tensor, k: int, d: int, steps: int) -> Tensor:
-    """What the k taps of the last `steps` rows read, oldest first, (steps, N, k·channels)."""
+    """Gather what the k taps of the last `steps` rows read, oldest first, (steps, N, k·channels)."""
     first = rows.size(0) - steps - (k - 1) * d
     return torch.cat([rows[first + j * d : first + j * d + steps] for j in range(k)], dim=2)
 
 
 def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tensor]:
-    """x̃ of the last `steps` of x for every dilation of a layer that x enters, (steps, N, GH)."""
+    """Compute x̃ of the last `steps` of x, (steps, N, GH), for every dilation of a layer that x enters."""
     x, bias = x.to(kernels.weight_x.dtype), kernels.bias.to(kernels.weight_x.dtype)
     return {
         d: F.linear(_taps(x, k, d, steps), kernels.weight_x, bias)
@@ -138,13 +139,13 @@ def _x_tilde(kernels: Kernels, x: Tensor, k: int, steps: int) -> dict[int, Tenso
 
 
 def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (…, K) · weightᵀ."""
+    """Return rows (…, K) · weightᵀ."""
     return product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 
 
 @lru_cache(maxsize=256)
-def _side_by_side(steps: int, injected: bool) -> Layer:
-    """Positions that read, and are read, one by one."""
+def _one_to_one(steps: int, injected: bool) -> Layer:
+    """Return a plan in which each position reads the row of its own number: the taps are gathered already."""
     every = Read(0, range(steps))
     return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps), {})
 
@@ -152,12 +153,12 @@ def _side_by_side(steps: int, injected: bool) -> Layer:
 def _gates(
     kernels: Kernels, z_x: Tensor | None, z_h: Tensor | None, cells: Tensor | None, steps: int, last: bool
 ) -> tuple[Tensor, Tensor]:
-    """h and c of a layer, (steps, N, H), of which h is in the type of the products unless this is the last layer.
+    """Return h and c of a layer, (steps, N, H); h is in the dtype of the products, except in the last layer.
 
     Args:
-        z_x: x̃ (steps, N, GH); None: x does not enter this layer.
-        z_h: product over h, which may be overwritten; None: the layer below is zero.
-        cells: what the cell path reads, (steps, N, H); None: zero.
+        z_x: x̃ (steps, N, GH); None if x does not enter this layer.
+        z_h: Conv1D(h), which may be overwritten; None if the layer below is zero.
+        cells: what the cell path reads, (steps, N, H); None for zeros.
     """
     compute, activation = kernels.weight_h.dtype, kernels.spec.activation
     if kernels.gates is None:
@@ -167,7 +168,7 @@ def _gates(
         h, c = activation.function(z_x.expand_as(z_h), z_h, cells, dim=2)
         return h if last else h.to(compute), c
     N, GH = (z_x if z_h is None else z_h).shape[1:]
-    layer = _side_by_side(steps, z_x is not None)
+    layer = _one_to_one(steps, z_x is not None)
     bias, shape = kernels.bias, (steps, N, GH // activation.gates)
     c = bias.new_empty(shape) if activation.has_cell else None
     h = bias.new_empty(shape, dtype=bias.dtype if last else compute)
@@ -183,14 +184,14 @@ def _gates(
 
 @torch.no_grad()
 def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
-    """The next steps of a sequence.
+    """Read the next steps of a sequence.
 
     Args:
         x: (N, T, C), T ≥ 1.
-        stream: of the steps before.
+        stream: the stream after the steps before; it is left unchanged.
 
     Returns:
-        h and c of the last layer, (N, T, H); the stream to go on from. `stream` itself is left as it is.
+        h and c of the last layer, (N, T, H), and the stream after these steps.
     """
     kernels, spec = stream.kernels, stream.kernels.spec
     T, k, last = x.size(1), spec.kernel_size, spec.num_layers - 1
@@ -211,21 +212,21 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
     return h.transpose(0, 1), c.transpose(0, 1), Stream(kernels, x[T:].clone(), tuple(new_h), tuple(new_c))
 
 
-def _later(rows: Tensor, row: Tensor) -> Tensor:
-    """What is remembered one step on."""
+def _shift(rows: Tensor, row: Tensor) -> Tensor:
+    """Drop the oldest row and append `row`."""
     return row if rows.size(0) == 1 else torch.cat([rows[1:], row])
 
 
 @torch.no_grad()
 def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
-    """The next single step: one product for the old taps of all layers, then one a layer for its newest.
+    """Read a single step: one product for the old taps of all layers, then one per layer for its newest tap.
 
     Args:
         x: (N, C).
-        stream: of the steps before.
+        stream: the stream after the steps before; it is left unchanged.
 
     Returns:
-        h and c of the last layer, (N, H); the stream to go on from; the layer-steps computed.
+        h and c of the last layer, (N, H); the stream after this step; number of layer-steps computed.
     """
     kernels, spec = stream.kernels, stream.kernels.spec
     k, last = spec.kernel_size, spec.num_layers - 1
@@ -235,7 +236,7 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         x_tilde[d] = kernels.bias.to(low.dtype).repeat(1, x.size(1), 1)  # (1, N, GH)
         kernels.add(x_tilde[d][0], _taps(low, k, d, 1)[0], kernels.weight_x_single)
     above = spec.dilations[1:]
-    # Of what a layer remembers, tap j of k is row j·d.
+    # Tap j is row j·d of the rows that a layer keeps.
     old = [rows[::d] for rows, d in zip(stream.h, above, strict=True)]
     z_old = ()  # (1, N, GH) for every layer but the first
     if old:
@@ -249,8 +250,8 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         if i == 0:
             h, c = _gates(kernels, z_x, None, None, 1, i == last)
             continue
-        new_h.append(_later(stream.h[i - 1], h))
-        new_c.append(_later(stream.c[i - 1], c))
+        new_h.append(_shift(stream.h[i - 1], h))
+        new_c.append(_shift(stream.c[i - 1], c))
         z_h = z_old[i - 1]
         kernels.add(z_h[0], h[0], kernels.newest)
         h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)

@@ -1,14 +1,15 @@
-"""The gates of :mod:`trellisnet.ops.gates` as Triton kernels: one pass over memory, for LSTM gates on CUDA.
+"""The gates of :mod:`trellisnet.ops.gates` as Triton kernels: LSTM gates on CUDA, in one pass over memory.
 
-Imported only when it is asked for, because `triton` is an extra. With the environment variable TRITON_INTERPRET=1 the
-kernels run on the CPU, slowly, which is how they are tested without a GPU.
+Imported only on demand, because `triton` is an extra. With the environment variable TRITON_INTERPRET=1 the kernels run
+on the CPU, slowly; that is how they are tested without a GPU.
 
-A program computes BLOCK channels of one row, a row being a (position, sequence). What the arguments are is said by
-:class:`trellisnet.ops.gates.Step`; index arrays come from :func:`trellisnet.ops.pruning.places`.
+A program computes BLOCK channels of one row, a (position, sequence). The arguments are those of
+:class:`trellisnet.ops.gates.Step`; the index arrays come from :func:`trellisnet.ops.pruning.places`.
 """
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,56 +18,56 @@ import triton.language as tl
 from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
-BLOCK = 512  # channels of a program: loads are 8 or 16 bytes wide, and of 1,400 channels few places are left over
-WARPS = 4  # of a program
+BLOCK = 512  # channels per program: loads are 8 or 16 bytes wide, and 1,400 channels leave few lanes idle
+WARPS = 4  # per program
 
 
 @triton.jit
 def _tanh(x):
-    """From exp(−2|x|), which does not overflow; by its series where the difference from one would lose digits."""
-    size = tl.abs(x)
-    e = tl.exp(-2 * size)
+    """Compute tanh from exp(−2|x|), which cannot overflow; near 0, where 1 − e would lose digits, by its series."""
+    magnitude = tl.abs(x)
+    e = tl.exp(-2 * magnitude)
     large = (1 - e) / (1 + e)
     s = x * x
-    small = size * (1 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    result = tl.where(size < 0.25, small, large)
+    small = magnitude * (1 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    result = tl.where(magnitude < 0.25, small, large)
     return tl.where(x < 0, -result, result)
 
 
 @triton.jit
 def _load(pointer, mask):
-    """Numbers in single precision; zero where the mask is not."""
+    """Load float32 values; zero where the mask is off."""
     return tl.where(mask, tl.load(pointer, mask=mask).to(tl.float32), 0.0)
 
 
 @triton.jit
-def _sum(product, x, made, inside):
-    """What goes into a gate."""
-    return _load(product, made) + _load(x, inside)
+def _sum(product, x, has_product, inside):
+    """Gate pre-activation, float32."""
+    return _load(product, has_product) + _load(x, inside)
 
 
 @triton.jit
-def _before(c_below, cell_row, c0, s, n, N, H: tl.constexpr, u, inside, BELOW: tl.constexpr, LEFT: tl.constexpr):
-    """What the cell path reads: a row of the layer below, what lies before the first step, or zero."""
+def _c_shifted(c_below, cell_row, c0, s, n, N, H: tl.constexpr, u, inside, BELOW: tl.constexpr, LEFT: tl.constexpr):
+    """Cell at t − d of the layer below, from c0 before the first step, or zero; float32."""
     row = tl.load(cell_row + s)
-    before = tl.zeros_like(u).to(tl.float32)
+    c = tl.zeros_like(u).to(tl.float32)
     if BELOW:
-        before += _load(c_below + (row.to(tl.int64) * N + n) * H + u, inside & (row >= 0))
+        c += _load(c_below + (row.to(tl.int64) * N + n) * H + u, inside & (row >= 0))
     if LEFT:
-        before += _load(c0 + n * H + u, inside & (row < 0))
-    return before
+        c += _load(c0 + n * H + u, inside & (row < 0))
+    return c
 
 
 @triton.jit
 def _write_taps(taps, tap_row, h, s, n, S, N, H: tl.constexpr, u, inside, K: tl.constexpr):
-    """h, masked, to every tap of the layer above that reads it."""
+    """Write h, already masked, to every tap of the layer above that reads it."""
     for j in tl.static_range(K):
         row = tl.load(tap_row + j * S + s)
         place = ((row.to(tl.int64) * N + n) * K + j) * H + u
         tl.store(taps + place, h.to(taps.dtype.element_ty), mask=inside & (row >= 0))
 
 
-# H is a constant, so that the compiler knows which rows begin where wide loads may; one kernel for every length.
+# H is a constant, so that the compiler knows the alignment of rows; lengths are not, so one kernel serves them all.
 @triton.jit(do_not_specialize=["S", "N", "product"])
 def _forward(
     gates, x, x_row, c, c_below, cell_row, c0, scale, taps, tap_row, out, out_row, S, N, product,
@@ -81,19 +82,19 @@ def _forward(
     there = x + u
     if X:
         there += (tl.load(x_row + s).to(tl.int64) * N + n) * 4 * H
-    made = inside & (s < product)
-    i = tl.sigmoid(_sum(here, there, made, inside))
-    o = tl.sigmoid(_sum(here + H, there + H, made, inside))
-    g = _tanh(_sum(here + 2 * H, there + 2 * H, made, inside))
-    f = tl.sigmoid(_sum(here + 3 * H, there + 3 * H, made, inside))
-    kind = gates.dtype.element_ty
-    tl.store(here, i.to(kind), mask=inside)
-    tl.store(here + H, o.to(kind), mask=inside)
-    tl.store(here + 2 * H, g.to(kind), mask=inside)
-    tl.store(here + 3 * H, f.to(kind), mask=inside)
-    now = i * g + f * _before(c_below, cell_row, c0, s, n, N, H, u, inside, BELOW, LEFT)
-    tl.store(c + row.to(tl.int64) * H + u, now, mask=inside)
-    h = o * _tanh(now)
+    has_product = inside & (s < product)
+    i = tl.sigmoid(_sum(here, there, has_product, inside))
+    o = tl.sigmoid(_sum(here + H, there + H, has_product, inside))
+    g = _tanh(_sum(here + 2 * H, there + 2 * H, has_product, inside))
+    f = tl.sigmoid(_sum(here + 3 * H, there + 3 * H, has_product, inside))
+    dtype = gates.dtype.element_ty
+    tl.store(here, i.to(dtype), mask=inside)
+    tl.store(here + H, o.to(dtype), mask=inside)
+    tl.store(here + 2 * H, g.to(dtype), mask=inside)
+    tl.store(here + 3 * H, f.to(dtype), mask=inside)
+    c_new = i * g + f * _c_shifted(c_below, cell_row, c0, s, n, N, H, u, inside, BELOW, LEFT)
+    tl.store(c + row.to(tl.int64) * H + u, c_new, mask=inside)
+    h = o * _tanh(c_new)
     if OUT:
         place = tl.load(out_row + s)
         where = (place.to(tl.int64) * N + n) * (H - out_from) + u - out_from
@@ -142,9 +143,9 @@ def _backward(
     if ABOVE:
         reader = tl.load(dc_row + s)
         d += _load(dc_above + (reader.to(tl.int64) * N + n) * H + u, inside & (reader >= 0))
-    before = _before(c_below, cell_row, c0, s, n, N, H, u, inside, BELOW, LEFT)
+    c_shifted = _c_shifted(c_below, cell_row, c0, s, n, N, H, u, inside, BELOW, LEFT)
     dz_i, dz_o = d * g * i * (1 - i), dh * t * o * (1 - o)
-    dz_g, dz_f = d * i * (1 - g * g), d * before * f * (1 - f)
+    dz_g, dz_f = d * i * (1 - g * g), d * c_shifted * f * (1 - f)
     if DC:
         tl.store(dc + row.to(tl.int64) * H + u, d * f, mask=inside)
     if TAPS:
@@ -164,42 +165,42 @@ def _backward(
         tl.store(there + 2 * H, dz_g, mask=inside)
         tl.store(there + 3 * H, dz_f, mask=inside)
     if DZ:
-        kind = dz.dtype.element_ty
-        made = inside & (s < product)
+        dtype = dz.dtype.element_ty
+        has_product = inside & (s < product)
         rows = dz + row.to(tl.int64) * 4 * H + u
-        tl.store(rows, dz_i.to(kind), mask=made)
-        tl.store(rows + H, dz_o.to(kind), mask=made)
-        tl.store(rows + 2 * H, dz_g.to(kind), mask=made)
-        tl.store(rows + 3 * H, dz_f.to(kind), mask=made)
+        tl.store(rows, dz_i.to(dtype), mask=has_product)
+        tl.store(rows + H, dz_o.to(dtype), mask=has_product)
+        tl.store(rows + 2 * H, dz_g.to(dtype), mask=has_product)
+        tl.store(rows + 3 * H, dz_f.to(dtype), mask=has_product)
 
 
 KERNELS = {"lstm": (_forward, _backward)}
 
 
 @triton.jit
-def _nothing(numbers):
-    tl.store(numbers, 1.0)
+def _store_one(target):
+    tl.store(target, 1.0)
 
 
 @functools.lru_cache
 def _broken(device: torch.device) -> str:
-    """Why no kernel can be compiled and launched on a CUDA device; empty if one can. Tried once."""
+    """Say why a kernel cannot be compiled and launched on a CUDA device; empty if it can. Tried once per device."""
     try:
-        numbers = torch.empty(1, device=device)
-        with _on(numbers):
-            _nothing[(1,)](numbers)
+        target = torch.empty(1, device=device)
+        with _on(target):
+            _store_one[(1,)](target)
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # there is no C compiler, the device is too old, …
+    except Exception as e:  # no C compiler, too old a device, …
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:80]
         return f"Triton does not work here ({reason})"
     return ""
 
 
 def reason_against(device: torch.device, compute: torch.dtype, activation: str) -> str:
-    """Why these kernels cannot run this; empty if they can."""
-    if device.type != "cuda" and isinstance(_forward, triton.JITFunction):  # else it is interpreted
-        return f"Triton needs a CUDA device, not {device.type}"
+    """Say why these kernels cannot run this; empty if they can."""
+    if device.type != "cuda" and isinstance(_forward, triton.JITFunction):  # interpreted kernels have another type
+        return f"Triton needs a CUDA device, got {device.type}"
     if compute not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels have no {str(compute).removeprefix('torch.')}"
     if activation not in KERNELS:
@@ -208,7 +209,7 @@ def reason_against(device: torch.device, compute: torch.dtype, activation: str) 
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever that of its arguments is."""
+    """Make the device of `tensor` the current one, because Triton launches there wherever its arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -227,32 +228,31 @@ def _common(step: Step) -> tuple[pruning.Places, tuple[int, int], dict]:
 
 
 def forward(step: Step) -> None:
-    """As :func:`trellisnet.ops.gates.forward`."""
+    """Do the work of :func:`trellisnet.ops.gates.forward`."""
     places, grid, options = _common(step)
-    if 0 in grid:
-        return
-    some = step.gates  # stands for what is not there
-    given = [step.c_below, places.cell, step.c0, step.scale, step.taps, places.taps, step.out, places.out]
-    given = [some if tensor is None else tensor for tensor in given]
-    kernel, _ = KERNELS[step.activation.name]
-    with _on(some):
-        kernel[grid](some, step.x, some if places.x is None else places.x, step.c, *given, **options)
+    arguments = (
+        step.gates, step.x, places.x, step.c, step.c_below, places.cell, step.c0, step.scale, step.taps, places.taps,
+        step.out, places.out,
+    )  # fmt: skip
+    _launch(KERNELS[step.activation.name][0], grid, arguments, options)
 
 
 def backward(step: Step) -> None:
-    """As :func:`trellisnet.ops.gates.backward`."""
+    """Do the work of :func:`trellisnet.ops.gates.backward`."""
     places, grid, options = _common(step)
-    if 0 in grid:
-        return
-    some = step.gates
-    given = [
+    arguments = (
         step.gates, places.x, step.c, step.c_below, places.cell, step.c0, step.scale, step.taps, places.taps, step.out,
         places.out, step.dtaps, step.dc_above, places.dc, step.dz, step.dc, step.dx,
-    ]  # fmt: skip
+    )  # fmt: skip
     flags = {
         "DTAPS": step.dtaps is not None, "ABOVE": step.dc_above is not None, "DC": step.dc is not None,
         "DZ": step.dz is not None and step.dz.numel() > 0, "ADD": step.add,
     }  # fmt: skip
-    _, kernel = KERNELS[step.activation.name]
-    with _on(some):
-        kernel[grid](*(some if tensor is None else tensor for tensor in given), **options, **flags)
+    _launch(KERNELS[step.activation.name][1], grid, arguments, options | flags)
+
+
+def _launch(kernel, grid: tuple[int, int], arguments: Sequence[torch.Tensor | None], options: dict) -> None:
+    if 0 not in grid:
+        unused = arguments[0]  # any tensor: a flag keeps the kernel from reading it
+        with _on(unused):
+            kernel[grid](*(unused if tensor is None else tensor for tensor in arguments), **options)
