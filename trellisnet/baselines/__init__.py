@@ -1,4 +1,4 @@
-"""The networks that TrellisNet is compared with: sequence cores that :mod:`trellisnet.models` takes in its place."""
+"""Networks to compare TrellisNet with: cores that :mod:`trellisnet.models` accepts instead of it."""
 
 from trellisnet.baselines.lstm import AWDLSTM
 from trellisnet.baselines.rhn import RHN

@@ -1,9 +1,9 @@
 """AWD-LSTM: a stack of LSTMs with dropped recurrent weights (Merity, Keskar & Socher, 2018, "Regularizing and
 Optimizing LSTM Language Models", arXiv:1708.02182).
 
-The cells are `torch.nn.LSTM`; what is added is where dropout goes. The rest of the paper's recipe is elsewhere:
-embedding dropout and the locked dropouts around the stack in :mod:`trellisnet.models`, AR, TAR and windows of random
-length in :mod:`trellisnet.training.tasks`, non-monotone averaging in :mod:`trellisnet.training.optim`.
+The layers are `torch.nn.LSTM` with dropout added. The rest of the paper's recipe is elsewhere: embedding dropout and
+the locked dropouts around the stack in :mod:`trellisnet.models`, AR, TAR and windows of random length in
+:mod:`trellisnet.training.tasks`, non-monotonically triggered averaging in :mod:`trellisnet.training.optim`.
 
 Letters: N batch, L length, H hidden width of a layer.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trellisnet.core import TrellisOutput, check_sequence
+from trellisnet.core import TrellisOutput, check_at_least, check_sequence
 from trellisnet.ops import gemm
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
@@ -23,17 +23,16 @@ from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scal
 class WeightDropLSTM(nn.LSTM):
     """One layer of `torch.nn.LSTM`, batch first, with DropConnect on its recurrent matrix (section 2 of the paper).
 
-    The matrix of a forward pass is a value of that pass, dropped by one mask that is the same at all time steps. It is
-    handed to torch's function beside the other weights, not put in the place of the parameter: so there is nothing that
-    evaluation, a copy or an exception could leave behind. The function is told to prepare a backward pass whenever
-    there are gradients, also in evaluation mode, which cuDNN would otherwise refuse.
+    One mask per forward pass is shared by all time steps. The dropped matrix is passed to torch's function as a value
+    and never replaces the parameter, so that evaluation, a copy or an exception cannot leave it behind. The function is
+    always called in training mode when gradients are enabled: otherwise cuDNN refuses to backpropagate in evaluation.
 
     Args:
         input_size, hidden_size: as in `torch.nn.LSTM`.
         weight_dropout: probability of dropping a recurrent weight.
 
     Raises:
-        ValueError: a rate out of range.
+        ValueError: the rate is out of range.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class WeightDropLSTM(nn.LSTM):
         self.weight_dropout = check_rate("weight_dropout", weight_dropout)
 
     def draw_masks(self) -> Tensor | None:
-        """A mask for the recurrent matrix, (4H, H); None if nothing is dropped."""
+        """Draw a mask for the recurrent matrix, (4H, H); None if nothing is dropped."""
         return draw_mask(self.weight_hh_l0, self.weight_hh_l0.shape, self.weight_dropout)
 
     def forward(
@@ -63,14 +62,14 @@ class WeightDropLSTM(nn.LSTM):
             masks: explicit masks, of which `weight_h` (4H, H) is read; None draws in training mode.
 
         Returns:
-            outputs (N, L, H) and (h, c) of the last step.
+            outputs (N, L, H), and (h, c) of the last step.
 
         Raises:
-            ValueError: a mask of another shape.
+            ValueError: the mask has another shape.
         """
         weight = self.weight_hh_l0
-        # Autocast narrows what cuDNN gets by itself; what is narrow already would not come that far. A CPU without
-        # bfloat16 instructions has no LSTM in that type, so it computes in that of the weights.
+        # On CUDA, autocast casts all inputs of cuDNN but fails if x is in bfloat16 already, so x is widened first. A
+        # CPU without bfloat16 instructions has no LSTM in that type, so it computes in the dtype of the weights.
         wide = not x.is_cuda and not gemm.usable("onednn", x.device, torch.bfloat16)
         if x.is_cuda or wide:
             x = x.to(weight.dtype)
@@ -87,22 +86,22 @@ class WeightDropLSTM(nn.LSTM):
 
 
 class AWDLSTM(nn.Module):
-    """A stack of LSTMs: layers of `hidden_size`, the last one of `output_size`, locked dropout in between.
+    """Stack of LSTMs: layers of `hidden_size`, the last one of `output_size`, with locked dropout in between.
 
     Args:
         input_size: channels of x.
         hidden_size: width of all layers but the last.
-        num_layers: layers.
+        num_layers: number of layers.
         output_size: width of the last layer. Default: hidden_size.
-        hidden_dropout: probability of dropping a channel between two layers, one mask a sequence (the authors'
+        hidden_dropout: probability of dropping a channel between two layers, one mask per sequence (the authors'
             `dropouth`).
         weight_dropout: probability of dropping a recurrent weight (`wdrop`).
-        layer: further keywords go to :meth:`make_layer` (device, dtype).
+        layer: further keywords for :meth:`make_layer` (device, dtype).
 
     Weights start from torch's U(±1/√H).
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     model_name = "awd-lstm"
@@ -120,10 +119,9 @@ class AWDLSTM(nn.Module):
     ):
         super().__init__()
         output_size = hidden_size if output_size is None else output_size
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, value in (sizes | {"output_size": output_size}).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_at_least(
+            1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, output_size=output_size
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -134,21 +132,21 @@ class AWDLSTM(nn.Module):
         self.layers = nn.ModuleList(self.make_layer(i, **layer) for i in range(num_layers))
 
     def make_layer(self, i: int, **options: Any) -> nn.Module:
-        """Layer i, from 0: a module that is called like :class:`WeightDropLSTM`."""
+        """Build layer i, counted from 0: a module with the interface of :class:`WeightDropLSTM`."""
         return WeightDropLSTM(self.widths[i], self.widths[i + 1], weight_dropout=self.weight_dropout, **options)
 
     def draw_masks(self, batch_size: int) -> dict[str, Any]:
-        """Masks as in training: `weight_h`, one entry for each layer; `hidden`, (N, 1, H) for each gap between two."""
+        """Draw masks as training would: `weight_h`, one per layer, and `hidden`, (N, 1, H) per gap between layers."""
         like, p = next(self.parameters()), self.hidden_dropout
         hidden = tuple(draw_mask(like, (batch_size, 1, width), p) for width in self.widths[1:-1])
         return {"weight_h": tuple(layer.draw_masks() for layer in self.layers), "hidden": hidden}
 
     def _masks_of(self, masks: Masks | None, i: int) -> Masks | None:
-        """What layer i reads of the masks: its recurrent weights, and the outputs of the layer below it."""
+        """Select the masks of layer i: on its recurrent weights, and on the output of the layer below."""
         if masks is None:
             return None
-        each = [None] * self.num_layers
-        weight_h, hidden = (each if part is None else part for part in (masks.weight_h, masks.hidden))
+        no_masks = [None] * self.num_layers
+        weight_h, hidden = (no_masks if part is None else part for part in (masks.weight_h, masks.hidden))
         return Masks(weight_h=weight_h[i], hidden=hidden[i - 1] if i else None)
 
     def forward(
@@ -165,51 +163,48 @@ class AWDLSTM(nn.Module):
 
         Args:
             x: (N, L, input_size), L ≥ 1.
-            state: h and c of every layer in turn, (N, H) each, carried from the segment before; None for zeros.
-            start: the first time step whose outputs are wanted; all are computed.
-            aux_every: None only; no layer but the last has outputs for the head.
-            last_only: the last time step alone.
-            masks: explicit masks as of :meth:`draw_masks`.
+            state: h and c of every layer in turn, (N, H) each, carried over from the previous segment; None for zeros.
+            start: first time step to return outputs for; all are computed.
+            aux_every: must be None: only the last layer has outputs for the head.
+            last_only: return the last time step alone.
+            masks: explicit masks, as from :meth:`draw_masks`.
 
         Returns:
-            outputs of the last layer, (N, L − start, output_size), before dropout; the state, not detached; no aux.
+            outputs of the last layer, (N, L − start, output_size); the state, not detached; no aux.
 
         Raises:
-            ValueError: a shape or setting that does not fit.
+            TypeError: x is not a tensor.
+            ValueError: a shape or setting does not fit.
         """
         check_call(x, self.input_size, start, aux_every)
         shapes = [(x.size(0), width) for width in self.widths[1:] for _ in "hc"]
         check_state(state, shapes)
         carried = []
         for i, layer in enumerate(self.layers):
-            own = self._masks_of(masks, i)
+            layer_masks = self._masks_of(masks, i)
             if i:
                 channels = (x.size(0), 1, x.size(2))
-                x = scaled(x, dropout_scale(x, channels, self.hidden_dropout, self.training, own, "hidden"))
-            x, after = layer(x, None if state is None else tuple(state[2 * i : 2 * i + 2]), own)  # (N, L, H)
-            carried += after
+                x = scaled(x, dropout_scale(x, channels, self.hidden_dropout, self.training, layer_masks, "hidden"))
+            x, new_state = layer(x, None if state is None else tuple(state[2 * i : 2 * i + 2]), layer_masks)
+            carried += new_state
         return TrellisOutput(x[:, -1:] if last_only else x[:, start:], tuple(carried), [])
 
 
 def check_call(x: Tensor, input_size: int, start: int, aux_every: int | None) -> None:
-    """Refuse what no core here can do with its arguments.
+    """Check the arguments that all baseline cores share.
 
     Raises:
-        TypeError: x is no tensor.
-        ValueError: x is not (N, L ≥ 1, input_size), `start` lies outside it, or auxiliary outputs are wanted.
+        TypeError: x is not a tensor.
+        ValueError: x is not (N, L ≥ 1, input_size), `start` lies outside it, or auxiliary outputs are requested.
     """
     check_sequence(x, input_size)
     if not 0 <= start < x.size(1):
         raise ValueError(f"start: expected 0 to {x.size(1) - 1}, got {start}")
     if aux_every is not None:
-        raise ValueError(f"aux_every: expected None, for only TrellisNet has auxiliary outputs, got {aux_every}")
+        raise ValueError(f"aux_every: expected None (only TrellisNet has auxiliary outputs), got {aux_every}")
 
 
 def check_state(state: Sequence[Tensor] | None, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Compare a carried state with the shapes of its parts.
-
-    Raises:
-        ValueError: another number of parts, or a part of another shape.
-    """
+    """Raise ValueError unless the parts of a carried state have these shapes."""
     if state is not None and [tuple(part.shape) for part in state] != list(shapes):
         raise ValueError(f"state: expected {list(shapes)}, got {[tuple(part.shape) for part in state]}")

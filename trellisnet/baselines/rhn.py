@@ -1,5 +1,5 @@
 """Recurrent highway network (Zilly, Srivastava, Koutník & Schmidhuber, 2017, "Recurrent Highway Networks",
-arXiv:1607.03474, section 3): one layer whose step from one time to the next is itself deep.
+arXiv:1607.03474, section 3): one layer whose transition from one time step to the next is itself deep.
 
 Letters: N batch, L length, H hidden width, D depth (micro-steps within a time step).
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellisnet.baselines.lstm import check_call, check_state
-from trellisnet.core import TrellisOutput
+from trellisnet.core import TrellisOutput, check_at_least
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 INIT_RANGE = 0.04
@@ -21,28 +21,28 @@ INIT_RANGE = 0.04
 class RHN(nn.Module):
     """Recurrent highway layer with coupled gates (Eq. 6 to 9 of the paper, carry = 1 − transform).
 
-    From the state s of the time before, D micro-steps l = 1 … D, of which the first alone sees the input x_t:
+    Each time step updates the state s in D micro-steps l = 1 … D, of which only the first sees the input x_t:
 
         h = tanh(W_H x_t [l = 1] + R_H^l (s ∘ m) + b_H^l)
         τ = σ(W_T x_t [l = 1] + R_T^l (s ∘ m) + b_T^l)
         s ← τ ∘ h + (1 − τ) ∘ s
 
-    The mask m (`hidden_dropout`) is one a sequence, the same at all time steps and micro-steps and in both transforms,
-    as in the authors' TensorFlow code; the state that is carried past the gate is not masked.
+    There is one mask m (`hidden_dropout`) per sequence, shared by all time steps, micro-steps and both transforms, as
+    in the authors' TensorFlow code; the state that is carried past the gate is not masked.
 
     Args:
         input_size: channels of x.
         hidden_size: H.
         num_layers: D, the recurrence depth.
-        output_size: the state is the output; None or hidden_size.
+        output_size: None or hidden_size, because the state is the output.
         hidden_dropout: probability of dropping a channel of the state on its way into the transforms.
-        gate_bias: where b_T starts, at all micro-steps; below zero the network begins by carrying.
+        gate_bias: initial value of b_T in all micro-steps; a negative one biases the network towards carrying.
 
-    Parameters `weight_x` (2H, input_size), `weight_h` (D, 2H, H), `bias` (D, 2H), rows H before T. They start from
-    U(±0.04), the biases of T from `gate_bias`.
+    The parameters are `weight_x` (2H, input_size), `weight_h` (D, 2H, H) and `bias` (D, 2H), with the rows of H before
+    those of T. They start from U(±0.04), the biases of T from `gate_bias`.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     model_name = "rhn"
@@ -60,9 +60,7 @@ class RHN(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_at_least(1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if output_size not in (None, hidden_size):
             raise ValueError(f"output_size: the state is the output, expected {hidden_size}, got {output_size}")
         self.input_size = input_size
@@ -78,7 +76,7 @@ class RHN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """U(±0.04); the biases of the transform gate are `gate_bias`."""
+        """Draw all parameters from U(±0.04), then set the biases of the transform gate to `gate_bias`."""
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -INIT_RANGE, INIT_RANGE)
         self.bias[:, self.hidden_size :] = self.gate_bias
@@ -90,7 +88,7 @@ class RHN(nn.Module):
         )
 
     def draw_masks(self, batch_size: int) -> dict[str, Any]:
-        """Masks as in training: `hidden` (N, H)."""
+        """Draw the mask `hidden`, (N, H), as training would."""
         return {"hidden": draw_mask(self.bias, (batch_size, self.hidden_size), self.hidden_dropout)}
 
     def forward(
@@ -107,28 +105,29 @@ class RHN(nn.Module):
 
         Args:
             x: (N, L, input_size), L ≥ 1.
-            state: (s,), (N, H), carried from the segment before; None for zeros.
-            start: the first time step whose outputs are wanted; all are computed.
-            aux_every: None only.
-            last_only: the last time step alone.
-            masks: explicit masks, of which `hidden` (N, H) is read; None draws in training mode.
+            state: (s,), (N, H), carried over from the previous segment; None for zeros.
+            start: first time step to return outputs for; all are computed.
+            aux_every: must be None.
+            last_only: return the last time step alone.
+            masks: explicit masks, of which `hidden` (N, H) is read; None draws it in training mode.
 
         Returns:
-            the states of all time steps, (N, L − start, H); (s,) of the last one, not detached; no aux.
+            states of all time steps, (N, L − start, H); (s,) of the last one, not detached; no aux.
 
         Raises:
-            ValueError: a shape or setting that does not fit.
+            TypeError: x is not a tensor.
+            ValueError: a shape or setting does not fit.
         """
         check_call(x, self.input_size, start, aux_every)
         shape = (x.size(0), self.hidden_size)
         check_state(state, [shape])
         s = x.new_zeros(shape) if state is None else state[0]
         mask = dropout_scale(x, shape, self.hidden_dropout, self.training, masks, "hidden")
-        first = F.linear(x, self.weight_x, self.bias[0]).unbind(1)  # L × (N, 2H): all of x in one product
-        recurrent, later = self.weight_h.mT.unbind(0), self.bias[1:].unbind(0)
+        x_transformed = F.linear(x, self.weight_x, self.bias[0]).unbind(1)  # L × (N, 2H), in one product
+        weights, biases = self.weight_h.mT.unbind(0), self.bias[1:].unbind(0)
         outputs = []
-        for of_x in first:
-            for weight, bias in zip(recurrent, (of_x, *later), strict=True):
+        for z_x in x_transformed:
+            for weight, bias in zip(weights, (z_x, *biases), strict=True):
                 h, gate = torch.addmm(bias, scaled(s, mask), weight).to(s.dtype).chunk(2, dim=1)  # (N, H) each
                 s = torch.lerp(s, h.tanh(), gate.sigmoid())
             outputs.append(s)

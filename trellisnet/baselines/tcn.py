@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from trellisnet.baselines.lstm import check_call
-from trellisnet.core import TrellisOutput, check_lengths
+from trellisnet.core import TrellisOutput, check_at_least, check_lengths
 from trellisnet.ops import hide_padding
 from trellisnet.regularization import Masks, check_rate, weight_norm
 
@@ -20,17 +20,17 @@ INIT_STD = 0.01
 
 
 class WeightNorm(nn.Module):
-    """Weight normalisation of a kernel, as a parametrization with the names and values of torch's own.
+    """Weight normalisation of a kernel as a parametrization, with the names and values of torch's own.
 
-    That one computes w by a fused kernel whose second derivatives are wrong (torch 2.13 on a CPU).
+    Torch's own has a fused kernel whose second derivatives are wrong (torch 2.13 on a CPU).
     """
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        """w of g (rows, 1, 1) and v (rows, in, k)."""
+        """Compute w from g (rows, 1, 1) and v (rows, in, k)."""
         return weight_norm(v, g)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """g and v, which is w itself."""
+        """Return g = ‖w‖ and v = w."""
         return torch.linalg.vector_norm(w, dim=(1, 2), keepdim=True), w
 
 
@@ -38,12 +38,12 @@ class ResidualBlock(nn.Module):
     """[weight-normalised causal convolution, ReLU, dropout] twice, plus the input, ReLU (Figure 1b of the paper).
 
     Args:
-        input_size, output_size: channels; if they differ, a 1×1 convolution fits the input to the sum.
+        input_size, output_size: channels; if they differ, a 1×1 convolution maps the input to the width of the sum.
         kernel_size: k.
-        dilation: of both convolutions.
-        dropout: probability of dropping a number, elementwise.
+        dilation: dilation of both convolutions.
+        dropout: probability of dropping a value, elementwise.
 
-    The convolutions start from torch's own kernels, the 1×1 convolution from N(0, 0.01²).
+    The convolutions keep torch's initialisation; the 1×1 convolution starts from N(0, 0.01²).
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
             nn.init.normal_(self.fit.weight, std=INIT_STD)
 
     def forward(self, x: Tensor, drop: bool) -> Tensor:
-        """(N, input_size, L) → (N, output_size, L)."""
+        """Map x (N, input_size, L) to (N, output_size, L), with dropout if `drop`."""
         y = x
         for convolution in self.convolutions:
             y = convolution(F.pad(y, (self.past, 0)))  # causal: position t sees t, t − dilation, …
@@ -79,19 +79,19 @@ class ResidualBlock(nn.Module):
 
 
 class TCN(nn.Module):
-    """A stack of residual blocks whose dilation doubles from block to block.
+    """Stack of residual blocks whose dilation doubles from block to block.
 
     Args:
         input_size: channels of x.
         hidden_size: width of all blocks but the last.
-        num_layers: blocks (the authors' `levels`).
+        num_layers: number of blocks (the authors' `levels`).
         output_size: width of the last block. Default: hidden_size.
         kernel_size: k ≥ 2.
-        hidden_dropout: probability of dropping a number within a block (the authors' `dropout`), elementwise.
-        input_dropout: the same on x (their `emb_dropout`).
+        hidden_dropout: probability of dropping a value within a block, elementwise (the authors' `dropout`).
+        input_dropout: the same for x (their `emb_dropout`).
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
 
     model_name = "tcn"
@@ -111,12 +111,10 @@ class TCN(nn.Module):
     ):
         super().__init__()
         output_size = hidden_size if output_size is None else output_size
-        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, value in (sizes | {"output_size": output_size}).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if kernel_size < 2:
-            raise ValueError(f"kernel_size: expected at least 2, got {kernel_size}")
+        check_at_least(
+            1, input_size=input_size, hidden_size=hidden_size, num_layers=num_layers, output_size=output_size
+        )
+        check_at_least(2, kernel_size=kernel_size)
         if num_layers > 30:
             raise ValueError(f"num_layers: expected at most 30 blocks, whose dilation reaches 2**29, got {num_layers}")
         self.input_size = input_size
@@ -134,11 +132,11 @@ class TCN(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """Time steps of x that one output depends on, itself included: 1 + 2(k−1)(2^num_layers − 1)."""
+        """Number of time steps of x that one output depends on: 1 + 2(k−1)(2^num_layers − 1)."""
         return 1 + 2 * (self.kernel_size - 1) * (2**self.num_layers - 1)
 
     def draw_masks(self, batch_size: int) -> None:
-        """None: dropout here is elementwise, another draw for every time step, as in the authors' code."""
+        """Return None: as in the authors' code, dropout is elementwise and drawn anew for every time step."""
 
     def forward(
         self,
@@ -154,24 +152,25 @@ class TCN(nn.Module):
         """Run the network over a whole sequence.
 
         Args:
-            x: (N, L, input_size), L ≥ 1; zeros are what lies before it.
-            state: nothing is carried; None or ().
-            start: the first time step whose outputs are wanted. What they do not see is not computed.
-            aux_every: None only.
-            last_only: the last time step alone.
-            lengths: valid steps of every row of a right-padded batch, integers (N,) in 1..L; what lies behind them has
-                no influence, and outputs there mean nothing.
-            masks: if given, nothing is dropped: there are no masks for this network.
+            x: (N, L, input_size), L ≥ 1, preceded by zeros.
+            state: None or (), because a TCN carries no state.
+            start: first time step to return outputs for. Inputs outside their receptive field are skipped.
+            aux_every: must be None.
+            last_only: return the last time step alone.
+            lengths: number of valid steps in each row of a right-padded batch, integers (N,) in 1..L; padding has no
+                influence, and outputs there are meaningless.
+            masks: anything but None turns dropout off, because this network has no masks.
 
         Returns:
             outputs (N, L − start, output_size), the state (), no aux.
 
         Raises:
-            ValueError: a shape or setting that does not fit.
+            TypeError: x is not a tensor.
+            ValueError: a shape or setting does not fit.
         """
         check_call(x, self.input_size, start, aux_every)
         if state:
-            raise ValueError(f"state: expected None, for a TCN carries none, got {len(state)} parts")
+            raise ValueError(f"state: expected None (a TCN carries no state), got {len(state)} parts")
         if lengths is not None:
             x = hide_padding(x, check_lengths(lengths, x))
         start, drop = (x.size(1) - 1 if last_only else start), self.training and masks is None
