@@ -375,7 +375,9 @@ def run(tmp_path, capsys):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("mode", COMMANDS)
+@pytest.mark.parametrize(
+    "mode", [mode if mode in ("words", "bands") else pytest.param(mode, marks=pytest.mark.slow) for mode in COMMANDS]
+)
 def test_one_run_scores_static_cached_and_dynamic(run, tmp_path, mode):
     main, flags = COMMANDS[mode]
     flags = flags.split()

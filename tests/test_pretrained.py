@@ -287,7 +287,10 @@ def test_the_file_is_what_stands_beside_it(folder):
     assert sum(t.numel() for t in {t.data_ptr(): t for t in state.values()}.values()) == told["params"]
 
 
-@pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
+# Of each kind of task the smaller one; all of them are scored to the end below.
+@pytest.mark.parametrize(
+    "folder", [path for path in FOUND if path.name in ("char_ptb_small", "pmnist_small")], ids=lambda path: path.name
+)
 def test_their_first_scores_are_the_recorded_ones(folder, tmp_path):
     told = json.loads((folder / "weights.json").read_text())["partial"]
     check(folder, tmp_path, "test", told["test"], "--max_eval_tokens", str(told["max_eval_tokens"]))

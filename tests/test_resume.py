@@ -98,7 +98,9 @@ def text_to_get_worse_at(folder):
     return str(folder)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode in ("asgd", "repack") else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
+)
 def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
     argv = [*MODEL, *MODES[mode].split()]
     if mode == "asgd":
@@ -117,7 +119,14 @@ def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
     assert_same(outcome(tmp_path / "parts"), whole)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, code):
     argv = [*MODEL, "--lr", "5"]
     stopped = interrupted(13, signum, *argv, "--out", tmp_path / "parts")
@@ -250,7 +259,7 @@ def test_one_process_a_folder(tmp_path, capsys):
     assert main(["--resume", str(tmp_path / "run" / "last.pt"), "--max_steps", "4"]) == 0
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_deterministic_runs_are_equal_to_the_bit(tmp_path, threads):
     argv = [*MODEL, "--lr", "5", "--max_steps", "12", "--deterministic", "--threads", threads]
     for out in ("a", "b"):

@@ -24,6 +24,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_run_survives_all_of_it(tmp_path):
     found = runs.kill(tmp_path, 2, seed=1, epochs=1)
     assert sum(found[f"killed in {moment}"] for moment in runs.MOMENTS) == 2

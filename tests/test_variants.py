@@ -132,7 +132,8 @@ def test_gradients_are_exact(activation, groups, inject, last_only):
         return out.output, *out.state
 
     arguments = [t.requires_grad_() for t in inputs(4, n=1)]
-    assert torch.autograd.gradcheck(run, (*arguments, *parameters))
+    # Along random directions: every single number is compared where the operators are tested.
+    assert torch.autograd.gradcheck(run, (*arguments, *parameters), fast_mode=True)
 
 
 @pytest.mark.parametrize(("activation", "groups", "inject"), VARIANTS)

@@ -253,7 +253,7 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
 
 
 def test_weights_of_another_order_of_the_words_are_refused(run, tmp_path):
-    run("--epochs", "1")
+    run("--max_steps", "2")
     weights = tmp_path / "run" / "weights.pkl"
     code, _, err, _ = run("--eval", "--load_weight", weights, "--vocab_order", "frequency")
     assert code == 2
@@ -274,7 +274,7 @@ def test_an_unwritable_cache_is_replaced_by_the_users_own(run, tmp_path, monkeyp
 
 def test_weights_of_other_bands_are_refused(run, tmp_path):
     """As many bands, so that the shapes agree."""
-    run("--epochs", "1")
+    run("--max_steps", "2")
     weights = tmp_path / "run" / "weights.pkl"
     code, _, err, _ = run("--eval", "--load_weight", weights, "--cutoffs", "30", "60")
     assert code == 2
