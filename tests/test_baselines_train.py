@@ -66,7 +66,7 @@ def test_every_network_learns_and_its_weights_score_the_same(run, tmp_path, name
     assert err.endswith(f"weights.pkl: was trained with another network; pass --model {name}\n")
     code, _, err, _ = run(*flags, *weights, "--nlevels", "3")
     assert code == 2
-    assert "the sizes that it was trained with, which stand in the config.json of its run" in err
+    assert "the sizes that it was trained with (see the config.json of its run)" in err
     code, _, err, _ = run(*"--horizon 20 --repack --seq_len 0 --aux 0".split(), *weights)
     assert (code, "pass --model " + name in err) == (2, True)
 

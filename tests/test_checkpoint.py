@@ -114,7 +114,7 @@ def test_content_that_differs_from_its_sum_is_refused(tmp_path):
     ):  # fmt: skip
         torch.save(file | change, tmp_path / "other.pt")
         for mmap in (False, True):
-            with pytest.raises(UserError, match="damaged"):
+            with pytest.raises(UserError, match="corrupt"):
                 checkpoint.load(tmp_path / "other.pt", mmap=mmap)
 
 
@@ -134,7 +134,7 @@ def test_the_first_format_is_read(tmp_path):
         assert checkpoint.sha256_of(loaded) == checkpoint.sha256_of(whole)
     for change in ({"sha256": "0" * 64}, {"sha256": None}, {"content": torch.zeros(9).byte()}, {"content": whole}):
         save_format_1(tmp_path / "last.pt", whole, **change)
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="corrupt"):
             checkpoint.load(tmp_path / "last.pt")
 
 
@@ -143,15 +143,15 @@ def test_other_formats_are_refused(tmp_path):
     with pytest.raises(UserError, match="checkpoint format 99, this version reads format 2"):
         checkpoint.load(tmp_path / "later.pt")
     torch.save({"format": checkpoint.FORMAT, "model": {}}, tmp_path / "part.pt")
-    with pytest.raises(UserError, match="or a damaged one"):
+    with pytest.raises(UserError, match="or corrupt"):
         checkpoint.load(tmp_path / "part.pt")
     for inner in ({"model": {}}, [1, 2]):
         sha256 = checkpoint.sha256_of(inner)
         torch.save({"format": 2, "sha256": sha256, "content": inner}, tmp_path / "inner.pt")
-        with pytest.raises(UserError, match="or a damaged one"):
+        with pytest.raises(UserError, match="or corrupt"):
             checkpoint.load(tmp_path / "inner.pt")
         save_format_1(tmp_path / "inner.pt", inner)
-        with pytest.raises(UserError, match="or a damaged one"):
+        with pytest.raises(UserError, match="or corrupt"):
             checkpoint.load(tmp_path / "inner.pt")
     torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "weights.pkl")
     with pytest.raises(UserError, match="loaded with --load_weight"):

@@ -27,8 +27,8 @@ KINDS = {
     "socket": "a socket, not a regular file",
     "device": "a device, not a regular file",
     "folder": "Is a directory",
-    "x\0y": "no valid file name",
-    "x\ud800y": "no valid file name",
+    "x\0y": "not a valid file name",
+    "x\ud800y": "not a valid file name",
 }
 
 

@@ -248,7 +248,7 @@ def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
         return err
 
     assert "pass --nhid 6" in of(hidden=16)
-    assert "it is of images with 3 channels and 10 classes" in of(channels=3)
+    assert "the file is for images with 3 channels and 10 classes" in of(channels=3)
     assert "pass --ksize 3" in of(kernel_size=3)
     assert "pass --no-wnorm" in of(weight_norm=False)
 

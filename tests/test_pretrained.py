@@ -80,7 +80,7 @@ def test_numbers_that_are_too_large_are_refused(tmp_path):
 def test_other_types_of_numbers_are_refused(tmp_path):
     state = {"encoder.weight": torch.zeros(3, 3).to(torch.float8_e4m3fn)}
     torch.save(state, tmp_path / "w.pkl")
-    with pytest.raises(UserError, match="encoder.weight is of dtype torch.float8_e4m3fn"):
+    with pytest.raises(UserError, match="encoder.weight has dtype torch.float8_e4m3fn"):
         load_weights(model(), tmp_path / "w.pkl")
 
 

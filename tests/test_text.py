@@ -353,6 +353,6 @@ def test_weights_of_a_text_that_was_read_otherwise_are_refused_with_this_reason(
     assert code == 2
     assert "was trained on another vocabulary" in err
     assert err.endswith(
-        "; if that was this very text, train again: version 0.1.0 read it otherwise, now it is read without byte order "
-        "marks, and with LF for CR LF and CR\n"
+        "; if it was this very text, train again: version 0.1.0 read it differently, now it is read without byte "
+        "order marks, and with LF for CR LF and CR\n"
     )

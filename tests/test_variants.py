@@ -258,8 +258,8 @@ ANOTHER_KIND = [
     ),
     ({}, {"activation": "tanh"}, "pass activation='lstm'$", "pass activation='lstm'$"),
     ({"kernel_groups": 2}, {"kernel_groups": 3}, "pass kernel_groups=2$", "another model"),
-    ({}, {"kernel_groups": 3}, "of a dense kernel; pass kernel_groups=None$", "pass kernel_groups=None$"),
-    ({"kernel_groups": 2}, {}, "of a mixed group convolution; pass kernel_groups=2$", "pass kernel_groups=2$"),
+    ({}, {"kernel_groups": 3}, "holds a dense kernel; pass kernel_groups=None$", "pass kernel_groups=None$"),
+    ({"kernel_groups": 2}, {}, "holds a mixed group convolution; pass kernel_groups=2$", "pass kernel_groups=2$"),
     ({"inject_every": 2}, {}, "pass inject_every=2$", None),
     ({"activation": "gru", "inject_every": 2}, {}, "pass activation='gru', inject_every=2$", "pass activation='gru'$"),
 ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cases
+from trellisnet import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
@@ -17,6 +18,19 @@ from trellisnet.weights import authors_state_dict, load_weights, parameter_map, 
 def model(**options):
     settings = {"vocab_size": 20, "embedding_size": 4, "hidden_size": 7, "num_layers": 3, "output_size": 4} | options
     return TrellisLanguageModel(**{"weight_norm": False} | settings)
+
+
+def test_a_module_that_the_authors_do_not_have_is_refused(tmp_path, saved):
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.core = TrellisNet(4, 6, 2)
+
+    message = r"^model: expected a TrellisLanguageModel or a TrellisClassifier, got Tagger; save other modules with"
+    for use in (parameter_map, lambda m: save_weights(m, tmp_path / "w.pkl"), lambda m: load_weights(m, saved)):
+        with pytest.raises(ValueError, match=message):
+            use(Tagger())
+    assert not (tmp_path / "w.pkl").exists()
 
 
 @pytest.fixture
@@ -64,7 +78,7 @@ def test_files_without_the_repeated_names_load(tmp_path):
         ),
         (
             {"vocab_size": 21},
-            r"encoder.weight has shape \(20, 4\), .* \(21, 4\); the file knows 20 words, the data 21; pass the data",
+            r"encoder.weight has shape \(20, 4\), .* \(21, 4\); the file has 20 words, the data 21; pass the data",
         ),
         ({"hidden_size": 9}, r"full_conv.bias2 has shape \(28,\), .* \(36,\); pass hidden_size=7$"),
         ({"kernel_size": 3}, r"weight1_raw has shape \(28, 4, 2\), .* \(28, 4, 3\); pass kernel_size=2$"),
@@ -94,11 +108,11 @@ def test_more_that_does_not_fit(tmp_path):
     save_weights(model(n_experts=2), tmp_path / "mixture.pkl")
     with pytest.raises(UserError, match=r"mixture of softmaxes; pass n_experts=2$"):
         load_weights(model(), tmp_path / "mixture.pkl")
-    with pytest.raises(UserError, match=r"the file knows 46 words, the data 45; pass the data"):
+    with pytest.raises(UserError, match=r"the file has 46 words, the data 45; pass the data"):
         load_weights(cases.load("lm_plain_k2_tied").model(), cases.FIXTURES / "lm_mos_tied_plain.pkl")
-    with pytest.raises(UserError, match="of another model or task, a classifier of pixels"):
+    with pytest.raises(UserError, match="from another model or task, a classifier of pixels"):
         load_weights(model(), cases.FIXTURES / "pixel_1ch.pkl")
-    with pytest.raises(ValueError, match=r"only a split softmax, .* pass init_tail=False"):
+    with pytest.raises(ValueError, match=r"only a split softmax .* pass init_tail=False"):
         load_weights(model(), tmp_path / "wn.pkl", init_tail=True)
 
 
@@ -174,7 +188,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, writ
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
-    with pytest.raises(UserError, match="damaged" if writer == "pickle" else "pickled object.*refused"):
+    with pytest.raises(UserError, match="corrupt" if writer == "pickle" else "pickled object.*refused"):
         load_weights(model(), path)
     assert not trap.exists()
 
@@ -186,7 +200,7 @@ def test_a_pickled_whole_model_is_refused_with_an_explanation(tmp_path, legacy):
         load_weights(model(), tmp_path / "model.pt")
 
 
-def test_damaged_and_foreign_files_are_refused(tmp_path, saved):
+def test_corrupt_and_foreign_files_are_refused(tmp_path, saved):
     content = saved.read_bytes()
     legacy = tmp_path / "legacy.pkl"
     save_weights(model(), legacy, legacy=True)
@@ -195,9 +209,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, saved):
         "empty": b"", "text": b"hello world\n" * 50, "zeros": bytes(4096), "half": content[: len(content) // 2],
         "half-legacy": old[: len(old) // 2], "tail": old[:-5],
     }  # fmt: skip
-    for name, damaged in bad.items():
+    for name, corrupt in bad.items():
         path = tmp_path / name
-        path.write_bytes(damaged)
+        path.write_bytes(corrupt)
         with pytest.raises(UserError, match=f"{name}: not weights in the authors' layout"):
             load_weights(model(), path)
     with pytest.raises(UserError, match="nothing.pkl: no such file"):
@@ -224,9 +238,9 @@ def test_values_that_are_no_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("encoder.weight", torch.zeros(20), "it is of another model or task"),
-        ("encoder.weight", torch.zeros(20, 4, dtype=torch.int64), "is of dtype torch.int64"),
-        ("encoder.weight", torch.zeros(20, 4, dtype=torch.complex64), "is of dtype torch.complex64"),
+        ("encoder.weight", torch.zeros(20), "the file is from another model or task"),
+        ("encoder.weight", torch.zeros(20, 4, dtype=torch.int64), "has dtype torch.int64"),
+        ("encoder.weight", torch.zeros(20, 4, dtype=torch.complex64), "has dtype torch.complex64"),
         ("encoder.weight", torch.zeros(20, 4).to_sparse(), "torch.sparse_coo"),
         (7, torch.zeros(1), "not weights in the authors' layout"),
     ],
@@ -247,7 +261,7 @@ def test_flipped_bits_in_a_zip_are_noticed(saved):
     position = content.find(model().head.bias.detach().numpy().tobytes())  # zeros: some run of them in the file
     content[position + 5] ^= 16
     saved.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         load_weights(model(), saved)
 
 
@@ -277,11 +291,11 @@ def test_weights_of_another_task_name_it(tmp_path):
     message = r"w.pkl: holds weights of char_ptb, not of word_ptb; load them with char_ptb/train.py$"
     with pytest.raises(UserError, match=message):
         load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
-    with pytest.raises(UserError, match="the file knows 30 words, the data 20; pass the data"):  # not weight_norm=True
+    with pytest.raises(UserError, match="the file has 30 words, the data 20; pass the data"):  # not weight_norm=True
         load_weights(model(), tmp_path / "w.pkl")
     assert load_weights(model(vocab_size=30, weight_norm=True), tmp_path / "w.pkl", task="word_ptb") == []  # they fit
     torch.save(authors_state_dict(model(vocab_size=30)), tmp_path / "w.pkl")
-    with pytest.raises(UserError, match="the file knows 30 words"):
+    with pytest.raises(UserError, match="the file has 30 words"):
         load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
     (tmp_path / "config.json").write_text('{"task": "char_ptb"}')  # the files of a run
     with pytest.raises(UserError, match=message):

@@ -237,7 +237,7 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
     torch.save(state, tmp_path / "theirs.pkl")
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "theirs.pkl")
     assert code == 2
-    assert "criterion.tail_vectors: the authors' script trains the vectors of the bands but does not save them" in err
+    assert "criterion.tail_vectors: the authors' script trains the tail vectors but does not save them" in err
     assert err.count("\n") == 1
     code, out, err, metrics = run("--eval", "--load_weight", tmp_path / "theirs.pkl", "--init_tail")
     assert (code, err) == (0, "")
@@ -249,7 +249,7 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
     assert "init_tail" not in trained["test"]
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--cutoffs", "0")
     assert code == 2
-    assert err.endswith("only a split softmax, one with cutoffs, has tail vectors; pass --no-init_tail\n")
+    assert err.endswith("only a split softmax (one with cutoffs) has tail vectors; pass --no-init_tail\n")
 
 
 def test_weights_of_another_order_of_the_words_are_refused(run, tmp_path):

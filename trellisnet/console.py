@@ -1,7 +1,7 @@
-"""Standard output and standard error that cannot end a program.
+"""Standard output and standard error that cannot crash a program.
 
-A terminal may vanish, a descriptor may be closed from the start (`>&-`), a disk may be full (`>/dev/full`). What a
-program prints is then lost; its work must not be.
+A terminal may vanish, a descriptor may be closed from the start (`>&-`), a disk may be full (`>/dev/full`). A program
+then loses what it prints, but must not lose its work.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ from typing import Any, TextIO
 
 
 class _Lenient:
-    """A text stream that drops what it cannot write. Everything else is left to the stream itself.
+    """Wrapper of a text stream that drops what cannot be written.
 
     Args:
-        stream: where text goes.
+        stream: the stream to wrap.
         report: called once, with the first error, which is kept as `error`.
     """
 
@@ -45,10 +45,10 @@ class _Lenient:
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """Replace `sys.stdout` and `sys.stderr` for a while by streams that drop what they cannot write.
+    """Make `sys.stdout` and `sys.stderr` drop what they cannot write, within the context.
 
-    Losing standard output is reported once on standard error, unless its reader has closed the pipe. Characters that a
-    stream cannot encode are written as escapes. Afterwards nothing is left in a buffer that would fail when the
+    The loss of standard output is reported once on standard error, unless its reader has closed the pipe. Characters
+    that a stream cannot encode are written as escapes. On exit all buffers are emptied, so that none can fail when the
     interpreter exits.
     """
     _fill_descriptors()
@@ -57,7 +57,7 @@ def lenient() -> Iterator[None]:
         streams = [stack.enter_context(open(os.devnull, "w")) if s is None else s for s in before]
         for stream in streams:
             if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
-                with contextlib.suppress(OSError, ValueError):  # it flushes the stream first
+                with contextlib.suppress(OSError, ValueError):  # reconfigure flushes the stream first
                     stream.reconfigure(errors="backslashreplace")
         sys.stdout, sys.stderr = _Lenient(streams[0], _report_loss), _Lenient(streams[1], lambda _: None)
         try:
@@ -75,9 +75,10 @@ def _report_loss(error: Exception) -> None:
 
 
 def _fill_descriptors() -> None:
-    """Open the null device in place of closed standard descriptors.
+    """Open the null device on closed standard descriptors.
 
-    Otherwise the next file opened, a checkpoint say, would get the number 1 or 2, and libraries print to these.
+    Otherwise the next file opened, such as a checkpoint, would get number 1 or 2, and what libraries print would go
+    into it.
     """
     for descriptor in range(3):
         try:
@@ -85,7 +86,7 @@ def _fill_descriptors() -> None:
         except OSError as e:
             if e.errno != errno.EBADF:
                 raise
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, this one
 
 
 def _empty(stream: TextIO) -> None:

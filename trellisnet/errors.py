@@ -1,23 +1,23 @@
-"""The exceptions that a command-line program turns into one line and an exit code, and what such lines are made of."""
+"""Exceptions that a command-line program turns into one line and an exit code, and helpers to write such lines."""
 
 import errno
 import re
 from typing import Any
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the fault of what the user asked for
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the user's mistake
 LINE = 2000  # characters of a message: room for two long paths
-NAME = 80  # the same of a name within one
+NAME = 80  # characters of a name within a message
 
 
 def shown(text: object, limit: int | None = None) -> str:
-    """Make one printable line of a name or text from a file, a server or the command line.
+    """Turn a name or text from a file, a server or the command line into one printable line.
 
     Args:
         text: anything with a `str`.
-        limit: of characters, beginning and end of a longer text being kept; None: none.
+        limit: maximal number of characters; of a longer text the beginning and the end are kept. None for no limit.
 
     Returns:
-        `text` with escapes, as Python spells them, for line feeds, escape codes and whatever else is not printable.
+        `text` with Python's escapes for line feeds, control codes and other characters that are not printable.
     """
     text = _shortened(str(text), limit)
     if not text.isprintable():
@@ -34,10 +34,10 @@ def _shortened(text: str, limit: int | None) -> str:
 
 
 class _Message(Exception):
-    """An exception whose text is safe to print, whatever names are part of it.
+    """An exception whose text is safe to print, whatever names it contains.
 
     Args:
-        lines: of the message, mostly one; line feeds within a line are escaped.
+        lines: lines of the message, usually one; line feeds within a line are escaped.
     """
 
     def __init__(self, *lines: str):
@@ -52,12 +52,12 @@ class UserError(_Message, ValueError):
 
 
 class ArgumentError(UserError):
-    """A UserError that says which arguments would do. Python shows these, a program the flags that stand for them.
+    """A UserError that says which arguments to pass. Python code sees their names, a program's user its flags.
 
     Args:
         line: what is wrong.
         purpose: what the arguments are for, if the line does not say it.
-        arguments: their values; `...` where the message cannot know it.
+        arguments: names and values; `...` for a value that is not known here.
     """
 
     def __init__(self, line: str, /, *, purpose: str = "", **arguments: Any):
@@ -66,9 +66,9 @@ class ArgumentError(UserError):
         unknown = [f"the {name} that it was trained with" for name, value in arguments.items() if value is ...]
         super().__init__(self.advise(", ".join(shown_as + unknown)))
 
-    def advise(self, what: str) -> str:
-        """The message, with `what` as what to pass."""
-        return f"{self.line}; pass {what}{self.purpose}"
+    def advise(self, arguments: str) -> str:
+        """Return the message with these arguments, or flags, as what to pass."""
+        return f"{self.line}; pass {arguments}{self.purpose}"
 
 
 class RunError(_Message, RuntimeError):
@@ -76,22 +76,22 @@ class RunError(_Message, RuntimeError):
 
 
 def of_system(error: OSError, path: object = None) -> str:
-    """Say in one printable line what the system said, and of which file; `path` where the error names none."""
+    """Return an error of the system and its file as one printable line; `path` is used if the error names no file."""
     name = error.filename or path
     return shown(f"{error.strerror or error}" + (f" ({name})" if name else ""), LINE)
 
 
 def unwritable(what: str, error: OSError) -> UserError | RunError:
-    """The exception for something that cannot be written: a RunError if the disk is full.
+    """Build the exception for something that cannot be written: a RunError if the disk is full, else a UserError.
 
     Args:
-        what: the beginning of the message, such as "FOLDER: NAME cannot be written there".
-        error: what the system said.
+        what: beginning of the message, such as "FOLDER: NAME cannot be written there".
+        error: the error of the system.
     """
     kind = RunError if error.errno in _DISK_FULL else UserError
     return kind(f"{what} ({error.strerror}); make room or name another folder")
 
 
 def counted(number: int, things: str) -> str:
-    """Return a number with its noun, given in the plural: "2 threads", "1 thread", "1 step an epoch"."""
+    """Return a number with its noun, passed in the plural: "2 threads", "1 thread", "1 step per epoch"."""
     return f"{number:,} " + (re.sub(r"s\b", "", things, count=1) if number == 1 else things)

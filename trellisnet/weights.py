@@ -1,10 +1,10 @@
-"""The authors' weight files: their names for our parameters, loading, saving, and saying what does not fit.
+"""Weight files in the authors' layout: names, saving, loading, and messages that say what does not fit.
 
-Their state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), a tied `decoder.weight` repeats
-`encoder.weight`, raw kernels end in `_raw`, and with weight normalisation in `_v_raw` and `_g`. What they have no name
-for: the vectors of the bands of a split softmax, which their scripts never save, are `criterion.*` here, and the two
-parts of a mixed group convolution `weight2_past*` and `weight2_below*`. Models with another core than TrellisNet, which
-the authors do not have, are saved and loaded under the names of their parameters here.
+The authors' state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), repeats `encoder.weight`
+as a tied `decoder.weight`, and names raw kernels `*_raw`, or `*_v_raw` and `*_g` with weight normalisation. We add
+names for what it lacks: `criterion.*` for the tail vectors of a split softmax, which the authors' scripts never save,
+and `weight2_past*` and `weight2_below*` for the parts of a mixed group convolution. Models with another core than
+TrellisNet keep the names of their parameters here.
 """
 
 import json
@@ -30,34 +30,41 @@ NETWORKS = {TRELLISNET: TrellisNet} | {network.model_name: network for network i
 FILE = "weights.pkl"  # in a run's folder
 
 _CORE = "tnet.module.full_conv."
-_PIXEL_CORE = "network.0.module.full_conv."  # of a classifier, which has no second name for it
+_PIXEL_CORE = "network.0.module.full_conv."  # in a classifier, which holds it only once
 _MIXTURE = "mixsoft."
 _CRITERION = "criterion."
 _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
-# The authors' modules hold these tensors twice: the second name of every prefix repeats the first.
-_AGAIN = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of tensors that are loaded
-_METADATA = "trellisnet"  # our entry in the metadata of a state dict; torch looks for names of modules there
-_SIZES = "pass the sizes that it was trained with, which stand in the config.json of its run"
+_REPEATED = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}  # first → second prefix of a tensor
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that a file may hold
+_METADATA = "trellisnet"  # our entry in the metadata of a state dict, where torch looks up names of modules
+_SIZES = "pass the sizes that it was trained with (see the config.json of its run)"
 WHAT = "weights in the authors' layout (a state dict)"
 
 
 def parameter_map(model: Model) -> dict[str, nn.Parameter]:
-    """The authors' name of every parameter of `model`, each exactly once, in the order of their model.
+    """Map the authors' names to the parameters of `model`, each exactly once, in the order of their model.
 
-    Parameters of what the authors do not have keep the names that they have here.
+    With another core than TrellisNet, parameters keep their own names.
+
+    Raises:
+        ValueError: a module of another class around a TrellisNet, for which the authors have no names.
     """
     if not _is_trellis(model):
         return dict(model.named_parameters())
     if isinstance(model, TrellisClassifier):
         return _core_names(model) | {f"linear.{name}": p for name, p in model.head.named_parameters()}
+    if not isinstance(model, TrellisLanguageModel):
+        expected = "expected a TrellisLanguageModel or a TrellisClassifier"
+        advice = "save other modules with torch.save(model.state_dict(), FILE)"
+        raise ValueError(f"model: {expected}, got {type(model).__name__}; {advice}")
     names = {f"encoder.{name}": p for name, p in model.embedding.named_parameters()}
     if not model.tied:
         names["decoder.weight"] = model.head.weight
     names["decoder.bias"] = model.head.bias
     names |= _core_names(model)
     if model.n_experts:
-        names |= {_MIXTURE + name: p for part in ("prior", "latent") for name, p in _named(model.head, part)}
+        for part in ("prior", "latent"):
+            names |= {f"{_MIXTURE}{part}.{name}": p for name, p in getattr(model.head, part).named_parameters()}
     if isinstance(model.head, SplitSoftmax):
         names |= dict(zip(_TAIL, (model.head.tail_vectors, model.head.tail_bias), strict=True))
     return names
@@ -89,12 +96,11 @@ def _core_name(name: str) -> str:
     return name.replace("weight_x", "weight1").replace("weight_h", "weight2")
 
 
-def _named(head: nn.Module, part: str) -> list[tuple[str, nn.Parameter]]:
-    return [(f"{part}.{name}", p) for name, p in getattr(head, part).named_parameters()]
-
-
 def authors_state_dict(model: Model) -> "OrderedDict[str, Tensor]":
-    """The model as the authors' code would save it: their names and order, repeated tensors sharing storage."""
+    """Return the state dict that the authors' code would save: their names and order, repeated tensors sharing storage.
+
+    Errors as in :func:`parameter_map`.
+    """
     tensors = {name: p.detach().cpu() for name, p in parameter_map(model).items()}
     if isinstance(model, TrellisClassifier) or not _is_trellis(model):
         return OrderedDict(tensors)
@@ -107,9 +113,9 @@ def authors_state_dict(model: Model) -> "OrderedDict[str, Tensor]":
         if "decoder.weight" in state:
             state[_MIXTURE + "decoder.weight"] = state["decoder.weight"]
         state[_MIXTURE + "decoder.bias"] = state["decoder.bias"]
-    for prefix, again in _AGAIN.items():
+    for prefix, second in _REPEATED.items():
         for name in [name for name in state if name.startswith(prefix)]:
-            state[again + name.removeprefix(prefix)] = state[name]
+            state[second + name.removeprefix(prefix)] = state[name]
     for name in _TAIL:
         if name in tensors:
             state.move_to_end(name)
@@ -129,22 +135,25 @@ def save_weights(
     Args:
         model: the model.
         path: file to write.
-        legacy: the container of torch < 1.6, which the authors' 2019 environment reads; else today's zip.
-        vocabulary: digest of what the ids, or the places in a sequence, stand for. It travels in the metadata that a
-            state dict has beside its tensors, so that :func:`load_weights` can refuse the weights of another one.
-        task: name of the task, which travels with it.
+        legacy: write the container of torch < 1.6, which the authors' 2019 environment reads, instead of a zip.
+        vocabulary: digest of what the ids, or the positions of a sequence, stand for. It is stored in the metadata of
+            the state dict, so that :func:`load_weights` can refuse weights of another vocabulary.
+        task: name of the task, stored beside it.
+
+    Raises:
+        ValueError: as in :func:`parameter_map`.
     """
     state = authors_state_dict(model)
-    told = {"model": _network(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
-    told |= {"task": task} if task else {}
-    state._metadata = OrderedDict({_METADATA: told})
+    metadata = {"model": _network(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
+    metadata |= {"task": task} if task else {}
+    state._metadata = OrderedDict({_METADATA: metadata})
     serialization.save(path, state, legacy=legacy)
 
 
 def round_weights(source: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype) -> None:
-    """Write a weight file again, in today's container, with every number rounded to the nearest of another type.
+    """Convert a weight file to another dtype, rounding to nearest. The result is a zip container.
 
-    What the file says of itself, such as its vocabulary, is kept, and repeated tensors are still written once.
+    Metadata, such as the vocabulary, is kept, and repeated tensors are still written once.
 
     Args:
         source: weights in the authors' layout, of any model.
@@ -152,7 +161,7 @@ def round_weights(source: str | os.PathLike, path: str | os.PathLike, dtype: tor
         dtype: torch.float16 for half the size of float32.
 
     Raises:
-        ValueError: the file is no such thing, or holds a number that is too large for `dtype`.
+        ValueError: not a weight file, or one with a number too large for `dtype`.
     """
     loaded = serialization.load(source, WHAT)
     _unique(loaded, source, str)
@@ -176,28 +185,27 @@ def load_weights(
     changed: str = "",
     task: str | None = None,
 ) -> list[str]:
-    """Copy weights in the authors' layout into `model`; either all of them or, on any error, none.
+    """Copy weights in the authors' layout into `model`: all of them or, on any error, none.
 
-    Files may hold numbers of 16, 32 or 64 bits, which become numbers of the model's own type: the same ones where that
-    holds them, as float32 does those of a float16 file, else the nearest.
+    Files may hold 16-, 32- or 64-bit floats, which are converted to the model's dtype, rounding to nearest.
 
     Args:
         model: the model, built with the settings that the weights were trained with.
-        path: their `.pkl`, zip or legacy container, tensors from any device; or the folder of a run.
-        init_tail: for a split softmax: leave the vectors of the bands as they are if the file has none. The authors'
-            scripts do not save them, and scores with untrained ones say little.
-        vocabulary: digest as in :func:`save_weights` of what the model is to work on; a file that names another one is
-            refused.
-        changed: how the text of this vocabulary is read where version 0.1.0 read it otherwise, for the message.
-        task: name of the task that the model is for. Weights that do not fit are then said to be of another one if
-            they, or the config.json beside them, name it.
+        path: the `.pkl`, a zip or legacy container with tensors from any device; or the folder of a run.
+        init_tail: for a split softmax, leave the tail vectors as they are if the file has none. The authors' scripts do
+            not save them, and scores with untrained ones mean little.
+        vocabulary: digest of the vocabulary that the model works on, as in :func:`save_weights`; a file with another
+            one is refused.
+        changed: how the text of this vocabulary is read now, if version 0.1.0 read it differently; for the message.
+        task: name of the task that the model is for. If weights that do not fit name another one, or the config.json
+            beside them does, the error says so.
 
     Returns:
-        names of the parameters that the file does not have: tail vectors with `init_tail`, otherwise none.
+        names of the parameters that the file lacks: the tail vectors with `init_tail`, otherwise none.
 
     Raises:
-        ValueError: the file is no such thing or does not fit; one line names the tensor, both shapes and the
-            argument of the model to change.
+        ValueError: not a weight file, or one that does not fit; one line names the tensor, both shapes and the argument
+            of the model to change. Also as in :func:`parameter_map`.
     """
     path = locate(path)
     loaded = serialization.load(path, WHAT)
@@ -212,7 +220,7 @@ def load_weights(
 
 
 def locate(path: str | os.PathLike) -> str | os.PathLike:
-    """Return the weight file of a run's folder; any other path as it is.
+    """Return the weight file in the folder of a run, or the path itself if it is not a folder.
 
     Raises:
         UserError: the folder holds none.
@@ -229,7 +237,7 @@ def locate(path: str | os.PathLike) -> str | os.PathLike:
 
 
 def task_beside(path: str | os.PathLike) -> Any:
-    """The task that the config.json of a run names, if the file lies in the folder of one."""
+    """Return the task named in the config.json beside the file; None if there is none."""
     try:
         return json.loads(serialization.read_regular(os.path.join(os.path.dirname(path), "config.json")))["task"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -239,14 +247,15 @@ def task_beside(path: str | os.PathLike) -> Any:
 def _load(
     model: Model, loaded: Any, path: str | os.PathLike, init_tail: bool, vocabulary: str | None, changed: str
 ) -> list[str]:
-    """:func:`load_weights` of what has been read."""
+    """Copy the content of a file into `model`; arguments and errors as in :func:`load_weights`."""
+    expected = parameter_map(model)
     language = isinstance(model, TrellisLanguageModel)
     if init_tail and not isinstance(model.head, SplitSoftmax):
-        raise ArgumentError("only a split softmax, one with cutoffs, has tail vectors", init_tail=False)
+        raise ArgumentError("only a split softmax (one with cutoffs) has tail vectors", init_tail=False)
     state = _unique(loaded, path, _first_name if language else str)
-    told = _metadata(loaded)
+    metadata = _metadata(loaded)
     own = _network(model)
-    theirs = told.get("model", TRELLISNET if any(name.startswith((_CORE, _PIXEL_CORE)) for name in state) else None)
+    theirs = metadata.get("model", TRELLISNET if any(name.startswith((_CORE, _PIXEL_CORE)) for name in state) else None)
     if isinstance(theirs, str) and theirs != own:
         if theirs not in NETWORKS:
             raise UserError(f"{path}: was trained with another network, {shown(theirs, NAME)}; {_SIZES}")
@@ -254,33 +263,31 @@ def _load(
     if language and model.tied and _is_trellis(model):
         _check_tied(state, path)
         state.pop("decoder.weight", None)
-    expected = parameter_map(model)
-    cutoffs = told.get("cutoffs")
+    cutoffs = metadata.get("cutoffs")
     if isinstance(cutoffs, list) and cutoffs != _cutoffs(model):
-        fits = all(type(border) is int for border in cutoffs) and len(cutoffs) < 20
-        bands = (cutoffs or None) if fits else ...
+        printable = all(type(border) is int for border in cutoffs) and len(cutoffs) < 20
+        bands = (cutoffs or None) if printable else ...
         raise ArgumentError(f"{path}: was trained with another split of the softmax", cutoffs=bands)
-    left = [name for name in _TAIL if name in expected and name not in state]
-    if left and len(state) + len(left) == len(expected) and not init_tail:
+    missing_tail = [name for name in _TAIL if name in expected and name not in state]
+    if missing_tail and len(state) + len(missing_tail) == len(expected) and not init_tail:
         raise ArgumentError(
-            f"{path}: has no {left[0]}: the authors' script trains the vectors of the bands but does not save them, so "
-            "its scores cannot be had from this file",
+            f"{path}: has no {missing_tail[0]}: the authors' script trains the tail vectors but does not save them, so "
+            "this file cannot reproduce its scores",
             purpose=" to go on with untrained ones",
             init_tail=True,
         )
-    expected = {name: parameter for name, parameter in expected.items() if name not in left}
+    expected = {name: parameter for name, parameter in expected.items() if name not in missing_tail}
     if _is_trellis(model):
         _check_names(state, expected, path, model)
-    elif other := sorted(state.keys() ^ expected.keys()):
-        what = f"has no {other[0]}" if other[0] in expected else f"holds {other[0]}, which the model has not"
-        raise UserError(f"{path}: {what}; {_SIZES}")
-    kind = {flag: told.get(flag) for flag in _kind(model)}
+    elif differing := sorted(state.keys() ^ expected.keys()):
+        raise UserError(f"{path}: {_difference(differing[0], expected)}; {_SIZES}")
+    kind = {name: metadata.get(name) for name in _kind(model)}
     if _is_kind(kind) and kind != _kind(model):
         differ = {name: value for name, value in kind.items() if value != _kind(model)[name]}
         if "mixed_group" in differ:
             differ["kernel_groups"] = differ.pop("mixed_group") or None
         raise ArgumentError(f"{path}: was trained with another kind of layer", **differ)
-    _check_vocabulary(told.get("vocabulary"), vocabulary, path, language, changed)
+    _check_vocabulary(metadata.get("vocabulary"), vocabulary, path, language, changed)
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
             advice: Advice = _SIZES
@@ -295,15 +302,20 @@ def _load(
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
-    return left
+    return missing_tail
 
 
-# What would fit: a sentence, and the arguments of the model if they are known.
+# What would fit: a sentence, the arguments of the model, or both.
 Advice = str | tuple[str, dict[str, Any]] | dict[str, Any]
 
 
+def _difference(name: str, expected: dict[str, nn.Parameter]) -> str:
+    """Say which of file and model has the tensor `name`."""
+    return f"has no {name}" if name in expected else f"holds {name}, which the model does not have"
+
+
 def _misfit(line: str, advice: Advice) -> UserError:
-    """The error of weights that do not fit, with what would."""
+    """Build the error for weights that do not fit, from what is wrong and what would fit."""
     why, arguments = advice if isinstance(advice, tuple) else ("", advice)
     if isinstance(arguments, str):
         return UserError(f"{line}; {arguments}")
@@ -311,7 +323,7 @@ def _misfit(line: str, advice: Advice) -> UserError:
 
 
 def _kind(model: Model) -> dict[str, Any]:
-    """What shapes and names do not tell, or not clearly, of the layers, under the names that files have for it."""
+    """Return the settings of the layers that names and shapes do not determine, under their names in the metadata."""
     if not _is_trellis(model):
         return {}
     core = model.core
@@ -321,7 +333,7 @@ def _kind(model: Model) -> dict[str, Any]:
 
 
 def _is_kind(kind: dict[str, Any]) -> bool:
-    """Whether a file says all of it; the authors' files say nothing, and are known by names and shapes alone."""
+    """Whether a file's metadata has all these settings; the authors' files have none, only names and shapes."""
     return (
         bool(kind)
         and kind["activation"] in tuple(ACTIVATIONS)
@@ -334,56 +346,58 @@ def _cutoffs(model: Model) -> list[int]:
 
 
 def _metadata(loaded: dict[str, Tensor]) -> dict[str, Any]:
-    """What :func:`save_weights` has written beside the tensors; other files have nothing there."""
+    """Return the metadata that :func:`save_weights` writes; empty for other files."""
     metadata: Any = getattr(loaded, "_metadata", None)
-    told = metadata.get(_METADATA) if isinstance(metadata, dict) else None
-    return told if isinstance(told, dict) else {}
+    ours = metadata.get(_METADATA) if isinstance(metadata, dict) else None
+    return ours if isinstance(ours, dict) else {}
 
 
-def _check_vocabulary(told: Any, vocabulary: str | None, path: str | os.PathLike, language: bool, changed: str) -> None:
-    """Refuse weights whose ids, or places, stand for something else; files that do not say for what pass."""
-    if vocabulary is not None and isinstance(told, str) and told != vocabulary:
-        what = "vocabulary" if language else "order of the pixels"
-        again = f"; if that was this very text, train again: version 0.1.0 read it otherwise, now it is read {changed}"
-        digests = f"{shown(told[:12])}… instead of {vocabulary[:12]}…"
+def _check_vocabulary(
+    theirs: Any, vocabulary: str | None, path: str | os.PathLike, language: bool, changed: str
+) -> None:
+    """Refuse weights of another vocabulary or order of the pixels; files that do not name theirs pass."""
+    if vocabulary is not None and isinstance(theirs, str) and theirs != vocabulary:
+        noun = "vocabulary" if language else "order of the pixels"
+        advice = f"; if it was this very text, train again: version 0.1.0 read it differently, now it is read {changed}"
+        digests = f"{shown(theirs[:12])}… instead of {vocabulary[:12]}…"
         raise ArgumentError(
-            f"{path}: was trained on another {what} (sha256 {digests})", purpose=again * bool(changed), data=...
+            f"{path}: was trained on another {noun} (sha256 {digests})", purpose=advice * bool(changed), data=...
         )
 
 
 def _unique(state: object, path: str | os.PathLike, first_name: Callable[[str], str]) -> dict[str, Tensor]:
-    """The file's tensors under their first names; all must be finite, and repeated ones must agree."""
+    """Return the file's tensors under their first names; all must be finite, and repeated ones must agree."""
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise UserError(f"{path}: not {WHAT}; checkpoints of a run (last.pt, best.pt) are continued with --resume")
     unique = {}
     for name, tensor in state.items():
-        if shown(name, NAME) != name:  # all later messages may print names as they are
+        if shown(name, NAME) != name:  # so that later messages can print names as they are
             raise UserError(f"{path}: holds a tensor called {shown(name, NAME)}; not {WHAT}")
         if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
-            raise UserError(f"{path}: {name} is of dtype {tensor.dtype}, {tensor.layout}; not {WHAT}")
+            raise UserError(f"{path}: {name} has dtype {tensor.dtype} and layout {tensor.layout}; not {WHAT}")
         if not serialization.all_finite(tensor):
-            raise UserError(f"{path}: {name} holds values that are not finite numbers; the file is damaged")
+            raise UserError(f"{path}: {name} holds values that are not finite; the file is corrupt")
         first = first_name(name)
         if first != name and first in state and not torch.equal(state[first], tensor):
-            raise UserError(f"{path}: {name} and {first} should be one tensor but differ; the file is damaged")
+            raise UserError(f"{path}: {name} and {first} should be one tensor but differ; the file is corrupt")
         unique.setdefault(first, tensor)
     return unique
 
 
 def _first_name(name: str) -> str:
-    """The name under which the authors' model first holds the tensor `name`."""
-    for prefix, again in _AGAIN.items():
-        if name.startswith(again):
-            name = prefix + name.removeprefix(again)
+    """Return the first of the authors' names for the tensor `name`."""
+    for prefix, second in _REPEATED.items():
+        if name.startswith(second):
+            name = prefix + name.removeprefix(second)
     return name.removeprefix(_MIXTURE) if name.startswith(_MIXTURE + "decoder.") else name
 
 
 def _check_tied(state: dict[str, Tensor], path: str | os.PathLike) -> None:
     encoder, decoder = state.get("encoder.weight"), state.get("decoder.weight")
     if encoder is not None and decoder is not None and not torch.equal(encoder, decoder):
-        raise ArgumentError(f"{path}: decoder.weight differs from encoder.weight, the model ties them", tied=False)
+        raise ArgumentError(f"{path}: decoder.weight differs from encoder.weight, but the model ties them", tied=False)
 
 
 def _check_names(
@@ -397,53 +411,52 @@ def _check_names(
     advice: Advice
     words = state["encoder.weight"].size(0) if "encoder.weight" in state and state["encoder.weight"].dim() else None
     if "encoder.weight" in missing or "linear.weight" in missing or prefix + "bias2" in missing:
-        advice = _whose(state)
+        advice = _origin(state)
     elif words not in (None, getattr(model, "vocab_size", None)):
         advice = _other_words(words, model.vocab_size)
     elif any(name.startswith(_MIXTURE) for name in extra):
         experts = state[_MIXTURE + "prior.bias"].numel() if _MIXTURE + "prior.bias" in state else ...
-        advice = "the file is of a mixture of softmaxes", {"n_experts": experts}
+        advice = "the file holds a mixture of softmaxes", {"n_experts": experts}
     elif any(name.startswith(_MIXTURE) for name in missing):
-        advice = "the file is of a plain softmax", {"n_experts": 0}
+        advice = "the file holds a single softmax", {"n_experts": 0}
     elif any(name in _TAIL for name in extra):
         bands = counted(state[_TAIL[1]].numel(), "bands") if _TAIL[1] in state else "some bands"
-        advice = f"the file is of a split softmax with {bands}", {"cutoffs": ...}
+        advice = f"the file holds a split softmax with {bands}", {"cutoffs": ...}
     elif any(name in _TAIL for name in missing):
-        advice = "the file is damaged"
+        advice = "the file is corrupt"
     elif any("weight2_past" in name for name in extra):
         first = next((state[prefix + w] for w in ("weight1_raw", "weight1_v_raw") if prefix + w in state), None)
         groups = ... if first is None or not first.size(0) else state[prefix + "bias2"].numel() // first.size(0)
-        advice = "the file is of a mixed group convolution", {"kernel_groups": groups}
+        advice = "the file holds a mixed group convolution", {"kernel_groups": groups}
     elif any("weight2_past" in name for name in missing):
-        advice = "the file is of a dense kernel", {"kernel_groups": None}
+        advice = "the file holds a dense kernel", {"kernel_groups": None}
     elif any(name.endswith("_g") for name in extra):
         advice = "the file was trained with weight normalisation", {"weight_norm": True}
     elif any(name.endswith("_g") for name in missing) and prefix + "weight1_raw" in state:
         advice = "the file was trained without weight normalisation", {"weight_norm": False}
     elif missing == ["decoder.weight"]:
-        advice = "the file is of a model with tied weights", {"tied": True}
+        advice = "the file holds a model with tied weights", {"tied": True}
     else:
-        advice = _whose(state)
-    what = f"has no {missing[0]}" if missing else f"holds {extra[0]}, which the model has not"
-    raise _misfit(f"{path}: {what}", advice)
+        advice = _origin(state)
+    raise _misfit(f"{path}: {_difference((missing or extra)[0], expected)}", advice)
 
 
-def _whose(state: dict[str, Tensor]) -> str:
-    """Whose the weights are, by their names alone."""
+def _origin(state: dict[str, Tensor]) -> str:
+    """Say what kind of model the weights are from, by their names alone."""
     if "linear.weight" in state:
-        return "it is of another model or task, a classifier of pixels (pmnist, cifar10)"
+        return "the file is from another model or task, a classifier of pixels (pmnist, cifar10)"
     if "encoder.weight" in state and state["encoder.weight"].dim() == 2:
         words = state["encoder.weight"].size(0)
-        return f"it is of another model or task, a language model with a vocabulary of {words:,}"
-    return "it is of another model or task"
+        return f"the file is from another model or task, a language model with a vocabulary of {words:,}"
+    return "the file is from another model or task"
 
 
 def _other_words(words: int, expected: int) -> Advice:
-    return f"the file knows {counted(words, 'words')}, the data {expected:,}", {"data": ...}
+    return f"the file has {counted(words, 'words')}, the data {expected:,}", {"data": ...}
 
 
 def _other_gates(state: dict[str, Tensor], model: Model) -> Advice:
-    """Advice if the file has another number of gates than the model; a dense hidden kernel tells how many."""
+    """Advise another activation if the shape of a dense hidden kernel shows another number of gates."""
     for name, kernel in state.items():
         if name.removeprefix(_prefix(model)) in ("weight2_raw", "weight2_v_raw") and kernel.dim() == 3:
             for other in ACTIVATIONS.values():
@@ -453,13 +466,13 @@ def _other_gates(state: dict[str, Tensor], model: Model) -> Advice:
 
 
 def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) -> Advice:
-    """The first argument in which file and model differ, with the file's value."""
+    """Name the first argument in which file and model differ, with the file's value."""
     if name in _TAIL:
         return f"the file has {counted(state[_TAIL[1]].numel(), 'bands')}", {"cutoffs": ...}
     kernel = state.get(_CORE + "weight1_v_raw", state.get(_CORE + "weight1_raw"))
     encoder, bias, gates = state["encoder.weight"], state[_CORE + "bias2"], model.core.spec.activation.gates
     if (encoder.dim(), kernel.dim(), bias.dim()) != (2, 3, 1) or bias.numel() % gates:
-        return _whose(state)
+        return _origin(state)
     words, embedding_size = encoder.shape
     if embedding_size != model.embedding.embedding_dim:
         both = model.tied and not model.n_experts
@@ -472,7 +485,7 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
         return {"n_experts": state[_MIXTURE + "prior.bias"].numel()}
     if model.n_experts:
         if state[_MIXTURE + "prior.weight"].dim() != 2:
-            return _whose(state)
+            return _origin(state)
         nout = state[_MIXTURE + "prior.weight"].size(-1)
     else:
         nout = embedding_size if model.tied else state["decoder.weight"].size(-1)
@@ -480,19 +493,20 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
     if nout == model.core.output_size:
         del sizes["output_size"]
     differ = any(value != getattr(model.core, size) for size, value in sizes.items())
-    return sizes if differ and nout <= sizes["hidden_size"] else f"{name} is of another model"
+    return sizes if differ and nout <= sizes["hidden_size"] else f"{name} is from another model"
 
 
 def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> Advice:
+    """Do the same for a classifier."""
     kernel = state.get(_PIXEL_CORE + "weight1_v_raw", state.get(_PIXEL_CORE + "weight1_raw"))
     gates, bias, linear = model.core.spec.activation.gates, state[_PIXEL_CORE + "bias2"], state["linear.weight"]
     if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % gates:
-        return _whose(state)
+        return _origin(state)
     if linear.size(0) != model.num_classes or kernel.size(1) != model.core.input_size:
-        return f"it is of images with {counted(kernel.size(1), 'channels')} and {linear.size(0)} classes"
+        return f"the file is for images with {counted(kernel.size(1), 'channels')} and {linear.size(0)} classes"
     if kernel.size(2) != model.core.kernel_size:
         return {"kernel_size": kernel.size(2)}
     hidden_size = bias.numel() // gates
     if linear.size(1) != model.core.output_size or hidden_size < linear.size(1):
-        return f"{name} is of another model"
+        return f"{name} is from another model"
     return {"hidden_size": hidden_size}

@@ -199,16 +199,16 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
         try:
             ours = sha256_of(content)
         except (TypeError, RuntimeError) as e:  # what no checkpoint holds: other objects, sparse tensors, a loop
-            raise UserError(f"{path}: not {WHAT}, or a damaged one") from e
+            raise UserError(f"{path}: not {WHAT}, or corrupt") from e
         _check_sum(ours, file.get("sha256"), path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not {WHAT}, or a damaged one")
+        raise UserError(f"{path}: not {WHAT}, or corrupt")
     content.setdefault("task", None)
     content.setdefault("skipped", 0)
     content.setdefault("rng_others", [])
     if content.keys() != _FITS.keys():
         differ = shown(sorted(content.keys() ^ _FITS.keys(), key=repr), NAME)
-        raise UserError(f"{path}: not {WHAT}, or a damaged one (keys {differ})")
+        raise UserError(f"{path}: not {WHAT}, or corrupt (keys {differ})")
     for key, fits in _FITS.items():
         if not fits(content[key]):
             raise UserError(f"{path}: a corrupt checkpoint ({key}: wrong type or value)")
@@ -254,7 +254,7 @@ def load_best(path: Path, best: dict[str, Any], model: nn.Module) -> dict[str, A
 def _unpacked(data: Any, sha256: Any, path: str | os.PathLike) -> Any:
     """The content of a file of format 1."""
     if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
-        raise UserError(f"{path}: not {WHAT}, or a damaged one")
+        raise UserError(f"{path}: not {WHAT}, or corrupt")
     stored = io.BytesIO(data.numpy().tobytes())
     _check_sum(hashlib.sha256(stored.getbuffer()).hexdigest(), sha256, path)
     return serialization.read(stored, path, WHAT)
@@ -262,4 +262,4 @@ def _unpacked(data: Any, sha256: Any, path: str | os.PathLike) -> Any:
 
 def _check_sum(ours: str, theirs: Any, path: str | os.PathLike) -> None:
     if ours != theirs:
-        raise UserError(f"{path}: damaged: its content does not match its sha256")
+        raise UserError(f"{path}: corrupt: its content does not match its sha256")
