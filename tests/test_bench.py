@@ -3,8 +3,6 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -15,27 +13,40 @@ from test_graphs import Player
 from trellisnet.errors import RunError
 from trellisnet.training.config import PROJECT
 
-SCRIPT = PROJECT / "scripts" / "bench.py"
 SMALL = ["--flags", "--nhid", "8", "--nlevels", "6"]
 
 
-def program(*arguments):
-    command = [sys.executable, str(SCRIPT), "--quick", "--threads", "1", *arguments, *SMALL]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def program(capsys):
+    """Run the program on small networks: exit code and what it prints."""
+
+    def call(*arguments):
+        threads = torch.get_num_threads()
+        code = bench.main(["--quick", "--threads", "1", *arguments, *SMALL])
+        torch.set_num_threads(threads)
+        return code, *capsys.readouterr()
+
+    return call
 
 
-def measured(tmp_path, task, *arguments):
-    done = program("--tasks", task, "--repeats", "1", "--json", str(tmp_path / "b.json"), *arguments)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "b.json").read_text())
-    assert done.stdout.count("\n|") == len(found["records"]) + 2
-    assert found["commit"]
-    assert found["machine"]
-    return found["records"]
+@pytest.fixture
+def measured(program, tmp_path):
+    """The records of one task."""
+
+    def call(task, *arguments):
+        code, out, err = program("--tasks", task, "--repeats", "1", "--json", str(tmp_path / "b.json"), *arguments)
+        assert code == 0, err
+        found = json.loads((tmp_path / "b.json").read_text())
+        assert out.count("\n|") == len(found["records"]) + 2
+        assert found["commit"]
+        assert found["machine"]
+        return found["records"]
+
+    return call
 
 
-def test_it_measures_every_part_and_variant(tmp_path):
-    records = measured(tmp_path, "pmnist", "--no-memory")
+def test_it_measures_every_part_and_variant(measured):
+    records = measured("pmnist", "--no-memory")
     variants = ("reference", "fused", "fused bf16")
     assert [(r["part"], r["variant"]) for r in records] == [
         (part, variant) for part in ("forward", "core", "step") for variant in variants
@@ -44,18 +55,21 @@ def test_it_measures_every_part_and_variant(tmp_path):
     assert all(r["ratio"] == 1 for r in records if r["variant"] == "reference")
 
 
-def test_it_measures_memory_of_a_language_model(tmp_path):
-    records = measured(tmp_path, "char_ptb", "--parts", "step", "--recompute", "2")
-    assert all(r["bytes"] > 10_000_000 for r in records[5:])
-    assert [r["part"] for r in records] == ["step"] * 5 + ["memory"] * 5
-    assert records[4]["variant"] == records[9]["variant"] == "fused bf16 recompute 2"
+def test_it_measures_memory_of_a_language_model(measured, monkeypatch):
+    few = [workload.REFERENCE, workload.Variant("fused", "bf16", recompute=2)]  # each takes a process
+    monkeypatch.setattr(bench, "variants_on", lambda *_: few)
+    records = measured("char_ptb", "--parts", "step")
+    assert [(r["part"], r["variant"]) for r in records[2:]] == [("memory", variant.name) for variant in few]
+    assert all(r["bytes"] > 10_000_000 for r in records[2:])
 
 
-def test_it_measures_heads_and_their_memory(tmp_path):
-    records = measured(tmp_path, "word_ptb", "--parts", "head")
-    assert [r["part"] for r in records] == ["head"] * 3 + ["memory"] * 3 + ["head memory"] * 3
+def test_it_measures_every_variants_memory_of_steps_and_heads(measured, monkeypatch):
+    monkeypatch.setattr(bench, "memory", lambda task, part, variant, args: 7)
+    records = measured("word_ptb", "--parts", "head", "--recompute", "2")
+    assert [r["part"] for r in records] == ["head"] * 3 + ["memory"] * 5 + ["head memory"] * 3
+    assert records[7]["variant"] == "fused bf16 recompute 2"
     assert all(r["seconds"] > 0 for r in records[:3])
-    assert all(r["bytes"] > 10_000_000 for r in records[3:])
+    assert all(r["bytes"] == 7 for r in records[3:])
 
 
 @pytest.mark.parametrize(("device", "precisions"), [("cpu", ["fp32"]), ("cuda", ["fp32", "tf32", "bf16"])])
@@ -67,8 +81,8 @@ def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(device, precisi
 
 
 @pytest.mark.parametrize("task", ["word_ptb", "wt103"])  # streamed, and with repackaging
-def test_it_measures_evaluation_and_generation(tmp_path, task):
-    records = measured(tmp_path, task, "--no-memory", "--parts", "evaluation", "generation")
+def test_it_measures_evaluation_and_generation(measured, task):
+    records = measured(task, "--no-memory", "--parts", "evaluation", "generation")
     assert [r["part"] for r in records] == ["evaluation"] * 3 + ["generation"] * 3
     assert all(r["per_second"] > 0 for r in records)
     assert all(r["ratio"] == pytest.approx(r["per_second"] / records[3]["per_second"]) for r in records[3:])
@@ -145,6 +159,7 @@ def test_mistakes_are_one_line_before_anything_is_measured(capsys, arguments, me
     assert re.fullmatch(f"error: {message}", said[0])
 
 
-def test_what_is_being_measured_is_said(tmp_path):
-    done = program("--tasks", "pmnist", "--repeats", "1", "--parts", "forward")
-    assert done.stderr.splitlines() == ["pmnist: comparison with the reference", "pmnist: forward", "pmnist: memory"]
+def test_what_is_being_measured_is_said(program, monkeypatch):
+    monkeypatch.setattr(bench, "memory", lambda *_: 7)
+    _, _, err = program("--tasks", "pmnist", "--repeats", "1", "--parts", "forward")
+    assert err.splitlines() == ["pmnist: comparison with the reference", "pmnist: forward", "pmnist: memory"]

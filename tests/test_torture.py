@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -24,18 +25,37 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the tests share the undisturbed run, of a quarter of the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "FLAGS", [*runs.FLAGS, *"--batch_size 100 --max_eval_tokens 2000".split()])
+        yield tmp_path_factory.mktemp("torture")
+
+
 @pytest.mark.slow
-def test_a_run_survives_all_of_it(tmp_path):
-    found = runs.kill(tmp_path, 2, seed=1, epochs=1)
+def test_a_run_survives_kills(folder):
+    found = runs.kill(folder, 2, seed=1, epochs=1)
     assert sum(found[f"killed in {moment}"] for moment in runs.MOMENTS) == 2
-    assert runs.full(tmp_path, 5, seed=1, epochs=1)["no room"] == 5
-    assert runs.locks(tmp_path, seed=1, epochs=1) == {"refused": 3}
-    assert runs.clocks(tmp_path, seed=1, epochs=1) == {"runs": 1}
 
 
-def test_it_would_notice_a_difference(tmp_path):
-    expected = runs.reference(tmp_path, seed=1, epochs=1)
-    job = runs.Job(tmp_path / "whole-1-1", 1, 1)
+@pytest.mark.slow
+def test_a_run_survives_a_full_disk(folder):
+    assert runs.full(folder, 5, seed=1, epochs=1)["no room"] == 5
+
+
+def test_a_run_survives_a_second_process(folder):
+    assert runs.locks(folder, seed=1, epochs=1) == {"refused": 3}
+
+
+def test_a_run_survives_jumping_clocks(folder):
+    assert runs.clocks(folder, seed=1, epochs=1) == {"runs": 1}
+
+
+def test_it_would_notice_a_difference(folder, tmp_path):
+    expected = runs.reference(folder, seed=1, epochs=1)
+    shutil.copytree(folder / "whole-1-1", tmp_path / "run")
+    job = runs.Job(tmp_path / "run", 1, 1)
     job.expect_outcome(expected, "nothing")
     content = runs.checkpoint.load(job.last)
     content["carry"] = (torch.zeros(1),)
