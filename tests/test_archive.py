@@ -73,6 +73,21 @@ def test_only_the_named_files_are_taken(path, tmp_path):
     assert (folder / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize("target", ["outside", "missing", "/dev/null"])
+def test_a_link_of_that_name_is_replaced_and_not_followed(path, tmp_path, target):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (tmp_path / "outside").write_text("mine")
+    (folder / "train.txt").symlink_to(tmp_path / target)
+    assert "is larger than 1 bytes" in refusal(made(path, CONTENT), folder, {"raw/train.tokens": "train.txt"}, 1)
+    assert (folder / "train.txt").is_symlink()  # a failure leaves it alone
+    extract(path, {"raw/train.tokens": "train.txt"}, folder, max_size=SIZE)
+    assert not (folder / "train.txt").is_symlink()
+    assert (folder / "train.txt").read_bytes() == TEXT
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert not (tmp_path / "missing").exists()
+
+
 def test_a_tar_that_ends_like_a_zip_is_a_tar(tmp_path):
     inner = made(tmp_path / "inner.zip", {"a": b"x"}).read_bytes()
     extract(made(tmp_path / "a.tar", {"inner.zip": inner}), {"inner.zip": "b.zip"}, tmp_path, max_size=len(inner))
@@ -83,7 +98,7 @@ def test_a_tar_that_ends_like_a_zip_is_a_tar(tmp_path):
 def test_what_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     message = refusal(tmp_path / "a.zip", tmp_path / "out")
-    assert message.startswith(f"{tmp_path}/a.zip: not a zip or tar archive, or a damaged one (")
+    assert message.startswith(f"{tmp_path}/a.zip: not a zip or tar archive, or corrupt (")
     assert "a.zip: cannot be read (No such file or directory); put the" in refusal(tmp_path / "no" / "a.zip", tmp_path)
     assert left(tmp_path / "out") == []
 
@@ -91,7 +106,7 @@ def test_what_is_no_archive_is_refused(tmp_path, content):
 def test_a_truncated_archive_is_refused(path, tmp_path):
     content = made(path, CONTENT).read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert "not a zip or tar archive, or a damaged one (" in refusal(path, tmp_path / "out")
+    assert "not a zip or tar archive, or corrupt (" in refusal(path, tmp_path / "out")
     assert left(tmp_path / "out") == []
 
 
@@ -100,12 +115,12 @@ def test_a_wrong_checksum_is_found(tmp_path):
     with zipfile.ZipFile(zipped, "w") as file:  # stored, so that nothing but the sum can tell
         file.writestr("a", TEXT)
     zipped.write_bytes(zipped.read_bytes().replace(b"some", b"sOme", 1))
-    assert "damaged one (Bad CRC-32 for file 'a'); get it again" in refusal(zipped, tmp_path / "out", {"a": "a"})
+    assert "or corrupt (Bad CRC-32 for file 'a'); get it again" in refusal(zipped, tmp_path / "out", {"a": "a"})
     tarred = made(tmp_path / "a.tar", {"a": TEXT}).read_bytes()
     packed = bytearray(gzip.compress(tarred))
     packed[-8] ^= 1
     (tmp_path / "a.tar.gz").write_bytes(packed)
-    assert "damaged one (CRC check failed" in refusal(tmp_path / "a.tar.gz", tmp_path / "out", {"a": "a"})
+    assert "or corrupt (CRC check failed" in refusal(tmp_path / "a.tar.gz", tmp_path / "out", {"a": "a"})
     assert left(tmp_path / "out") == []
 
 
@@ -114,7 +129,7 @@ def test_a_wrong_checksum_is_found(tmp_path):
 )
 def test_a_name_that_leads_out_condemns_the_archive(path, tmp_path, name):
     message = refusal(made(path, {**CONTENT, name: b"x"}), tmp_path / "out")
-    assert message.startswith(f"{path}: holds {name!r}, which leads out of its folder, so nothing of it is taken; get ")
+    assert message.startswith(f"{path}: holds {name!r}, which leads out of its folder, so nothing is extracted; get ")
     assert left(tmp_path) == [path.name]
 
 
@@ -140,7 +155,7 @@ def test_only_regular_files_are_taken(path, tmp_path, what):
         info.linkname = "raw/train.tokens"
     made(path, CONTENT, [info])
     message = refusal(path, tmp_path / "out", {"raw/test.tokens": "test.txt", name: "odd"})
-    assert message == f"{path}: {name} is no regular file in it; get the right archive"
+    assert message == f"{path}: {name} is not a regular file in it; get the right archive"
     assert left(tmp_path / "out") == []
     extract(path, WANTED, tmp_path / "out", max_size=SIZE)  # it is in nobody's way
 
@@ -170,7 +185,7 @@ def test_a_bomb_that_lies_about_its_size_is_stopped(tmp_path):
     content = path.read_bytes()
     assert content.count(size) == 2
     path.write_bytes(content.replace(size, small))
-    assert "damaged one (Bad CRC-32" in refusal(path, tmp_path / "out", {"a": "a"}, max_size=1000)
+    assert "or corrupt (Bad CRC-32" in refusal(path, tmp_path / "out", {"a": "a"}, max_size=1000)
     assert left(tmp_path / "out") == []
 
 

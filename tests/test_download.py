@@ -288,7 +288,7 @@ def test_wrong_content_is_kept_only_if_it_can_be(mirror, tmp_path, monkeypatch):
     (tmp_path / "train.txt.wrong").write_bytes(b"an older one")
 
     @contextlib.contextmanager
-    def full(_path):
+    def full(_path, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
 
@@ -341,7 +341,7 @@ def test_redirects_are_followed_on_the_same_host(mirror, tmp_path):
         ("//localhost:{port}/whole", "redirects to another host (localhost), which is not followed"),
         ("file:///etc/hostname", "redirects from http to file, which is not followed"),
         ("ftp://127.0.0.1/whole", "redirects from http to ftp, which is not followed"),
-        ("http://[127.0.0.1/whole", "redirects to something that is no URL"),
+        ("http://[127.0.0.1/whole", "redirects to an invalid URL"),
         ("/away", "redirects more than 5 times"),
     ],
 )
@@ -484,10 +484,10 @@ def test_a_full_disk_is_not_the_mirrors_fault(mirror, tmp_path, monkeypatch):
         ({"urls": ("file:///etc/hostname",)}, "urls: expected http:// or https://"),
         ({"urls": ("ftp://a.org/x",)}, "urls: expected http:// or https://"),
         ({"urls": ("http:///x",)}, "urls: expected http:// or https://"),
-        ({"urls": ()}, "urls: expected one URL or more"),
-        ({"urls": "http://a.org/x"}, "urls: expected one URL or more"),
-        ({"name": "../x"}, "name: expected that of a file without folder"),
-        ({"name": ""}, "name: expected that of a file without folder"),
+        ({"urls": ()}, "urls: expected a tuple of at least one URL"),
+        ({"urls": "http://a.org/x"}, "urls: expected a tuple of at least one URL"),
+        ({"name": "../x"}, "name: expected a file name without folder"),
+        ({"name": ""}, "name: expected a file name without folder"),
         ({"md5": "abc"}, "md5: expected 32 hexadecimal digits"),
         ({"size": 0}, "size: expected the number of bytes"),
     ],

@@ -78,13 +78,13 @@ def test_what_is_no_idx_file_is_refused(path, pack):
     assert refusal(path, pack(IDX + b"x")) == "holds more bytes than the 105 that its header claims; get it again"
 
 
-def test_damaged_gzip_is_refused(path):
+def test_corrupt_gzip_is_refused(path):
     packed = gzip.compress(IDX)
-    assert refusal(path, packed[:-9]).startswith("damaged gzip file (Compressed file ended before")
-    assert refusal(path, packed[:-8] + b"\0" * 8).startswith("damaged gzip file (CRC check failed")
-    assert refusal(path, packed[:10] + b"\xff" * 20).startswith("damaged gzip file (")
-    assert refusal(path, packed + b"garbage").startswith("damaged gzip file (Not a gzipped file")
-    assert refusal(path, b"\x1f\x8b").startswith("damaged gzip file (")
+    assert refusal(path, packed[:-9]).startswith("corrupt gzip file (Compressed file ended before")
+    assert refusal(path, packed[:-8] + b"\0" * 8).startswith("corrupt gzip file (CRC check failed")
+    assert refusal(path, packed[:10] + b"\xff" * 20).startswith("corrupt gzip file (")
+    assert refusal(path, packed + b"garbage").startswith("corrupt gzip file (Not a gzipped file")
+    assert refusal(path, b"\x1f\x8b").startswith("corrupt gzip file (")
 
 
 def test_what_cannot_be_read_is_named(path, monkeypatch):

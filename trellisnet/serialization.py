@@ -67,21 +67,28 @@ def lock(folder: str | os.PathLike, *, wait: bool) -> int | None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike, *, follow_links: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`, which on a clean exit is flushed to disk and replaces `path`.
 
-    On any error the old file stays as it was and the temporary one is removed. Links are followed. Special files (a
-    device, a pipe) and open descriptors of this process (/dev/stdout) are written to directly.
+    On any error the old file stays as it was and the temporary one is removed.
+
+    Args:
+        path: the file to write. Special files (a device, a pipe) and open descriptors of this process (/dev/stdout) are
+            written to directly.
+        follow_links: write to the target of a link. Otherwise the link itself is replaced, and nothing is written
+            outside its folder.
     """
-    if (number := stands_for(path)) is not None:
-        with os.fdopen(os.dup(number), "wb") as file:
-            yield file
-        return
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        with path.open("wb") as file:
-            yield file
-        return
+    path = Path(path)
+    if follow_links:
+        if (number := stands_for(path)) is not None:
+            with os.fdopen(os.dup(number), "wb") as file:
+                yield file
+            return
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+            return
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:

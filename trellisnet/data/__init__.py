@@ -1,10 +1,10 @@
-"""Data: from files to tensors of ids. Nothing here knows a model or a device."""
+"""Data: from files to tensors of ids, independent of models and devices."""
 
 from pathlib import Path
 
 
 def _project(folder: Path) -> Path:
-    """Return `folder`, which holds the package, if it is a checkout, else the working directory of the moment.
+    """Return `folder`, which contains the package, if it is a checkout, else the current working directory.
 
     An installed package lies in site-packages, where neither data nor runs belong.
     """

@@ -1,4 +1,4 @@
-"""Files out of archives that nobody vouches for: only those asked for, of bounded size, and only where they belong."""
+"""Safe extraction from untrusted archives: only the requested files, of bounded size, into their folder alone."""
 
 import contextlib
 import lzma
@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,24 +21,24 @@ from trellisnet import serialization
 from trellisnet.errors import UserError, unwritable
 
 _BLOCK = 1 << 16  # bytes
-_HEADER = 1 << 20  # bytes of a header of a tar archive; they are read at once
+_HEADER = 1 << 20  # bytes of a header of a tar archive, which is read into memory
 _LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-_ZIP = (b"PK\3\4", b"PK\5\6")  # the second: of an empty one. An uncompressed tar may well end like a zip.
+_ZIP = (b"PK\3\4", b"PK\5\6")  # the second: an empty zip. The end decides nothing: a tar may end like a zip.
 
-# What the libraries raise on damaged input is only partly documented.
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError)
-_DAMAGE += (RuntimeError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
+# Only partly documented: exceptions of the libraries on corrupt input.
+_CORRUPT = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError)
+_CORRUPT += (RuntimeError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
 class _Member:
     name: str
-    regular: bool  # a file, not a folder, link or device
+    regular: bool  # not a folder, link or device
     open: Callable[[], IO[bytes]]
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses headers that would be read into memory whatever their size."""
+    """Refuses overlong headers, which would otherwise be read into memory whatever their size."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _LONG and self.size > _HEADER:
@@ -47,24 +47,24 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def extract(archive: Path, members: dict[str, str], folder: Path, *, max_size: int) -> list[Path]:
-    """Take single files out of a zip or tar archive (plain or compressed). What else is in it is not touched.
+    """Extract single files from a zip or tar archive (plain or compressed), and nothing else.
 
-    Nothing is written before all names in the archive are known to be harmless. The files are written one after the
-    other, each of them whole or not at all; one that is there already is replaced.
+    Nothing is written until all names in the archive have been checked. The files are written one by one, each
+    atomically; an existing file, or a link of that name, is replaced.
 
     Args:
-        archive: the file.
-        members: name in the archive -> name of the file.
-        folder: where the files go, made if need be.
-        max_size: of each of the files in bytes, whatever the archive says of their sizes.
+        archive: the archive.
+        members: name in the archive → name of the file.
+        folder: target folder, created if missing.
+        max_size: maximal size of each file in bytes, whatever size the archive claims.
 
     Returns:
         paths of the files, in the order of `members`.
 
     Raises:
-        ValueError: a name of a file with a folder in it.
-        UserError: no archive or a damaged one; one with a name that is absolute or leads out of its folder; a member
-            that is missing, there more than once, no regular file or too large; a folder that cannot be written.
+        ValueError: the name of a file contains a folder.
+        UserError: not an archive, or corrupt; a name in it is absolute or leads out of its folder; a member is missing,
+            there more than once, not a regular file, or too large; the folder cannot be written.
         RunError: the disk is full.
     """
     for name in members.values():
@@ -75,74 +75,74 @@ def extract(archive: Path, members: dict[str, str], folder: Path, *, max_size: i
     except OSError as e:
         raise UserError(f"{archive}: cannot be read ({e.strerror}); put the archive there") from e
     with file, contextlib.ExitStack() as stack:
-        with _refusing_damage(archive):
-            found = _members(file, stack)
-        wanted = _wanted(archive, found, members)
-        for member, name in zip(wanted, members.values(), strict=True):
+        with _refusing_corrupt(archive):
+            content = _members(file, stack)
+        requested = _requested(archive, content, members)
+        for member, name in zip(requested, members.values(), strict=True):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                with serialization.atomic_write(folder / name) as out:
+                with serialization.atomic_write(folder / name, follow_links=False) as out:
                     for block in _blocks(archive, member, max_size):
                         out.write(block)
-            except OSError as e:  # those of reading are UserErrors
+            except OSError as e:  # from writing: errors in reading are UserErrors
                 raise unwritable(f"{folder}: {name} cannot be written there", e) from e
     return [folder / name for name in members.values()]
 
 
 @contextlib.contextmanager
-def _refusing_damage(archive: Path) -> Iterator[None]:
+def _refusing_corrupt(archive: Path) -> Iterator[None]:
     try:
         yield
-    except _DAMAGE as e:
+    except _CORRUPT as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(":")[:120]
-        raise UserError(f"{archive}: not a zip or tar archive, or a damaged one ({reason}); get it again") from e
+        raise UserError(f"{archive}: not a zip or tar archive, or corrupt ({reason}); get it again") from e
 
 
 def _members(file: BinaryIO, stack: contextlib.ExitStack) -> list[_Member]:
-    """Everything in the archive; `stack` keeps it open."""
+    """List all members of the archive, which `stack` keeps open."""
     start = file.read(4)
     file.seek(0)
     if start in _ZIP:
         unzipped = stack.enter_context(zipfile.ZipFile(file))
         return [_Member(info.filename, _is_regular(info), partial(unzipped.open, info)) for info in unzipped.infolist()]
     untarred = stack.enter_context(tarfile.TarFile.open(fileobj=file, mode="r:*", tarinfo=_TarInfo))
-    found = [_Member(info.name, info.isreg(), partial(untarred.extractfile, info)) for info in untarred.getmembers()]
-    while untarred.fileobj.read(_BLOCK):  # the checksum of a compressed one comes after its last member
+    members = [_Member(info.name, info.isreg(), partial(untarred.extractfile, info)) for info in untarred.getmembers()]
+    while untarred.fileobj.read(_BLOCK):  # to the end, where a compressed archive has its checksum
         pass
-    return found
+    return members
 
 
 def _is_regular(info: zipfile.ZipInfo) -> bool:
-    return not info.is_dir() and stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)  # 0: made without modes
+    return not info.is_dir() and stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)  # 0: a zip without modes
 
 
-def _wanted(archive: Path, found: list[_Member], names: dict[str, str]) -> list[_Member]:
-    """The members of these names, once the whole archive is known to be harmless."""
-    for member in found:
+def _requested(archive: Path, members: list[_Member], names: Iterable[str]) -> list[_Member]:
+    """Check the names of the whole archive and return the members of these names."""
+    for member in members:
         path = posixpath.normpath(member.name.replace("\\", "/"))
         if path.startswith("/") or ntpath.splitdrive(path)[0] or path.split("/")[0] == "..":
             raise UserError(
-                f"{archive}: holds {member.name[:120]!r}, which leads out of its folder, so nothing of it is taken; "
-                "get it from somebody you trust"
+                f"{archive}: holds {member.name[:120]!r}, which leads out of its folder, so nothing is extracted; get "
+                "it from somebody you trust"
             )
-    times, by_name = Counter(member.name for member in found), {member.name: member for member in found}
+    times, by_name = Counter(member.name for member in members), {member.name: member for member in members}
     for name in names:
         if times[name] != 1:
-            says = f"holds {name} {times[name]} times" if times[name] else f"does not hold {name}"
-            raise UserError(f"{archive}: {says}; it is not the archive that was expected, get the right one")
+            problem = f"holds {name} {times[name]} times" if times[name] else f"does not hold {name}"
+            raise UserError(f"{archive}: {problem}; it is not the expected archive, get the right one")
         if not by_name[name].regular:
-            raise UserError(f"{archive}: {name} is no regular file in it; get the right archive")
+            raise UserError(f"{archive}: {name} is not a regular file in it; get the right archive")
     return [by_name[name] for name in names]
 
 
 def _blocks(archive: Path, member: _Member, max_size: int) -> Iterator[bytes]:
-    """The content of a member, counted."""
+    """Yield the content of a member, at most `max_size` bytes."""
     left = max_size
     with contextlib.ExitStack() as stack:
-        with _refusing_damage(archive):
+        with _refusing_corrupt(archive):
             file = stack.enter_context(member.open())
         while True:
-            with _refusing_damage(archive):
+            with _refusing_corrupt(archive):
                 block = file.read(_BLOCK)
             if not block:
                 return

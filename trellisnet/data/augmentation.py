@@ -1,4 +1,4 @@
-"""Random variation of training images: an affine map for each, computed on the device where the images are."""
+"""Data augmentation: random affine maps, one per image, applied on the device of the images."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AffineMaps:
-    """Shift, rotate, scale and mirror square images at random; zeros come in from outside.
-
-    With every amount at 0 images stay as they are.
+    """Shift, rotate, scale and mirror square images at random, padding with zeros; by default, leave them alone.
 
     Args:
-        shift: most pixels along either axis, either way.
-        whole_pixels: shift by whole pixels, which leaves every value as it is.
-        rotation: most degrees, either way.
-        scale: each axis is scaled by a factor of its own, from 1 / (1 + scale) to 1 + scale.
+        shift: maximal shift in pixels, along either axis and in either direction.
+        whole_pixels: shift by whole pixels, which keeps all values.
+        rotation: maximal rotation in degrees, in either direction.
+        scale: each axis is scaled by its own factor, from 1 / (1 + scale) to 1 + scale.
         mirror: mirror half of the images left to right.
     """
 
@@ -39,10 +37,10 @@ class AffineMaps:
         return ", ".join(text for text, amount in parts.items() if amount)
 
     def draw(self, count: int, random: np.random.Generator) -> Tensor:
-        """Draw maps from places in the new image to places in the old one, relative to the centres.
+        """Draw maps from positions in the new image to positions in the old one, relative to the centres.
 
         Returns:
-            (count, 2, 3) float32 on the CPU: a matrix, and behind it a shift in pixels.
+            (count, 2, 3) float32 on the CPU: a 2 × 2 matrix, then a shift in pixels.
         """
         angle, *logs, x, y, side = 2 * random.random((6, count)) - 1
         angle = angle * math.radians(self.rotation)
@@ -50,7 +48,7 @@ class AffineMaps:
         if self.mirror:
             across = np.where(side < 0, -across, across)
         shifts = np.stack([x, y])
-        if self.whole_pixels:  # all of them equally often
+        if self.whole_pixels:  # all shifts with equal probability
             shifts = np.floor((shifts + 1) / 2 * (2 * int(self.shift) + 1)) - int(self.shift)
         else:
             shifts = shifts * self.shift
@@ -59,7 +57,7 @@ class AffineMaps:
         return torch.from_numpy(maps.transpose(2, 0, 1).astype(np.float32))
 
     def __call__(self, pixels: Tensor, maps: Tensor) -> Tensor:
-        """Images (n, L, C) uint8, row by row, each by its map of :meth:`draw`, with linear interpolation.
+        """Apply a map from :meth:`draw` to each image (n, L, C) uint8, row by row, with linear interpolation.
 
         Raises:
             ValueError: the images are not square.
@@ -69,7 +67,7 @@ class AffineMaps:
         if side * side != L:
             raise ValueError(f"pixels: expected square images, got {L} pixels")
         images = pixels.view(n, side, side, C).permute(0, 3, 1, 2).float()
-        maps = torch.cat([maps[..., :2], maps[..., 2:] * (2 / side)], dim=2)  # grids reach from -1 to 1
+        maps = torch.cat([maps[..., :2], maps[..., 2:] * (2 / side)], dim=2)  # grid coordinates run from -1 to 1
         grid = F.affine_grid(maps, list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
         return images.round_().to(torch.uint8).permute(0, 2, 3, 1).reshape(n, L, C)

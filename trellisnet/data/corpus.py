@@ -23,7 +23,7 @@ CACHE = PROJECT / "data" / "cache"
 EOS = "<eos>"
 SPLITS = ("train", "valid", "test")
 ORDERS = ("appearance", "frequency")
-ALL_ORDERS = (*ORDERS, "frequency_up", "random")  # of text that fits into lists
+ALL_ORDERS = (*ORDERS, "frequency_up", "random")  # for text that fits into lists
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Corpus:
 
     Args:
         vocabulary: token of every id.
-        train, valid, test: streams of ids, 1-D int64, or int32 where they are mapped from a file.
-        sha256: digest of the content that the streams were made from.
-        label: what to call the corpus in logs and results.
-        spelled: for text that can be spelled in several ways: name of the spelling → split → symbols.
-        notices: what the user should know of how the text was read.
-        changed: how the text is read where version 0.1.0 read it otherwise, in words that follow "it is read"; or "".
-        stored_sha256: digest of the text as it is stored, which differs from `sha256` if line ends were normalised.
+        train, valid, test: streams of ids, 1-D int64, or int32 if mapped from a file.
+        sha256: digest of the text.
+        label: name of the corpus in logs and results.
+        spelled: for text that can be spelled in several ways: spelling → split → number of symbols.
+        notices: lines for the user on how the text was read.
+        changed: what was normalised that version 0.1.0 left alone, in words that follow "it is read"; or "".
+        stored_sha256: digest of the files as stored, which differs from `sha256` if the text was normalised.
     """
 
     vocabulary: list[str]
@@ -54,46 +54,46 @@ class Corpus:
 
     @property
     def vocabulary_sha256(self) -> str:
-        """Digest of the tokens in the order of their ids, joined by line feeds."""
+        """Digest of the tokens in order of their ids, joined by line feeds."""
         return hashlib.sha256("\n".join(self.vocabulary).encode("utf-8")).hexdigest()
 
     def renamed(self, label: str) -> "Corpus":
-        """The same under another label."""
+        """Return the same corpus under another label."""
         return dataclasses.replace(self, label=label)
 
     def check(self, tokens: tuple[int, int, int], types: int) -> None:
-        """Assert that a known corpus came to the known numbers of tokens (train, valid, test) and types."""
-        found = tuple(getattr(self, split).numel() for split in SPLITS)
-        assert found == tokens, f"the encoder is broken: {found} tokens instead of {tokens}"
+        """Assert that a published corpus has the published numbers of tokens (train, valid, test) and types."""
+        numels = tuple(getattr(self, split).numel() for split in SPLITS)
+        assert numels == tokens, f"the encoder is broken: {numels} tokens instead of {tokens}"
         assert len(self.vocabulary) == types, f"the encoder is broken: {len(self.vocabulary)} types instead of {types}"
 
 
 def words(text: str) -> Iterator[str]:
-    """The words of `text`, separated by white space, and `<eos>` at the end of every line, blank ones too."""
+    """Yield the words of `text`, separated by white space, and `<eos>` at the end of every line, even of blank ones."""
     for line in io.StringIO(text):  # lines end at a line feed only, unlike str.splitlines()
         yield from line.split()
         yield EOS
 
 
 def open_words(text: str) -> list[str]:
-    """:func:`words` of a text whose last line goes on: no `<eos>` at its end unless there is a line feed."""
+    """Return the :func:`words` of a text to be continued: no `<eos>` at its end unless there is a line feed."""
     tokens = list(words(text))
     return tokens if text.endswith("\n") else tokens[:-1]
 
 
 def unknown_tokens(tokens: Iterable[str], vocabulary: Iterable[str]) -> list[str]:
-    """Those that are not in the vocabulary, each once."""
-    known = set(vocabulary)
-    return [token for token in dict.fromkeys(tokens) if token not in known]
+    """Return the tokens that are not in the vocabulary, each once."""
+    vocabulary = set(vocabulary)
+    return [token for token in dict.fromkeys(tokens) if token not in vocabulary]
 
 
 def joined_words(tokens: Iterable[str]) -> str:
-    """Words as text: spaces between them, a line feed for `<eos>`."""
+    """Join words to text: spaces between them, a line feed for `<eos>`."""
     return re.sub(" ?\n ?", "\n", " ".join("\n" if token == EOS else token for token in tokens))
 
 
 class Numbering(dict):
-    """Id of every token; a new one gets the next id."""
+    """Mapping from token to id that gives a new token the next id."""
 
     def __missing__(self, token: str | bytes) -> int:
         number = self[token] = len(self)
@@ -101,49 +101,43 @@ class Numbering(dict):
 
 
 def encode(splits: Iterable[Iterable[str]], *, sha256: str, label: str) -> Corpus:
-    """Number the tokens of train, valid and test by first appearance, in this order, from 0."""
+    """Number the tokens of train, valid and test, in this order, from 0 by first appearance."""
     ids = Numbering()
     streams = [torch.from_numpy(np.fromiter(map(ids.__getitem__, tokens), np.int64)) for tokens in splits]
     return Corpus(list(ids), *streams, sha256=sha256, label=label)
 
 
 def only_held_out(corpus: Corpus) -> dict[str, tuple[int, int]]:
-    """How many types of valid and of test, and tokens of these types there, the training text does not have.
+    """Count the types that occur in valid or test but not in train: split → (types, their tokens); without zeros.
 
-    In every order of the vocabulary the training text's types come first.
+    In every order of the vocabulary, the types of the training text come first.
     """
-    known, found = int(corpus.train.max()) + 1, {}
+    train_types, counts = int(corpus.train.max()) + 1, {}
     for split in SPLITS[1:]:
         ids = getattr(corpus, split)
-        new = ids[ids >= known]
+        new = ids[ids >= train_types]
         if new.numel():
-            found[split] = new.unique().numel(), new.numel()
-    return found
+            counts[split] = new.unique().numel(), new.numel()
+    return counts
 
 
 def by_frequency(corpus: Corpus) -> Corpus:
-    """The corpus with its tokens numbered anew: the most frequent ones of the training split first.
+    """Renumber the tokens of a corpus, the most frequent ones of the training split first.
 
-    Ties, and the tokens that only valid and test have, keep the order that they were in.
-
-    Args:
-        corpus: streams 1-D int64.
-
-    Returns:
-        streams 1-D int64.
+    Ties, and tokens that only valid and test have, keep their order. Streams are int64.
     """
     counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
     return _renumbered(corpus, torch.argsort(counts, descending=True, stable=True))
 
 
 def reordered(corpus: Corpus, order: str, seed: int = 0) -> Corpus:
-    """The corpus with its tokens numbered anew.
+    """Renumber the tokens of a corpus.
 
     Args:
-        corpus: numbered by first appearance, streams 1-D int64.
-        order: "appearance": as it is. "frequency": :func:`by_frequency`. "frequency_up": the rarest tokens of the
-            training split first, ties in the order that they were in. "random": the tokens of the training split in an
-            order drawn from `seed`. What only valid and test have comes last.
+        corpus: numbered by first appearance, with int64 streams.
+        order: "appearance": unchanged. "frequency": :func:`by_frequency`. "frequency_up": the rarest tokens of the
+            training split first; ties keep their order. "random": the tokens of the training split in an order drawn
+            from `seed`. Tokens that only valid and test have always come last.
 
     Raises:
         ValueError: unknown order.
@@ -155,25 +149,25 @@ def reordered(corpus: Corpus, order: str, seed: int = 0) -> Corpus:
     if order == "frequency":
         return by_frequency(corpus)
     counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
-    known, new = counts.nonzero().squeeze(1), (counts == 0).nonzero().squeeze(1)
+    in_train, held_out = counts.nonzero().squeeze(1), (counts == 0).nonzero().squeeze(1)
     if order == "random":
-        ranked = torch.randperm(known.numel(), generator=torch.Generator().manual_seed(seed))
+        ranked = torch.randperm(in_train.numel(), generator=torch.Generator().manual_seed(seed))
     else:
-        ranked = torch.argsort(counts[known], stable=True)
-    return _renumbered(corpus, torch.cat([known[ranked], new]))
+        ranked = torch.argsort(counts[in_train], stable=True)
+    return _renumbered(corpus, torch.cat([in_train[ranked], held_out]))
 
 
 def _renumbered(corpus: Corpus, order: Tensor) -> Corpus:
-    """The corpus with token order[i], of its ids so far, as number i."""
+    """Give the token with the old id order[i] the new id i."""
     ranks = torch.argsort(order)
     streams = {split: ranks[getattr(corpus, split)] for split in SPLITS}
     return dataclasses.replace(corpus, vocabulary=[corpus.vocabulary[i] for i in order.tolist()], **streams)
 
 
 def cache_folder() -> Path:
-    """Where encoded text is kept: `data/cache` in the project, or the user's cache if nothing can be written there."""
+    """Return the folder for encoded text: `data/cache` in the project, or the user's cache if that is not writable."""
     folders = [CACHE]
-    with contextlib.suppress(RuntimeError):  # no home
+    with contextlib.suppress(RuntimeError):  # no home directory
         folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trellisnet")
     for folder in folders:
         with contextlib.suppress(OSError):
@@ -184,7 +178,7 @@ def cache_folder() -> Path:
 
 
 def digest(texts: Iterable[str]) -> str:
-    """sha256 of the texts one after the other, as hexadecimal; blind to where one ends and the next begins."""
+    """Return the sha256 of the concatenated texts in hexadecimal, whatever the borders between them."""
     total = hashlib.sha256()
     for text in texts:
         total.update(text.encode("utf-8"))
@@ -192,15 +186,14 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def batchify(ids: Tensor, batch_size: int) -> Tensor:
-    """Cut a stream into rows that lie side by side in a batch.
+    """Divide a stream into N contiguous rows, the rows of a batch, and drop the remainder.
 
     Args:
         ids: 1-D int64 or int32.
         batch_size: N.
 
     Returns:
-        (N, length), dtype of `ids`: contiguous rows of the stream, the tail that does not fill them trimmed. They share
-        the memory of a contiguous stream.
+        (N, length), in the dtype of `ids`. The rows share the memory of a contiguous stream.
 
     Raises:
         ValueError: wrong shape or dtype, or fewer ids than rows.

@@ -1,4 +1,4 @@
-"""Files from the net: several mirrors, resume, a known size and checksum, and never half a file under its name."""
+"""Downloads with mirrors, resume, and size and checksum known beforehand; only a complete file gets its name."""
 
 import argparse
 import contextlib
@@ -29,26 +29,26 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-TIMEOUT = 10.0  # seconds to connect, and between two pieces of an answer
-USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"  # some answer Python's with 403
+TIMEOUT = 10.0  # seconds to connect, and between two pieces of a response
+USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"  # some refuse Python's with 403
 _BLOCK = 1 << 16  # bytes
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows lacks it
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 5
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file and where it can be had.
+    """A file and where to download it.
 
     Args:
-        name: of the file in its folder.
+        name: name of the file, without folder.
         urls: mirrors, http or https, tried in this order.
-        md5: hexadecimal sum of the content.
-        size: of the content in bytes; nothing longer is ever written.
+        md5: checksum of the content in hexadecimal.
+        size: size of the content in bytes; nothing longer is ever written.
 
     Raises:
-        ValueError: a name with a folder in it, no mirror or one that is not http(s), no md5, no size.
+        ValueError: a name with a folder in it, no mirror or one that is not http(s), or an invalid md5 or size.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Source:
 
     def __post_init__(self):
         if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
-            raise ValueError(f"name: expected that of a file without folder, got {self.name!r}")
+            raise ValueError(f"name: expected a file name without folder, got {self.name!r}")
         if isinstance(self.urls, str) or not self.urls:
-            raise ValueError(f"urls: expected one URL or more in a tuple, got {self.urls!r}")
+            raise ValueError(f"urls: expected a tuple of at least one URL, got {self.urls!r}")
         for url in self.urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                 raise ValueError(f"urls: expected http:// or https://, got {url!r}")
@@ -71,36 +71,36 @@ class Source:
 
 
 class _MirrorError(Exception):
-    """This mirror does not give the file; the message says why."""
+    """This mirror does not deliver the file; the message says why."""
 
 
 class _ResumeError(_MirrorError):
-    """Continuing the partial file did not work; from the start it may."""
+    """The partial file cannot be continued, but a download from the start may succeed."""
 
 
 def fetch(source: Source, folder: str | Path) -> Path:
-    """The path of a file in `folder`; it is fetched if it is missing. See :func:`fetch_all`."""
+    """Download a file if it is missing in `folder`, and return its path. See :func:`fetch_all`."""
     fetch_all([source], folder)
     return Path(folder) / source.name
 
 
 def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
-    """Fetch the files that are missing in `folder`, which is made if need be.
+    """Download the files that are missing in `folder`, which is created if missing.
 
-    What has arrived of a file is kept as `<name>.part` when something goes wrong, and the next mirror or the next call
-    continues it; a link or anything else of that name is removed first. Only a whole file with the right checksum gets
-    its name; one with another is kept as `<name>.wrong`, which replaces an older one. Processes that fetch the same
-    file at the same time take turns, and the later ones find it there.
+    If a download fails, what has arrived is kept as `<name>.part`, and the next mirror or call continues it; a link or
+    special file of that name is removed first. Only a complete file with the right checksum gets its name; one with
+    another is kept as `<name>.wrong`, replacing an older one. Processes that download the same file at the same time
+    take turns, and the later ones find it done.
 
     Args:
-        sources: the files. Nothing is asked of the net for those that are there.
-        folder: where they belong.
+        sources: the files. Those that exist cause no network traffic.
+        folder: target folder.
 
     Returns:
         paths of the files that were missing.
 
     Raises:
-        UserError: a file is there with another content (it is not replaced, and nothing is fetched), no mirror gives a
+        UserError: a file exists with another content (then nothing is replaced or downloaded), no mirror delivers a
             file, or the folder cannot be written.
         RunError: the disk is full.
     """
@@ -110,14 +110,14 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             failures = _fetch(source, folder / source.name)
-        except OSError as e:  # those of the net are _MirrorErrors
+        except OSError as e:  # from the disk: errors of the network are _MirrorErrors
             raise unwritable(f"{folder}: {source.name} cannot be written there", e) from e
-        if failures:  # the others would most likely fail as slowly
+        if failures:  # stop: the other files would most likely fail as slowly
             names, single = ", ".join(other.name for other in missing[number:]), source is missing[-1]
             raise UserError(
                 f"{folder}: {names} missing; {source.name} could not be fetched ({_reasons(failures)})",
                 f"Put {'it there under this name' if single else 'them there under these names'}, or try again"
-                f"{_kept(source, folder)}.",
+                f"{_progress(source, folder)}.",
                 "Or do without: train.py --data synthetic needs no files.",
             )
     return [folder / source.name for source in missing]
@@ -127,19 +127,19 @@ def is_there(source: Source, folder: Path) -> bool:
     """Whether the file is in `folder`.
 
     Raises:
-        UserError: one with this name is, but it cannot be read or has another checksum.
+        UserError: a file of this name is there, but cannot be read or has another checksum.
     """
     path = folder / source.name
     try:
         with serialization.open_regular(path) as file:
-            found = _md5(file)
-    except (FileNotFoundError, NotADirectoryError):  # the second is reported when the folder is made
+            md5 = _md5(file)
+    except (FileNotFoundError, NotADirectoryError):  # the latter is reported when the folder is created
         return False
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); move it away or name another folder") from e
-    if found != source.md5:
+    if md5 != source.md5:
         raise UserError(
-            f"{path}: has md5 {found}, the file to fetch {source.md5}; it is not replaced: move it away, or, if it is "
+            f"{path}: has md5 {md5}, the file to fetch {source.md5}; it is not replaced: move it away, or, if it is "
             "your own, put the files that belong with it beside it"
         )
     return True
@@ -153,8 +153,8 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def _kept(source: Source, folder: Path) -> str:
-    """What to tell of the partial file."""
+def _progress(source: Source, folder: Path) -> str:
+    """Describe the partial file for a message; empty if there is none."""
     part = _part(folder / source.name)
     if not part.is_file():
         return ""
@@ -162,7 +162,7 @@ def _kept(source: Source, folder: Path) -> str:
 
 
 def _reasons(failures: dict[str, str]) -> str:
-    """Why no mirror gave a file, every reason once: without a network it is the same for all."""
+    """Say why each mirror failed, naming a shared reason once: without a network it is the same for all."""
     urls: dict[str, list[str]] = {}
     for url, reason in failures.items():
         urls.setdefault(reason, []).append(url)
@@ -173,14 +173,14 @@ def _reasons(failures: dict[str, str]) -> str:
 
 
 def _fetch(source: Source, path: Path) -> dict[str, str]:
-    """Put the file in place.
+    """Download the file to `path`.
 
     Returns:
-        what went wrong if no mirror gave it, by URL; empty when all is well.
+        URL → reason if all mirrors failed; empty on success.
     """
     part, failures = _part(path), {}
     with _exclusive(part) as file:
-        if is_there(source, path.parent):  # another process fetched it meanwhile
+        if is_there(source, path.parent):  # another process has just finished it
             os.unlink(part)
             return {}
         for url in source.urls:
@@ -199,26 +199,26 @@ def _fetch(source: Source, path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _exclusive(part: Path) -> Iterator[BinaryIO]:
-    """Open the partial file for appending, alone: whoever else wants it waits until this one is done."""
+    """Open the partial file for appending, locked: other processes wait until this one is done."""
     ours = False
     while not ours:
-        _remove_unless_ours(part)
+        _remove_unless_plain(part)
         with open(part, "a+b", opener=lambda path, flags: os.open(path, flags | _NO_LINK, 0o666)) as file:
             if fcntl is not None:
-                with contextlib.suppress(OSError):  # a file system without locks: one process at a time, then
+                with contextlib.suppress(OSError):  # a file system without locks, for one process at a time
                     fcntl.flock(file, fcntl.LOCK_EX)
-            # While this one waited, the other may have given the file its final name: then it must not be written to.
+            # Check that the name still refers to this file: while we waited, it may have got its final name.
             with contextlib.suppress(FileNotFoundError):
                 ours = os.path.samestat(os.fstat(file.fileno()), part.stat())
             if ours:
                 yield file
 
 
-def _remove_unless_ours(part: Path) -> None:
-    """Remove what only has the name of a partial file: writing to it would change another file, or never end."""
+def _remove_unless_plain(part: Path) -> None:
+    """Remove links and special files of this name: writing to them could change another file, or never end."""
     with contextlib.suppress(FileNotFoundError):
-        found = part.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        status = part.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             part.unlink()
 
 
@@ -227,14 +227,14 @@ def _size(file: BinaryIO) -> int:
 
 
 def _complete(source: Source, url: str, file: BinaryIO) -> None:
-    """Bring the partial file to its full size and check it. What cannot be part of the right file is thrown away.
+    """Complete the partial file from a mirror and check it, discarding content that cannot belong to it.
 
     Raises:
-        _MirrorError: it is still not complete.
+        _MirrorError: the file is still not complete.
     """
     if _size(file) > source.size:
         file.truncate(0)
-    if _size(file) == source.size:  # an earlier call was killed just before the end
+    if _size(file) == source.size:  # an earlier call was killed just before it renamed the file
         with contextlib.suppress(_MirrorError):
             return _check(source, file, _MirrorError)
     if offset := _size(file):
@@ -244,24 +244,22 @@ def _complete(source: Source, url: str, file: BinaryIO) -> None:
 
 
 def _check(source: Source, file: BinaryIO, error: type[_MirrorError]) -> None:
-    """Compare size and checksum of what has arrived."""
+    """Check size and md5 of what has arrived; `error` is raised for a wrong md5, _MirrorError for a short file."""
     file.flush()
     if (size := _size(file)) < source.size:
         raise _MirrorError(f"ended after {size:,} of {source.size:,} bytes")
     file.seek(0)
-    if (found := _md5(file)) != source.md5:
-        kept = _keep_aside(file, Path(file.name).with_name(f"{source.name}.wrong"))
+    if (md5 := _md5(file)) != source.md5:
+        remark = _keep_aside(file, Path(file.name).with_name(f"{source.name}.wrong"))
         file.truncate(0)
-        raise error(f"md5 {found} instead of {source.md5}{kept}")
+        raise error(f"md5 {md5} instead of {source.md5}{remark}")
 
 
 def _keep_aside(file: BinaryIO, path: Path) -> str:
-    """Copy the wrong content to `path`, for whoever wants to know what it is; what to tell of it."""
+    """Copy the wrong content to `path`, for inspection, and return a remark for the message."""
     file.seek(0)
     try:
-        if path.is_symlink():  # atomic_write would follow it
-            path.unlink()
-        with serialization.atomic_write(path) as copy:
+        with serialization.atomic_write(path, follow_links=False) as copy:
             shutil.copyfileobj(file, copy)
     except OSError:
         return ""
@@ -269,11 +267,11 @@ def _keep_aside(file: BinaryIO, path: Path) -> str:
 
 
 def _receive(source: Source, url: str, file: BinaryIO, offset: int) -> None:
-    """Append what the mirror sends from `offset` (bytes) on, or begin anew if it sends all; check the whole."""
+    """Append what the mirror sends from `offset` (bytes) on, or start over if it sends everything; check the file."""
     with _open(url, offset) as response:
         if response.status == HTTPStatus.PARTIAL_CONTENT and offset:
             if not re.match(rf"bytes {offset}-\d+/({source.size}|\*)$", response.headers.get("Content-Range", "")):
-                raise _ResumeError("sends another part than asked for")
+                raise _ResumeError("sends another part than requested")
         elif response.status == HTTPStatus.OK:
             if response.length not in (None, source.size):
                 raise _MirrorError(f"announces {response.length:,} bytes instead of {source.size:,}")
@@ -297,7 +295,7 @@ def _receive(source: Source, url: str, file: BinaryIO, offset: int) -> None:
 
 
 def _blocks(response: HTTPResponse) -> Iterator[bytes]:
-    """The body, as it comes in."""
+    """Yield the body as it arrives."""
     while True:
         try:
             block = response.read1(_BLOCK)
@@ -309,20 +307,20 @@ def _blocks(response: HTTPResponse) -> Iterator[bytes]:
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """Leaves redirects to :func:`_open`; its parent would also read the whole body of one, however long."""
+    """Leaves redirects to :func:`_open`. The parent class would read the whole body of a redirect, however long."""
 
     def http_error_302(self, *_args):
-        """Not handled here, so it becomes an HTTPError."""
+        """Do not handle the redirect, so that it becomes an HTTPError."""
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _open(url: str, offset: int) -> HTTPResponse:
-    """Ask for the file from `offset` (bytes) on, following redirects on the same host.
+    """Request the file from `offset` (bytes) on, following redirects on the same host.
 
     Raises:
-        _MirrorError: no answer, or another one than success.
-        _ResumeError: it refuses the offset.
+        _MirrorError: no response, or one that is not a success.
+        _ResumeError: the server refuses the offset.
     """
     opener = build_opener(_NoRedirects)
     headers = {"User-Agent": USER_AGENT, "Accept": "*/*"} | ({"Range": f"bytes={offset}-"} if offset else {})
@@ -332,7 +330,7 @@ def _open(url: str, offset: int) -> HTTPResponse:
         except HTTPError as e:
             e.close()
             status, location = e.code, e.headers.get("Location")
-        except (OSError, HTTPException, ValueError) as e:  # the last: a URL that is none
+        except (OSError, HTTPException, ValueError) as e:  # ValueError: an invalid URL
             raise _MirrorError(_reason(e)) from e
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
             raise _ResumeError(_status(status))
@@ -343,7 +341,7 @@ def _open(url: str, offset: int) -> HTTPResponse:
 
 
 def _redirected(url: str, location: str) -> str:
-    """Where a redirect leads; refused when it leaves the host or goes from https to something else."""
+    """Return the target of a redirect; refuse one that leaves the host or goes from https to something else."""
     try:
         target = urljoin(url, location)
         old, new = urlsplit(url), urlsplit(target)
@@ -352,7 +350,7 @@ def _redirected(url: str, location: str) -> str:
         if old.hostname != new.hostname:
             raise _MirrorError(f"redirects to another host ({_printable(new.hostname)}), which is not followed")
     except ValueError as e:
-        raise _MirrorError("redirects to something that is no URL") from e
+        raise _MirrorError("redirects to an invalid URL") from e
     return target
 
 
@@ -369,7 +367,7 @@ def _reason(error: Exception) -> str:
 
 
 def _printable(text: str | None) -> str:
-    """One short line, whatever a server put into it."""
+    """Turn text from a server into one short, printable line."""
     return " ".join("".join(c if c.isprintable() else " " for c in text or "nothing").split())[:120]
 
 
@@ -381,22 +379,22 @@ def main(
     fetch: Callable[[Path], list[Path]],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """`python -m <module> FOLDER`: fetch what is missing there.
+    """Run `python -m <module> FOLDER`, which downloads the files missing in a folder.
 
     Args:
         module: the module that is run.
-        description: for --help.
-        default: folder in the project if none is given.
-        names: the files that belong there.
-        fetch: fetches those that are missing in a folder and returns their paths.
+        description: text for --help.
+        default: default folder, relative to the project.
+        names: names of all files.
+        fetch: downloads the files missing in a folder and returns their paths.
         argv: command-line arguments; None for those of the process.
 
     Returns:
-        the exit code: 0 done; 2 the input is wrong; 1 it failed.
+        the exit code: 0 done; 2 wrong input; 1 failure.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument(
-        "folder", nargs="?", default=PROJECT / default, help=f"where they belong (default: {default} here)"
+        "folder", nargs="?", default=PROJECT / default, help=f"target folder (default: {default} in the project)"
     )
     folder = Path(parser.parse_args(argv).folder)
     try:

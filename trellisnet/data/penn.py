@@ -1,4 +1,4 @@
-"""The Penn Treebank in Mikolov's version: three text files that the word-level and the character-level task share."""
+"""The Penn Treebank as prepared by Mikolov: three text files, shared by the word-level and the character-level task."""
 
 import hashlib
 import warnings
@@ -12,8 +12,7 @@ from trellisnet.data.text import Texts, find
 
 LABEL = "Penn Treebank"
 OWN = "own corpus"
-# sha256 of the three files one after the other (cat train.txt valid.txt test.txt | sha256sum), and where one ends and
-# the next begins.
+# sha256 of the concatenated files (cat train.txt valid.txt test.txt | sha256sum), and their lengths.
 SHA256 = "0b6c7d63ba3b5066369952976bfedb370ca0eee0eaffe6f524af316c6beaca3d"
 CHARACTERS = [5_101_618, 399_782, 449_945]
 MD5 = {
@@ -28,15 +27,15 @@ MIRRORS = (
 NAMES = [f"{split}.txt" for split in SPLITS]
 SOURCES = [
     Source(name, tuple(url.format(split) for url in MIRRORS), MD5[split], size)
-    for name, split, size in zip(NAMES, SPLITS, CHARACTERS, strict=True)  # it is ASCII: characters are bytes
+    for name, split, size in zip(NAMES, SPLITS, CHARACTERS, strict=True)  # ASCII: one byte per character
 ]
 
 
 def fetch(folder: str | Path) -> list[Path]:
-    """Fetch the files of the Penn Treebank that are missing in `folder`.
+    """Download the files of the Penn Treebank that are missing in `folder`.
 
     Returns:
-        paths of those that were missing.
+        paths of the downloaded files.
 
     Raises:
         UserError, RunError: as in :func:`trellisnet.data.download.fetch_all`.
@@ -45,20 +44,20 @@ def fetch(folder: str | Path) -> list[Path]:
 
 
 def load(folder: str | Path, download: bool, tokenize: Callable[[str], Iterable[str]]) -> tuple[Corpus, list[str]]:
-    """Read and encode train, valid and test text; warns if only some of the files are the Penn Treebank's.
+    """Read and encode train, valid and test text; warn if only some of the files are the Penn Treebank's.
 
     Args:
-        folder: holds `train.txt`, `valid.txt`, `test.txt`; or a single text file, which is cut into them; or
+        folder: folder with `train.txt`, `valid.txt` and `test.txt`; a single text file, which is divided into them; or
             "synthetic" for a small generated corpus.
-        download: fetch the files of the Penn Treebank that are missing. Files that are there are never replaced; with
-            one of another text among them nothing is fetched, as the two would not belong together.
-        tokenize: from a text to its tokens.
+        download: download missing files of the Penn Treebank. Existing files are never replaced, and if one of them is
+            another text, nothing is downloaded, because the texts would not belong together.
+        tokenize: function from a text to its tokens.
 
     Returns:
         the corpus, its tokens numbered by first appearance; and the three texts.
 
     Raises:
-        UserError: missing, empty or unreadable files; none that could be fetched.
+        UserError: files are missing, empty or unreadable, or cannot be downloaded.
         RunError: the disk is full.
     """
     if str(folder) == "synthetic":
@@ -71,20 +70,20 @@ def load(folder: str | Path, download: bool, tokenize: Callable[[str], Iterable[
     texts = source.read()
     label = LABEL if (source.sha256, source.sizes) == (SHA256, CHARACTERS) else OWN
     if label == OWN:
-        _tell_of_others(texts, folder, source)
+        _report_own_text(texts, folder, source)
     return source.describe(corpus.encode(map(tokenize, texts), sha256=source.sha256, label=label)), texts
 
 
-def _tell_of_others(texts: list[str], folder: Path, source: Texts) -> None:
-    """Say that texts are not the Penn Treebank's, and warn if some of them are."""
-    sums = [hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest() for text in texts]
-    known = [name for name, split, md5 in zip(NAMES, SPLITS, sums, strict=True) if md5 == MD5[split]]
-    others = [name for name in NAMES if name not in known]
-    if not known:
+def _report_own_text(texts: list[str], folder: Path, source: Texts) -> None:
+    """Add a notice that the text is not the Penn Treebank, or warn if only some of its files are."""
+    digests = [hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest() for text in texts]
+    penn = [name for name, split, md5 in zip(NAMES, SPLITS, digests, strict=True) if md5 == MD5[split]]
+    others = [name for name in NAMES if name not in penn]
+    if not penn:
         source.notices.append(f"{folder}: a text of your own, not the {LABEL}")
     elif others:
         warnings.warn(
-            f"{folder}: {', '.join(known)} of the {LABEL}, but {', '.join(others)} of another text; going on with them "
+            f"{folder}: {', '.join(penn)} of the {LABEL}, but {', '.join(others)} of another text; going on with them "
             "as a corpus of your own",
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Images as sequences of pixels: IDX files, splits, normalisation, a fixed permutation, and drawings of our own.
+"""Images as sequences of pixels: IDX files, splits, normalisation, a fixed permutation, and synthetic drawings.
 
 Letters: n images, L pixels (row by row), C colours.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from trellisnet.errors import UserError
 from trellisnet.serialization import open_regular
 
-VALIDATION = 5000  # images held out, as in the paper; of small sets a tenth
+VALIDATION = 5000  # images held out, as in the paper; of small sets, a tenth
 CLASSES = 10
 SYNTHETIC = "synthetic"
 OWN = "own images"
@@ -29,11 +29,11 @@ OWN = "own images"
 _BLOCK = 1 << 16  # bytes
 _MAX_SIZE = 1 << 30  # bytes of an unpacked IDX file
 _GZIP = b"\x1f\x8b"
-_IDX_BYTES = b"\0\0\x08"  # then the number of dimensions
+_IDX_BYTES = b"\0\0\x08"  # magic number for unsigned bytes; the number of dimensions follows
 
 
 class Split(NamedTuple):
-    """Images and their classes: pixels (n, L, C) uint8, labels (n,) int64."""
+    """Images with their classes: pixels (n, L, C) uint8, labels (n,) int64."""
 
     pixels: Tensor
     labels: Tensor
@@ -41,13 +41,13 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """A set of images.
+    """A data set of images.
 
     Args:
-        train, valid, test: the splits; valid is None when nothing is held out.
-        n_classes: labels are below this.
-        sha256: digest of the content, whatever is held out of it.
-        label: what to call the images in logs and results.
+        train, valid, test: the splits; valid is None if nothing is held out.
+        n_classes: number of classes; labels are below it.
+        sha256: digest of the content, independent of what is held out.
+        label: name of the data set in logs and results.
     """
 
     train: Split
@@ -59,10 +59,10 @@ class Images:
 
 
 def assemble(train: Split, test: Split, *, validation: bool, label: str) -> Images:
-    """Images of 10 classes; with `validation` 5,000 of the training images are held out, but at most a tenth.
+    """Make a data set with 10 classes; `validation` holds out 5,000 training images, but at most a tenth.
 
     Raises:
-        UserError: fewer than ten training images to hold some out of.
+        UserError: fewer than ten training images, too few to hold out a tenth.
     """
     total = hashlib.sha256()
     for tensor in (*train, *test):
@@ -79,7 +79,7 @@ def assemble(train: Split, test: Split, *, validation: bool, label: str) -> Imag
 
 
 def split_validation(train: Split, n: int) -> tuple[Split, Split | None]:
-    """Hold out the last `n` images, sharing their memory; None for n = 0.
+    """Hold out the last `n` images, without copying; the second split is None for n = 0.
 
     Raises:
         ValueError: n is negative, or no image would be left.
@@ -91,12 +91,12 @@ def split_validation(train: Split, n: int) -> tuple[Split, Split | None]:
 
 
 def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
-    """(pixels / 255 - mean) / std, colour by colour.
+    """Return (pixels / 255 - mean) / std, colour by colour.
 
     Args:
         pixels: (n, L, C) uint8.
-        mean, std: of length C, on the scale from 0 to 1. Float32 tensors on the device of `pixels` are used as they
-            are; anything else is copied there, which waits for a CUDA device.
+        mean, std: C numbers on the scale from 0 to 1. Anything but float32 tensors on the device of `pixels` is copied
+            there, which synchronises with a CUDA device.
 
     Returns:
         (n, L, C) float32, on the device of `pixels`.
@@ -106,22 +106,22 @@ def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
 
 
 def permutation(length: int, seed: int) -> Tensor:
-    """A permutation of 0 … length - 1, (length,) int64, fixed by the seed; no other random numbers are drawn."""
+    """Return a permutation of 0 … length - 1, (length,) int64, fixed by the seed; the global RNG is left alone."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes, plain or compressed by gzip (its content tells, not its name).
+    """Read an IDX file of unsigned bytes, plain or compressed by gzip (recognised by content, not by name).
 
     Args:
         path: the file.
-        dimensions: how many it must have: 1 for labels, 3 for grey images.
+        dimensions: expected number of dimensions: 1 for labels, 3 for grey images.
 
     Returns:
-        uint8, of the sizes in its header.
+        uint8, with the sizes in its header.
 
     Raises:
-        UserError: missing or unreadable, not such a file, damaged, empty, or longer or shorter than its header says.
+        UserError: missing or unreadable, not an IDX file, corrupt, empty, or longer or shorter than its header says.
     """
     with _unpacked(path) as file:
         magic = file.read(4)
@@ -156,28 +156,28 @@ def _unpacked(path: Path) -> Iterator[BinaryIO]:
             with gzip.GzipFile(fileobj=file) if packed else contextlib.nullcontext(file) as unpacked:
                 yield unpacked
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path}: damaged gzip file ({e}); get it again") from e
+        raise UserError(f"{path}: corrupt gzip file ({e}); get it again") from e
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); put it there or name another folder") from e
 
 
 def idx_header(array: np.ndarray) -> bytes:
-    """What an IDX file of these unsigned bytes begins with."""
+    """Return the header of an IDX file of these unsigned bytes."""
     return _IDX_BYTES + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
 
 
 def idx_md5(array: np.ndarray) -> str:
-    """md5 of the unpacked IDX file that the array was read from: its content leaves only one."""
+    """Return the md5 of the unpacked IDX file of this array; the array determines all its bytes."""
     total = hashlib.md5(idx_header(array), usedforsecurity=False)
     total.update(array)
     return total.hexdigest()
 
 
 def as_split(pixels: np.ndarray, labels: np.ndarray, labels_at: Path) -> Split:
-    """Tensors of the pixels (n, L, C) and their labels (n,), both uint8, after a look at the labels.
+    """Make a split from pixels (n, L, C) and labels (n,), both uint8, after checking the labels.
 
     Raises:
-        UserError: a label above 9 in the file `labels_at`.
+        UserError: the file `labels_at` holds a label above 9.
     """
     if labels.max() >= CLASSES:
         raise UserError(f"{labels_at}: holds the label {labels.max()}, expected 0 to {CLASSES - 1}; get it again")
@@ -185,7 +185,7 @@ def as_split(pixels: np.ndarray, labels: np.ndarray, labels_at: Path) -> Split:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse with a UserError what is no folder."""
+    """Raise UserError unless `folder` is a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder of the images with --data, or try --data synthetic")
 
@@ -197,7 +197,7 @@ SEED = 2019
 
 _D = 0.7071
 _RING = [(1, 0), (_D, _D), (0, 1), (-_D, _D), (-1, 0), (-_D, -_D), (0, -1), (_D, -_D), (1, 0)]
-# Lines through points (x to the right, y down, both from -1 to 1), by class.
+# Polylines of each class: points (x, y), x to the right and y down, both from -1 to 1.
 _SHAPES = [
     [_RING],
     [[(0, -1), (0, 1)]],
@@ -213,18 +213,18 @@ _SHAPES = [
 
 
 def synthetic_strokes(*, colour: bool, seed: int = SEED) -> tuple[Split, Split]:
-    """Small drawings of strokes, crosses, arcs and boxes: 28 × 28 in grey, or 32 × 32 in colour.
+    """Draw small images of strokes, crosses, arcs and boxes: 28 × 28 in grey, or 32 × 32 in colour.
 
-    Size, position, slant, thickness and brightness vary, and there is noise. Nothing in them is taken from anywhere,
-    and results on them are results on nothing.
+    Size, position, slant, thickness and brightness vary, and there is noise. The images are made up, and scores on them
+    are comparable to nothing.
 
     Returns:
-        train and test split; the same ones for the same seed on every machine.
+        train and test split, determined by the seed on every machine.
     """
     side, colours = (32, 3) if colour else (28, 1)
     n = TRAIN_IMAGES + TEST_IMAGES
-    # The raw numbers of a generator are the only ones that numpy promises to keep. What follows is arithmetic and
-    # square roots, which every machine rounds alike.
+    # Raw generator output is all that numpy promises to keep stable. The rest is arithmetic and square roots, which
+    # every machine rounds alike.
     draw = np.random.PCG64(seed).random_raw
     labels = (draw(n) % np.uint64(CLASSES)).astype(np.int64)
     x, y, size, slant, thickness, *tones = (draw(n * (5 + 2 * colours)) >> np.uint64(11)).reshape(-1, n) / 2.0**53
@@ -233,18 +233,18 @@ def synthetic_strokes(*, colour: bool, seed: int = SEED) -> tuple[Split, Split]:
     noise = draw(n * side * side * colours // 8).astype("<u8").view(np.uint8).reshape(n, side * side, colours)
     pixels = np.empty_like(noise)
     for label, lines in enumerate(_SHAPES):
-        chosen = labels == label
-        x_, y_, size_, slant_, thickness_ = (v[chosen, None] for v in (x, y, size, slant, thickness))
+        members = labels == label
+        x_, y_, size_, slant_, thickness_ = (v[members, None] for v in (x, y, size, slant, thickness))
         radius = side * (0.2 + 0.12 * size_)
-        away = _distance(side, lines, side * (0.4 + 0.2 * x_), side * (0.4 + 0.2 * y_), radius, 0.4 * slant_ - 0.2)
-        covered = np.clip(1.5 + thickness_ - away, 0, 1)[..., None]
-        tone = paper[chosen] + (ink[chosen] - paper[chosen]) * covered
-        pixels[chosen] = (224 * tone).astype(np.uint8) + (noise[chosen] >> 3)
+        distance = _distance(side, lines, side * (0.4 + 0.2 * x_), side * (0.4 + 0.2 * y_), radius, 0.4 * slant_ - 0.2)
+        coverage = np.clip(1.5 + thickness_ - distance, 0, 1)[..., None]
+        tone = paper[members] + (ink[members] - paper[members]) * coverage
+        pixels[members] = (224 * tone).astype(np.uint8) + (noise[members] >> 3)
     return split_validation(Split(torch.from_numpy(pixels), torch.from_numpy(labels)), TEST_IMAGES)
 
 
 def _distance(side, lines, x, y, radius, slant):
-    """Distance of every pixel (row by row) to the nearest line, in pixels. Parameters (n, 1); returns (n, side²)."""
+    """Return the distance in pixels of every pixel (row by row) to the nearest line, (n, side²); parameters (n, 1)."""
     rows, columns = (axis.reshape(1, -1) for axis in np.indices((side, side)) + 0.5)
     nearest = np.inf
     for line in lines:

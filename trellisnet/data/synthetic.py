@@ -1,9 +1,9 @@
-"""A small corpus from a stochastic grammar of our own, so that everything can be tried with no data at all.
+"""A small corpus from a stochastic grammar, to try everything without any data.
 
-What a model can learn from it, in order of distance: articles and adjectives go with the noun's class; the verb
-agrees in number with its subject across a relative clause or a prepositional phrase; a question ends with the word
-that its opening asked for; and every paragraph keeps to one topic, named by its first word. Nothing in it is taken
-from anywhere, and results on it are results on nothing.
+A model can learn from it, in order of distance: articles and adjectives go with the noun's class; the verb agrees in
+number with its subject across a relative clause or a prepositional phrase; a question ends with the word that its
+opening asks for; and every paragraph keeps to one topic, named by its first word. The text is made up, and scores on it
+are comparable to nothing.
 """
 
 import random
@@ -24,13 +24,13 @@ _ASKED = {"who": "someone", "where": "somewhere", "when": "someday"}
 
 
 class _Grammar:
-    """Draws sentences. Only `Random.random` is used, whose sequence Python promises to keep for a given seed."""
+    """Draws sentences with `Random.random` alone, whose sequence for a given seed Python promises to keep."""
 
     def __init__(self, seed: int):
         self._random = random.Random(seed).random
 
     def _pick(self, choices):
-        # The square makes the first choices frequent and the last ones rare, as words are.
+        # The square makes the first choices frequent and the last ones rare, as in natural text.
         return choices[int(len(choices) * self._random() ** 2)]
 
     def _noun_phrase(self, nouns: list[str], plural: bool, depth: int) -> list[str]:
@@ -48,7 +48,7 @@ class _Grammar:
         subject = self._noun_phrase(nouns, plural, depth)
         if depth and self._random() < 0.35:
             subject += ["that", *self._clause(nouns, verbs, depth - 1), ","]
-        return [*subject, self._pick(verbs) + ("" if plural else "s")]  # agrees across what stands between
+        return [*subject, self._pick(verbs) + ("" if plural else "s")]  # agrees across the clause in between
 
     def line(self, topic: str) -> str:
         nouns, verbs = (words.split() for words in _TOPICS[topic])
@@ -70,6 +70,6 @@ class _Grammar:
 
 
 def texts(seed: int = SEED) -> list[str]:
-    """Train, valid and test text; the same ones for the same seed on every machine."""
+    """Return train, valid and test text, determined by the seed on every machine."""
     grammar = _Grammar(seed)
     return [grammar.text(lines) for lines in (TRAIN_LINES, VALID_LINES, TEST_LINES)]

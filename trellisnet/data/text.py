@@ -1,6 +1,6 @@
-"""Text files, read the same way for every task: UTF-8 without a byte order mark, every line ended by a line feed.
+"""Text files, read the same way for every task: as UTF-8, without byte order mark, with LF at the end of lines.
 
-A text is three files, or one file that is cut into three by its lines.
+A text is three files, or a single file whose lines are divided into three parts.
 """
 
 import codecs
@@ -18,25 +18,25 @@ from trellisnet.data.corpus import EOS, SPLITS, Corpus
 from trellisnet.errors import UserError
 from trellisnet.serialization import open_regular
 
-_BLOCK = 1 << 16  # bytes; what is made of a block should fit into the cache of the processor
+_BLOCK = 1 << 16  # bytes; small enough that what is computed from a block stays in the processor's cache
 _MARK = "\ufeff"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_HELD_OUT = 20  # of a single file: one line of so many validates, and as many test
+_HELD_OUT = 20  # a single file is divided 18 : 1 : 1 into train, valid and test
 _LINE_ENDS = {"\r\n": "CR LF", "\r": "CR"}
 
 _CONVERT = "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
 
 
 def normalised(text: str) -> str:
-    """`text` without a byte order mark at its start, with a line feed for CR LF and for CR."""
+    """Return `text` without a byte order mark at its start, and with LF for CR LF and CR."""
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text.removeprefix(_MARK), final=True)
 
 
 def find(data: Path, layouts: Sequence[Sequence[str]]) -> list[Path]:
-    """The files of a text: three in the folder `data`, under one of some sets of names, or `data` itself, a single one.
+    """Find the files of a text: three in the folder `data`, named as in one of `layouts`, or the single file `data`.
 
     Raises:
-        UserError: there is nothing, or no set of names is complete.
+        UserError: `data` does not exist, or the folder has no complete set.
     """
     if not data.exists():
         raise UserError(
@@ -49,38 +49,38 @@ def find(data: Path, layouts: Sequence[Sequence[str]]) -> list[Path]:
         if all((data / name).exists() for name in names):
             return [data / name for name in names]
     expected = " or ".join(", ".join(names) for names in layouts)
-    there = [name for names in layouts for name in names if (data / name).exists()]
-    found = f"found only {', '.join(there)}" if there else "found none of them"
+    present = [name for names in layouts for name in names if (data / name).exists()]
+    state = f"found only {', '.join(present)}" if present else "found none of them"
     raise UserError(
-        f"{data}: expected {expected} there, {found}; put them there, name their folder or a single text file with "
+        f"{data}: expected {expected} there, {state}; put them there, name their folder or a single text file with "
         "--data, or try --data synthetic"
     )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some lines of a text file, by default all.
+    """A range of lines of a text file, by default all.
 
     Args:
         path: the file.
-        first, stop: the first line, counted from 0, and the one after the last; None: to the end.
+        first, stop: first line, counted from 0, and the one after the last; None for the end of the file.
     """
 
     path: Path
     first: int = 0
     stop: int | None = None
 
-    def pieces(self, met: set[str] | None = None) -> Iterator[str]:
-        """The normalised text, a piece at a time.
+    def pieces(self, changes: set[str] | None = None) -> Iterator[str]:
+        """Yield the normalised text piece by piece.
 
         Args:
-            met: gets what was normalised, in words, once the file has been read to its end.
+            changes: receives what was normalised, in words, once the file has been read to its end.
 
         Raises:
-            UserError: missing, unreadable, no regular file, not UTF-8, or with nothing but white space in these lines.
+            UserError: missing, unreadable, not a regular file, not UTF-8, or only white space in these lines.
         """
         blank = True
-        for piece in self._cut(_decoded(self.path, set() if met is None else met)):
+        for piece in self._cut(_decoded(self.path, set() if changes is None else changes)):
             blank = blank and piece.isspace()
             yield piece
         if blank:
@@ -91,7 +91,7 @@ class Part:
         if self.stop is None:
             yield from pieces
             return
-        number = 0  # of the line that the piece begins in
+        number = 0  # of the line in which the piece begins
         for piece in pieces:
             part = piece[_after(piece, self.first - number) : _after(piece, self.stop - number)]
             if part:
@@ -102,14 +102,14 @@ class Part:
 
 
 def _after(piece: str, lines: int) -> int:
-    """Where `piece` goes on after some lines; its length if it has no more."""
+    """Return the index in `piece` after this many lines; its length if it has no more."""
     if lines <= 0:
         return 0
     *ended, rest = piece.split("\n", lines)
     return len(piece) - len(rest) if len(ended) == lines else len(piece)
 
 
-def _decoded(path: Path, met: set[str]) -> Iterator[str]:
+def _decoded(path: Path, changes: set[str]) -> Iterator[str]:
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, start = 0, b""
@@ -125,11 +125,11 @@ def _decoded(path: Path, met: set[str]) -> Iterator[str]:
                 raise UserError(f"{path}: not UTF-8 text (byte {offset - pending + e.start}); {convert}") from e
             if b"\0" in block:
                 raise UserError(
-                    f"{path}: holds zero bytes, so it is no UTF-8 text; name the folder of the text with --data, or, "
+                    f"{path}: holds zero bytes, so it is not UTF-8 text; name the folder of the text with --data, or, "
                     f"if it is UTF-16, {_CONVERT}"
                 )
             if offset == pending and piece.startswith(_MARK):
-                met.add("byte order mark")
+                changes.add("byte order mark")
                 piece = piece[len(_MARK) :]
             if piece:
                 yield piece
@@ -137,7 +137,7 @@ def _decoded(path: Path, met: set[str]) -> Iterator[str]:
                 break
             offset += len(block)
     ends = decoder.newlines or ()
-    met.update(_LINE_ENDS[end] for end in ([ends] if isinstance(ends, str) else ends) if end in _LINE_ENDS)
+    changes.update(_LINE_ENDS[end] for end in ([ends] if isinstance(ends, str) else ends) if end in _LINE_ENDS)
 
 
 @contextlib.contextmanager
@@ -149,52 +149,51 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class Texts:
-    """Train, valid and test text. The files are read once here, to check them, and again for what is in them.
+    """Train, valid and test text. The constructor reads the files once to check them; :meth:`read` reads them again.
 
-    A single file is cut by lines: the last twentieth is the test text, the one before it validates.
+    The lines of a single file are divided: the last twentieth is the test text, the twentieth before it the valid text.
 
     Args:
         paths: the three files, or the single one.
 
     Attributes:
         parts: the three texts.
-        sizes: of the files in bytes of normalised UTF-8; with `sha256` they tell one text, cut in one way, from others.
-        lines: of the three texts; a last one without a line feed counts.
+        sizes: bytes of normalised UTF-8 per file. Together with `sha256` they identify a text and its division.
+        lines: number of lines per text; a last one without a line feed counts.
         sha256: digest of the normalised text.
-        eos: how often `<eos>` is in the text.
-        changed: how the text is read where that is not as it is stored, in words that follow "it is read"; or "".
-        notices: what the user should know of how the text was read.
+        eos: number of times that `<eos>` occurs in the text.
+        changed: what was normalised, in words that follow "it is read"; or "".
+        notices: lines for the user on how the text was read.
 
     Raises:
-        UserError: a file that :meth:`Part.pieces` refuses, or a single one of fewer than three lines.
+        UserError: a file is refused by :meth:`Part.pieces`, or a single one has fewer than three lines.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self._paths = list(paths)
         self.sizes, self.eos, total = [], 0, hashlib.sha256()
-        lines, changes = [], {}
+        lines, normalised_files = [], []
         for path in self._paths:
-            met: set[str] = set()
+            changes: set[str] = set()
             size, ends, last = 0, 0, "\n"
-            for piece in Part(path).pieces(met):
+            for piece in Part(path).pieces(changes):
                 content = piece.encode("utf-8")
                 total.update(content)
                 size += len(content)
                 ends += piece.count("\n")
                 self.eos += (last + piece).count(EOS)
-                last = (last + piece)[1 - len(EOS) :]  # too short for a whole one
+                last = (last + piece)[1 - len(EOS) :]  # too short for a whole <eos>, which would count twice
             self.sizes.append(size)
             lines.append(ends + (not last.endswith("\n")))
-            if met:
-                changes[path.name] = sorted(met)
+            if changes:
+                normalised_files.append(f"{path.name}: {', '.join(sorted(changes))}")
         self.sha256 = total.hexdigest()
         self.notices: list[str] = []
         self.parts, self.lines = self._split(lines)
         self.changed = ""
-        if changes:
+        if normalised_files:
             self.changed = "without byte order marks, and with LF for CR LF and CR"
-            found = "; ".join(f"{name}: {', '.join(met)}" for name, met in changes.items())
-            self.notices.append(f"the text is read {self.changed} ({found})")
+            self.notices.append(f"the text is read {self.changed} ({'; '.join(normalised_files)})")
 
     def _split(self, lines: list[int]) -> tuple[list[Part], list[int]]:
         if len(self._paths) > 1:
@@ -216,7 +215,7 @@ class Texts:
 
     @property
     def stored_sha256(self) -> str:
-        """Digest of the files as they are stored, which is what version 0.1.0 read."""
+        """Digest of the files as stored, without normalisation; that is how version 0.1.0 read them."""
         if not self.changed:
             return self.sha256
         total = hashlib.sha256()
@@ -227,11 +226,11 @@ class Texts:
         return total.hexdigest()
 
     def read(self) -> list[str]:
-        """The three texts."""
+        """Return the three texts."""
         return ["".join(part.pieces()) for part in self.parts]
 
     def describe(self, corpus: Corpus) -> Corpus:
-        """The corpus that was made of this text, with what is known of the text; warns of `<eos>` in it."""
+        """Add to the corpus of this text what its files tell, and warn if they contain `<eos>`."""
         if self.eos:
             warnings.warn(
                 f"the text holds {EOS} {self.eos:,} times, and every line gets one more at its end: lines that already "
