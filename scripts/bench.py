@@ -1,22 +1,28 @@
-"""Time the backends side by side, at the shapes that the five tasks train with.
+"""Time the backends side by side, at the shapes of the five tasks.
 
-Every variant is first compared with the conv1d reference (one conv1d a layer on h, the x part once a dilation, nothing
-pruned) on the very tensors that are timed; a wrong result is not timed. Then all variants take turns, so that a machine
-that is slower for a while is slower for all. Text and images are random, of the real shapes; dropout is as in training.
-
-    python scripts/bench.py                        what word_ptb and pmnist train with: some twenty minutes on two cores
+    python scripts/bench.py                        word_ptb and pmnist: some twenty minutes on two cores
     python scripts/bench.py --quick                small networks, a few minutes
     python scripts/bench.py --tasks word_ptb char_ptb wt103 pmnist cifar10 --json bench.json
 
-`forward` is the core in evaluation mode, `core` its forward and backward pass, `step` a whole training step: loss with
-auxiliary losses, backward, clipping, update. Of language models, `evaluation` is what scoring a token costs, the
-reference in the authors' overlapping windows, the others as `--eval` does it; `generation` is the next token's
-distribution, the reference from the shortest window that has all of the history, the others by one step of a stream;
-`head` is the loss of the outputs and auxiliary outputs with its gradients, the reference from the whole table of
-log-probabilities. Memory is the peak of a process of its own that takes two training steps, or two such losses.
-`--recompute K …` adds variants that keep what every K-th layer reads. On CUDA the reference is timed in TF32 and
-bfloat16 too, and `graph` is the training of the variant before it as a CUDA graph. The peak that shares are of is the
-fastest product of its precision there: of a layer's shape or, on CUDA, of 8192 × 8192 matrices.
+Text and images are random but have the real shapes; dropout is that of training. Before anything is timed, every
+variant must reproduce the conv1d reference (one conv1d per layer on h, the x part once per dilation, nothing pruned)
+on the very tensors that are timed. Variants then take turns, so that a slow spell of the machine slows all of them.
+
+Parts:
+
+    forward     the core in evaluation mode
+    core        its forward and backward pass
+    step        a training step: loss with auxiliary losses, backward pass, clipping, update
+    evaluation  scoring a token: the reference in the authors' overlapping windows, the others as --eval does
+    generation  the distribution of the next token: the reference from the shortest window that holds the whole history,
+                the others by one step of a stream
+    head        the loss of outputs and auxiliary outputs with its gradients, by the reference from the full table of
+                log-probabilities
+
+Only language models have the last three. Memory is the peak of a separate process that takes two training steps or
+computes two such losses. `--recompute K …` adds variants that store the input of every K-th layer only. On CUDA the
+reference is also timed in TF32 and bfloat16, and `graph` replays the training of the variant before it as a CUDA graph.
+Shares are of the fastest product in the same precision, at a layer's shape or, on CUDA, of 8192 × 8192 matrices.
 """
 
 import argparse
@@ -60,23 +66,23 @@ from trellisnet.training.runlog import check_json_path, peak_memory, write_json
 
 
 def weighed(task: str, args: argparse.Namespace) -> dict[str, str]:
-    """The parts whose memory is measured, and what that is called."""
+    """Parts whose memory is measured → name of the measurement."""
     measured = {"step": "memory"} | ({"head": "head memory"} if "head" in parts_of(task, args.parts) else {})
     return measured if args.memory else {}
 
 
 class Display:
-    """What is being measured: a bar on a terminal, else a line for each part of a task.
+    """Progress: a bar on a terminal, elsewhere a line for each part.
 
     Args:
-        total: number of parts, that of all comparisons with the reference included.
+        total: number of parts, comparisons with the reference included.
     """
 
     def __init__(self, total: int):
         self.bar = tqdm(total=total, disable=None, dynamic_ncols=True, leave=False, unit="part")
 
     def begin(self, part: str) -> None:
-        """Name the part that begins, which is the end of the one before."""
+        """Name the part that begins; the one before it is done."""
         if self.bar.disable:
             print(part, file=sys.stderr, flush=True)
         else:
@@ -85,10 +91,10 @@ class Display:
 
 
 def memory(task: str, part: str, variant: Variant, args: argparse.Namespace) -> int:
-    """Peak of two training steps, or of another part run twice, in a process of their own, bytes.
+    """Peak memory in bytes of a process that runs a part twice.
 
     Raises:
-        RunError: that process failed.
+        RunError: the process failed.
     """
     command = [sys.executable, __file__, "--child", json.dumps([part, *variant])]
     command += ["--tasks", task, "--device", args.device]
@@ -101,7 +107,7 @@ def memory(task: str, part: str, variant: Variant, args: argparse.Namespace) -> 
 
 
 def measure(task: str, args: argparse.Namespace, display: Display) -> Iterator[dict[str, Any]]:
-    """One record for every part and variant."""
+    """Measure a task: a record for each part and variant."""
     display.begin(f"{task}: comparison with the reference")
     device = torch.device(args.device)
     work = Work(task, args.quick, device, args.flags)
@@ -169,10 +175,10 @@ def run(argv: Sequence[str]) -> None:
     names = [*LANGUAGE, *IMAGES]
     parser.add_argument("--tasks", nargs="+", choices=names, help="default: word_ptb and pmnist; with --quick all")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: only memory")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of which the median counts (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="small networks; ends in a few minutes")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, whose median counts (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="small networks, a few minutes")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure memory")
-    parser.add_argument("--recompute", nargs="+", type=int, default=[], help="also keep only every so many layers")
+    parser.add_argument("--recompute", nargs="+", type=int, default=[], help="also with --recompute_every K")
     parser.add_argument("--device", default="auto", help="any torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="further flags of train.py; must be last")

@@ -1,10 +1,10 @@
-"""Time three ways of computing a layer of small LSTMs side by side, at the shapes of `scripts/sparse_table.sh`.
-
-`parts` is what :class:`trellisnet.baselines.sparse.SparseLSTM` does: one LSTM of torch after the other. `batched` is
-one batched product for all parts a time step. `dense` is one LSTM whose matrices have zeros between the parts. All
-three must agree before they are timed; a time is the best of several forward and backward passes.
+"""Time three ways of computing a sparse LSTM layer, at the shapes of scripts/sparse_table.sh.
 
     python scripts/bench_sparse.py [--device cuda]
+
+`parts` runs one LSTM of torch after the other, as :class:`trellisnet.baselines.sparse.SparseLSTM` does; `batched`
+computes all parts by one batched product per time step; `dense` is one LSTM whose matrices are zero between the parts.
+The three must agree before they are timed. Times are the best of several forward and backward passes.
 """
 
 import functools
@@ -25,19 +25,19 @@ from trellisnet.errors import counted
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser, RunConfig
 
-# What is timed: inputs, hidden channels, reduce_in, reduce_out; rows and steps of a window.
+# Input channels, hidden channels, reduce_in, reduce_out of the layers; rows and steps of a window.
 LAYERS = [(400, 1725, 1, 0.66666), (1725, 1725, 0.66666, 0.66666), (1725, 400, 0.66666, 1), (1150, 1150, 0.5, 0.5)]
 ROWS, STEPS = 20, 70
 TIMES = 5
 
 
 def widest(layer: SparseLSTM) -> tuple[int, int]:
-    """The largest input and hidden width of a part; narrower ones are padded with zeros."""
+    """Largest input and hidden width of a part; narrower parts are padded with zeros."""
     return max(b - a for a, b in layer.inputs), max(d - c for c, d in layer.outputs)
 
 
 def batched(layer: SparseLSTM, x: Tensor) -> Tensor:
-    """All parts by one batched product a time step."""
+    """Compute all parts by one batched product per time step."""
     (i, o), (N, L, _), outputs = widest(layer), x.shape, []
     inputs, weight_x, weight_h, bias = [], [], [], []
     for part, (a, b), (c, d) in zip(layer.parts, layer.inputs, layer.outputs, strict=True):
@@ -62,7 +62,7 @@ def batched(layer: SparseLSTM, x: Tensor) -> Tensor:
 
 
 def dense(layer: SparseLSTM, x: Tensor) -> Tensor:
-    """One LSTM with zeros between the parts."""
+    """Compute one LSTM whose matrices are zero between the parts."""
     H, rows_x, rows_h = layer.hidden_size, [], []
     for part, (a, b), (c, d) in zip(layer.parts, layer.inputs, layer.outputs, strict=True):
         rows_x.append(F.pad(part.weight_ih_l0.view(4, d - c, b - a), (a, layer.input_size - b)))
@@ -78,7 +78,7 @@ WAYS = {"parts": lambda layer, x: layer(x)[0], "batched": batched, "dense": dens
 
 
 def seconds(way: str, layer: SparseLSTM, x: Tensor) -> float:
-    """The best time of a forward and backward pass."""
+    """Shortest time of a forward and backward pass, in seconds."""
     best = float("inf")
     for _ in range(TIMES):
         started = time.perf_counter()

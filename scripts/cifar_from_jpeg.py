@@ -1,10 +1,10 @@
-"""Turn an .npz of JPEG pictures into batches as those of CIFAR-10's binary version, marked as what they are.
-
-The .npz holds, for train and test, NAME_jpeg (uint8: all files one after the other), NAME_offsets (n + 1 integers:
-where each begins, and the end of the last) and NAME_labels (n integers from 0 to 9). Needs Pillow.
+"""Convert JPEG pictures in an .npz file to batches in CIFAR-10's binary format, labelled as JPEG.
 
     python scripts/cifar_from_jpeg.py pictures.npz data/cifar10-jpeg
     python cifar10/train.py --data data/cifar10-jpeg
+
+For each of train and test, the .npz file holds NAME_jpeg (uint8: the files, one after the other), NAME_offsets (n + 1
+integers: the start of each file, and the end of the last) and NAME_labels (n integers from 0 to 9). Needs Pillow.
 """
 
 import functools
@@ -26,7 +26,7 @@ import numpy as np
 
 try:
     from PIL import Image
-except ImportError:  # told when it is needed
+except ImportError:  # reported when it is needed
     Image = None
 
 from cifar10.data import COLOURS, NAMES, RECORD, SIDE, SOURCE_NAME, TRAIN_NAMES
@@ -40,7 +40,7 @@ from trellisnet.training.runlog import pip_install
 LABEL = "CIFAR-10 (JPEG)"
 KEYS = [f"{split}_{key}" for split in ("train", "test") for key in ("jpeg", "offsets", "labels")]
 
-# What numpy raises on a damaged file; MemoryError for one that claims too much.
+# What numpy raises for a corrupt file; MemoryError for one that claims too large a size.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, MemoryError)
 
 
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file.
 
     Raises:
-        UserError: missing or damaged, or without one of the keys.
+        UserError: the file is missing or corrupt, or lacks one of the keys.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the .npz with the pictures")
@@ -59,19 +59,19 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{path}: is a single array; expected an .npz with {', '.join(KEYS)}")
             if missing := [key for key in KEYS if key not in content]:
                 raise UserError(f"{path}: does not hold {', '.join(missing)}; name another file")
-            return {key: np.asarray(content[key]) for key in KEYS}  # a member that is no array comes as bytes
+            return {key: np.asarray(content[key]) for key in KEYS}  # members that are not arrays are read as bytes
     except UserError:
         raise
     except _DAMAGE as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: not an .npz file of plain arrays, or a damaged one ({reason}); get it again") from e
+        raise UserError(f"{path}: corrupt, or not an .npz file of plain arrays ({reason}); get it again") from e
 
 
 def records(path: Path, arrays: dict[str, np.ndarray], split: str) -> np.ndarray:
-    """(n, 3073) uint8: label and planes of every picture of a split.
+    """Label and colour planes of every picture of a split, uint8 (n, 3073).
 
     Raises:
-        UserError: arrays that do not fit together, or a picture that cannot be decoded or has another size.
+        UserError: the arrays do not fit together; a picture cannot be decoded or has another size.
     """
     jpeg, offsets, labels = (arrays[f"{split}_{key}"] for key in ("jpeg", "offsets", "labels"))
     integers = offsets.dtype.kind in "iu" and labels.dtype.kind in "iu"
@@ -97,14 +97,14 @@ def records(path: Path, arrays: dict[str, np.ndarray], split: str) -> np.ndarray
 
 
 def decode(jpeg: bytes) -> np.ndarray:
-    """The planes of a picture one after the other, (3072,) uint8.
+    """Colour planes of a picture, one after the other, uint8 (3072,).
 
     Raises:
-        UserError: not a JPEG file, a damaged one, or one of another size.
+        UserError: not a JPEG file, a corrupt one, or a picture of another size.
     """
     try:
         with (
-            warnings.catch_warnings(action="ignore"),  # of pictures that are too large anyway
+            warnings.catch_warnings(action="ignore"),  # about pictures that are refused for their size
             Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as picture,
         ):
             if picture.size != (SIDE, SIDE):
@@ -118,11 +118,11 @@ def decode(jpeg: bytes) -> np.ndarray:
 
 
 def convert(source: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Write the batches and SOURCE.txt; returns the batches by name.
+    """Write the batches and SOURCE.txt; return the batches by name.
 
     Raises:
-        UserError: no Pillow, a file that :func:`read` or :func:`records` refuses, a folder with other batches, or one
-            that cannot be written.
+        UserError: Pillow is missing; :func:`read` or :func:`records` refuses the file; the folder holds other batches
+            or cannot be written.
         RunError: the disk is full.
     """
     if Image is None:
@@ -138,7 +138,7 @@ def convert(source: Path, folder: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{source}: {len(train)} training pictures are too few for {len(TRAIN_NAMES)} batches")
     batches = dict(zip(NAMES, [*np.array_split(train, len(TRAIN_NAMES)), test], strict=True))
     try:
-        with serialization.atomic_folder(folder) as new:  # so that batches never stand beside another source's
+        with serialization.atomic_folder(folder) as new:  # so that batches of two sources are never mixed
             for name, content in {SOURCE_NAME: f"{LABEL}\n".encode(), **batches}.items():
                 with (new / name).open("wb") as file:
                     file.write(content)
@@ -151,7 +151,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, convert, list."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help=".npz file with the pictures")
-    parser.add_argument("folder", type=Path, help="where the batches go, made if need be")
+    parser.add_argument("folder", type=Path, help="folder for the batches, created if missing")
     args = parser.parse_args(argv)
     for name, batch in convert(args.source, args.folder).items():
         print(f"{args.folder / name}: {len(batch):,} pictures")

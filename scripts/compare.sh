@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# All networks on word-level Penn Treebank with the same number of parameters (presets `small`, 3.21M to 1 %) for about the
-# same time. A short measurement says in which precision each is faster on this machine, and for how many epochs it then has
-# time; the rate is divided by 10 after two thirds and after eight ninths of them, rounded down (of three epochs or fewer
-# once at most). Start it again and it goes on where it stopped, with what it had chosen.
-# It prints the table of what is finished. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
+# Train all networks on word-level Penn Treebank with the same number of parameters (presets `small`, 3.21M within 1 %) for
+# about the same time, and print the finished runs as a table. A short measurement finds the faster precision for each
+# network on this machine, and the number of epochs that fit; the learning rate is divided by 10 after two thirds and after
+# eight ninths of them, rounded down (at most once in three epochs or fewer). Started again, the script goes on where it
+# stopped, with the same choices. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
 #
-#   MINUTES=60      of training for each network
+#   MINUTES=60      minutes of training for each network
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 check MINUTES '[1-9][0-9]*' "a number of minutes, 1 or more"
 MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
-PROBE=300 # updates of the measurement; the first ones are faster than those that last
+PROBE=300 # updates of the measurement; the first ones are faster than later ones
 
-# budget FLAGS...: the faster precision of word_ptb here, and how many epochs fit into MINUTES; measured once a row.
+# budget FLAGS...: print the number of epochs that fit into MINUTES, and the faster precision; measured once per row.
 budget() {
     local folder="$ROOT/runs/tables/$TABLE/$ROW_NAME" precision
     if [ ! -s "$folder/budget" ]; then
@@ -40,7 +40,7 @@ PYTHON
     cat "$folder/budget"
 }
 
-# timed MODEL: the row that calls it.
+# timed MODEL: train the row that calls it for MINUTES.
 timed() {
     local ROW_NAME="${FUNCNAME[1]}" n=3 precision=fp32
     [ -n "${SMOKE:-}" ] || read -r n precision <<<"$(budget --model "$1" --preset small)"

@@ -1,11 +1,11 @@
-"""Train the five tasks on several ranks and on one, and compare: losses, gradients, weights, scores.
-
-Tiny networks without dropout make five updates each, on generated data; every rank is a process on this machine. All
-numbers must agree with those of one process, relative to the largest of their kind, to 1e-6 in float32 and to 1e-12 in
-float64.
+"""Train the five tasks on one rank and on several, and compare losses, gradients, weights and scores.
 
     python scripts/compare_ranks.py                 1, 2 and 4 ranks: some minutes
     python scripts/compare_ranks.py --ranks 1 3
+
+Each rank is a process on this machine. Tiny networks without dropout make five updates each on generated data. All
+numbers must agree with those of a single process, relative to the largest of their kind: to 1e-6 in float32 and to
+1e-12 in float64.
 """
 
 import argparse
@@ -42,7 +42,7 @@ BOUNDS = {"float32": 1e-6, "float64": 1e-12}
 OFF = "--dropout 0 --dropouti 0 --dropouth 0 --wdrop 0 --data synthetic --nhid 6 --max_eval_tokens 1500".split()
 TEXT = """--emsize 8 --nout 8 --nlevels 4 --horizon 6 --batch_size 12 --emb_dropout 0 --dropoutl 0 --aux 0.1
 --aux_freq 2 --alpha 2 --beta 1 --lr 1 --optim SGD --clip 0.25 --mc_dropout 2 --eval_all""".split()
-DOUBLE = "--gemm mm --gates eager".split()  # what can compute in float64
+DOUBLE = "--gemm mm --gates eager".split()  # these can compute in float64
 CARRIED = "--repack --seq_len 0".split()
 IMAGES = "--nlevels 6 --batch_size 8 --optim SGD --lr 0.5 --no-validation".split()
 CASES = {
@@ -57,7 +57,7 @@ CASES = {
 
 
 def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-    """Some updates: loss and gradients of every step, the weights after them, and scores of the test data."""
+    """Make some updates; return losses and gradients by step, final weights, and scores of the test data."""
     program = programs.get(case.split(",")[0])
     config, _ = parse(program.config_class, [*OFF, *CASES[case], *(DOUBLE if dtype is torch.float64 else [])])
     config = config.chosen(torch.device("cpu"))
@@ -102,14 +102,14 @@ def _prepared(prepare: Callable[[Tensor], Tensor], dtype: torch.dtype, pixels: T
 
 
 def _nothing(*_: Any) -> None:
-    """Neither print nor save."""
+    """Neither print nor save anything."""
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """Of losses, gradients, weights and scores the largest difference, relative to the largest entry.
+    """Largest difference of losses, gradients, weights and scores, each relative to its largest entry.
 
-    The gradients of a step are one vector, and so are the weights: where the terms of a small gradient cancel, the
-    single process does not know it more exactly.
+    All gradients of a step count as one vector, and so do the weights: where the terms of a small gradient cancel, the
+    single process is no more exact.
     """
     found = dict.fromkeys(("losses", "gradients", "weights", "scores"), 0.0)
     for name, tensors in ours.items():
@@ -122,7 +122,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float
 
 
 def worker(path: Path, cases: Iterable[str]) -> None:
-    """What one rank does: all cases; the first one writes what came out."""
+    """Run all cases on this rank; the first rank writes the results."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     ranks = Ranks.of_environment()
@@ -134,7 +134,7 @@ def worker(path: Path, cases: Iterable[str]) -> None:
 
 
 def launch(size: int, path: Path, cases: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Start so many ranks with torchrun; kind of number → case → what :func:`train` has found.
+    """Start `size` ranks with torchrun; dtype → case → result of :func:`train`.
 
     Raises:
         RunError: a rank failed.
@@ -148,8 +148,8 @@ def launch(size: int, path: Path, cases: Iterable[str]) -> dict[str, dict[str, A
 def run(argv: Sequence[str]) -> int:
     """Parse, train, compare, write."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="what to train (default: all)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: 1 2 4)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
     parser.add_argument("--json", help="also write the findings to this file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -161,7 +161,7 @@ def run(argv: Sequence[str]) -> int:
         check_json_path(args.json, "--json", ("command", "records"))
     records, failed = [], False
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # such networks do not see whole images
+    warnings.simplefilter("ignore")  # about images longer than the receptive field
     alone = {kind: {case: train(case, getattr(torch, kind), Ranks()) for case in args.cases} for kind in BOUNDS}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         for size in args.ranks:

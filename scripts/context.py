@@ -3,8 +3,8 @@
     python scripts/context.py --run runs/word_ptb/small --json context.json
     python scripts/plot.py context context.json --out context.svg
 
-The loss of the same targets, spread evenly over the validation text, is computed with ever more of the tokens before
-them and nothing else: with 1, 2, 4, … and, of a TrellisNet or a TCN, as many as it can see, and twice as many.
+The loss of the same targets, spread evenly over the validation text, is computed from the 1, 2, 4, … tokens before
+each of them alone, and for a TrellisNet or a TCN also from as many as its receptive field has, and twice as many.
 """
 
 import functools
@@ -30,8 +30,8 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     trained.add_flags(parser)
     parser.add_argument("--lengths", nargs="+", type=int, default=[], help="visible tokens (default: see above)")
-    parser.add_argument("--longest", type=int, default=256, help="of the lengths by default (default: 256)")
-    parser.add_argument("--targets", type=int, default=2000, help="tokens to predict, at most (default: 2000)")
+    parser.add_argument("--longest", type=int, default=256, help="largest of the default lengths (default: 256)")
+    parser.add_argument("--targets", type=int, default=2000, help="largest number of tokens to predict (default: 2000)")
     parser.add_argument("--split", choices=("valid", "test"), default="valid", help="(default: valid)")
     parser.add_argument("--json", help="file to write")
     args, flags = parser.parse_known_args(argv)
@@ -46,22 +46,22 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--lengths {max(lengths)}: the {args.split} text has only {has}")
     count = min(args.targets, stream.numel() - max(lengths))
     with model.config.autocast(model.device):
-        found = loss_by_context(model.model, stream.to(model.device), lengths, targets=count)
+        records = loss_by_context(model.model, stream.to(model.device), lengths, targets=count)
     print(f"{'context':>8}  {'loss':>8}  {'against the longest':>20}")
-    for record in found:
-        difference = record["loss"] - found[-1]["loss"]
-        print(f"{record['context']:8,}  {record['loss']:8.4f}  {difference:+11.4f} ± {record['error']:.4f}")
+    for row in records:
+        difference = row["loss"] - records[-1]["loss"]
+        print(f"{row['context']:8,}  {row['loss']:8.4f}  {difference:+11.4f} ± {row['error']:.4f}")
     if args.json:
         env = environment(model.device)
         config = model.config
-        told = {
+        record = {
             "task": config.task, "model": config.model, "preset": config.preset, "name": config.name,
             "params": count_parameters(model.model), "receptive_field": field, "token": config.token,
             "corpus": model.corpus.label, "data": model.corpus.sha256, "split": args.split, "targets": count,
             "precision": config.precision, "machine": env["machine"], "torch": env["torch"], "commit": env["commit"],
-            "records": found,
+            "records": records,
         }  # fmt: skip
-        write_json(args.json, "--json", told)
+        write_json(args.json, "--json", record)
 
 
 main = functools.partial(guarded, run)

@@ -7,7 +7,7 @@ use_venv ""
 
 data=()
 case " $* " in
-*" --data "* | *" --data="*) ;; # the caller's choice
+*" --data "* | *" --data="*) ;; # the user's choice
 *)
     status=0
     "$PY" -m word_ptb.data "$ROOT/data/penn" || status=$?

@@ -1,13 +1,16 @@
-"""Make a small file of a run's weights, to be kept in results/ and used with --load_weight.
+"""Export a run's weights to a small file, to be kept in results/ and used with --load_weight.
 
     python scripts/export.py runs/word_ptb/small results/my_words
 
-writes into the second folder `weights.pkl`, the weights in the authors' layout rounded to float16 (a model in float32
-loads them as they are); `config.json`, the settings of the run without what is of one machine; `weights.json`, the sum
-of the file and its scores, measured again after rounding, on all of the data and on their beginning; and `log.txt`,
-`metrics.jsonl` and `metrics.json`, where the run's folder has them. The folder is made beside its place and put there
-when all is done: an earlier export stays whole until then. Further flags go to the task's train.py: `--data`,
-`--device`, `--eval_batch_size`.
+The second folder receives:
+
+    weights.pkl     the weights in the authors' layout, rounded to float16; a model in float32 loads them as they are
+    config.json     the settings of the run, without those that belong to one machine
+    weights.json    checksum and scores of the file, measured after rounding on all of the data and on their beginning
+    log.txt, metrics.jsonl, metrics.json    if the run's folder has them
+
+An earlier export there stays intact until the new one is complete. Further flags, such as `--data`, `--device` and
+`--eval_batch_size`, go to the task's train.py.
 """
 
 import argparse
@@ -41,12 +44,12 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 LARGEST = 10  # MB
 WRITTEN = ("weights.pkl", "config.json", "weights.json")
 COPIED = ("log.txt", "metrics.jsonl", "metrics.json")
-# What a run's config.json says of its machine.
+# Keys of a run's config.json that describe its machine.
 OF_THE_MACHINE = ("command", "device", "threads")
 
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config.json as it means the same elsewhere; a folder within the project is named from there."""
+    """A run's config.json without traces of its machine; folders of data are relative to the project."""
     settings = config["settings"] | dict.fromkeys(("device", "backend", "gemm", "gates", "cuda_graph"), "auto")
     settings |= {"threads": 0, "load_weight": "", "max_eval_tokens": 0}
     data = Path(settings.get("data", "")).absolute()
@@ -58,10 +61,10 @@ def portable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict[str, Any]:
-    """Scores of the weights in a folder, by `--eval`: what `--metrics` writes.
+    """Score the weights in a folder with `--eval`; return the content of its metrics file.
 
     Raises:
-        RunError: they could not be scored; what train.py says stands on standard error.
+        RunError: train.py failed, with its reason on standard error.
         SystemExit: a signal ended the evaluation.
     """
     with tempfile.TemporaryDirectory() as temporary:
@@ -77,7 +80,7 @@ def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict
 
 
 def before(run: Path) -> dict[str, Any] | None:
-    """The scores of a finished run.
+    """Scores of a finished run; None without them.
 
     Raises:
         UserError: its metrics.jsonl is corrupt.
@@ -95,15 +98,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
-    """Check that `out` is free, or of the same run, and copy what belongs to its results into `new`.
+    """Check that `out` is free or an export of the same run, and copy the files of its results into `new`.
 
     Raises:
-        UserError: something there would be replaced, or there is nothing to export.
+        UserError: a file there would be replaced, or there is nothing to export.
     """
     if not (run / "weights.pkl").is_file():
-        raise UserError(f"{run}: has no weights.pkl, which a run writes when its first epoch is done")
+        raise UserError(f"{run}: has no weights.pkl, which a run writes at the end of its first epoch")
     if out.resolve() == run.resolve():
-        raise UserError(f"{out}: is the folder of the run; name another, such as results/NAME")
+        raise UserError(f"{out}: is the folder of the run itself; name another, such as results/NAME")
     there = {path.name for path in out.iterdir()} if out.exists() else set()
     if foreign := sorted(there - {*WRITTEN, *COPIED}):
         raise UserError(f"{out}: holds {foreign[0]}, which no export wrote; name another folder")
@@ -111,7 +114,7 @@ def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
     other = [name for name in sorted(present & there) if (out / name).read_bytes() != (run / name).read_bytes()]
     if (replaced := [*other, *(name for name in WRITTEN if name in there)]) and not overwrite:
         raise UserError(f"{out}: holds {replaced[0]} of another export or run; name another folder or pass --overwrite")
-    # What the run's folder lacks may have been put into an earlier export of it.
+    # An earlier export of the run may hold files that its folder lacks.
     sources = {name: out for name in there.intersection(COPIED) if not other} | dict.fromkeys(present, run)
     for name, source in sources.items():
         shutil.copyfile(source / name, new / name)
@@ -122,25 +125,28 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("out", type=Path, help="folder to write, such as results/NAME")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the file (default: float16)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="(default: float16)")
     parser.add_argument("--max_mb", type=float, default=LARGEST, help=f"refuse a larger file (default: {LARGEST})")
     parser.add_argument("--partial", type=int, default=0, help="tokens or images of the short score")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args, flags = parser.parse_known_args(argv)
     config = trained.read_config(args.run)
     if config["task"] not in programs.TASKS:
-        raise UserError(f"{args.run}: is of {config['task']}; expected one of {', '.join(programs.TASKS)}")
+        raise UserError(f"{args.run}: is a run of {config['task']}; expected one of {', '.join(programs.TASKS)}")
     out = args.out
     check_settings(programs.get(config["task"]).config_class, config["settings"], str(args.run / "config.json"))
     with atomic_folder(out) as new:
         size = fill(new, config, args, flags)
     if not (out / "metrics.json").is_file():
-        print(f"NOTICE: {args.run} has no metrics.json: give {out} what --metrics has written", file=sys.stderr)
+        print(
+            f"NOTICE: {args.run} has no metrics.json: copy the one that --metrics wrote to {out}",
+            file=sys.stderr,
+        )
     print(f"{out / 'weights.pkl'}: {size / 1e6:.2f} MB, {args.dtype}; scores in {out / 'weights.json'}")
 
 
 def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Sequence[str]) -> int:
-    """Write all files of an export into an empty folder; returns the bytes of its weights."""
+    """Write all files of an export into an empty folder; return the size of its weights in bytes."""
     task, small = config["task"], new / "weights.pkl"
     copy(args.run, args.out, new, args.overwrite)
     weights.round_weights(args.run / "weights.pkl", small, DTYPES[args.dtype])

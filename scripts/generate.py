@@ -1,12 +1,12 @@
-"""Let a trained language model write.
+"""Generate text from a trained language model.
 
     python scripts/generate.py --run runs/word_ptb/small --prompt "the company said"
     python scripts/generate.py --task char_ptb --preset small --load_weight weights.pkl --temperature 0.7 --samples 3
 
-The text goes to standard output, a line feed for `<eos>`; how fast it was written to standard error. A prompt is read
-from a zero state, as the first words (or characters) of a text; in it a line feed is `<eos>`, and an empty one stands
-for a single `<eos>`. Words must be of the vocabulary, which the data of the model give. The same seed gives the same
-text on the same machine.
+The text goes to standard output, with a line feed for each `<eos>`, the speed to standard error. The model reads the
+prompt from a zero state, as the first words (or characters) of a text. A line feed in the prompt is `<eos>`, and an
+empty prompt is a single `<eos>`. All words must be in the vocabulary, which comes from the model's data. The same seed
+gives the same text on the same machine.
 """
 
 import functools
@@ -35,10 +35,10 @@ UNKNOWN = "<unk>"
 
 
 def encode(prompt: str, model: trained.Trained) -> list[int]:
-    """The ids of a prompt.
+    """Ids of the tokens of a prompt.
 
     Raises:
-        UserError: it holds something that is not in the vocabulary.
+        UserError: a token is not in the vocabulary.
     """
     ids = {token: i for i, token in enumerate(model.corpus.vocabulary)}
     tokens = model.config.spell(normalised(prompt))
@@ -54,7 +54,7 @@ def encode(prompt: str, model: trained.Trained) -> list[int]:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Lines of at most `width` characters; 0: as they are."""
+    """Wrap text to lines of at most `width` characters; 0: leave it as it is."""
     lines = text.split("\n")
     if width:
         lines = [textwrap.fill(line.strip(), width, break_long_words=False, break_on_hyphens=False) for line in lines]
@@ -65,14 +65,14 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, generate, print."""
     parser = Parser(description=__doc__.splitlines()[0])
     trained.add_flags(parser)
-    parser.add_argument("--prompt", default="", help="what the text begins with; default: a single <eos>")
+    parser.add_argument("--prompt", default="", help="beginning of the text (default: a single <eos>)")
     parser.add_argument("--length", type=int, default=200, help="tokens to generate (default: 200)")
-    parser.add_argument("--samples", type=int, default=1, help="texts, generated side by side (default: 1)")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts, generated in parallel (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most probable token (default: 1)")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the so many most probable tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="and from those that have this probability together")
-    parser.add_argument("--seed", type=int, default=1111, help="of the draws (default: 1111)")
-    parser.add_argument("--width", type=int, default=100, help="of printed lines; 0: not wrapped (default: 100)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the K most probable tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the smallest set with total probability P")
+    parser.add_argument("--seed", type=int, default=1111, help="(default: 1111)")
+    parser.add_argument("--width", type=int, default=100, help="of printed lines; 0: no wrapping (default: 100)")
     args, flags = parser.parse_known_args(argv)
     check_bounds(args, length=1, samples=1, width=0, seed=0)
     try:
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
     prompt = encode(args.prompt, model)
     start = prompt or [model.corpus.vocabulary.index(EOS)]
     if not prompt:
-        print(f"empty prompt: it starts from {EOS}, the end of a line", file=sys.stderr)
+        print(f"empty prompt: starting from {EOS}, the end of a line", file=sys.stderr)
 
     tokens = torch.tensor([start] * args.samples, device=model.device)
     generator = torch.Generator().manual_seed(args.seed)

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Fetch the data that are missing: Penn Treebank (ptb) into data/penn, the others into data/<their name>. Files that are
-# there are left alone.
+# Fetch missing data: Penn Treebank (ptb) into data/penn, the others into data/<name>. Existing files are left alone.
 # usage: bash scripts/get_data.sh [ptb|wikitext-103|mnist|cifar10|all]
 set -euo pipefail
 
@@ -23,7 +22,7 @@ use_venv ""
 cd "$ROOT"
 status=0
 for set in "${sets[@]}"; do
-    "$PY" -m "${set%%:*}" "data/${set#*:}" || status=$? # the others may do better
-    [ "$status" -lt 128 ] || break # a signal is meant for all
+    "$PY" -m "${set%%:*}" "data/${set#*:}" || status=$? # the others may succeed
+    [ "$status" -lt 128 ] || break # a signal ends them all
 done
 exit "$status"

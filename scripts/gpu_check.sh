@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Check and time on a CUDA device what cannot be checked without one, and train on it.
+# Run the checks and measurements that need a CUDA device, and train on it.
 # usage: bash scripts/gpu_check.sh [PART]...     default: tests
 #
 # A bare checkout is enough: nothing is installed, no network is used. Python must have torch, triton, numpy, tqdm, pytest,
-# pytest-xdist and hypothesis. Every command of a part has a time limit; whatever becomes of it, the next one runs. After
-# each of them all results are packed into one file, OUT.tar. SIGTERM, SIGINT and SIGHUP end the command that runs, which
-# then leaves what it has, a training its checkpoint.
+# pytest-xdist and hypothesis. Every command of a part has a time limit, and the next one runs even if it fails. After each
+# command all results are packed into one file, OUT.tar. SIGTERM, SIGINT and SIGHUP end the running command, which still
+# writes its results; a training writes its checkpoint.
 #
 # PART        minutes on an H100 (estimates), and what it does
 #   short       5  look, tests, profile: within 300 seconds altogether
@@ -13,10 +13,10 @@
 #   tests       2  reference = fused = Triton in fp32, tf32 and bf16; streams; heads; resume bit for bit with
 #                  --deterministic; graph = no graph; weights from device to device; the quick benchmark
 #   profile     2  replayed steps of five configurations, and the kernels of one step of each
-#   sweep       1  two of these steps with other blocks and warps of the gate kernels
+#   sweep       1  two of these steps with other launch shapes of the gate kernels
 #   bench       6  word_ptb (paper) and pmnist at their real shapes: speed and share of the matrix peak; gates by Triton
 #                  and by torch side by side
-#   memory      4  of word_ptb: every variant in a process of its own
+#   memory      4  word_ptb: every variant in a separate process
 #   bench_all   6  speed at the shapes of the other three tasks
 #   train       6  word_ptb, preset paper, 200 updates each in fp32, tf32 and bf16, with and without a graph
 #   pixels      5  permuted MNIST: 11 layers of 500 channels, 30 epochs
@@ -26,20 +26,20 @@
 #   carry       the checkout with data/penn and data/mnist, which git ignores; no .venv
 #   minute  0   bash scripts/gpu_check.sh short      first its part "look": a run must have Triton's gates and a CUDA graph,
 #                                                    the tests must pass, a step should take some 20 ms (word_ptb)
-#   minute  5   bash scripts/gpu_check.sh pixels     or sweep, if the kernels of profile say that gates cost most
+#   minute  5   bash scripts/gpu_check.sh pixels     or sweep, if gates cost most according to profile
 #   minute 10   BUDGET=240 bash scripts/gpu_check.sh words
 #   bring back  OUT.tar; `split -b 15M runs/gpu.tar runs/gpu.tar.` cuts it into pieces, and cat joins them. Runs with their
-#               checkpoints stay in RUNS: train.py --resume continues one that was cut short.
+#               checkpoints stay in RUNS: train.py --resume continues an interrupted one.
 #
-# Exit code: 0 all passed; 1 something failed or ran into its time limit (summary.txt says what); 2 no usable device or an
-# unknown part; 129, 130 or 143 after a signal.
+# Exit code: 0 all passed; 1 a command failed or ran into its time limit (see summary.txt); 2 no usable device or an unknown
+# part; 129, 130 or 143 after a signal.
 # Environment:
-#   PYTHON   which Python; default: that of .venv if it is there, else python3
+#   PYTHON   the Python to use; default: that of .venv if there is one, else python3
 #   OUT      folder of logs and results; default: runs/gpu
 #   RUNS     folder of the runs that are trained; default: runs/gpu_runs
-#   BUDGET   seconds for all parts together; default: 300 for short, else no limit but those of the commands
-#   DATA     folder of the Penn Treebank; default: data/penn if it is there, else a synthetic corpus
-#   IMAGES   folder of MNIST; default: data/mnist if it is there, else drawings
+#   BUDGET   seconds for all parts together; default: 300 for short, otherwise only the commands' own limits
+#   DATA     folder of the Penn Treebank; default: data/penn if it exists, else a synthetic corpus
+#   IMAGES   folder of MNIST; default: data/mnist if it exists, else drawings
 #   MORE     further flags of every training, e.g. "--max_steps 20"
 #   WORKERS  processes of the tests; default: 8
 set -euo pipefail
@@ -73,7 +73,7 @@ BUDGET="${BUDGET:-}"
 if [ -z "$BUDGET" ] && [ "$*" = short ]; then BUDGET=300; fi
 [[ "${BUDGET:-1}" =~ ^[1-9][0-9]*$ ]] || refuse "BUDGET: expected a number of seconds, got $BUDGET"
 
-# The device first, in one line if it cannot be used.
+# Check the device first, and say in one line if it cannot be used.
 found="$(timeout 120 "$PY" - 2>&1 <<'END'
 import importlib.util, platform, sys
 
@@ -120,30 +120,30 @@ if ! compgen -G "$IMAGES/train-images-idx3-ubyte*" >/dev/null; then
     IMAGES=synthetic
 fi
 
-child=     # what runs now
+child=     # the running command
 stopped=0  # exit code after a signal
 failed=()
 end() {
     stopped="$1"
-    if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; fi # timeout passes it on to the whole command
+    if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; fi # timeout passes it on
 }
 trap 'end 129' HUP
 trap 'end 130' INT
 trap 'end 143' TERM
 
-note() { # note NAME VERDICT: "passed" or what went wrong
+note() { # note NAME VERDICT: record "passed" or a failure
     echo "== $1: $2" | tee -a "$OUT/summary.txt"
     if [ "${2%%,*}" != passed ]; then failed+=("$1"); fi
     pack
 }
 
-pack() { # all results in one file, which is never half written
+pack() { # write all results into one file, atomically
     if ! { tar -cf "$OUT.tar.part" -C "$(dirname "$OUT")" "$(basename "$OUT")" && mv "$OUT.tar.part" "$OUT.tar"; }; then
         echo "error: $OUT.tar could not be written" >&2
     fi
 }
 
-step() { # step SECONDS NAME COMMAND...: run it with its time limit, keep what it prints, show the end of that
+step() { # step SECONDS NAME COMMAND...: run it with a time limit, keep its output and show the end
     local limit=$1 name=$2 begin=$SECONDS code=0 verdict
     shift 2
     if [ "$stopped" != 0 ]; then return; fi
@@ -156,7 +156,7 @@ step() { # step SECONDS NAME COMMAND...: run it with its time limit, keep what i
     timeout --kill-after=20 "$limit" "$@" >"$OUT/$name.txt" 2>&1 </dev/null &
     child=$!
     wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal came, and the command is about to end
+    while kill -0 "$child" 2>/dev/null; do # after a signal, until the command has ended
         code=0
         wait "$child" || code=$?
     done
@@ -167,11 +167,11 @@ step() { # step SECONDS NAME COMMAND...: run it with its time limit, keep what i
     *) verdict="exit code $code" ;;
     esac
     if [ "$stopped" != 0 ]; then verdict=interrupted; fi
-    tail -n "${SHOWN:-6}" "$OUT/$name.txt" | sed '$a\' # which ends a last line that was cut off
+    tail -n "${SHOWN:-6}" "$OUT/$name.txt" | sed '$a\' # sed ends an incomplete last line
     note "$name" "$verdict, $((SECONDS - begin)) s"
 }
 
-training() { # training SECONDS NAME TASK FLAG...: train in RUNS/NAME; bring back its records, and float16 weights
+training() { # training SECONDS NAME TASK FLAG...: train in RUNS/NAME and keep the records
     local limit=$1 name=$2 task=$3 run="$RUNS/$2" more
     shift 3
     if [ "$stopped" != 0 ]; then return; fi
@@ -185,7 +185,7 @@ training() { # training SECONDS NAME TASK FLAG...: train in RUNS/NAME; bring bac
     pack
 }
 
-weights() { # weights NAME: bring back those of a training as well, rounded to float16
+weights() { # weights NAME: keep the weights of a training as well, rounded to float16
     if [ ! -f "$RUNS/$1/weights.pkl" ]; then return; fi
     "$PY" - "$RUNS/$1/weights.pkl" "$OUT/$1.weights.pkl" <<'END' || note "$1" "weights could not be rounded"
 import sys
@@ -221,7 +221,7 @@ tests() {
     step 200 tests env OMP_NUM_THREADS=2 "$PY" -m pytest -v -n "${WORKERS:-8}" --dist worksteal --maxfail 20 -W default \
         -m "cuda or not slow" -rs --junitxml "$xml" tests/test_cuda.py tests/test_triton.py
     if [ ! -f "$xml" ]; then return; fi
-    # A test that is skipped here has not been passed.
+    # Skipped tests have not passed.
     skipped="$(grep -o ' skipped="[0-9]*"' "$xml" | tr -dc '0-9\n' | head -n 1)"
     if [ "$skipped" != 0 ]; then note tests "${skipped:-all} of them skipped"; fi
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Products in bfloat16 against single precision: two epochs of word-level Penn Treebank by the preset small, two seeds
-# each. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS. The settings are the same, the order of the data too; what
-# differs between seeds, the initial weights and the masks, is the noise to compare with.
+# Compare products in bfloat16 with single precision: two epochs of word-level Penn Treebank with the preset small, two
+# seeds each. Settings and the order of the data are the same; initial weights and masks differ between seeds, which is the
+# noise to compare with. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 : "${SEEDS:=1111 2}"

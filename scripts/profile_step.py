@@ -1,12 +1,12 @@
-"""Show where the time of a training step goes: whole steps, their kernels, and other launch shapes of the gate kernels.
+"""Show where the time of a training step goes: times of whole steps, their kernels, and other launch shapes.
 
     python scripts/profile_step.py                            times, then kernels, of five steps: two minutes on a GPU
     python scripts/profile_step.py sweep                      two steps with other blocks and warps of the gate kernels
     python scripts/profile_step.py times --steps char_ptb:paper       a task and one of its presets
 
-The steps are those of scripts/bench.py, on random data of the real shapes: the fused operator in bfloat16, on CUDA
-replayed as a graph. Kernels are those of a step that is launched one by one; the replayed step launches the same, and
-what it takes beyond their sum, the device is idle. On a CPU operators stand in for kernels.
+Steps are those of scripts/bench.py, on random data of the real shapes: the fused operator in bfloat16, on CUDA
+replayed as a graph. Kernels are listed for a step without a graph, whose replay launches the same ones; the rest of the
+replayed step's time is idle. On a CPU, operators are listed instead of kernels.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from trellisnet.training.graphs import WARM_UP
 
 ACTIONS = ("times", "kernels", "sweep")
 STEPS = ("word_ptb:paper", "pmnist:default", "pmnist:8m", "cifar10:8m", "char_ptb:paper")
-SWEPT = ("word_ptb:paper", "pmnist:8m")  # many channels, and fewer of them in more layers and positions
-SHAPES = ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8))  # channels of a program, and its warps
-ROWS = 24  # kernels that are listed
+SWEPT = ("word_ptb:paper", "pmnist:8m")  # many channels; fewer channels, but more layers and positions
+SHAPES = ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8))  # channels and warps of a program
+ROWS = 24  # kernels to list
 
 
 def times(work: Work, repeats: int) -> str:
-    """One line: how the step was computed, how long it took, and the memory that the device holds."""
+    """Time of a step, how it was computed, and the memory that the device holds, as a line."""
     variant = Variant("fused", "bf16", graph=work.device.type == "cuda")
     for _ in range(WARM_UP + 3):  # the graph is recorded in one of these
         work.run("step", variant)
@@ -54,10 +54,10 @@ def times(work: Work, repeats: int) -> str:
 
 
 def kernels(work: Work, repeats: int) -> str:
-    """The table of one step's kernels, the longest first; `repeats` has no effect.
+    """Table of a step's kernels, the longest first; `repeats` has no effect.
 
     Raises:
-        RunError: none was seen, as where the profiler may not use the device's counters.
+        RunError: the profiler saw none, for example because it may not use the device's counters.
     """
     variant, on_gpu, found = Variant("fused", "bf16"), work.device.type == "cuda", []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * on_gpu)]
@@ -73,7 +73,7 @@ def kernels(work: Work, repeats: int) -> str:
         elif not on_gpu:
             found.append((event.self_cpu_time_total / 1e3, event.count, event.key))
     if not found:
-        raise RunError("the profiler saw no kernel; look in its messages above for what it lacks")
+        raise RunError("the profiler saw no kernel; its messages above say why")
     found.sort(reverse=True)
     total = sum(milliseconds for milliseconds, *_ in found)
     lines = [f"{total:8.2f} ms in {sum(count for _, count, _ in found)} launches of {len(found)} kernels"]
@@ -84,7 +84,7 @@ def kernels(work: Work, repeats: int) -> str:
 
 @contextlib.contextmanager
 def launched_as(block: int, warps: int, device: torch.device):
-    """While it lasts, the gate kernels have this launch shape.
+    """Give the gate kernels another launch shape within the context.
 
     Raises:
         UserError: Triton's gate kernels cannot run here.
@@ -102,7 +102,7 @@ def launched_as(block: int, warps: int, device: torch.device):
 
 
 def measure(action: Callable[[Work, int], str], step: str, label: str, args: argparse.Namespace) -> bool:
-    """Print what the action finds of a step, TASK:PRESET; False if the step does not fit in memory."""
+    """Print the result of an action for a step, TASK:PRESET; False if the step does not fit into memory."""
     task, _, preset = step.partition(":")
     if task not in PRESETS:
         raise UserError(f"--steps {step}: expected TASK:PRESET, the task one of {', '.join(PRESETS)}")
@@ -124,7 +124,7 @@ def measure(action: Callable[[Work, int], str], step: str, label: str, args: arg
 
 
 def run(argv: Sequence[str]) -> int:
-    """Take every action on every step; 1 if one of the steps does not fit in memory.
+    """Take every action for every step; 1 if a step does not fit into memory.
 
     Raises:
         UserError: an unknown action, device, task or preset.
@@ -132,7 +132,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("actions", nargs="*", metavar="ACTION", help=f"{', '.join(ACTIONS)}; default: times kernels")
     parser.add_argument("--steps", nargs="+", metavar="TASK:PRESET", help=f"default: {' '.join(STEPS)}")
-    parser.add_argument("--repeats", type=int, default=15, help="steps that are timed (default: 15)")
+    parser.add_argument("--repeats", type=int, default=15, help="steps to time (default: 15)")
     parser.add_argument("--quick", action="store_true", help="small networks")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     args = parser.parse_args(argv)

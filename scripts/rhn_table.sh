@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Recurrent highway networks at every depth of the table in their authors' README, with tied weights and without. See
-# tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS. Their score by 1000 passes with dropout, of a finished row:
+# tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS. To score a finished row by 1000 passes with dropout:
 #
 #   run=runs/tables/rhn_table/depth_5/seed-1111
 #   python word_ptb/train.py --config $run/config.json --load_weight $run/weights.pkl --eval --mc_dropout 1000

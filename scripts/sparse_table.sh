@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Predefined sparseness on word-level Penn Treebank (Demeester et al., 2018, Tables 1 and 3): language modelling with about
-# the same number of recurrent weights, and learning to recite the training text with 24.2M and with 7.07M numbers in
-# all. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
+# the same number of recurrent weights, and learning to recite the training text with 24.2M and with 7.07M parameters. See
+# tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 dense() { train word_ptb --model awd-lstm; }

@@ -4,11 +4,11 @@
 
 trellisnet() { train word_ptb --preset paper; }
 trellisnet_mos() { train word_ptb --preset paper-mos; }
-# The paper gives no settings for its larger models; these widths make their sizes.
+# The paper gives no settings for its larger models; these widths give their sizes.
 trellisnet_larger() { train word_ptb --preset paper --nhid 1310; }
 trellisnet_mos_larger() { train word_ptb --preset paper-mos --nhid 1310; }
 
-# What the paper compares with; rhn and sparse_lstm are not in its table.
+# The paper's baselines; rhn and sparse_lstm are not in its table.
 tcn() { train word_ptb --model tcn; }
 awd_lstm() { train word_ptb --model awd-lstm; }
 awd_lstm_mos() { train word_ptb --model awd-lstm --preset mos; }

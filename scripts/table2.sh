@@ -3,7 +3,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 trellisnet() { train wt103 --preset paper; }
-# What the paper compares with; its authors published neither sizes nor settings, these are ours.
+# The paper's baseline; its authors published neither size nor settings, so these are ours.
 tcn() { train wt103 --model tcn; }
 
 rows trellisnet tcn

@@ -5,7 +5,7 @@
 trellisnet() { train char_ptb --preset paper; }
 # The same on the stream that most of the literature uses.
 trellisnet_standard() { train char_ptb --preset paper --stream standard; }
-# What the paper compares with; the TCN on the stream of the first row, AWD-LSTM on that of the second.
+# The paper's baselines: the TCN on the stream of the first row, AWD-LSTM on that of the second.
 tcn() { train char_ptb --model tcn; }
 awd_lstm() { train char_ptb --model awd-lstm; }
 

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Table 6 of the paper: what is lost without each part, on word-level Penn Treebank. See tables.sh for SEEDS, ROWS, STEPS,
-# SMOKE and ARGS.
+# Table 6 of the paper: ablations on word-level Penn Treebank. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 #
-#   PRESET=small    the rows at the size of that preset, for two CPU cores, with the parts in place that the rows take away
+#   PRESET=small    the rows at the size of that preset, for two CPU cores, with every part that a row removes switched on
 #
-# The paper does not say how many groups its mixed group convolution has; here are 2 and 4. The network is made wider until
-# it has the dense one's parameters: with h = (nhid + nout) / groups, emsize e and kernel size 2, the dense core has
-# 8 (nhid + nout) (e + nhid + nout) + 4 (nhid + nout) numbers, the grouped one 8he + 4(2 groups - 1)h² + 4 groups h. For
-# 24,175,600 parameters that is h = 1169.5 and 793.1: 24,190,160 with h = 1170, 24,168,060 with h = 793. Other gates, which
-# the paper names but does not try, have fewer kernels and are widened likewise.
+# The paper does not state the number of groups of its mixed group convolution; these are 2 and 4. The network is widened
+# until it has as many parameters as the dense one: with h = (nhid + nout) / groups, emsize e and kernel size 2, the dense
+# core has 8 (nhid + nout) (e + nhid + nout) + 4 (nhid + nout) parameters, the grouped one 8he + 4(2 groups - 1)h² +
+# 4 groups h. For 24,175,600 parameters that is h = 1169.5 and 793.1: 24,190,160 with h = 1170, 24,168,060 with h = 793.
+# Other gates, which the paper names but does not try, have fewer kernels and are widened in the same way.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 case "${PRESET:-paper}" in
@@ -22,8 +21,8 @@ small)
     base=(--preset small --wdrop 0.1 --aux 0.05 --aux_freq 4)
     nhid=([2]=312 [4]=520)
     gru=158 tanh=481
-    # Eight layers have room for one injection in ten, and none the less for one in twenty; and this preset has short
-    # windows with a carried state in any case.
+    # With eight layers, injecting every 20 layers would equal every 10; and this preset has short windows with a carried
+    # state anyway.
     : "${ROWS:=trellisnet no_hidden_dropout no_weight_dropout no_auxiliary_losses mixed_group_2 mixed_group_4 \
         inject_every_2 inject_every_5 inject_every_10 activation_gru activation_tanh}"
     ;;

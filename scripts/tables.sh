@@ -1,11 +1,11 @@
-# Sourced by table1.sh … table6.sh and others, which name their rows. Every row is trained once a seed into
-# runs/tables/<table>/<row>/seed-<seed>; finished ones are skipped and interrupted ones continued, so that a script can
-# simply be started again. `python scripts/collect.py --table N` prints what there is.
+# Sourced by table1.sh … table6.sh and others, which name their rows. Every row is trained once per seed into
+# runs/tables/<table>/<row>/seed-<seed>; finished runs are skipped and interrupted ones resumed, so a script can simply be
+# started again. `python scripts/collect.py --table N` prints the finished runs.
 #
 #   SEEDS="1 2 3"   seeds (default: 1111, the authors')
 #   ROWS="a b"      only these rows
-#   SMOKE=1         every row for a few steps, tiny, on synthetic data, into runs/smoke instead
-#   STEPS=1000      every row for so many updates only, into runs/tables/<table>-1000-steps: rows compared at equal steps
+#   SMOKE=1         tiny rows for a few steps on synthetic data, into runs/smoke instead
+#   STEPS=1000      only 1000 updates per row, into runs/tables/<table>-1000-steps: a comparison at equal steps
 #   ARGS="..."      further flags for every run, e.g. "--device cuda:1 --accumulate 2"
 #   PY=python       this Python instead of one in .venv
 
@@ -17,7 +17,7 @@ if [ -z "${PY:-}" ]; then
 fi
 TABLE="$(basename "$0" .sh)"
 
-# check NAME PATTERN EXPECTED: refuse an environment variable that is set to something else, before anything is trained.
+# check NAME PATTERN EXPECTED: refuse any other value of an environment variable before anything is trained.
 check() {
     if ! [[ "${!1:-}" =~ ^($2)?$ ]]; then
         echo "error: $1=${!1}: expected $3" >&2
@@ -32,11 +32,11 @@ if ! command -v "$PY" >/dev/null; then
     exit 2
 fi
 
-# What makes a run of a few seconds of any row.
+# Flags that reduce any row to a few seconds.
 SMOKE_ALL="--data synthetic --overwrite --epochs 1 --max_steps 2 --max_eval_tokens 100 --nhid 8"
 SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
 
-# train TASK FLAGS...: the row that calls it (or that ROW_NAME names), once a seed.
+# train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed.
 train() {
     local task="$1" row="${ROW_NAME:-${FUNCNAME[1]}}" seed out flags
     shift
@@ -61,7 +61,7 @@ train() {
             if [ -f "$out/last.pt" ]; then
                 flags=(--resume --max_steps "${STEPS:-0}")
             else
-                flags+=(${STEPS:+--max_steps "$STEPS"} --overwrite) # of what died before its first checkpoint
+                flags+=(${STEPS:+--max_steps "$STEPS"} --overwrite) # a run that ended before its first checkpoint
             fi
         fi
         read -ra more <<<"${ARGS:-}"
@@ -70,7 +70,7 @@ train() {
     done
 }
 
-# rows NAME...: run them, or those of them that ROWS names.
+# rows NAME...: train these rows, or only those that ROWS names.
 rows() {
     local name
     for name in ${ROWS:-}; do

@@ -7,5 +7,5 @@ use_venv dev
 cd "$ROOT"
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-# A process for every core, each with one thread: the tests are many and small.
+# One process per core, each with one thread: the tests are many and small.
 OMP_NUM_THREADS=1 "$PY" -m pytest -q -n auto --maxprocesses 8 --dist worksteal "$@"

@@ -1,4 +1,4 @@
-"""Inflict on real runs and files what may happen to them: kills, full disks, jumping clocks, damaged and hostile files.
+"""Test real runs and files against kills, full disks, jumping clocks, damage and hostile content.
 
     python scripts/torture.py                          everything but the soak: a quarter of an hour
     python scripts/torture.py --kills 10 --mutations 0 --no-payloads
@@ -32,7 +32,7 @@ from trellisnet.training.runlog import check_json_path, write_json
 
 
 def hostile(folder: Path) -> dict[str, Any]:
-    """Open hostile files."""
+    """Open hostile files in a process with little memory."""
     found = payloads.run(folder)
     expect(not found["executed"], "a file ran code")
     expect(not found["accepted"], f"accepted: {', '.join(found['accepted'])}")
@@ -41,7 +41,7 @@ def hostile(folder: Path) -> dict[str, Any]:
 
 
 def damaged(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Read damaged files."""
+    """Read damaged files; damage must be detected or harmless."""
     records = mutations.run(folder, count, seed)
     expect(not (wrong := mutations.broken(records)), "; ".join(wrong))
     return records
@@ -51,12 +51,12 @@ def run(argv: Sequence[str]) -> None:
     """Parse, break things, print and write."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to survive (default: 100)")
-    parser.add_argument("--epochs", type=int, default=12, help="of every run that is killed (default: 12)")
-    parser.add_argument("--writes", type=int, default=150, help="writes that fail (default: 150)")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of every run that is killed (default: 12)")
+    parser.add_argument("--writes", type=int, default=150, help="failing writes to survive (default: 150)")
     parser.add_argument("--mutations", type=int, default=1000, help="damaged files to try (default: 1000)")
     parser.add_argument("--payloads", action=argparse.BooleanOptionalAction, default=True, help="open hostile files")
-    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="train so long and watch the memory")
-    parser.add_argument("--seed", type=int, default=1, help="of all that is done at random (default: 1)")
+    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="also train and watch the memory")
+    parser.add_argument("--seed", type=int, default=1, help="of everything random (default: 1)")
     parser.add_argument("--json", help="also write the findings to this file")
     args = parser.parse_args(argv)
     check_bounds(args, kills=0, epochs=1, writes=0, mutations=0, soak=0, seed=0)

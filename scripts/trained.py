@@ -1,10 +1,10 @@
-"""A trained language model for other scripts: from the folder of a run, or from a task's flags and a file of weights.
+"""Loading a trained language model, from the folder of a run or from a task's flags and a file of weights.
 
     --run runs/word_ptb/small                                 its config.json and weights.pkl
     --task word_ptb --preset small --load_weight weights.pkl  any flags of word_ptb/train.py
 
-Either way the flags of the task's train.py that say where things are and how they are computed can follow: `--data`,
-`--device`, `--threads`, `--precision`.
+Either may be followed by flags of the task's train.py for the data and the machine: `--data`, `--device`, `--threads`,
+`--precision`.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from trellisnet.training.language_model import LanguageModelConfig, LanguageMode
 
 PROGRAMS = {task: programs.get(task) for task in programs.TASKS}
 PROGRAMS = {task: program for task, program in PROGRAMS.items() if isinstance(program, LanguageModelProgram)}
-# What a run has chosen for its own machine is chosen again here.
+# A run's choices for its own machine are made again for this one.
 HERE = "--backend auto --gemm auto --gates auto --threads 0 --device auto".split()
 
 
 class Trained(NamedTuple):
-    """A model in evaluation mode and what belongs to it."""
+    """A model in evaluation mode, with its settings and data."""
 
     config: LanguageModelConfig
     model: TrellisLanguageModel
@@ -40,18 +40,20 @@ class Trained(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that :func:`load` reads."""
+    """Add the flags that :func:`load` reads."""
     parser.add_argument("--run", help="folder of a run: its config.json and weights.pkl")
     parser.add_argument(
-        "--task", choices=list(PROGRAMS), help="or a task, --load_weight FILE, and the flags of its train.py"
+        "--task",
+        choices=list(PROGRAMS),
+        help="instead of --run: a task, with --load_weight FILE and flags of its train.py",
     )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a run.
+    """Read the config.json of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: it is missing or not one of a run.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -60,20 +62,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not (
         isinstance(content.get("task"), str) and isinstance(content.get("settings"), dict)
     ):
-        raise UserError(f"{path}: names no task and settings; it should be the config.json of a run")
+        raise UserError(f"{path}: names no task and settings; expected the config.json of a run")
     return content
 
 
 def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
-    """The model that the command line names.
+    """Load the model that the command line names.
 
     Args:
-        args: with what :func:`add_flags` has added.
-        flags: those of the task's train.py.
+        args: has the flags of :func:`add_flags`.
+        flags: flags of the task's train.py.
 
     Raises:
-        UserError: no such model, or no data to take its vocabulary from.
-        RunError: the data could not be written.
+        UserError: there is no such model, or no data to take its vocabulary from.
+        RunError: fetched data could not be written.
     """
     task, given = args.task, []
     if args.run:
@@ -96,7 +98,7 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
     if config.threads:
         torch.set_num_threads(config.threads)
     config = config.chosen(device)
-    # Only the project's own folder is filled by itself; a folder that the user names is theirs.
+    # Data are fetched into the project's own folder only, never into one that the user names.
     corpus = program.load(config.data_folder(), download=config.download and not config.data, **config.data_options())
     for notice in corpus.notices:
         print(notice, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Workloads of the benchmark: a task's model and one batch of its shape, computed by any variant of the backends."""
+"""Workloads of the benchmark: a task's model and a batch of its shape, computed by any variant."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ SMALLER |= {name: ["--batch_size", "8"] for name in IMAGES}
 class Variant(NamedTuple):
     backend: str
     precision: str
-    recompute: int = 0  # keep what every so many layers read; 0: everything
+    recompute: int = 0  # store the input of every K-th layer; 0: of all
     graph: bool = False
 
     @property
@@ -47,17 +47,17 @@ class Variant(NamedTuple):
 
 
 REFERENCE = Variant("reference", "fp32")
-PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}  # of a device
-# Largest difference from the reference, relative to the norm of what is compared.
+PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "tf32", "bf16")}  # by device
+# Largest norm of a difference from the reference, relative to the reference's norm.
 TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 0.1}
 PARTS = ("forward", "core", "step", "evaluation", "generation", "head")
 OF_LANGUAGE = ("evaluation", "generation", "head")
 TRAINING = ("core", "step")
-STEPS = 32  # that are generated at a time
+STEPS = 32  # tokens generated at a time
 
 
 def variants_on(device: torch.device, recompute: Sequence[int] = ()) -> list[Variant]:
-    """The reference, in single precision and on CUDA in what else it may be fastest in, and then the others."""
+    """The reference, on CUDA in every precision that may be its fastest, then the other variants."""
     precisions = PRECISIONS[device.type]
     references = precisions if device.type == "cuda" else precisions[:1]
     fused = [Variant("fused", precision, every) for every in (0, *recompute) for precision in precisions]
@@ -67,7 +67,7 @@ def variants_on(device: torch.device, recompute: Sequence[int] = ()) -> list[Var
 
 
 class Work:
-    """A task's model and one batch of its shape, computed by any variant."""
+    """A task's model and a batch of its shape."""
 
     def __init__(self, task: str, quick: bool, device: torch.device, flags: list[str]):
         self.name, self.device = task, device
@@ -77,8 +77,7 @@ class Work:
         program = programs.get(task)
         config, _ = parse(program.config_class, ["--preset", PRESETS[task], *smaller, *flags])
         self.config = config
-        # The products and gates that a run here would have.
-        precisions = PRECISIONS[device.type]
+        precisions = PRECISIONS[device.type]  # with the products and gates that a run on this device would choose
         self.chosen = {p: dataclasses.replace(config, precision=p).chosen(device) for p in precisions}
         torch.manual_seed(1)
         N = self.config.batch_size
@@ -114,35 +113,35 @@ class Work:
 
     @contextlib.contextmanager
     def use(self, variant: Variant) -> Iterator[None]:
-        """Set the backend; while it lasts, the precision."""
+        """Select a variant: the backend until further notice, the precision within the context."""
         core, chosen = self.model.core, self.chosen[variant.precision]
         core.backend, core.gemm, core.gates = variant.backend, chosen.gemm, chosen.gates
         core.recompute, core.recompute_every = bool(variant.recompute), variant.recompute or None
         with chosen.float32_products(), chosen.autocast(self.device):
             yield
 
-    def _everything(self, variant: Variant) -> dict[str, Any]:
-        """What makes the reference compute all layer-steps, as a plain convolutional network does."""
+    def _unpruned(self, variant: Variant) -> dict[str, Any]:
+        """Arguments that make the reference compute all layer-steps, as a plain convolutional network does."""
         if variant.backend != "reference" or self.name in LANGUAGE:
             return {}
         N, L, _ = self.x.shape
         return {"lengths": torch.full((N,), L, device=self.device)}
 
     def core(self, variant: Variant, training: bool) -> tuple[torch.Tensor, ...]:
-        """Everything that the core makes of the batch: the wanted outputs, then the auxiliary ones."""
+        """Outputs of the core for the batch, then the auxiliary outputs."""
         self.model.core.train(training)
         torch.manual_seed(2)
         return self._core(variant, training)
 
     def _core(self, variant: Variant, training: bool) -> tuple[torch.Tensor, ...]:
-        whole = self._everything(variant)
+        unpruned = self._unpruned(variant)
         with self.use(variant):
             aux_every = self.aux_every if training else None
-            out = self.model.core(self.x, start=0 if whole else self.start, aux_every=aux_every, **whole)
-        return (out.output[:, -1:] if whole else out.output, *out.aux)
+            out = self.model.core(self.x, start=0 if unpruned else self.start, aux_every=aux_every, **unpruned)
+        return (out.output[:, -1:] if unpruned else out.output, *out.aux)
 
     def gradients(self, variant: Variant) -> list[torch.Tensor]:
-        """Outputs, then the gradients of a fixed function of them."""
+        """Outputs, then the gradients of a fixed function of the outputs."""
 
         def compute() -> tuple[torch.Tensor, ...]:
             outs = self._core(variant, True)
@@ -161,7 +160,7 @@ class Work:
         return [out.detach() for out in outs] + [p.grad for p in self.model.core.parameters()]
 
     def _computed(self, part: str, variant: Variant, compute: Callable[[], tuple[torch.Tensor, ...]]) -> Iterable:
-        """What `compute` makes: of a variant that is a graph by replay, once it has been called often enough."""
+        """Result of `compute`; for a graph variant by replay, after enough calls to record it."""
         if not variant.graph:
             return compute()
         if (part, variant) not in self._recorded:
@@ -170,12 +169,12 @@ class Work:
         return self._recorded[part, variant]((), None)
 
     def recorder(self) -> Recorder:
-        """One for all variants: parameters remember the stream that they were first recorded on."""
+        """One recorder for all variants: parameters are bound to the stream that they were first recorded on."""
         self._recorder = self._recorder or CUDARecorder(self.device)
         return self._recorder
 
     def run(self, part: str, variant: Variant) -> int:
-        """Compute a part once; how many tokens (or images) that was for."""
+        """Compute a part once; return its number of tokens (or images)."""
         if part == "core":
             self.gradients(variant)
         elif part == "step":
@@ -189,28 +188,31 @@ class Work:
                 self.core(variant, False)
         return self.tokens
 
-    def evaluation(self, variant: Variant, whole: bool = False) -> float:
-        """Score some tokens as an evaluation does; how many. With `whole` a window from its start: their mean loss."""
+    def evaluation(self, variant: Variant, one_window: bool = False) -> float:
+        """Score some tokens as an evaluation does; return their number.
+
+        With `one_window`, score one window from its start and return the mean loss.
+        """
         N, model = self.config.eval_batch_size, self.model.eval()
         windows = self.task.evaluation_windows
         streamed, skip = variant.backend != "reference" and self.task.streams(windows), windows.context
-        length = max(1, STREAM_POSITIONS // N) if streamed and not whole else windows.length
+        length = max(1, STREAM_POSITIONS // N) if streamed and not one_window else windows.length
         torch.manual_seed(4)
         rows = torch.randint(model.vocab_size, (N, length + 1), device=self.device)
         with self.use(variant):
             if streamed:
-                stream = None if whole else self._streams.get((variant, N))
+                stream = None if one_window else self._streams.get((variant, N))
                 output, stream = model.stream(rows[:, :-1], stream or model.init_stream(N))
                 self._streams[variant, N] = stream
-                skip = skip if whole else 0
+                skip = skip if one_window else 0
                 output = output[:, skip:]
             else:
                 output = model(rows[:, :-1], start=skip).output
             loss = model.loss(output, rows[:, skip + 1 :]).item()
-        return loss if whole else N * (length - skip)
+        return loss if one_window else N * (length - skip)
 
     def generation(self, variant: Variant) -> int:
-        """Distributions of some next tokens; how many."""
+        """Compute the distributions of some next tokens; return their number."""
         model, core = self.model.eval(), self.model.core
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with self.use(variant):
@@ -226,7 +228,7 @@ class Work:
         return STEPS
 
     def head(self, variant: Variant) -> list[torch.Tensor]:
-        """The loss of outputs and auxiliary outputs, then its gradients: of the outputs and of the head."""
+        """Loss of outputs and auxiliary outputs, then its gradients with respect to the outputs and the head."""
         model, targets = self.model, self.targets[:, self.start :]
         model.eval()  # latent dropout would be drawn in another order
         torch.manual_seed(5)
@@ -251,7 +253,7 @@ class Work:
                 if self.name in LANGUAGE:
                     loss = self.task.loss(self.inputs, self.targets)[0]["loss"]
                 else:
-                    logits = self.model(self.inputs, **self._everything(variant)).logits
+                    logits = self.model(self.inputs, **self._unpruned(variant)).logits
                     loss = F.cross_entropy(logits.float(), self.targets)
             with self.chosen[variant.precision].float32_products():
                 loss.backward()
@@ -264,17 +266,17 @@ class Work:
         self.optimizer.step()
 
     def flops(self, part: str, variant: Variant) -> float:
-        """Floating-point operations of the core's products over h: what they must be for these layer-steps."""
+        """Floating-point operations that the core's products over h need for their layer-steps."""
         core, (N, L, _) = self.model.core, self.x.shape
         pruned = variant.backend != "reference"
-        # Below the first layer all is zero, which the fused operator knows.
+        # h is zero below the first layer, and the fused operator skips those products.
         layer_steps = core.layer_steps(L, start=self.start) - self.first if pruned else core.num_layers * L
         products = 2 * core.kernel_size * core.hidden_size * core.bias.numel()
         return N * layer_steps * products * (1 if part == "forward" else 3)
 
 
 def parts_of(task: str, parts: Sequence[str]) -> list[str]:
-    """Those that a task has."""
+    """The parts that a task has."""
     return [part for part in parts if task in LANGUAGE or part not in OF_LANGUAGE]
 
 
@@ -284,10 +286,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def gate(work: Work, variants: Sequence[Variant], parts: Sequence[str] = PARTS) -> None:
-    """Compare what every variant computes with what the first of them, the reference, does.
+    """Compare every variant with the first of them, the reference.
 
     Raises:
-        RunError: one computes something else.
+        RunError: a variant computes something else.
     """
 
     def compare(ours: torch.Tensor, truth: torch.Tensor) -> None:
@@ -304,15 +306,15 @@ def gate(work: Work, variants: Sequence[Variant], parts: Sequence[str] = PARTS) 
     if set(parts) - set(OF_LANGUAGE):
         expected = work.gradients(REFERENCE)
         for variant in variants[1:]:
-            for _ in range(WARM_UP * variant.graph):  # then it is a replay that is compared
+            for _ in range(WARM_UP * variant.graph):  # so that a replay is compared
                 work.gradients(variant)
             for ours, truth in zip(work.gradients(variant), expected, strict=True):
                 compare(ours, truth)
     if "evaluation" in parts:
         with torch.inference_mode():
-            loss = torch.tensor(work.evaluation(REFERENCE, whole=True))
+            loss = torch.tensor(work.evaluation(REFERENCE, one_window=True))
             for variant in plain:
-                compare(torch.tensor(work.evaluation(variant, whole=True)), loss)
+                compare(torch.tensor(work.evaluation(variant, one_window=True)), loss)
     if "generation" in parts:
         x = work.x[:1]
         with torch.inference_mode(), work.use(REFERENCE):
@@ -335,11 +337,11 @@ def seconds(function: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_gflops(work: Work, precision: str) -> float:
-    """The rate of the fastest product, GFLOP/s."""
+    """Rate of the fastest product in GFLOP/s."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     core, on_gpu = work.model.core, work.device.type == "cuda"
     shapes = [(2048, core.kernel_size * core.hidden_size, core.bias.numel())] + [(8192, 8192, 8192)] * on_gpu
-    times = 10 if on_gpu else 1  # between two looks at the clock, which take as long as a small product
+    times = 10 if on_gpu else 1  # per reading of the clock, which takes as long as a small product on a GPU
     best = 0.0
     for M, K, N in shapes:
         a, b = (torch.randn(rows, K, device=work.device).to(dtype) for rows in (M, N))

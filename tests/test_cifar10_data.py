@@ -263,7 +263,7 @@ def test_pictures_become_batches(convert, tmp_path):
         ({"train_jpeg": np.zeros((2, 2), np.int8)}, "train_offsets and train_labels 1-D integers, not 2-D int8, 1-D"),
         ({"train_labels": np.array([0, 1, 2, 3, 4, 5, 10])}, "train_labels are 0 to 10, expected 0 to 9"),
         ({"train_labels": np.array([0, 1, 2, 3, 4, 5, -1])}, "train_labels are -1 to 5, expected 0 to 9"),
-        ({"train_labels": np.array([{}])}, "not an .npz file of plain arrays, or a damaged one (Object arrays cannot"),
+        ({"train_labels": np.array([{}])}, "corrupt, or not an .npz file of plain arrays (Object arrays cannot"),
     ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused(convert, tmp_path, changes, message):
@@ -300,7 +300,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path, capsys, convert):
         path.write_bytes(content)
         assert converter.main([str(path), str(folder)]) == 2
         err = capsys.readouterr().err
-        assert err.startswith(f"error: {path}: not an .npz file of plain arrays, or a damaged one (")
+        assert err.startswith(f"error: {path}: corrupt, or not an .npz file of plain arrays (")
         assert err.count("\n") == 1
     with path.open("wb") as file:
         np.save(file, np.arange(3))

@@ -212,7 +212,7 @@ def test_samples_and_an_empty_prompt(script, run_folder):
     code, text, told = script("--run", run_folder, "--length", 5, "--samples", 3, "--top_k", 5, "--top_p", 0.9)
     assert code == 0
     assert re.findall(r"--- (\d) ---", text) == ["1", "2", "3"]
-    assert told.startswith("empty prompt: it starts from <eos>, the end of a line\n15 words in ")
+    assert told.startswith("empty prompt: starting from <eos>, the end of a line\n15 words in ")
 
 
 def test_lines_are_wrapped_or_left_as_they_are():

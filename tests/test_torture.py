@@ -54,7 +54,7 @@ def test_a_run_survives_jumping_clocks(folder):
 
 def test_it_would_notice_a_difference(folder, tmp_path):
     expected = runs.reference(folder, seed=1, epochs=1)
-    shutil.copytree(folder / "whole-1-1", tmp_path / "run")
+    shutil.copytree(folder / "undisturbed-1-1", tmp_path / "run")
     job = runs.Job(tmp_path / "run", 1, 1)
     job.expect_outcome(expected, "nothing")
     content = runs.checkpoint.load(job.last)

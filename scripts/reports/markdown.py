@@ -6,17 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.reports.records import (
-    Finished,
-    read_memories,
-    read_row,
-    read_run,
-    read_speeds,
-    refusing,
-    score_of,
-    speed_text,
-    without,
-)
+from scripts.reports import records
+from scripts.reports.records import Finished, read_row, refusing, score_of, without
 from scripts.reports.tables import COMPARED, TABLES
 from trellisnet.training.reporting import epoch_line, score_line
 
@@ -43,7 +34,7 @@ def threads(record: Mapping[str, Any]) -> str:
 
 def output(folder: Path) -> list[str]:
     """The last lines that a run printed: its epochs and final scores."""
-    run = read_run(folder)
+    run = records.read_run(folder)
     with refusing(folder):
         score = score_of(run.metrics["test"])
         lines = [epoch_line(score, epoch) for epoch in run.epochs]
@@ -54,7 +45,7 @@ def output(folder: Path) -> list[str]:
 def speed(root: Path) -> list[str]:
     """Speed and memory of the backends, a table for each file in results/speed."""
     lines = []
-    for name, content in read_speeds(root).items():
+    for name, content in records.read_speeds(root).items():
         with refusing(root / "results" / "speed" / f"{name}.json"):
             variants = list(dict.fromkeys(r["variant"] for r in content["records"]))
             rows: dict[tuple[str, str], dict[str, str]] = {}
@@ -65,7 +56,7 @@ def speed(root: Path) -> list[str]:
                 if "bytes" in r:
                     cell = f"{r['bytes'] / 1e9:.2f} GB" + (f", 1/{base['bytes'] / r['bytes']:.1f}" if cells else "")
                 else:
-                    cell = speed_text(r) + (f", **{r['ratio']:.2f}x**" if cells else "")
+                    cell = records.speed_text(r) + (f", **{r['ratio']:.2f}x**" if cells else "")
                     cell += f" ({r['share_of_peak']:.0%})" if "gflops" in r else ""
                 cells[r["variant"]] = cell
             lines += [
@@ -87,7 +78,7 @@ def memory(root: Path) -> list[str]:
         ["command", "parameters:", "peak:"],
         (
             (f"`{without(m['command'], *HERE_ONLY)}`", f"{m['params']:,}", f"{m['peak_memory'] / 1e9:.1f} GB")
-            for m in read_memories(root).values()
+            for m in records.read_memories(root).values()
         ),
     )
 
@@ -125,11 +116,7 @@ def ours(found: Finished | None) -> tuple[str, str]:
 
 
 def paper_table(name: str, root: Path) -> str:
-    """A table of a paper beside our runs.
-
-    Raises:
-        UserError: as :func:`scripts.reports.records.read_row`.
-    """
+    """A table of a paper beside our runs."""
     title, score, script, rows = TABLES[name]
     recited = "; reciting, training accuracy in percent" if any(row.recited for row in rows) else ""
     folder = root / "runs" / "tables" / script
@@ -142,11 +129,7 @@ def paper_table(name: str, root: Path) -> str:
 
 
 def comparisons(root: Path) -> str:
-    """Networks of one size after about the same time: what scripts/compare.sh has finished.
-
-    Raises:
-        UserError: as :func:`scripts.reports.records.read_row`.
-    """
+    """Networks of one size after about the same time: what scripts/compare.sh has finished."""
     lines = []
     for folder in sorted((root / "runs" / "tables").glob("compare-*-minutes")):
         rows = []

@@ -40,7 +40,7 @@ def pyplot() -> Any:
 
 
 def _numbers(axis: Any, wide: bool) -> None:
-    """Plain numbers at the ticks; of a logarithmic axis the more in a decade the fewer decades it has."""
+    """Label an axis with plain numbers; a logarithmic axis gets more ticks per decade the fewer decades it spans."""
     from matplotlib import ticker
 
     plain = ticker.FuncFormatter(lambda value, _: f"{value:,.10g}")
@@ -53,7 +53,7 @@ def _numbers(axis: Any, wide: bool) -> None:
 
 
 def draw_curves(curves: Sequence[Curve], by: str) -> Any:
-    """A panel for every kind of score: validation solid, training dashed."""
+    """Draw learning curves, a panel for each kind of score: validation solid, training dashed."""
     plt = pyplot()
     kinds = list(dict.fromkeys(c.score for c in curves))
     figure, panels = plt.subplots(1, len(kinds), figsize=(0.8 + 5.4 * len(kinds), 4.2), squeeze=False)
@@ -81,12 +81,12 @@ def draw_curves(curves: Sequence[Curve], by: str) -> Any:
 
 
 def draw_chart(chart: Chart) -> Any:
-    """A line for every row: a dot for each of our runs, a ring for the paper."""
+    """Draw scores, a line for each row: a dot for each of our runs, a ring for the paper."""
     plt = pyplot()
     rows = [row for row in chart.rows if row.ours or row.paper is not None]
     values = [v for row in rows for v in (*row.ours, *([] if row.paper is None else [row.paper]))]
     limit = FAR * statistics.median(values)
-    shown = [v for v in values if v <= limit]  # what has diverged would press all others into one place
+    shown = [v for v in values if v <= limit]  # a diverged run would squeeze all others together
     figure, axes = plt.subplots(figsize=(8.5, 1.3 + 0.34 * len(rows)))
     for i, row in enumerate(rows):
         label = "ours" if i == next(k for k, r in enumerate(rows) if r.ours) else None
@@ -117,7 +117,7 @@ def draw_chart(chart: Chart) -> Any:
 
 
 def draw_speeds(content: dict[str, Any]) -> Any:
-    """How many times as fast as the reference, and memory, in bars: what `scripts/bench.py` has written."""
+    """Draw the speed of each variant relative to the reference, and its memory, as bars."""
     plt = pyplot()
     records = content["records"]
     timed = [r for r in records if r["part"] != "memory"]
@@ -160,7 +160,7 @@ def draw_speeds(content: dict[str, Any]) -> Any:
 
 
 def draw_memories(peaks: Mapping[str, float]) -> Any:
-    """Peak memory of training the released settings, in GB by task, as bars beside the line they must stay below."""
+    """Draw the peak memory of training by task, in GB, as bars beside the limit of 8 GB."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 1.3 + 0.4 * len(peaks)))
     bars = axes.barh(range(len(peaks)), list(peaks.values()), 0.6, color=COLOURS[0])
@@ -176,7 +176,7 @@ def draw_memories(peaks: Mapping[str, float]) -> Any:
 
 
 def draw_contexts(found: Sequence[tuple[str, dict[str, Any]]]) -> Any:
-    """Loss against visible tokens; twice the standard error of the difference from the longest context as a band."""
+    """Draw loss against visible tokens, with twice the standard error of the difference from the longest context."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     for i, (label, content) in enumerate(found):

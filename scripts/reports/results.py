@@ -4,20 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from scripts.reports import records
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import (
-    ADAPTED,
-    Run,
-    options,
-    read_ablations,
-    read_adapted,
-    read_equal_time,
-    read_measurement,
-    read_precisions,
-    refusing,
-    score_of,
-    without,
-)
+from scripts.reports.records import ADAPTED, Run, options, refusing, score_of, without
 from scripts.reports.tables import PUBLISHED
 
 ORDERS = {True: "permuted", False: "not permuted"}
@@ -92,7 +81,7 @@ def summary(runs: Iterable[Run]) -> str:
     for metrics in (run.metrics for run in runs):
         order = ORDERS[metrics["permute"]] if metrics["task"] == "pmnist" else ""
         key = metrics["task"], order, "augmented" if metrics.get("augment") else ""
-        if key not in best or score_of(metrics["test"]).better(score_of(best[key]["test"])):
+        if key not in best or score_of(metrics["test"]).is_better(score_of(best[key]["test"])):
             best[key] = metrics
 
     def position(key: tuple[str, str, str]) -> tuple:
@@ -128,7 +117,7 @@ def summary(runs: Iterable[Run]) -> str:
 
 def equal_time(folder: Path) -> str:
     """Networks after about the same time, from results/compare_<minutes>_minutes."""
-    planned, runs = read_equal_time(folder)
+    planned, runs = records.read_equal_time(folder)
     with refusing(folder):
         rows = []
         for label, run in runs:
@@ -156,7 +145,7 @@ def equal_time(folder: Path) -> str:
 
 def ablations(folder: Path) -> str:
     """Rows of Table 6 after equally many updates, from results/table6_<preset>."""
-    runs = read_ablations(folder)
+    runs = records.read_ablations(folder)
     with refusing(folder):
         first, base = runs[0]
         score, test = score_of(base["test"]), base["test"]
@@ -194,7 +183,7 @@ def ablations(folder: Path) -> str:
 
 def precisions(folder: Path) -> str:
     """Runs that differ in precision and seed only, from results/precision."""
-    runs = read_precisions(folder)
+    runs = records.read_precisions(folder)
     with refusing(folder):
         one, title = runs[0], score_of(runs[0]["test"]).title
         command = without(one["command"], "precision", "seed", "out", "metrics")
@@ -217,7 +206,7 @@ def precisions(folder: Path) -> str:
 
 def adapted(path: Path) -> str:
     """Ways of scoring one run with a cache and dynamic evaluation, and what each costs."""
-    metrics, ways = read_adapted(path)
+    metrics, ways = records.read_adapted(path)
     with refusing(path):
         name, rows = score_of(metrics["test_static"]).score_name, []
         for way, (valid, test) in ways.items():
@@ -244,7 +233,7 @@ def adapted(path: Path) -> str:
 
 def faults(path: Path) -> str:
     """What runs and files have survived, from what scripts/torture.py has written."""
-    found = read_measurement(path)
+    found = records.read_measurement(path)
     with refusing(path):
         kills, disk, hostile, soak = *(found[part] for part in ("kills", "disk", "payloads")), found.get("soak")
         moments = {key.removeprefix("killed "): n for key, n in kills.items() if key.startswith("killed in ")}
@@ -283,7 +272,7 @@ def faults(path: Path) -> str:
 
 def ranks(path: Path) -> str:
     """How far several ranks differ from one process, from what scripts/compare_ranks.py has written."""
-    found = read_measurement(path)
+    found = records.read_measurement(path)
     with refusing(path):
         worst: dict[tuple[str, int], dict[str, float]] = {}
         for r in found["records"]:

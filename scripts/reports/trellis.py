@@ -1,4 +1,4 @@
-"""The trellis and what an output of it sees, as the text of an SVG file."""
+"""Drawing of a trellis and of the inputs that one output sees, as the text of an SVG file."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ text {{ font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-
 def _panel(
     title: str, left: int, top: int, steps: int, layers: int, kernel_size: int, dilation: list[int]
 ) -> list[str]:
-    """One trellis; what the last output of the last layer depends on stands out from the rest."""
+    """Draw a trellis with everything that the last output of the last layer depends on highlighted."""
     seen = dict(enumerate(map(set, dependencies(steps, layers, dilation, kernel_size)), 1))
     reach = [dilation[(i - 1) % len(dilation)] for i in range(1, layers + 1)]
     taps = [(layer, t, j * reach[layer - 1]) for layer in seen for t in range(steps) for j in range(kernel_size)]
@@ -33,7 +33,7 @@ def _panel(
         return left + t * STEP, top + (layers - layer) * FLOOR
 
     lines = [f'<text class="head" x="{left - RADIUS}" y="{top - 34}">{title}</text>']
-    for layer, t, back in sorted(taps, key=lambda tap: tap[1] in seen[tap[0]]):  # what is seen lies on top
+    for layer, t, back in sorted(taps, key=lambda tap: tap[1] in seen[tap[0]]):  # highlighted lines last, on top
         (x1, y1), (x2, y2) = at(layer - 1, t - back), at(layer, t)
         length = math.hypot(x2 - x1, y2 - y1)
         dx, dy = (x2 - x1) / length * (RADIUS + 2), (y2 - y1) / length * (RADIUS + 2)
@@ -65,15 +65,15 @@ def _panel(
     first, last = min(seen[0]), max(seen[0])
     (x1, _), (x2, _) = at(0, first), at(0, last)
     lines.append(f'<path class="brace" d="M{x1 - 9},{y + 36} v7 H{x2 + 9} v-7"/>')
-    told = f"y sees {last - first + 1} inputs: 1 + {kernel_size - 1} · ({' + '.join(map(str, reach))})"
-    lines.append(f'<text x="{(x1 + x2) / 2:g}" y="{y + 62}" text-anchor="middle">{told}</text>')
+    text = f"y sees {last - first + 1} inputs: 1 + {kernel_size - 1} · ({' + '.join(map(str, reach))})"
+    lines.append(f'<text x="{(x1 + x2) / 2:g}" y="{y + 62}" text-anchor="middle">{text}</text>')
     return lines
 
 
 def trellis(
     layers: int = 4, kernel_size: int = 2, dilations: Sequence[list[int]] = ([1], [1, 2]), steps: int = 8
 ) -> str:
-    """Trellises side by side, as the text of an SVG file; the same text on every machine."""
+    """Draw trellises side by side; the text is the same on every machine."""
     top, left, lines = 62, 84, []
     for dilation in dilations:
         shown = (
@@ -90,6 +90,6 @@ def trellis(
         lines.append(f'<text x="{x + 32}" y="{bottom}">{text}</text>')
         x += 60 + round(7.2 * len(text))
     size = f'width="{width}" height="{bottom + 18}" viewBox="0 0 {width} {bottom + 18}"'
-    told = "A trellis network: units by layer and time step, and the inputs that one output sees."
-    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">', f"<title>{told}</title>", STYLE]
+    title = "A trellis network: units by layer and time step, and the inputs that one output sees."
+    head = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">', f"<title>{title}</title>", STYLE]
     return "\n".join([*head, *lines, "</svg>"]) + "\n"

@@ -1,11 +1,11 @@
-"""Damaged files: every one is noticed, or does no harm. Part of scripts/torture.py.
+"""Damaged files: all damage is detected or harmless. Part of scripts/torture.py.
 
-The files of a run that was cut short, weights in both containers, encoded corpora and packed images are altered at
-random, one at a time, and read. What came of it is one of
+Files of an interrupted run, weights in both containers, encoded corpora and packed images are altered at random, one at
+a time, and read. The outcome is one of
 
-    detected    refused with a message, replaced by the file before it, or made again
-    harmless    read, and to the bit what it was
-    unnoticed   read as something else
+    detected    refused with a message, replaced by the previous file, or made again
+    harmless    read to the same content, to the bit
+    unnoticed   read to another content
 """
 
 import contextlib
@@ -38,15 +38,15 @@ FLAGS = """--data synthetic --emsize 6 --nhid 4 --nout 6 --nlevels 2 --repack --
 
 @dataclass
 class Target:
-    """A file, and how it is read.
+    """A file and a way to read it.
 
     Args:
-        name: what to call it in the summary.
+        name: its name in the summary.
         path: the file.
-        read: its outcome, when it is damaged.
-        others: files that may lie there instead.
-        share: how many of the mutations it gets, relative to the others.
-        summed: whether it has a checksum; without one only truncation must be noticed.
+        read: reads the damaged file and returns the outcome.
+        others: files that may take its place.
+        share: its share of the mutations, relative to the other targets.
+        summed: it has a checksum; without one only truncation must be noticed.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Target:
 
 
 def mutated(content: bytes, kind: str, others: list[bytes], rng: random.Random) -> bytes:
-    """`content` altered in one of the KINDS."""
+    """Alter `content` in one of the KINDS."""
     changed = bytearray(content)
     start = rng.randrange(len(changed))
     if kind in ("bit flip", "bit flips"):
@@ -77,21 +77,21 @@ def mutated(content: bytes, kind: str, others: list[bytes], rng: random.Random) 
 
 
 def try_one(target: Target, rng: random.Random) -> tuple[str, str]:
-    """Damage the file, read it, put it back; the kind of damage and the outcome."""
-    whole = target.path.read_bytes()
+    """Damage the file, read it and restore it; return the kind of damage and the outcome."""
+    intact = target.path.read_bytes()
     others = [path.read_bytes() for path in target.others]
     kind = rng.choice([kind for kind in KINDS if others or kind != "another file"])
-    damaged = mutated(whole, kind, others, rng)
+    damaged = mutated(intact, kind, others, rng)
     target.path.write_bytes(damaged)
     try:
-        return kind, HARMLESS if damaged == whole else target.read()
+        return kind, HARMLESS if damaged == intact else target.read()
     finally:
         if target.path.parent.is_dir():
-            target.path.write_bytes(whole)
+            target.path.write_bytes(intact)
 
 
 def digest_of(read: Callable[[], object]) -> Callable[[], str]:
-    """An outcome of a reader that refuses what it finds damaged; its content is known by a digest."""
+    """Outcome of a reader that refuses damaged files; digests tell whether the content is the same."""
     expected = serialization.sha256_of(read())
 
     def outcome() -> str:
@@ -104,7 +104,7 @@ def digest_of(read: Callable[[], object]) -> Callable[[], str]:
 
 
 def call(*argv: object) -> tuple[int, str]:
-    """The program in this process: exit code, and what it prints."""
+    """Run the program in this process; return its exit code and output."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = main([str(a) for a in argv])
@@ -129,7 +129,7 @@ def weight_targets(folder: Path) -> Iterator[Target]:
 
 
 def checkpoint_targets(folder: Path) -> Iterator[Target]:
-    """Checkpoints by themselves, read and mapped."""
+    """Checkpoints without a run, read and memory-mapped."""
     torch.manual_seed(1)
     content = {
         "task": None, "settings": {"lr": 2.0}, "command": "", "data": ["", 1, 2, 3, None], "average": None,
@@ -146,7 +146,7 @@ def checkpoint_targets(folder: Path) -> Iterator[Target]:
 
 
 def cache_targets(folder: Path) -> Iterator[Target]:
-    """An encoded corpus: it is made again if it is damaged, so what is read is always right or all is lost."""
+    """Files of an encoded corpus, which is made again if one of them is corrupt."""
     texts = [["the cat sat\n on the mat\n" * 40, "a dog\n", "the dog ran\n"], ["a dog\n" * 50, "the cat\n", "x\n"]]
     truth = serialization.sha256_of(_streams(corpus.encode(map(corpus.words, texts[0]), sha256="", label="x")))
 
@@ -177,7 +177,7 @@ def _streams(content: corpus.Corpus) -> list[object]:
 
 
 def image_targets(folder: Path) -> Iterator[Target]:
-    """Images as they are published, packed by gzip."""
+    """Images as they are published, in a gzip file."""
     array = np.random.default_rng(1).integers(0, 256, (9, 28, 28), np.uint8)
     path = folder / "images.gz"
     path.write_bytes(gzip.compress(b"\0\0\x08\x03" + struct.pack(">III", *array.shape) + array.tobytes()))
@@ -185,16 +185,13 @@ def image_targets(folder: Path) -> Iterator[Target]:
 
 
 class Run:
-    """A run that was cut short; damaged files in its folder, and how it goes on.
-
-    What is compared is how it ends: the weights of its best epoch.
-    """
+    """An interrupted run that is resumed with a damaged file in its folder; the final weights are compared."""
 
     FILES = ("last.pt", "last.previous.pt", "best.pt", "config.json", "weights.pkl", "log.txt", "metrics.jsonl")
 
     def __init__(self, folder: Path):
-        self.whole, self.other, self.work = folder / "whole", folder / "other", folder / "work"
-        for path, seed in ((self.whole, 1), (self.other, 2)):
+        self.intact, self.other, self.work = folder / "intact", folder / "other", folder / "work"
+        for path, seed in ((self.intact, 1), (self.other, 2)):
             code, printed = call(*FLAGS, "--seed", seed, "--out", path, "--max_steps", 42)
             assert code == 0, printed
         self._fresh()
@@ -204,7 +201,7 @@ class Run:
 
     def _fresh(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
-        shutil.copytree(self.whole, self.work)
+        shutil.copytree(self.intact, self.work)
 
     def _resume(self) -> tuple[int, str]:
         return call("--resume", self.work / "last.pt", "--max_steps", 0)
@@ -213,7 +210,7 @@ class Run:
         return serialization.sha256_of(serialization.load(self.work / "weights.pkl", "weights"))
 
     def try_one(self, rng: random.Random) -> tuple[str, str]:
-        """Damage a file of the run, or exchange two, and go on with the run; the kind of damage and the outcome."""
+        """Damage a file of the run, or exchange two, and resume the run; return the kind of damage and the outcome."""
         self._fresh()
         path = self.work / rng.choice(self.FILES)
         others = [folder / name for folder in (self.work, self.other) for name in self.FILES if folder / name != path]
@@ -239,8 +236,8 @@ def run(folder: Path, count: int, seed: int) -> list[dict[str, object]]:
     """Try `count` mutations, a tenth of them on the folder of a run.
 
     Returns:
-        a record for every target: name, tried, detected, harmless, unnoticed, how (the kinds that were not noticed),
-        summed (whether it has a checksum).
+        a record for each target: name, counts (tried, detected, harmless, unnoticed), the kinds of damage that went
+        unnoticed (how), and whether it has a checksum (summed).
     """
     folder.mkdir(parents=True)
     rng = random.Random(seed)
@@ -266,7 +263,7 @@ def run(folder: Path, count: int, seed: int) -> list[dict[str, object]]:
 
 
 def broken(records: list[dict[str, object]]) -> list[str]:
-    """What must not be: damage that was not noticed where there is a sum, or a truncation anywhere."""
+    """Lines about damage that must not go unnoticed: any to a file with a checksum, and truncation of any file."""
     return [
         f"{r['target']}: {r[UNNOTICED]} not noticed ({', '.join(r['how'])})"
         for r in records

@@ -1,6 +1,6 @@
-"""Hostile files: what they are, and that opening them runs nothing and takes no memory. Part of scripts/torture.py.
+"""Hostile files: opening them runs no code and takes little memory. Part of scripts/torture.py.
 
-Every file is opened by every reader that a user may hand it to, in a process of its own whose memory is limited.
+Every file is opened by every reader that a user may give it to, in a separate process with limited memory.
 """
 
 import builtins
@@ -32,13 +32,13 @@ from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint
 
-MEMORY = 2**30  # bytes that a reader may take beyond what the process has
-HUGE = 2**36  # what files claim: bytes or numbers
+MEMORY = 2**30  # bytes that readers may allocate beyond what the process has
+HUGE = 2**36  # bytes or numbers that files claim to hold
 BOMB = 2**28  # bytes that small files unpack to
 
 
 class Call:
-    """Pickled, it is the call of a function: what an ordinary unpickler would run."""
+    """Pickles to the call of a function, which an ordinary unpickler would execute."""
 
     def __init__(self, function: Callable, *args: Any):
         self.function, self.args = function, args
@@ -48,7 +48,7 @@ class Call:
 
 
 class State(OrderedDict):
-    """An ordinary dict that sets attributes of itself when it is loaded."""
+    """Pickles to an OrderedDict that sets its own attributes when it is loaded."""
 
     def __init__(self, attributes: dict[str, Any]):
         super().__init__(w=torch.zeros(1))
@@ -59,7 +59,7 @@ class State(OrderedDict):
 
 
 def code(trap: Path) -> dict[str, Any]:
-    """Objects whose loading makes the folder `trap`, if it runs anything."""
+    """Objects that create the folder `trap` if loading them runs their code."""
     statement = f"__import__('os').mkdir({str(trap)!r})"
     calls = {
         "os.system": Call(os.system, f"mkdir '{trap}'"),
@@ -88,7 +88,7 @@ def code(trap: Path) -> dict[str, Any]:
 
 
 def excess() -> dict[str, Any]:
-    """Objects that claim more than a file holds, or that hide the methods of what they are."""
+    """Objects that claim more than their file holds, or that hide methods of their type."""
     laughs: list = ["ha"]
     for _ in range(60):
         laughs = [laughs, laughs]
@@ -110,7 +110,7 @@ def excess() -> dict[str, Any]:
 
 
 def containers(content: Any, protocol: int) -> dict[str, bytes]:
-    """The same content in every container that is read."""
+    """The content in each container that the readers know."""
     found = {"pickle": pickle.dumps(content, protocol)}
     for name, zipped in (("zip", True), ("2019", False)):
         buffer = io.BytesIO()
@@ -129,7 +129,7 @@ def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
 
 
 def crafted() -> dict[str, bytes]:
-    """Files made by hand: bombs, lies about sizes, and files of two kinds at once."""
+    """Handmade files: bombs, false sizes, files of two kinds at once."""
     one = io.BytesIO()
     torch.save({"encoder.weight": torch.zeros(1, dtype=torch.uint8)}, one)
     with zipfile.ZipFile(one) as file:
@@ -162,12 +162,12 @@ def crafted() -> dict[str, bytes]:
 
 
 def packed_bomb() -> bytes:
-    """BOMB zeros as gzip members, of which only the first takes time to pack."""
+    """BOMB zeros as equal gzip members, so that only one takes time to pack."""
     return gzip.compress(bytes(BOMB // 64), 1) * 64
 
 
 def images() -> dict[str, bytes]:
-    """For the reader of IDX files."""
+    """Files for the reader of IDX files."""
     header = b"\0\0\x08\x03" + struct.pack(">III", 2**31, 2**31, 28)
     return {
         "idx: huge claim": header + bytes(100),
@@ -177,7 +177,7 @@ def images() -> dict[str, bytes]:
 
 
 def archives() -> dict[str, bytes]:
-    """For the reader of archives, which is asked for the member `x`."""
+    """Files for the reader of archives, which extracts the member `x`."""
 
     def tarred(name: str, kind: bytes) -> bytes:
         info = tarfile.TarInfo(name)
@@ -210,7 +210,7 @@ def write(folder: Path, trap: Path) -> None:
 
 
 def made(content: Any, protocol: int) -> list[tuple[str, bytes]]:
-    """The containers that can be made of the content at all."""
+    """The containers that can hold the content."""
     try:
         return list(containers(content, protocol).items())
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError, NotImplementedError, RuntimeError):
@@ -218,7 +218,7 @@ def made(content: Any, protocol: int) -> list[tuple[str, bytes]]:
 
 
 def readers(path: Path) -> list[Callable[[], Any]]:
-    """Every way of opening the file; all must refuse it with a UserError."""
+    """All ways of opening a file; each must refuse it with a UserError."""
     if path.suffix == ".idx":
         return [lambda: pixels.read_idx(path, 3)]
     if path.suffix == ".archive":
@@ -237,8 +237,8 @@ def _kilobytes(name: str) -> int:
 
 
 def child(folder: Path) -> dict[str, Any]:
-    """Open everything in `folder`, in this process, with little memory."""
-    readers(folder / "x.torch")[0]  # so that all that is needed is there
+    """Open all files of `folder` in this process, after limiting its memory."""
+    readers(folder / "x.torch")[0]  # so that everything is loaded before the limit
     size = 1024 * _kilobytes("VmSize") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     before, opened, accepted = _kilobytes("VmHWM"), 0, []
@@ -255,10 +255,11 @@ def child(folder: Path) -> dict[str, Any]:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Make the files in `folder` and open them in a child.
+    """Write the files into `folder` and open them in a child process.
 
     Returns:
-        files, opened, accepted (names), bytes (by which the child's memory grew), executed.
+        numbers of files, of attempts to open one (opened) and of files that ran code (executed); names of accepted
+        files; bytes by which the child's memory grew.
     """
     trap, files = folder / "trap", folder / "files"
     files.mkdir(parents=True)

@@ -36,14 +36,14 @@ FLAGS = """--data synthetic --emsize 8 --nhid 12 --nout 8 --nlevels 4 --repack -
 --checkpoint_steps 3""".split()
 COMPARED = "task data model average optimizer schedule epoch batch carry step best skipped draws".split()
 MOMENTS = ("step", "evaluation", "checkpoint")
-LIFE = 0.6  # seconds of training, at most, before a kill within a step
-START = 600.0  # seconds within which a run must have begun, on however busy a machine
-DEADLINE = 30.0  # seconds that a run has to end when it is told to: what schedulers commonly give
-SLACK = 2**23  # bytes by which memory may grow while nothing should
+LIFE = 0.6  # longest time in seconds before a kill within a step
+START = 600.0  # seconds within which a run must start, even on a busy machine
+DEADLINE = 30.0  # seconds that a run has to end after SIGTERM, as schedulers commonly grant
+SLACK = 2**23  # bytes by which memory may grow where it should be constant
 
 
 class BrokenError(Exception):
-    """Something was lost."""
+    """A fault was not survived."""
 
 
 def expect(condition: bool, message: str) -> None:
@@ -52,12 +52,12 @@ def expect(condition: bool, message: str) -> None:
 
 
 class Job:
-    """A run, and what can be done to it.
+    """A run that faults are inflicted on.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         seed: of its random numbers.
-        epochs: how long it is.
+        epochs: its length.
     """
 
     def __init__(self, folder: Path, seed: int, epochs: int):
@@ -68,7 +68,7 @@ class Job:
         return self.folder / "last.pt"
 
     def flags(self, *more: str) -> list[str]:
-        """What starts the run, or goes on with it if there is a checkpoint."""
+        """Flags that start the run, or resume it if there is a checkpoint."""
         if self.last.exists():
             return ["--resume", str(self.last), *more]
         length = ["--seed", str(self.seed), "--epochs", str(self.epochs)]
@@ -78,13 +78,13 @@ class Job:
         return [sys.executable, str(PROGRAM), *self.flags(*more)]
 
     def child(self, *more: str, limit: Callable[[], None]) -> tuple[int, list[str]]:
-        """Run in a process of its own, which begins with `limit`: exit code, and lines on standard error."""
+        """Run in a process that calls `limit` first; return its exit code and its lines on standard error."""
         done = subprocess.run(self.command(*more), capture_output=True, text=True, check=False, preexec_fn=limit)
         return done.returncode, done.stderr.splitlines()
 
     @contextlib.contextmanager
     def started(self, *flags: str) -> Iterator[subprocess.Popen]:
-        """A process that is about to train."""
+        """Start a process and wait until it is about to train."""
         log = self.folder / "log.txt"
         size = log.stat().st_size if log.exists() and self.last.exists() else 0
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -96,12 +96,12 @@ class Job:
                 process.kill()
 
     def run(self, *more: str) -> None:
-        """Run in this process, to its end."""
+        """Run to the end, in this process."""
         code, printed = mutations.call(*self.flags(*more))
         expect(code == 0, f"the run ended with exit code {code}: {printed.splitlines()[-1:]}")
 
     def now(self) -> str:
-        """One of MOMENTS: what the run does, or did when it was killed."""
+        """The one of MOMENTS that the run is in, or was in when it was killed."""
         if any(self.folder.glob(".*.tmp")):
             return "checkpoint"
         with contextlib.suppress(OSError, IndexError, ValueError, KeyError):
@@ -120,11 +120,11 @@ class Job:
                 raise BrokenError(f"a checkpoint is corrupt: {e}") from e
 
     def outcome(self) -> dict[str, str]:
-        """Digests of all that a run comes to, times aside."""
+        """Digests of the outcome of a run, times aside."""
         found = {"weights.pkl": serialization.sha256_of(serialization.load(self.folder / "weights.pkl", "weights"))}
         for name in ("last.pt", "best.pt"):
             content = checkpoint.load(self.folder / name)
-            content["draws"] = content["rng"]["torch"]  # no other generator is drawn from
+            content["draws"] = content["rng"]["torch"]  # the only generator in use
             found |= {f"{key} of {name}": serialization.sha256_of(content[key]) for key in COMPARED}
         return found
 
@@ -134,7 +134,7 @@ class Job:
 
 
 def wait(condition: Callable[[], bool], seconds: float) -> float:
-    """Until the condition holds; after how many seconds, or inf. While all processes are stopped no time passes."""
+    """Wait for a condition; return the seconds it took, or inf. Time while all processes are stopped does not count."""
     taken, before = 0.0, time.monotonic()
     while not condition():
         if taken > seconds:
@@ -147,7 +147,7 @@ def wait(condition: Callable[[], bool], seconds: float) -> float:
 
 
 def aim(job: Job, process: subprocess.Popen, rng: random.Random) -> None:
-    """Wait for a random instant: in any step, in evaluation, or while a checkpoint is written."""
+    """Wait for a random instant in a step, in evaluation or during the write of a checkpoint."""
     moment = rng.choice(MOMENTS)
     if moment == "step":
         time.sleep(rng.uniform(0, LIFE))
@@ -157,17 +157,17 @@ def aim(job: Job, process: subprocess.Popen, rng: random.Random) -> None:
 
 
 def reference(folder: Path, seed: int, epochs: int) -> dict[str, str]:
-    """The outcome of a run that nothing is done to."""
-    job = Job(folder / f"whole-{seed}-{epochs}", seed, epochs)
+    """Outcome of an undisturbed run."""
+    job = Job(folder / f"undisturbed-{seed}-{epochs}", seed, epochs)
     if not job.last.exists():
         job.run()
     return job.outcome()
 
 
 def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
-    """SIGKILL a run at random instants until it finishes, and others after it, until `count` kills have been survived.
+    """Kill runs at random instants and resume them, until `count` kills have been survived.
 
-    Every tenth signal is a SIGTERM instead, after which the run must have written a checkpoint within DEADLINE.
+    Every tenth signal is a SIGTERM instead of a SIGKILL: the run must then write a checkpoint and end within DEADLINE.
     """
     rng, moments, runs, slowest = random.Random(seed), Counter(), 0, 0.0
     terms = 0
@@ -183,7 +183,7 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
                     aim(job, process, rng)
                     process.terminate()
                     seconds = wait(lambda p=process: p.poll() is not None, DEADLINE)
-                    expect(seconds < DEADLINE, f"a run that was told to end had not after {DEADLINE:g} s")
+                    expect(seconds < DEADLINE, f"a run had not ended {DEADLINE:g} s after SIGTERM")
                     _, said = process.communicate()
                     if process.returncode == 143:
                         expect(said.count("\n") == 1 and said.startswith("interrupted; "), f"it said: {said}")
@@ -200,7 +200,7 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
             elif code == 0:
                 break
             else:
-                expect(code == 143, f"a killed run went on with exit code {code}: {said}")
+                expect(code == 143, f"a resumed run ended with exit code {code}: {said}")
         job.expect_outcome(expected, f"{dict(moments)} (seed {job.seed})")
         expect(not list(job.folder.glob(".*.tmp")), "temporary files were left")
         runs += 1
@@ -212,7 +212,7 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
 
 
 def full(folder: Path, attempts: int, seed: int, epochs: int = 2) -> dict[str, Any]:
-    """A limit on the size of files, then no room at every single write, then a folder that may not be written."""
+    """Limit the size of files, then fail each write once for want of space, then write-protect the folder."""
     expected = reference(folder, seed, epochs)
     job = Job(folder / "full", seed, epochs)
     job.run("--max_steps", "20")
@@ -221,7 +221,7 @@ def full(folder: Path, attempts: int, seed: int, epochs: int = 2) -> dict[str, A
     code, said = job.child("--max_steps", "0", limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     expect(code == 1, f"a file that is too large: exit code {code}")
     expect(len(said) == 1 and said[0].startswith("failed: ") and "File too large" in said[0], f"it said {said}")
-    expect(job.last.read_bytes() == before, "a file that is too large spoilt the checkpoint")
+    expect(job.last.read_bytes() == before, "a write beyond the limit damaged the checkpoint")
     writes = _no_room(job, attempts)
     locked = _read_only(job)
     job.run("--max_steps", "0")
@@ -230,7 +230,7 @@ def full(folder: Path, attempts: int, seed: int, epochs: int = 2) -> dict[str, A
 
 
 def _no_room(job: Job, attempts: int) -> int:
-    """Go on with a run, in this process, whose nth write of a checkpoint fails, for n from 1; how many did."""
+    """Resume a run in this process with its nth write failing, for each n from 1; return the number of failures."""
     atomic_write, writes = serialization.atomic_write, 0
 
     class File:
@@ -263,14 +263,14 @@ def _no_room(job: Job, attempts: int) -> int:
 
 
 def _obey_modes() -> None:
-    """Take from this process what lets a superuser write where the modes forbid it."""
+    """Drop the capability that lets a superuser write where file modes forbid it."""
     if os.geteuid() == 0:
         drop, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
         ctypes.CDLL(None).prctl(drop, override, 0, 0, 0)
 
 
 def _read_only(job: Job) -> int:
-    """A run folder that may not be written, and one that may not be made; 0 where modes forbid nothing."""
+    """Resume a run in a write-protected folder and start one below it; 0 where file modes forbid nothing."""
     probe = [sys.executable, "-c", "import sys; open(sys.argv[1] + '/x', 'w')", str(job.folder)]
     before = job.last.read_bytes()
     job.folder.chmod(0o555)
@@ -291,7 +291,7 @@ def _read_only(job: Job) -> int:
 
 
 def clocks(folder: Path, seed: int, epochs: int = 2) -> dict[str, Any]:
-    """Clocks that stand still and jump, back too, while a run is cut in two."""
+    """Let the clocks stand still and jump, backwards too, during a run in two halves."""
     expected = reference(folder, seed, epochs)
     job, draw, real = Job(folder / "clocks", seed, epochs), random.Random(seed), (time.time, time.monotonic)
 
@@ -317,15 +317,15 @@ def clocks(folder: Path, seed: int, epochs: int = 2) -> dict[str, Any]:
 
 
 def locks(folder: Path, seed: int, epochs: int = 2) -> dict[str, Any]:
-    """Two processes in one folder: the second is refused, until the first is dead."""
+    """Start a second process in a run folder: it is refused until the first has ended."""
     expected = reference(folder, seed, epochs)
     job = Job(folder / "locks", seed, epochs)
     with job.started() as process:
         wait(job.last.exists, START)
-        process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile
+        process.send_signal(signal.SIGSTOP)  # so that it does not finish in the meantime
         for flags in (job.flags(), [*FLAGS, "--out", job.folder], [*FLAGS, "--out", job.folder, "--overwrite"]):
             code, printed = mutations.call(*flags)
-            expect(code == 2, f"a second process was let in: exit code {code}")
+            expect(code == 2, f"a second process was admitted: exit code {code}")
             said = printed.splitlines()[-1]
             expect(said.startswith(f"error: {job.folder}: another process is at work there; "), f"it said {said}")
     job.run()
@@ -337,7 +337,7 @@ def locks(folder: Path, seed: int, epochs: int = 2) -> dict[str, Any]:
 
 
 def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
-    """Train for so long: memory near the start and at the end, in bytes, and how much was done."""
+    """Train for some minutes; return memory in bytes near the start and at the end, epochs and steps."""
     job, resident = Job(folder / "soak", seed, 10**6), []
     with job.started() as process:
         wait(job.last.exists, START)
@@ -357,6 +357,6 @@ def soak(folder: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def drift(resident: list[int]) -> tuple[int, int]:
-    """The most memory in the second sixth of the time, the first being that of warming up, and in the last."""
+    """Largest memory in the second sixth of the time, after the warm-up, and in the last."""
     part = max(len(resident) // 6, 1)
     return max(resident[part : 2 * part] or resident), max(resident[-part:])
