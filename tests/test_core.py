@@ -188,6 +188,41 @@ def test_repr_names_the_settings():
     assert "kernel_size=2, dilation=(1,), weight_norm=False" in repr(net())
 
 
+@pytest.mark.parametrize("weight_norm", [False, True])
+@pytest.mark.parametrize(("activation", "groups"), [("lstm", None), ("lstm", 4), ("gru", None)])
+def test_kernels_start_as_asked(activation, groups, weight_norm):
+    torch.manual_seed(1)
+    options = {"activation": activation, "kernel_groups": groups, "weight_norm": weight_norm, "kernel_size": 3}
+    authors, scaled = (TrellisNet(30, 80, 5, init_gain=gain, **options) for gain in (None, 2.0))
+    suffix = "_v" if weight_norm else ""
+    for name, p in authors.named_parameters():
+        if not name.endswith("_g"):
+            assert p.std().item() == pytest.approx(0.01, rel=0.1)
+    for name, p in scaled.named_parameters():
+        if name.endswith(suffix) and name != "bias" and not name.endswith("_g"):
+            fan_in = 3 * (30 if name.startswith("weight_x") else 80 // (groups or 1))
+            assert p.std().item() == pytest.approx(2 / fan_in**0.5, rel=0.05), name
+    if weight_norm:
+        norms = torch.linalg.vector_norm(scaled.weight_x_v, dim=(1, 2), keepdim=True)
+        assert torch.equal(scaled.weight_x_g, norms)
+    if activation == "lstm":  # rows run group by group, then i, o, g, f
+        assert torch.equal(scaled.bias.view(groups or 1, 4, -1)[:, 3], torch.ones(groups or 1, 80 // (groups or 1)))
+    assert scaled.bias.sum() == (80 if activation == "lstm" else 0)
+
+
+def test_the_scaled_start_lets_a_distant_input_through():
+    """One step of 1,000 at ten dilated layers' distance moves the last output, which the authors' start hides."""
+    moved = {}
+    for gain in (None, 2.0):
+        torch.manual_seed(1)
+        module = TrellisNet(1, 32, 10, dilation=[2**i for i in range(10)], init_gain=gain)
+        x = torch.zeros(1, 1000, 1)
+        x[0, 123] = 1.0  # on a path with taps of both kinds
+        with torch.no_grad():
+            moved[gain] = (module(x).output[0, -1] - module(torch.zeros_like(x)).output[0, -1]).norm().item()
+    assert moved[None] < 1e-6 < 1e-3 < moved[2.0], moved
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -208,6 +243,7 @@ def test_repr_names_the_settings():
         ({"recompute": True, "activation": "gru"}, "recompute: only the backend fused can, and it has no gru gates"),
         ({"recompute": True, "backend": "reference"}, "recompute: only the backend fused can, and the backend is refe"),
         ({"recompute_every": 0}, "recompute_every: expected None or an integer ≥ 1, got 0"),
+        ({"init_gain": 0.0}, "init_gain: expected a number above 0, or None, got 0.0"),
     ],
 )
 def test_bad_settings_are_named(options, message):

@@ -4,6 +4,7 @@ The module owns the parameters and prepares a forward pass; the equation itself 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,9 @@ class TrellisNet(nn.Module):
         kernel_groups: None for a dense kernel, else the number of equal groups of the mixed group convolution (Theorem
             1, Eq. 5): group g reads its own past taps and the current tap of group g − 1; x enters group 1.
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6). The bias enters every layer.
+        init_gain: None for the authors' N(0, 0.01²); else the kernels start from N(0, gain² / fan-in), the biases from
+            zero, those of an LSTM's forget gate from one. Through many dilated layers the authors' small weights let
+            hardly anything of a distant input pass; a gain of 2 does.
         recompute: store only the input of every `recompute_every`-th layer for the backward pass and recompute the
             layers in between: less memory, a third more time.
         recompute_every: None for about √num_layers, which needs least memory.
@@ -121,10 +125,10 @@ class TrellisNet(nn.Module):
 
     The parameters are `weight_x` (GH, input_size, k), `weight_h` (GH, H, k) and `bias` (GH), with rows in the order i,
     o, g, f for an LSTM and r, u, n for a GRU. With weight normalisation `weight_x_v` and `weight_x_g` (GH, 1, 1),
-    `weight_h_v` and `weight_h_g` replace the kernels. All start from N(0, 0.01²), but g from the norm of v. With
-    `kernel_groups` = n, only the non-zero blocks of Eq. 5 are parameters: `weight_x` is (GH/n, input_size, k), and
-    `weight_h_past` (GH, H/n, k−1) and, for n > 1, `weight_h_below` (GH − GH/n, H/n, 1) replace `weight_h` and share one
-    g per row. Their rows run group by group, then gate by gate.
+    `weight_h_v` and `weight_h_g` replace the kernels; g starts from the norm of v. With `kernel_groups` = n, only the
+    non-zero blocks of Eq. 5 are parameters: `weight_x` is (GH/n, input_size, k), and `weight_h_past` (GH, H/n, k−1)
+    and, for n > 1, `weight_h_below` (GH − GH/n, H/n, 1) replace `weight_h` and share one g per row. Their rows run
+    group by group, then gate by gate.
 
     Raises:
         ValueError: a setting is out of range.
@@ -146,6 +150,7 @@ class TrellisNet(nn.Module):
         activation: str = "lstm",
         kernel_groups: int | None = None,
         inject_every: int = 1,
+        init_gain: float | None = None,
         recompute: bool = False,
         recompute_every: int | None = None,
         backend: str = "auto",
@@ -166,6 +171,9 @@ class TrellisNet(nn.Module):
         self.hidden_dropout = check_rate("hidden_dropout", hidden_dropout)
         self.weight_dropout = check_rate("weight_dropout", weight_dropout)
         self.temporal_weight_dropout = temporal_weight_dropout
+        if init_gain is not None and not 0 < init_gain < math.inf:
+            raise ValueError(f"init_gain: expected a number above 0, or None, got {init_gain}")
+        self.init_gain = init_gain
         self.spec = ops.TrellisSpec(
             num_layers, output_size, ops.find_activation(activation), dilation, kernel_size, kernel_groups, inject_every
         )
@@ -209,10 +217,21 @@ class TrellisNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw kernels and bias from N(0, 0.01²) and set g to the norm of v, so that w = v at first."""
+        """Draw kernels and bias as `init_gain` says and set g to the norm of v, so that w = v at first."""
         for name, parameter in self.named_parameters():
-            if not name.endswith("_g"):
+            if name.endswith("_g"):
+                continue
+            if self.init_gain is None:
                 nn.init.normal_(parameter, std=INIT_STD)
+            elif name == "bias":
+                nn.init.zeros_(parameter)
+                if self.activation == "lstm":  # rows run group by group, then i, o, g, f
+                    parameter.view(self.kernel_groups or 1, 4, -1)[:, 3] = 1.0
+            else:  # a row of a grouped kernel reads one group's past taps and one group's current tap
+                inputs = (
+                    self.input_size if name.startswith("weight_x") else self.hidden_size // (self.kernel_groups or 1)
+                )
+                nn.init.normal_(parameter, std=self.init_gain / math.sqrt(inputs * self.kernel_size))
         if self.weight_norm:
             for name in ("weight_x", "weight_h"):
                 norm = torch.linalg.vector_norm(self._kernel(name), dim=(1, 2), keepdim=True)

@@ -89,7 +89,7 @@ class _Trellis(Core):
     network = TrellisNet
     name = TRELLISNET
     reads = frozenset(
-        "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every recompute aux".split()
+        "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every init_gain recompute aux".split()
     )
     adds_output = True
 
@@ -123,6 +123,7 @@ class _Trellis(Core):
             "activation": config.activation,
             "kernel_groups": groups or None,
             "inject_every": config.inject_every,
+            "init_gain": config.init_gain or None,
             "recompute": config.recompute,
             "recompute_every": config.recompute_every or None,
             "backend": config.backend,

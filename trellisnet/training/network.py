@@ -57,6 +57,10 @@ class NetworkConfig(RunConfig):
         0, "with --recompute: keep every Nth layer; 0: the root of their number",
         group="hardware", resumable=True, at_least=0,
     )  # fmt: skip
+    init_gain: float = setting(
+        0.0, "draw kernels from N(0, G²/fan-in), forget gates start at bias 1; 0: N(0, 0.01²), as the authors",
+        group="model", at_least=0,
+    )  # fmt: skip
     gate_bias: float = setting(
         -2.0, "initial bias of a recurrent highway network's transform gates", group="settings of other cores"
     )
