@@ -1,4 +1,4 @@
-"""Reading the conformance fixtures: numbers computed with the authors' code (see fixtures/README.json)."""
+"""Conformance fixtures: numbers computed with the authors' code (see fixtures/README.json)."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ class Case:
             n_experts=c["n_experts"],
             cutoffs=self.meta["config"].get("splits"),
             latent_dropout=c["dropoutl"],
-            log_epsilon=1e-8,  # as in the authors' code; no effect on a plain softmax
+            log_epsilon=1e-8,  # as in the authors' code; no effect on a single softmax
             freeze_last_embedding=c.get("freeze_last_embedding", False),
         )
 
@@ -80,7 +80,7 @@ class Case:
         return Masks(**{ours: self.arrays.get(f"mask_{theirs}") for theirs, ours in names.items()})
 
     def decode(self, model: TrellisLanguageModel, output: torch.Tensor, mask: torch.Tensor | None = None):
-        """What the authors' model returns: logits, or with a mixture log(p + 1e-8)."""
+        """Return what the authors' model returns: logits, or with a mixture log(p + 1e-8)."""
         if model.n_experts:
             return model.log_prob(output, latent_mask=mask, draw=False)
         return model.head.logits(output)
@@ -97,17 +97,17 @@ def load(name: str) -> Case:
 
 
 def names(kind: str, without: tuple[str, ...] = ()) -> list[str]:
-    """Cases of a kind."""
+    """Return the names of the cases of a kind."""
     cases = json.loads((FIXTURES / "README.json").read_text())["cases"]
     return [c["name"] for c in cases if c["kind"] == kind and c["name"] not in without]
 
 
 def committed(pattern: str) -> list[Path]:
-    """Files of the project that match a pattern: those that git knows, or all where there is no git checkout.
+    """Return the project's files that match a pattern: those tracked by git or, without a checkout, all.
 
-    What users have put into results/ is theirs, and no test's business.
+    Files that users have put into results/ are not tested.
     """
-    found = sorted(path for path in PROJECT.glob(pattern) if path.is_file())
+    files = sorted(path for path in PROJECT.glob(pattern) if path.is_file())
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=False)
-    known = set(listed.stdout.split("\0"))
-    return found if listed.returncode else [path for path in found if path.relative_to(PROJECT).as_posix() in known]
+    tracked = set(listed.stdout.split("\0"))
+    return files if listed.returncode else [path for path in files if path.relative_to(PROJECT).as_posix() in tracked]

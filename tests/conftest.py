@@ -1,4 +1,4 @@
-"""What several files of tests share and what takes a while to make."""
+"""Fixtures that several test files share, made once because they take a while."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from word_ptb.train import main
 
 SMALL = """--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 4 --aux 0 --data synthetic
 --epochs 1 --max_steps 20 --max_eval_tokens 200""".split()
-SIZES = SMALL[:18]  # flags that make such a model again
+SIZES = SMALL[:18]  # the flags that determine the model
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +19,5 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sizes():
-    """The flags that `run_folder` was made with, as far as they make the model."""
+    """The flags of `run_folder` that determine the model."""
     return SIZES

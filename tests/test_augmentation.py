@@ -1,4 +1,4 @@
-"""Random variation of training images."""
+"""Data augmentation."""
 
 import numpy as np
 import pytest
@@ -24,12 +24,12 @@ def draws(maps, n, seed=3):
 
 
 @pytest.mark.parametrize(("side", "colours"), [(28, 1), (32, 3), (7, 2)])
-def test_without_any_amount_images_stay_as_they_are(side, colours):
+def test_by_default_images_are_unchanged(side, colours):
     pixels, maps = images(50, side, colours), AffineMaps()
     assert torch.equal(maps(pixels, draws(maps, 50)), pixels)
 
 
-def test_whole_shifts_and_mirror_images_move_values_and_bring_zeros():
+def test_whole_shifts_and_mirror_images_move_values_and_pad_with_zeros():
     pixels = images(1, 5, 2)
     image = pixels.view(5, 5, 2)
     found = AffineMaps(shift=2, whole_pixels=True)(pixels, torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, -2.0]]]))
@@ -50,7 +50,7 @@ def test_a_quarter_turn_is_exact_and_a_half_pixel_is_the_mean_of_two():
     assert (half[:, :-1].float() - between).abs().max() <= 0.5  # rounded
 
 
-def test_amounts_are_those_asked_for():
+def test_amounts_are_as_requested():
     maps = draws(AffineMaps(shift=2, rotation=10, scale=0.1, mirror=True), 4000).double()
     matrix, shift = maps[..., :2], maps[..., 2]
     factors = matrix.square().sum(1).sqrt()  # of the axes
@@ -74,7 +74,7 @@ def test_images_of_the_tasks(module, side, colours):
     found = maps(pixels, drawn)
     assert (found.shape, found.dtype) == (pixels.shape, torch.uint8)
     assert torch.equal(found, maps(pixels, draws(maps, 64)))
-    assert torch.equal(found[10:20], maps(pixels[10:20], drawn[10:20]))  # an image does not depend on its batch
+    assert torch.equal(found[10:20], maps(pixels[10:20], drawn[10:20]))  # independent of the rest of the batch
     assert not torch.equal(found, maps(pixels, draws(maps, 64, seed=4)))
     bright = maps(torch.full_like(pixels, 255), drawn)
     assert bright.float().mean() > 200
@@ -103,7 +103,7 @@ def test_only_training_batches_are_augmented_before_they_are_permuted(module, si
     by_hand = normalise(maps(pixels[shuffled], drawn)[:, order], module.Config.mean, module.Config.std)
     assert torch.equal(torch.cat([inputs for inputs, _ in varied]), by_hand)
 
-    batches = task(maps).batches((pixels, labels), 2)  # any batch, in any order, and again
+    batches = task(maps).batches((pixels, labels), 2)  # any batch, in any order, and repeatedly
     assert all(torch.equal(batches[i][0], varied[i][0]) for i in (3, 1, 1))
     other = task(maps).batches((pixels, labels), 3)
     assert not torch.equal(other[0][0], varied[0][0])

@@ -1,4 +1,4 @@
-"""The networks that TrellisNet is compared with: sizes and geometry as published, and what each of them computes."""
+"""The baselines: published sizes and geometry, and what each computes."""
 
 import copy
 import functools
@@ -60,7 +60,7 @@ SIZES = [
     (char_ptb.model, "--model tcn", 49, 2_221_999),
     (pmnist.model, "--model tcn", 1, 66_910),
     (wt103.model, "--model tcn", 267_735, 150_073_938),
-    # Here the authors have 400 numbers more each (200 with half the width), the prior of a mixture of one softmax.
+    # The authors have 400 parameters more (200 with half the width): the prior of a mixture of one softmax.
     (word_ptb.model, "--model sparse-lstm", 10_000, 23_823_300 - 400),
     (word_ptb.model, "--model sparse-lstm --sparse_mode direct --nhid 1150 --sparse_fract 1", 10_000, 24_222_000 - 400),
     (word_ptb.model, "--preset awd-lstm-recite --emsize 200 --nout 200 --nhid 575", 10_000, 7_068_500 - 200),
@@ -76,7 +76,7 @@ SIZES = [
         10_000,
         7_070_560 - 400,
     ),
-    # Recurrent highway networks at every depth, with tied weights and without.
+    # Recurrent highway networks at every depth, with tied and untied weights.
     *(
         (word_ptb.model, f"--model rhn --preset depth-{depth}{untied}", 10_000, parameters)
         for depth, *both in (
@@ -253,7 +253,7 @@ def test_by_which_factor_the_rows_shrink(density, blocks, alpha):
 
 
 @pytest.mark.parametrize("name", CORES)
-def test_a_core_is_called_like_trellisnet(name):
+def test_a_core_has_the_interface_of_trellisnet(name):
     torch.manual_seed(0)
     core, x = CORES[name](5, 8, 2, output_size=8).eval(), torch.randn(3, 9, 5)
     output, _, aux = core(x)
@@ -267,7 +267,7 @@ def test_a_core_is_called_like_trellisnet(name):
     assert not torch.equal(core(changed).output[:, 5:], output[:, 5:])
     first = core(x[:, :4])
     assert all(part.size(0) == 3 for part in first.state)
-    if name in RECURRENT:  # a carried state is all that there is of the past
+    if name in RECURRENT:  # the carried state holds all of the past
         assert_close(torch.cat([first.output, core(x[:, 4:], first.state).output], dim=1), output)
     for bad, message in (
         ({"x": x[0]}, r"x: expected \(N, L ≥ 1, 5\), got \(9, 5\)"),
@@ -328,7 +328,7 @@ def test_gradients_reach_every_parameter_in_training_and_after_an_evaluation(nam
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_given_masks_act_in_either_mode_and_nothing_is_drawn_beside_them(name):
+def test_explicit_masks_act_in_either_mode_and_nothing_else_is_drawn(name):
     rates = dict.fromkeys(("hidden_dropout", "input_dropout", "output_dropout", "embedding_dropout"), 0.4)
     module, ids = model(name, **rates, **({"weight_dropout": 0.4} if "lstm" in name else {})), tokens()
     masks = module.draw_masks(3)
@@ -338,7 +338,7 @@ def test_given_masks_act_in_either_mode_and_nothing_is_drawn_beside_them(name):
     assert torch.equal(trained, evaluated)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert not torch.equal(evaluated, module(ids).output)
-    # No mask is "not dropped": what nothing is dropped of is what evaluation computes.
+    # A mask of None drops nothing, as in evaluation.
     assert torch.equal(module.train()(ids, masks=Masks()).output, module.eval()(ids).output)
 
 
@@ -357,7 +357,7 @@ def test_products_in_bfloat16(name):
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
-def test_an_lstm_stays_in_float32_where_a_cpu_has_no_bfloat16(monkeypatch):
+def test_an_lstm_stays_in_float32_on_a_cpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr("trellisnet.ops.gemm.usable", lambda route, device, dtype: route == "mm")
     torch.manual_seed(0)
     layer, x = WeightDropLSTM(6, 5), torch.randn(2, 7, 6)
@@ -370,7 +370,7 @@ def test_an_lstm_stays_in_float32_where_a_cpu_has_no_bfloat16(monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"tied": False}, {"n_experts": 2}])
 @pytest.mark.parametrize("name", ["trellisnet", *CORES])
-def test_weights_come_back_from_their_file_also_of_a_sparse_embedding(tmp_path, name, options):
+def test_weights_survive_a_round_trip_even_with_a_sparse_embedding(tmp_path, name, options):
     def make(seed):
         torch.manual_seed(seed)
         sparse = functools.partial(SparseEmbedding, blocks=3, density=0.5)
@@ -387,7 +387,7 @@ def test_weights_come_back_from_their_file_also_of_a_sparse_embedding(tmp_path, 
 # -- AWD-LSTM ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_weight_drop_a_stack_is_torchs_lstm():
+def test_without_weight_drop_a_stack_equals_torchs_lstm():
     torch.manual_seed(0)
     core, x = AWDLSTM(5, 7, 3, output_size=4), torch.randn(2, 9, 5)
     y, state = x, []
@@ -402,7 +402,7 @@ def test_without_weight_drop_a_stack_is_torchs_lstm():
         assert_close(a, b)
 
 
-def test_weight_drop_is_one_mask_on_the_recurrent_matrix_for_all_time_steps():
+def test_all_time_steps_share_one_mask_on_the_recurrent_matrix():
     torch.manual_seed(0)
     layer, x = WeightDropLSTM(4, 6, weight_dropout=0.5), torch.randn(2, 7, 4)
     mask = layer.draw_masks()
@@ -436,7 +436,7 @@ def test_hidden_dropout_lies_between_layers_and_is_locked():
 # -- TCN ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tcn_by_hand():
+def test_a_tcn_equals_its_definition():
     torch.manual_seed(0)
     core, x = TCN(3, 5, 2, output_size=4, kernel_size=3), torch.randn(2, 11, 3)
     y = x.mT
@@ -446,13 +446,13 @@ def test_a_tcn_by_hand():
             v, g = convolution.parametrizations.weight.original1, convolution.parametrizations.weight.original0
             weight = v * g / v.norm(dim=(1, 2), keepdim=True)
             both = F.conv1d(z, weight, convolution.bias, padding=2 * dilation, dilation=dilation)
-            z = both[:, :, : -2 * dilation].relu()  # what the authors chop off
+            z = both[:, :, : -2 * dilation].relu()  # the authors' Chomp1d
         y = (z + block.fit(y)).relu()
     assert_close(core(x).output, y.mT)
     assert core.blocks[0].fit.weight.std() < 0.02
 
 
-def test_a_tcn_sees_as_far_as_it_says():
+def test_the_receptive_field_of_a_tcn_is_what_it_reads():
     torch.manual_seed(0)
     core = TCN(1, 6, 3, kernel_size=3).double()
     x = torch.randn(1, 40, 1, dtype=torch.float64, requires_grad=True)
@@ -482,7 +482,7 @@ def test_a_tcn_classifies_padded_sequences_by_their_last_valid_step():
 
 
 def carry_form(core, x, mask):
-    """The equations one by one, with one matrix on [x; s] at the first micro-step."""
+    """Compute the equations one by one, with one matrix on [x; s] in the first micro-step."""
     H, s, outputs = core.hidden_size, torch.zeros(x.size(0), core.hidden_size), []
     for t in range(x.size(1)):
         for step in range(core.num_layers):
@@ -496,7 +496,7 @@ def carry_form(core, x, mask):
     return torch.stack(outputs, 1)
 
 
-def test_an_rhn_is_its_carry_form_with_one_mask_for_all_steps():
+def test_an_rhn_equals_its_carry_form_with_one_mask_for_all_steps():
     torch.manual_seed(0)
     core, x = RHN(3, 5, 4, hidden_dropout=0.5), torch.randn(2, 6, 3)
     nn.init.normal_(core.weight_h)
@@ -542,15 +542,15 @@ def test_the_learning_rate_of_an_rhn():
     assert (rates[20], rates[21]) == pytest.approx((0.196078, 0.2 / 1.02**2), abs=1e-6)
 
 
-def test_words_are_dropped_in_every_row_on_its_own_and_at_all_places_of_it():
+def test_words_are_dropped_per_row_and_at_all_positions_of_it():
     module = model("rhn", embedding_dropout=0.5, embedding_dropout_per_row=True)
-    ids = torch.arange(40).repeat(2, 3)  # every word three times a row
+    ids = torch.arange(40).repeat(2, 3)  # every word three times per row
     mask = (torch.rand(2, 40) < 0.5).float()
     embedded = module.embed(ids, Masks(embedding=mask)).view(2, 3, 40, 12)
     expected = module.embedding.weight * mask[:, None, :, None] / 0.5
     assert torch.equal(embedded, expected.expand(2, 3, 40, 12))
     torch.manual_seed(0)
-    kept = (module.train().embed(ids).view(2, 3, 40, 12) != 0).any(3)  # (rows, times, words)
+    kept = (module.train().embed(ids).view(2, 3, 40, 12) != 0).any(3)  # (row, occurrence, word)
     assert torch.equal(kept, kept[:, :1].expand_as(kept))
     assert not torch.equal(kept[0], kept[1])
     assert 0.2 < kept.float().mean() < 0.8
@@ -560,7 +560,7 @@ def test_words_are_dropped_in_every_row_on_its_own_and_at_all_places_of_it():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_a_sparse_lstm_is_a_dense_one_with_zeros(rate):
+def test_a_sparse_lstm_equals_a_dense_one_with_zeros(rate):
     torch.manual_seed(0)
     layer = SparseLSTM(10, 9, blocks=3, density=0.5, weight_dropout=rate)
     dense, x = nn.LSTM(10, 9, batch_first=True), torch.randn(2, 6, 10)
@@ -581,7 +581,7 @@ def test_a_sparse_lstm_is_a_dense_one_with_zeros(rate):
     assert_close((h, c), (eh.squeeze(0), ec.squeeze(0)))
 
 
-def test_a_sparse_embedding_is_its_assembled_matrix_in_and_out():
+def test_a_sparse_embedding_equals_its_assembled_matrix_in_and_out():
     embedding = functools.partial(SparseEmbedding, blocks=3, density=0.5)
     module, ids = model("awd-lstm", embedding=embedding), tokens()
     matrix = module.embedding.weight
@@ -628,7 +628,7 @@ def test_every_head_shares_a_sparse_embedding(options):
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-def test_windows_with_a_carried_state_are_one_long_pass(name):
+def test_windows_with_a_carried_state_equal_one_long_pass(name):
     module, rows = model(name), tokens(2, 71)
     whole = LanguageModeling(module, horizon=70, repackage=True).evaluate(rows)
     parts = LanguageModeling(module, horizon=9, repackage=True).evaluate(rows)
@@ -636,7 +636,7 @@ def test_windows_with_a_carried_state_are_one_long_pass(name):
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
-def test_windows_of_random_length_scale_the_rate():
+def test_windows_of_random_length_scale_the_learning_rate():
     task = LanguageModeling(model("awd-lstm"), horizon=70, repackage=True, length_seed=5)
     rows = torch.arange(20_000).view(2, -1) % 40
     epochs = [task.batches(rows, epoch) for epoch in (0, 0, 1)]
@@ -663,7 +663,7 @@ def test_monte_carlo_dropout(name):
     history = {"horizon": 7, "seq_len": 20} if name == "tcn" else {"horizon": 7, "repackage": True}
     task = LanguageModeling(module, **history)
     static, sampled = task.evaluate(rows), task.evaluate_mc(rows, passes=2)
-    assert sampled["loss"] == pytest.approx(static["loss"], rel=1e-6)  # there is nothing to drop
+    assert sampled["loss"] == pytest.approx(static["loss"], rel=1e-6)  # nothing is dropped
     assert (sampled["tokens"], sampled["passes"]) == (static["tokens"], 2)
     module.input_dropout = module.output_dropout = module.core.hidden_dropout = 0.5
     for block in getattr(module.core, "blocks", ()):
@@ -677,7 +677,7 @@ def test_monte_carlo_dropout(name):
     assert len(set(ones)) == 3
     assert together <= sum(ones) / 3  # by Jensen's inequality
     assert task.evaluate_mc(rows, passes=1, max_tokens=10)["tokens"] < static["tokens"]
-    if name != "tcn":  # one set of masks from the first window to the last: longer windows change nothing
+    if name != "tcn":  # all windows share the masks, so longer windows change nothing
         torch.manual_seed(0)
         longer = LanguageModeling(module, horizon=59, repackage=True)
         if name != "trellisnet":
@@ -687,5 +687,5 @@ def test_monte_carlo_dropout(name):
 def test_a_plateau_by_the_rule_of_the_tcns_authors():
     schedule = Schedule(4.0, recent=3, factor=10.0)
     rates = [schedule.step(epoch, loss) for epoch, loss in enumerate([5, 4, 9, 9, 9, 8.9, 9, 3, 3, 9], start=1)]
-    # The sixth epoch is the first that may be compared, with the worst of the three before it.
+    # The sixth epoch is the first to be compared, with the worst of the three before it.
     assert rates == pytest.approx([4, 4, 4, 4, 4, 4, 0.4, 0.4, 0.4, 0.04])

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and reading them back."""
+"""Atomic files and checkpoints: writing, reading back, and refusing corrupt ones."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from trellisnet.training import checkpoint
 
 
 def content(**changes):
-    """A checkpoint of nothing much."""
+    """Return the content of a small checkpoint."""
     plain = {
         "task": "word_ptb", "settings": {}, "command": "", "data": ["abc", 1, 2, 3, None], "average": None,
         "optimizer": {"state": {}, "param_groups": []}, "schedule": {"lr": 1.0, "history": [], "averaging": False},
@@ -40,7 +40,7 @@ def test_round_trip_and_format(tmp_path):
     assert torch.equal(loaded["model"]["w"], torch.arange(3))
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
+def test_random_number_generators_resume(tmp_path):
     checkpoint.save(tmp_path / "last.pt", content())
     draw = lambda: (torch.rand(5).tolist(), np.random.rand(5).tolist(), random.random(), random.gauss(0, 1))  # noqa: E731
     expected = draw()
@@ -62,7 +62,7 @@ VALUES = {
 }
 
 
-def test_any_content_comes_back_and_has_the_same_sum(tmp_path):
+def test_any_content_survives_a_round_trip_with_the_same_digest(tmp_path):
     tensors = {name: value for name, value in VALUES.items() if isinstance(value, torch.Tensor)}
     whole = content(model=OrderedDict(tensors), settings=VALUES)
     checkpoint.save(tmp_path / "last.pt", whole)
@@ -79,7 +79,7 @@ def test_any_content_comes_back_and_has_the_same_sum(tmp_path):
                 assert loaded["settings"][name] == value
 
 
-def test_every_change_changes_the_sum():
+def test_every_change_changes_the_digest():
     digest = checkpoint.sha256_of
     kinds = [
         None, "None", 0, False, 0.0, -0.0, 5e-324, "", "0", [], (), {}, [[]], [0], (0,), [0, 0], [[0], 0], [0, [0]],
@@ -103,7 +103,7 @@ def test_every_change_changes_the_sum():
         digest([{1}])
 
 
-def test_content_that_differs_from_its_sum_is_refused(tmp_path):
+def test_content_that_differs_from_its_digest_is_refused(tmp_path):
     checkpoint.save(tmp_path / "last.pt", content())
     file = torch.load(tmp_path / "last.pt", weights_only=True)
     loop = []
@@ -266,8 +266,8 @@ except OSError as e:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), ValueError("why")])
-def test_what_is_raised_in_writing_gets_through_and_leaves_the_old_file(tmp_path, monkeypatch, legacy, error):
-    """At every one of the writes that torch makes."""
+def test_an_exception_while_writing_propagates_and_leaves_the_old_file(tmp_path, monkeypatch, legacy, error):
+    """At each of torch's writes."""
     atomic_write = serialization.atomic_write
 
     class File:
@@ -301,7 +301,7 @@ def test_what_is_raised_in_writing_gets_through_and_leaves_the_old_file(tmp_path
         assert path.read_bytes() == before
 
 
-def test_the_file_before_a_replaced_one_is_kept(tmp_path):
+def test_the_previous_file_is_kept(tmp_path):
     path, previous = tmp_path / "last.pt", tmp_path / "last.previous.pt"
     for number in (1, 2, 3):
         serialization.keep(path, previous)
@@ -310,7 +310,7 @@ def test_the_file_before_a_replaced_one_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_file_behind_a_link_is_kept(tmp_path, monkeypatch, links):
+def test_the_target_of_a_link_is_kept(tmp_path, monkeypatch, links):
     def refuse(*_):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
@@ -326,7 +326,7 @@ def test_the_file_behind_a_link_is_kept(tmp_path, monkeypatch, links):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the names of open files")
-def test_a_renamed_file_is_put_on_the_disk_with_its_name(tmp_path, monkeypatch):
+def test_a_renamed_file_is_synced_with_its_name(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
     serialization.save(tmp_path / "file", 1)
@@ -337,7 +337,7 @@ def test_a_renamed_file_is_put_on_the_disk_with_its_name(tmp_path, monkeypatch):
     assert synced[2:] == [str(tmp_path)]
 
 
-def test_a_system_that_cannot_sync_is_no_failure(tmp_path, monkeypatch):
+def test_a_system_that_cannot_sync_is_tolerated(tmp_path, monkeypatch):
     def refuse(_):
         raise OSError(errno.EINVAL, "Invalid argument")
 

@@ -1,4 +1,4 @@
-"""Every number of the authors' code, also after a round trip through our files."""
+"""Conformance with every number of the authors' code, also after a round trip through our files."""
 
 import pytest
 import torch
@@ -32,13 +32,13 @@ def test_the_cases_are_all_there():
 
 @pytest.fixture(autouse=True, params=["reference", "fused"])
 def backend(request, monkeypatch):
-    """Every number with every backend."""
+    """Run each test with every backend."""
     monkeypatch.setattr(ops, "resolve", lambda *_: request.param)
 
 
 @pytest.fixture(params=["direct", "zip", "legacy"])
 def loaded(request, tmp_path):
-    """Loads a case's weights, directly or through a file that we wrote."""
+    """Return a function that loads a case's weights, directly or through a file that we wrote."""
 
     def load(case, suffix=".pkl", **changes):
         model = case.model(**changes)
@@ -140,7 +140,7 @@ def test_step_with_a_split_softmax(name, tmp_path):
     assert list(written.items())[:-2] == list(case.meta["state_dict"].items())
     assert list(written)[-2:] == ["criterion.tail_vectors", "criterion.tail_bias"]
 
-    for legacy in (False, True):  # the tail vectors travel with the rest
+    for legacy in (False, True):  # the tail vectors are saved too
         save_weights(model, tmp_path / "w.pkl", legacy=legacy)
         again = case.model().train()
         assert load_weights(again, tmp_path / "w.pkl") == []
@@ -155,7 +155,7 @@ def test_step_with_a_split_softmax(name, tmp_path):
 @pytest.mark.parametrize("container", [".pkl", ".legacy.pkl"])
 @pytest.mark.parametrize("name", PIXELS)
 def test_classifier(name, container, tmp_path):
-    """Log-probabilities, state and gradients, by the full computation and by the last step's alone."""
+    """Log-probabilities, state and gradients, by the full computation and by that of the last step alone."""
     case = cases.load(name)
     c = {"dropout": 0, "dropouti": 0, "dropouth": 0, "wdrop": 0} | case.config
     model = TrellisClassifier(
@@ -211,11 +211,11 @@ def test_losses_and_gradients(name, loaded):
 
 
 @pytest.mark.parametrize("name", cases.names("dropout_masks"))
-def test_outputs_under_given_masks(name):
+def test_outputs_under_explicit_masks(name):
     case = cases.load(name)
     model = case.model()
     load_weights(model, case.file())
-    model.eval()  # given masks act in evaluation mode too
+    model.eval()  # explicit masks act in evaluation mode too
     tokens, skip = case.arrays["tokens"], case.meta["eff_history"]
     with torch.no_grad():
         out = model(tokens[:-1].T, case.state(), aux_every=case.config["aux_frequency"], masks=case.masks())
@@ -278,7 +278,7 @@ def test_training_trajectory(name, loaded):
 
 
 def test_averaged_sgd(tmp_path):
-    """A pass of SGD, then one of averaged SGD, as the authors' --asgd does from a plateau on."""
+    """One epoch of SGD, then one of averaged SGD, as the authors' --asgd does after a plateau."""
     case = cases.load("traj_sgd_asgd")
     model = case.model()
     load_weights(model, case.file(".init.pkl"))
@@ -312,7 +312,7 @@ def test_averaged_sgd(tmp_path):
         close("eval_loss_final")
         for ours, theirs in zip(model.parameters(), final.parameters(), strict=True):
             assert_close(ours, theirs, atol=2e-5, rtol=0)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), raw, strict=True))  # put back afterwards
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), raw, strict=True))  # restored afterwards
 
 
 @pytest.mark.parametrize("name", FORWARD + GRADIENTS + [QUIRK])

@@ -1,4 +1,4 @@
-"""Standard output and error that are closed, full or gone: what is printed may be lost, nothing else."""
+"""Standard output and error that are closed, full or gone: a program may lose what it prints, but nothing else."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ SHORT = [*SMALL, "--max_steps", "3"]
 
 
 def shell(command: str, *argv: str) -> subprocess.CompletedProcess:
-    """A command in a shell, whose "$@" are the arguments; `import console` takes no time there."""
+    """Run a command in a shell with arguments "$@" and a PYTHONPATH for a quick `import console`."""
     env = os.environ | {"PYTHONPATH": str(PROJECT / "trellisnet")}
     return subprocess.run(["bash", "-c", command, "bash", *argv], capture_output=True, text=True, check=False, env=env)
 
 
 @pytest.fixture
 def dead_terminal():
-    """Open a stream to a terminal that has vanished since."""
+    """A stream to a terminal that has vanished."""
     ours, theirs = pty.openpty()
     stream = open(theirs, "w")  # noqa: SIM115 (closed below)
     os.close(ours)
@@ -106,7 +106,7 @@ def test_nothing_fails_when_the_interpreter_exits():
 
 
 def start_and_hang_up(folder: Path, action: signal.Handlers) -> tuple[subprocess.Popen, int]:
-    """Start a run that has a terminal to itself, and close the terminal after its first checkpoint."""
+    """Start a run on its own terminal, and close the terminal after its first checkpoint."""
     ours, theirs = pty.openpty()
     argv = [*TRAIN, *SMALL, "--max_steps", "0", "--epochs", "99", "--checkpoint_steps", "1"]
 

@@ -1,4 +1,4 @@
-"""TrellisNet: an independent anchor, causality, statelessness, and what it refuses."""
+"""TrellisNet: equality with torch's LSTM, causality, statelessness, and refused input."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def x_of(n=2, length=7, dtype=torch.float64):
 
 
 def lstm_as_trellis(lstm: nn.LSTM, num_layers: int) -> TrellisNet:
-    """W_hh in the past tap, W_ih in the current one; torch's gate rows i, f, g, o become i, o, g, f."""
+    """Put W_hh into the past tap and W_ih into the current one; torch's gate rows i, f, g, o become i, o, g, f."""
     size = lstm.hidden_size
     module = TrellisNet(lstm.input_size, size, num_layers, weight_norm=False, dtype=torch.float64)
 
@@ -46,7 +46,7 @@ def lstm_as_trellis(lstm: nn.LSTM, num_layers: int) -> TrellisNet:
 
 
 @pytest.mark.parametrize(("length", "num_layers"), [(6, 6), (6, 11), (1, 1), (20, 20)])
-def test_with_an_lstms_weights_it_is_that_lstm(length, num_layers):
+def test_with_the_weights_of_an_lstm_it_equals_that_lstm(length, num_layers):
     torch.manual_seed(0)
     lstm = nn.LSTM(3, 5, batch_first=True, dtype=torch.float64)
     x, h0, c0 = torch.randn(4, length, 3), torch.randn(4, 5), torch.randn(4, 5)
@@ -58,7 +58,7 @@ def test_with_an_lstms_weights_it_is_that_lstm(length, num_layers):
     assert_close(out.state[1], c[0], atol=1e-12, rtol=0)
 
 
-def test_with_fewer_layers_it_is_the_truncated_lstm():
+def test_with_fewer_layers_it_equals_the_truncated_lstm():
     torch.manual_seed(0)
     lstm = nn.LSTM(3, 5, batch_first=True, dtype=torch.float64)
     x, horizon = torch.randn(2, 12, 3, dtype=torch.float64), 4
@@ -131,7 +131,7 @@ def test_a_forward_pass_leaves_nothing_behind():
     module.train()
     before = copy.deepcopy(module.state_dict())
     module(x).output.sum().backward()
-    twin = copy.deepcopy(module)  # fails if a graph tensor hangs on the module
+    twin = copy.deepcopy(module)  # fails if the module holds a tensor of the graph
     assert module.state_dict().keys() == before.keys()
     assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), before.values(), strict=True))
     file = io.BytesIO()
@@ -149,12 +149,12 @@ def test_evaluation_draws_no_random_numbers_and_training_does():
     assert not torch.equal(module.train()(x).output, module(x).output)
 
 
-def test_the_hidden_mask_is_one_for_all_layers_and_steps():
+def test_all_layers_and_steps_share_the_hidden_mask():
     module, x = net(hidden_dropout=0.5), x_of()
     h0, c0 = torch.randn(2, 2, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]])
     masked = module(x, (h0, c0), masks=Masks(hidden=mask[:, :, None])).output
-    for n in range(2):  # the same as scaling the columns of weight_h, which every layer and step reads
+    for n in range(2):  # equals scaling the columns of weight_h, which every layer and step reads
         scaled = net()
         scaled.load_state_dict(module.state_dict())
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Encoding and rows."""
+"""Vocabulary, encoding and batchify."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ from trellisnet.data.corpus import (
 )
 
 
-def test_words_end_every_line_also_a_blank_one():
+def test_words_end_every_line_even_a_blank_one():
     assert list(words(" a b \n\nc\u2028d\r\n e")) == ["a", "b", EOS, EOS, "c", "d", EOS, "e", EOS]
 
 
@@ -39,7 +39,7 @@ def test_batchify_cuts_contiguous_rows_and_trims_the_tail():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_batchify_keeps_the_dtype_and_copies_only_what_is_scattered(dtype):
+def test_batchify_keeps_the_dtype_and_copies_only_strided_ids(dtype):
     stream = torch.arange(11, dtype=dtype)
     rows = batchify(stream, 3)
     assert rows.dtype == dtype
@@ -58,10 +58,10 @@ def test_by_frequency_numbers_the_most_frequent_first():
     assert ordered.test.tolist() == [5, 4, 3]
     assert ordered.train.dtype == torch.int64
     assert (ordered.sha256, ordered.label) == ("s", "x")
-    assert corpus.train.tolist() == [0, 1, 2, 2, 1, 3]  # as it was
+    assert corpus.train.tolist() == [0, 1, 2, 2, 1, 3]  # unchanged
 
 
-def test_the_vocabulary_has_a_sum_that_sees_its_order():
+def test_the_digest_of_the_vocabulary_depends_on_its_order():
     sums = [encode([tokens, [], []], sha256="", label="x").vocabulary_sha256 for tokens in (["a", "é"], ["é", "a"])]
     assert sums[0] == hashlib.sha256("a\né".encode()).hexdigest()
     assert sums[0] != sums[1]
@@ -100,7 +100,7 @@ def test_the_synthetic_grammar_agrees_at_a_distance():
 
 
 @pytest.mark.parametrize("order", ALL_ORDERS)
-def test_what_only_valid_and_test_have_is_counted(order):
+def test_types_that_only_valid_and_test_have_are_counted(order):
     splits = [["a", "b", "b"], ["c", "a", "c", "d"], ["b", "d"]]
     corpus = reordered(encode(splits, sha256="", label="x"), order, seed=3)
     assert only_held_out(corpus) == {"valid": (2, 3), "test": (1, 1)}

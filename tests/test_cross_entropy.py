@@ -1,4 +1,4 @@
-"""The chunked loss against its definition: values, gradients, precision, and what it never makes."""
+"""The chunked loss against its definition: values, gradients, precision, and memory."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """Have products of at most so many rows, a multiple of `bucket`."""
+    """Limit the rows of a product, and make them a multiple of `bucket`."""
 
     def call(rows, bucket=1):
         for name, value in {"CHUNK": 0, "ROWS": rows, "BUCKET": bucket}.items():
@@ -30,7 +30,7 @@ def in_chunks(monkeypatch):
 
 
 def inputs(P, K, E=4, V=9, dtype=torch.float64):
-    """x, weight, bias, log_prior (None for one expert), all with a gradient; then targets and weights."""
+    """Draw x, weight, bias, log_prior (None for one expert), all requiring gradients; then targets and weights."""
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((P, K, E), (V, E), (V,)))
     log_prior = torch.randn(P, K, dtype=dtype).log_softmax(1).requires_grad_() if K > 1 else None
@@ -49,7 +49,7 @@ def gradients(value, tensors, **options):
 @pytest.mark.parametrize("bucket", [1, 8])
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 @pytest.mark.parametrize(("K", "epsilon"), [(1, 0.0), (3, 0.0), (3, 1e-2)])
-def test_values_and_gradients_are_those_of_the_definition(in_chunks, rows, bucket, K, epsilon):
+def test_values_and_gradients_equal_the_definition(in_chunks, rows, bucket, K, epsilon):
     in_chunks(rows, bucket)
     tensors, target, scale = inputs(23, K)
 
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_the_definition(in_chunks, rows, bucke
         assert_close(call(tensors, target, log_epsilon=epsilon)[1], expected, **EXACT)
 
 
-def test_an_impossible_target_is_not_lost():
+def test_an_impossible_target_has_a_finite_loss():
     tensors, target, _ = inputs(5, 1)
     with torch.no_grad():
         tensors[2][target] -= 900.0  # probabilities that underflow even in float64
@@ -101,7 +101,7 @@ def test_gradients_of_sum_and_losses_together():
         assert_close(a, b, **EXACT)
 
 
-def test_a_second_backward_pass_is_the_first_again():
+def test_a_second_backward_pass_equals_the_first():
     tensors, target, scale = inputs(9, 2)
     total, _ = call(tensors, target, scale)
     first = gradients(total / 3, tensors, retain_graph=True)
@@ -111,7 +111,7 @@ def test_a_second_backward_pass_is_the_first_again():
         assert torch.equal(a, c)
 
 
-def test_what_has_no_gradient_takes_no_product(in_chunks):
+def test_unneeded_gradients_take_no_product(in_chunks):
     in_chunks(1000)
     for frozen in (0, 1):
         tensors, target, scale = inputs(9, 2)
@@ -127,7 +127,7 @@ def test_what_has_no_gradient_takes_no_product(in_chunks):
 
 
 class Watch(TorchDispatchMode):
-    """The largest tensor that is made, how many matrices are multiplied, and of how many rows."""
+    """Records the largest tensor, the number of matrix products, and their numbers of rows."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_products_have_few_shapes(in_chunks):
-    """oneDNN keeps a megabyte or more for every number of rows that it has met."""
+    """Few, because oneDNN keeps a megabyte or more for every distinct number of rows."""
     in_chunks(32, bucket=16)
     seen = []
     for P in range(1, 60):
@@ -188,21 +188,21 @@ def auxiliary(head):
     ],
     ids=["linear", "mixture", "split"],
 )
-def test_no_head_makes_all_logits(in_chunks, make, step):
-    """At most a chunk of them, or what other tensors have anyway, is in any tensor of a forward and backward pass."""
+def test_no_head_holds_all_logits(in_chunks, make, step):
+    """No tensor of a forward and backward pass is larger than a chunk of logits or the features themselves."""
     in_chunks(24)
     torch.manual_seed(0)
     with Watch() as seen:
         step(make())
-    features = 5 * P * 3 * E  # five outputs of a model with all layers' auxiliary ones, three experts
-    core = 5 * 768 * 4 * 2 * E  # gates of five layers at once, whose products go into one, rows rounded up
+    features = 5 * P * 3 * E  # a model with five outputs, four of them auxiliary, and three experts
+    core = 5 * 768 * 4 * 2 * E  # gates of five layers, collected for one product, rows rounded up
     assert seen.largest <= max(24 * V, features, core)
     assert seen.largest < P * V / 8
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_memory_does_not_grow_with_the_length_times_the_vocabulary():
-    """Peak of a process at 600 and at 8000 positions; a table of the logits of these would be 128 MB, or 256 MB."""
+    """Peak memory of a process at 600 and 8000 positions; all logits of the latter would take 128 or 256 MB."""
     code = """
 import torch
 from trellisnet.heads import LinearSoftmax, MixtureOfSoftmaxes, SplitSoftmax
@@ -236,7 +236,7 @@ def test_float32_is_as_good_as_the_definition_in_float32(K, gemm):
 
 
 def test_in_bfloat16_only_products_are_rounded():
-    """Bias, softmax, losses: with a weight of zero nothing is lost that float32 has."""
+    """Bias, softmax and losses keep float32: with a weight of zero nothing is lost."""
     (x, _, bias, _), target, scale = inputs(50, 1, E=4, V=30, dtype=torch.float32)
     zero = torch.zeros(30, 4, requires_grad=True)
     found = []
@@ -296,7 +296,7 @@ def check(head, x, target, reduction, **latent):
 
 
 class Loss(torch.nn.Module):
-    """A module whose forward pass is the loss of a head, with whatever parameters."""
+    """Module whose forward pass is the loss of a head, for `functional_call`."""
 
     def __init__(self, head):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Skipped without one; `bash scripts/gpu_check.sh` runs it, and fails without one."""
+"""Tests that need a CUDA device and are skipped without one; `bash scripts/gpu_check.sh` fails without one."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from word_ptb.train import main
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CUDA = torch.device("cuda")
-# Relative to the norm of what is compared, which is in float64 on the CPU.
+# Relative to the norm of the float64 results on the CPU.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 8e-2}
 BACKENDS = [("reference", "auto"), ("fused", "eager"), ("triton", "auto")]
 IMAGES = ("pmnist", "cifar10")
@@ -30,12 +30,12 @@ ON_BOTH = pytest.mark.parametrize("precision", TOLERANCE)
 
 
 def assert_near(ours, exact, tolerance, what=""):
-    error = (ours.cpu().double() - exact).norm() / exact.norm().clamp_min(1e-3)  # of some it is exactly 0
+    error = (ours.cpu().double() - exact).norm() / exact.norm().clamp_min(1e-3)  # some norms are exactly 0
     assert error <= tolerance, (what, error.item())
 
 
 def computed(inputs, device, dtype, precision="fp32", carried=True, **options):
-    """Every output, and every gradient of fixed functions of them."""
+    """Return all outputs, and the gradients of fixed functions of them."""
     device = torch.device(device)
     tensors = {name: t.detach().to(device, dtype).requires_grad_() for name, t in inputs.items()}
     wanted = list(tensors.values())
@@ -105,12 +105,12 @@ def test_the_gradient_of_the_kernel_by_one_product_or_several(precision, monkeyp
     assert_near(one, several, 1e-5)  # both are summed in float32
 
 
-def test_products_of_bfloat16_come_in_float32():
+def test_products_of_bfloat16_return_float32():
     assert gemm.widens(torch.zeros(1, device="cuda").device, torch.bfloat16), torch.__version__
 
 
 @pytest.mark.parametrize("gates", ["triton", "eager"])
-def test_streams_are_one_long_pass(gates):
+def test_streams_equal_one_long_pass(gates):
     torch.manual_seed(0)
     net = TrellisNet(6, 48, 6, output_size=20, dilation=[1, 2], gates=gates).to(CUDA).eval()
     x = torch.randn(3, 40, 6, device=CUDA)
@@ -178,7 +178,7 @@ TEXT = """--data synthetic --emsize 16 --nhid 40 --nout 16 --nlevels 6 --horizon
 
 
 def train(folder, *flags):
-    """A process of its own, because what makes cuBLAS deterministic is read once."""
+    """Train in a separate process, because cuBLAS reads its setting for determinism only once."""
     command = [sys.executable, str(PROJECT / "word_ptb" / "train.py"), *flags]
     command += ["--out", str(folder)] if "--resume" not in flags else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PROJECT)
@@ -211,7 +211,7 @@ def test_a_graph_computes_the_same_bits(tmp_path, precision):
 
 
 def test_a_graph_was_replayed(monkeypatch, tmp_path, capsys):
-    """Random masks are others in every replay, and other shapes pass by the graph."""
+    """Random masks differ between replays, and other shapes bypass the graph."""
     replays = []
     record = graphs.CUDARecorder.record
 
@@ -247,7 +247,7 @@ def test_masks_differ_from_replay_to_replay():
 
 
 @pytest.mark.parametrize(("here", "there"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_weights_and_checkpoints_go_from_device_to_device(tmp_path, capsys, here, there):
+def test_weights_and_checkpoints_move_between_devices(tmp_path, capsys, here, there):
     flags = [flag for flag in TEXT if flag not in ("--deterministic", "--device", "cuda")]
     metrics = [tmp_path / f"{device}.json" for device in (here, there)]
     run = tmp_path / "run"
@@ -264,9 +264,9 @@ def test_weights_and_checkpoints_go_from_device_to_device(tmp_path, capsys, here
     assert settings["cuda_graph"] == {"cuda": "on", "cpu": "off"}[here]
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it announces itself as a prototype
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch says that it is a prototype
 @pytest.mark.parametrize("task", programs.TASKS)
-def test_batches_are_made_without_waiting_for_the_device(task):
+def test_making_batches_does_not_synchronise(task):
     program = programs.get(task)
     config, _ = parse(program.config_class, ["--data", "synthetic", "--nhid", "8", *["--augment"] * (task in IMAGES)])
     task, splits, *_ = program.setup(config, CUDA)
@@ -281,7 +281,7 @@ def test_batches_are_made_without_waiting_for_the_device(task):
     assert len(inputs) == len(targets) == config.batch_size
 
 
-def test_too_little_memory_is_told_in_one_line(tmp_path, capsys):
+def test_too_little_memory_is_reported_in_one_line(tmp_path, capsys):
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)

@@ -1,4 +1,4 @@
-"""One module at any depth: `num_layers` of a call stands for a module of that depth with the same weights."""
+"""`num_layers` of one call: the result equals that of a module of that depth with the same weights."""
 
 import copy
 
@@ -26,7 +26,7 @@ DEPTHS = (1, 3, 8)
 
 
 def pair(make, depth):
-    """A module of `OWN` layers, and one of another depth with the same weights."""
+    """Make a module of `OWN` layers, and one of another depth with the same weights."""
     torch.manual_seed(0)
     module, built = make(OWN).double(), make(depth).double()
     for p in module.parameters():
@@ -41,7 +41,7 @@ def core(options):
 
 
 def results(module, outputs, *inputs):
-    """Outputs, then their gradients in all parameters and inputs."""
+    """Return outputs, then their gradients in all parameters and inputs."""
     wanted = [*module.parameters(), *inputs]
     grads = torch.autograd.grad(sum(out.square().sum() for out in outputs), wanted, allow_unused=True)
     return [*outputs, *grads]
@@ -49,7 +49,7 @@ def results(module, outputs, *inputs):
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_a_call_is_that_of_a_module_of_this_depth(options, depth):
+def test_a_call_equals_a_module_of_this_depth(options, depth):
     for call in CALLS:
         module, built = pair(core(options), depth)
         x, h, c = (
@@ -69,13 +69,13 @@ def test_a_call_is_that_of_a_module_of_this_depth(options, depth):
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_streams_have_a_depth_of_their_own(options, depth):
+def test_streams_have_their_own_depth(options, depth):
     module, built = pair(core(options), depth)
     x = torch.randn(2, 12, 3, dtype=torch.float64)
     with torch.no_grad():
         expected = built.eval()(x).output
     stream = module.init_stream(2, num_layers=depth)
-    own, _ = module.stream(x, module.init_stream(2))  # another depth beside it
+    own, _ = module.stream(x, module.init_stream(2))  # a stream of the module's own depth beside it
     outputs, stream = module.stream(x[:, :7], stream)
     last = []
     for t in range(7, 12):
@@ -86,7 +86,7 @@ def test_streams_have_a_depth_of_their_own(options, depth):
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_models_pass_it_on(depth):
+def test_models_pass_the_depth_on(depth):
     def language(num_layers):
         return TrellisLanguageModel(11, 4, 6, num_layers, output_size=4)
 
@@ -118,7 +118,7 @@ def test_layer_steps_of_a_depth():
 
 
 @pytest.mark.parametrize(("value", "message"), [(0, "at least 1, got 0"), (2.5, "an integer, got 2.5")])
-def test_a_depth_that_cannot_be_is_refused(value, message):
+def test_an_impossible_depth_is_refused(value, message):
     module, model = core({})(2), TrellisLanguageModel(11, 4, 6, 2, output_size=4)
     for call in (
         lambda: module(torch.zeros(1, 2, 3), num_layers=value),

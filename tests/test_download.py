@@ -1,4 +1,4 @@
-"""Fetching files, against a local server that answers in every wrong way too."""
+"""Downloads from a local server that also gives every kind of wrong answer."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ def md5(content):
 
 
 class Mirror:
-    """A server on 127.0.0.1. `answers` maps a path to a function of the request; `requests` notes what was asked."""
+    """A server on 127.0.0.1. `answers` maps a path to a function of the request; `requests` lists the requests."""
 
     def __init__(self):
         self.answers, self.requests, self.sent = {}, [], []
@@ -46,7 +46,7 @@ class Mirror:
                     mirror.answers[self.path](self)
 
             def reply(self, status=200, content=b"", length=None, **headers):
-                """Status, headers and content; `length` is the announced one, 0 to announce none."""
+                """Send status, headers and content; `length` is the announced one, 0 to announce none."""
                 self.send_response(status)
                 if length != 0:
                     headers["Content-Length"] = len(content) if length is None else length
@@ -57,7 +57,7 @@ class Mirror:
                 mirror.sent[self.number] += len(content)
 
             def offset(self):
-                """First byte of the range asked for; None if no range was."""
+                """Return the first byte of the requested range; None if no range was requested."""
                 asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
                 return int(asked.group(1)) if asked else None
 
@@ -65,7 +65,7 @@ class Mirror:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = False  # so that closing waits for the answers under way
+        self.server.daemon_threads = False  # so that closing waits for answers in progress
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
 
@@ -93,7 +93,7 @@ def whole(handler):
 
 
 def ranged(handler, content=BODY):
-    """A good server."""
+    """Answer correctly, with ranges."""
     if (offset := handler.offset()) is None:
         handler.reply(content=content)
     else:
@@ -126,7 +126,7 @@ def left(folder):
 
 
 def refusal(source, folder):
-    """The message of the refusal, which is three lines and leaves nothing under the final name."""
+    """Return the message, three lines, after checking that nothing has the final name."""
     with pytest.raises(UserError) as caught:
         fetch(source, folder)
     what, where, otherwise = str(caught.value).split("\n")
@@ -145,7 +145,7 @@ def test_a_file_is_fetched_once(mirror, tmp_path, capsys):
     assert left(folder) == ["train.txt"]
     assert fetch(source, folder) == folder / "train.txt"
     assert fetch_all([source], folder) == []
-    assert mirror.paths() == ["/whole"]  # nothing is asked for what is there
+    assert mirror.paths() == ["/whole"]  # an existing file causes no request
     assert mirror.ranges() == [None]
     assert capsys.readouterr() == ("", "")  # the progress bar is for terminals
 
@@ -160,7 +160,7 @@ def test_a_file_of_another_content_is_not_replaced(mirror, tmp_path):
     assert mirror.requests == []
 
 
-def test_the_next_call_continues_what_has_arrived(mirror, tmp_path):
+def test_the_next_call_continues_the_partial_file(mirror, tmp_path):
     message = refusal(mirror.source("/truncated"), tmp_path)
     assert f"/truncated: ended after {HALF:,} of {len(BODY):,} bytes)\n" in message
     assert f"try again ({HALF:,} of {len(BODY):,} bytes are kept in train.txt.part and will be continued)." in message
@@ -172,14 +172,14 @@ def test_the_next_call_continues_what_has_arrived(mirror, tmp_path):
     assert mirror.sent == [HALF, len(BODY) - HALF]  # only the rest was sent
 
 
-def test_the_next_mirror_continues_what_has_arrived(mirror, tmp_path):
+def test_the_next_mirror_continues_the_partial_file(mirror, tmp_path):
     fetch(mirror.source("/truncated", "/ranged"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
     assert mirror.paths() == ["/truncated", "/ranged"]
     assert mirror.ranges() == [None, f"bytes={HALF}-"]
 
 
-def test_a_server_without_ranges_sends_all_again(mirror, tmp_path):
+def test_a_server_without_ranges_sends_everything_again(mirror, tmp_path):
     part_of(tmp_path).write_bytes(BODY[:HALF])
     fetch(mirror.source("/whole"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
@@ -187,7 +187,7 @@ def test_a_server_without_ranges_sends_all_again(mirror, tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["416", "unnamed part", "another part", "longer", "endless"])
-def test_a_range_that_is_refused_or_another_one_is_followed_by_one_fresh_request(mirror, tmp_path, answer):
+def test_a_refused_or_wrong_range_leads_to_one_request_from_the_start(mirror, tmp_path, answer):
     def ill(handler):
         if (offset := handler.offset()) is None:
             whole(handler)
@@ -200,7 +200,7 @@ def test_a_range_that_is_refused_or_another_one_is_followed_by_one_fresh_request
         elif answer == "longer":
             total = len(BODY) + 1
             handler.reply(206, BODY[offset:] + b"x", Content_Range=f"bytes {offset}-{total - 1}/{total}")
-        else:  # says it sends the rest, sends all
+        else:  # claims to send the rest, sends everything
             handler.reply(206, BODY, 0, Content_Range=f"bytes {offset}-{len(BODY) - 1}/{len(BODY)}")
 
     mirror.answers["/ill"] = ill
@@ -210,7 +210,7 @@ def test_a_range_that_is_refused_or_another_one_is_followed_by_one_fresh_request
     assert mirror.ranges() == [f"bytes={HALF}-", None]
 
 
-def test_a_partial_file_of_something_else_is_found_out_by_the_sum(mirror, tmp_path):
+def test_a_partial_file_of_something_else_is_detected_by_its_md5(mirror, tmp_path):
     part_of(tmp_path).write_bytes(b"x" * HALF)
     fetch(mirror.source("/ranged"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
@@ -227,7 +227,7 @@ def test_a_partial_file_of_something_else_is_found_out_by_the_sum(mirror, tmp_pa
     ],
     ids=["whole", "wrong", "too long", "empty"],
 )
-def test_a_partial_file_that_needs_no_continuing(mirror, tmp_path, part, ranges, aside):
+def test_a_partial_file_that_is_complete_or_too_long(mirror, tmp_path, part, ranges, aside):
     part_of(tmp_path).write_bytes(part)
     fetch(mirror.source("/ranged"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
@@ -236,7 +236,7 @@ def test_a_partial_file_that_needs_no_continuing(mirror, tmp_path, part, ranges,
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "pipe"])
-def test_a_partial_file_that_is_another_files_is_not_written_to(mirror, tmp_path, kind):
+def test_a_partial_file_that_is_a_link_or_special_is_not_written_to(mirror, tmp_path, kind):
     other, folder = tmp_path / "precious", tmp_path / "data"
     folder.mkdir()
     if kind != "dangling link":
@@ -265,19 +265,19 @@ def test_wrong_content_is_not_written_through_a_link(mirror, tmp_path):
     assert (folder / "train.txt.wrong").read_bytes() == BODY[::-1]
 
 
-def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(mirror, tmp_path):
+def test_a_pipe_instead_of_a_file_is_refused_at_once(mirror, tmp_path):
     os.mkfifo(tmp_path / "train.txt")
     with pytest.raises(UserError, match=r"train.txt: cannot be read \(a named pipe, not a regular file\); move it"):
         fetch(mirror.source("/whole"), tmp_path)
     assert mirror.requests == []
 
 
-def test_a_wrong_sum_everywhere_is_told_and_kept_aside(mirror, tmp_path):
+def test_a_wrong_md5_everywhere_is_reported_and_the_content_kept(mirror, tmp_path):
     mirror.answers["/resumed"] = lambda handler: ranged(handler, BODY[::-1])
     part_of(tmp_path).write_bytes(BODY[:HALF])
     message = refusal(mirror.source("/resumed", "/wrong"), tmp_path)
     reason = f"md5 {md5(BODY[::-1])} instead of {md5(BODY)} (kept as train.txt.wrong)"
-    assert f"({mirror.url('/resumed')} and 1 more: {reason})\n" in message  # the same reason is told once
+    assert f"({mirror.url('/resumed')} and 1 more: {reason})\n" in message  # a shared reason is named once
     assert left(tmp_path) == ["train.txt.wrong"]
     assert (tmp_path / "train.txt.wrong").read_bytes() == BODY[::-1]
     assert mirror.paths() == ["/resumed", "/resumed", "/wrong"]
@@ -313,7 +313,7 @@ def test_the_first_failure_names_every_missing_file(mirror, tmp_path):
     assert mirror.paths() == ["/whole", "/wrong"]
 
 
-def test_it_says_it_is_a_browser(mirror, tmp_path, monkeypatch):
+def test_it_identifies_as_a_browser(mirror, tmp_path, monkeypatch):
     def choosy(handler):
         return whole(handler) if handler.headers["User-Agent"].startswith("Mozilla/") else handler.reply(403)
 
@@ -374,14 +374,14 @@ def test_a_body_of_another_size_is_cut_off(mirror, tmp_path, length, reason):
     assert left(tmp_path) == []
 
 
-def test_an_unannounced_body_of_the_right_size_is_taken(mirror, tmp_path):
+def test_an_unannounced_body_of_the_right_size_is_accepted(mirror, tmp_path):
     mirror.answers["/size"] = lambda handler: handler.reply(content=BODY, length=0)
     fetch(mirror.source("/size"), tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == BODY
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_server_that_hangs_is_left(mirror, tmp_path, monkeypatch, begun):
+def test_a_server_that_hangs_is_abandoned(mirror, tmp_path, monkeypatch, begun):
     def hang(handler):
         if begun:
             truncated(handler)
@@ -395,7 +395,7 @@ def test_a_server_that_hangs_is_left(mirror, tmp_path, monkeypatch, begun):
     assert (tmp_path / "train.txt").read_bytes() == BODY
 
 
-def test_a_server_that_is_not_there_is_left(mirror, tmp_path):
+def test_an_unreachable_server_is_abandoned(mirror, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}/x"  # bound, but nobody listens
@@ -409,19 +409,19 @@ def test_a_server_that_is_not_there_is_left(mirror, tmp_path):
     ("status", "reason"),
     [(404, "HTTP 404 Not Found"), (204, "HTTP 204 No Content"), (206, "HTTP 206 Partial Content"), (302, "HTTP 302")],
 )
-def test_any_other_answer_is_told(mirror, tmp_path, status, reason):
+def test_any_other_answer_is_reported(mirror, tmp_path, status, reason):
     mirror.answers["/other"] = lambda handler: handler.reply(status)
     assert f"/other: {reason}" in refusal(mirror.source("/other"), tmp_path)
 
 
-def test_nonsense_instead_of_http_is_told_in_one_printable_line(mirror, tmp_path):
+def test_nonsense_instead_of_http_is_reported_in_one_printable_line(mirror, tmp_path):
     mirror.answers["/nonsense"] = lambda handler: handler.wfile.write(b"\x1b[31mhello\r\n\r\n")
     message = refusal(mirror.source("/nonsense"), tmp_path)
     assert "hello" in message
     assert all(line.isprintable() for line in message.splitlines())
 
 
-def test_those_who_want_the_same_file_take_turns(mirror, tmp_path):
+def test_concurrent_downloads_of_a_file_take_turns(mirror, tmp_path):
     started = threading.Event()
 
     def slow(handler):
@@ -443,7 +443,7 @@ def test_those_who_want_the_same_file_take_turns(mirror, tmp_path):
     assert left(tmp_path) == ["train.txt"]
 
 
-def test_an_interruption_keeps_what_has_arrived(mirror, tmp_path, monkeypatch):
+def test_an_interruption_keeps_the_partial_file(mirror, tmp_path, monkeypatch):
     class Interrupted(download.tqdm):
         def update(self, n=1):
             raise KeyboardInterrupt
@@ -504,7 +504,7 @@ TEXTS = {split: f"the {split} text\n" * 5 for split in SPLITS}
 
 @pytest.fixture
 def ptb(mirror, monkeypatch):
-    """A small corpus on the server in the place of the Penn Treebank."""
+    """Serve a small corpus as the Penn Treebank."""
     for split, text in TEXTS.items():
         mirror.answers[f"/{split}"] = lambda handler, text=text: ranged(handler, text.encode())
     sources = [mirror.source(f"/{s}", name=f"{s}.txt", content=TEXTS[s].encode()) for s in SPLITS]
@@ -521,7 +521,7 @@ def test_ptb_names_three_files_at_two_mirrors():
 
 
 @pytest.mark.skipif(not (PROJECT / "data" / "penn" / "train.txt").exists(), reason="needs data/penn")
-def test_ptb_sums_and_sizes_are_those_of_the_files():
+def test_ptb_digests_and_sizes_match_the_files():
     for source in penn.SOURCES:
         content = (PROJECT / "data" / "penn" / source.name).read_bytes()
         assert (md5(content), len(content)) == (source.md5, source.size)
@@ -534,7 +534,7 @@ def test_ptb_fetches_what_is_missing(ptb, tmp_path):
     assert {s: (tmp_path / f"{s}.txt").read_text() for s in SPLITS} == TEXTS
 
 
-def test_load_fetches_only_when_told(ptb, tmp_path):
+def test_load_downloads_only_on_request(ptb, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         data.load(tmp_path / "penn")
     assert ptb.requests == []
@@ -569,7 +569,7 @@ def test_load_warns_of_a_mixture(ptb, tmp_path):
         f"{tmp_path}: train.txt, test.txt of the Penn Treebank, but valid.txt of another text; going on with them as a "
         "corpus of your own"
     )
-    assert Path(warning.filename).name == "test_download.py"  # it points at the caller
+    assert Path(warning.filename).name == "test_download.py"  # it points to the caller
     assert ptb.requests == []
 
 
@@ -594,7 +594,7 @@ def test_the_command_says_what_it_did(ptb, tmp_path, capsys):
     assert otherwise.endswith("--data synthetic needs no files.")
 
 
-def test_the_script_knows_its_names():
+def test_the_script_lists_every_task():
     script = PROJECT / "scripts" / "get_data.sh"
     names = "[ptb|wikitext-103|mnist|cifar10|all]"
     for arguments in (["no such"], ["ptb", "more"], [""]):

@@ -1,4 +1,4 @@
-"""Encoding in blocks: the same ids as in memory, and a cache that survives kills, damage and company."""
+"""Encoding in blocks: the same ids as in memory, and a cache that survives kills, corruption and concurrency."""
 
 import errno
 import hashlib
@@ -26,7 +26,7 @@ TEXTS = ["b a b\n\nc c c\n", "d a\nc", "e d\n"]
 
 @pytest.fixture
 def paths(tmp_path):
-    """Three small files in a folder of their own."""
+    """Paths of three small files in their own folder."""
     return written(tmp_path / "text", TEXTS)
 
 
@@ -62,10 +62,10 @@ def left(cache):
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 16])
-def test_any_text_is_encoded_like_in_memory(tmp_path, monkeypatch, block):
+def test_any_text_is_encoded_as_in_memory(tmp_path, monkeypatch, block):
     monkeypatch.setattr(text_files, "_BLOCK", block)
     monkeypatch.setattr(encoder, "_IDS", 5)
-    monkeypatch.setattr(encoder, "_BITS", 3)  # many words for a slot
+    monkeypatch.setattr(encoder, "_BITS", 3)  # several words per slot
     draw = random.Random(block)
     spaces = [c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace()]
     odd = [
@@ -109,7 +109,7 @@ def test_every_unicode_space_separates(tmp_path):
 
 
 @pytest.mark.parametrize("order", ["appearance", "frequency"])
-def test_the_cache_is_used_again(paths, tmp_path, monkeypatch, order, capsys):
+def test_the_cache_is_reused(paths, tmp_path, monkeypatch, order, capsys):
     cache = tmp_path / "new" / "cache"
     first = encode_files(paths, cache, order=order, label="one")
     same(first, reference(TEXTS, order))
@@ -117,7 +117,7 @@ def test_the_cache_is_used_again(paths, tmp_path, monkeypatch, order, capsys):
     assert re.fullmatch("words-[0-9a-f]{32}", name)
     assert left(cache / name) == ["meta.json", "test.i32", "train.i32", "valid.i32", "vocabulary.txt"]
     assert (cache / name / "vocabulary.txt").read_text().split("\n") == first.vocabulary
-    first.train.zero_()  # private: the file stays as it is
+    first.train.zero_()  # private: the file is unchanged
     monkeypatch.setattr(encoder, "_build", None)
     second = encode_files(paths, cache, order=order, label="two")
     same(second, reference(TEXTS, order))
@@ -125,7 +125,7 @@ def test_the_cache_is_used_again(paths, tmp_path, monkeypatch, order, capsys):
     assert capsys.readouterr() == ("", "")  # the progress bar is for terminals
 
 
-def test_the_key_sees_content_borders_and_order(paths, tmp_path):
+def test_the_key_depends_on_content_borders_and_order(paths, tmp_path):
     cache = tmp_path / "cache"
     variants = [TEXTS, ["b a b\n\nc c c\nd", " a\nc", "e d\n"], ["b a b\n\nc c c\n", "d a\nc", "e e\n"]]
     for texts in variants:
@@ -155,7 +155,7 @@ def test_an_unknown_order_is_refused(paths, tmp_path):
         b"a\0b",
     ],
 )
-def test_bad_files_are_refused_like_in_memory(paths, tmp_path, monkeypatch, block, content):
+def test_bad_files_are_refused_as_in_memory(paths, tmp_path, monkeypatch, block, content):
     monkeypatch.setattr(text_files, "_BLOCK", block)
     paths[1].unlink()
     if content is not None:
@@ -168,7 +168,7 @@ def test_bad_files_are_refused_like_in_memory(paths, tmp_path, monkeypatch, bloc
     assert not (tmp_path / "cache").exists() or left(tmp_path / "cache") == []
 
 
-def test_a_text_that_changes_meanwhile_is_refused(paths, tmp_path, monkeypatch):
+def test_a_text_that_changes_while_it_is_read_is_refused(paths, tmp_path, monkeypatch):
     build = encoder._build
 
     def changed(*args):
@@ -183,7 +183,7 @@ def test_a_text_that_changes_meanwhile_is_refused(paths, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["meta.json", "test.i32", "train.i32", "vocabulary.txt"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "altered", "empty"])
-def test_a_damaged_cache_is_made_again(paths, tmp_path, name, damage):
+def test_a_corrupt_cache_is_rebuilt(paths, tmp_path, name, damage):
     cache = tmp_path / "cache"
     encode_files(paths, cache, label="x")
     (folder,) = cache.iterdir()
@@ -199,7 +199,7 @@ def test_a_damaged_cache_is_made_again(paths, tmp_path, name, damage):
 
 
 def forge(folder, vocabulary=None, counts=None, **streams):
-    """Write other content into a cache, with sums that are right."""
+    """Write other content into a cache, with matching digests."""
     meta = json.loads((folder / "meta.json").read_text())
     if vocabulary is not None:
         (folder / "vocabulary.txt").write_text("\n".join(vocabulary))
@@ -215,7 +215,7 @@ def forge(folder, vocabulary=None, counts=None, **streams):
 @pytest.mark.parametrize(
     "content",
     [
-        {"valid": [0] * 5},  # in range, and of the right number
+        {"valid": [0] * 5},  # valid ids, and the right number of them
         {"valid": [0, 1, 2, 3, 4, 2]},
         {"valid": []},
         {"train": [2, 0, 1, 2, 2, 3, 3, 3, 2]},  # as many `<eos>`, other words
@@ -228,13 +228,13 @@ def forge(folder, vocabulary=None, counts=None, **streams):
         {"counts": {"types": "6", "train": 9, "valid": 5, "test": 3}},
     ],
 )
-def test_a_cache_with_right_sums_and_wrong_content_is_made_again(paths, tmp_path, content):
+def test_a_cache_with_matching_digests_and_wrong_content_is_rebuilt(paths, tmp_path, content):
     encode_files(paths, tmp_path / "cache", label="x")
     (folder,) = (tmp_path / "cache").iterdir()
     forge(folder)
     before = (folder / "meta.json").stat().st_ino
     same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
-    assert (folder / "meta.json").stat().st_ino == before  # forged with what it holds, it is believed
+    assert (folder / "meta.json").stat().st_ino == before  # forged with its own content, it is accepted
     forge(folder, **content)
     same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
     same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
@@ -242,7 +242,7 @@ def test_a_cache_with_right_sums_and_wrong_content_is_made_again(paths, tmp_path
 
 
 @pytest.mark.parametrize("meta", ["7", "[]", "null", '{"format": 2}', "[" * 100_000, "\ufeff{}"])
-def test_a_cache_that_says_something_else_of_itself_is_made_again(paths, tmp_path, meta):
+def test_a_cache_with_other_metadata_is_rebuilt(paths, tmp_path, meta):
     encode_files(paths, tmp_path / "cache", label="x")
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / "meta.json").write_text(meta)
@@ -258,7 +258,7 @@ def test_a_pipe_in_a_cache_is_not_waited_for(paths, tmp_path):
         same(encode_files(paths, tmp_path / "cache", label="x"), reference(TEXTS))
 
 
-def test_the_cache_of_another_text_is_not_taken(paths, tmp_path):
+def test_the_cache_of_another_text_is_not_used(paths, tmp_path):
     cache = tmp_path / "cache"
     encode_files(paths, cache, label="x")
     encode_files(paths, cache, order="frequency", label="x")
@@ -312,7 +312,7 @@ def test_a_kill_leaves_nothing_under_the_name(paths, tmp_path):
     with subprocess.Popen([sys.executable, "-c", SLOW, cache, *paths], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "half-way\n"
-            encode_files(paths, cache, label="x")  # does not take away what the other one works on
+            encode_files(paths, cache, label="x")  # must not remove the folder of the other process
             assert [name.startswith(".words-") for name in left(cache)] == [True, False]
         finally:
             process.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Whatever a file is or holds: one printable line, at once."""
+"""Special files and hostile names: one printable line, at once."""
 
 import json
 import os
@@ -46,12 +46,12 @@ def assert_fit_to_print(error, limit=600):
 
 @pytest.fixture(params=KINDS)
 def special(request, tmp_path, monkeypatch):
-    """A path that is no regular file, and what is said of it."""
+    """A path that is not a regular file, and its description in messages."""
     path = tmp_path / request.param
     if request.param == "pipe":
         os.mkfifo(path)
     elif request.param == "socket":
-        monkeypatch.chdir(tmp_path)  # the name of a socket may not be long
+        monkeypatch.chdir(tmp_path)  # the name of a socket must be short
         with socket.socket(socket.AF_UNIX) as s:
             s.bind("socket")
     elif request.param == "device":
@@ -61,7 +61,7 @@ def special(request, tmp_path, monkeypatch):
     return path, KINDS[request.param]
 
 
-def test_readers_refuse_what_is_no_regular_file(special, tmp_path):
+def test_readers_refuse_special_files(special, tmp_path):
     path, said = special
     model = small()
     for read in (
@@ -74,13 +74,13 @@ def test_readers_refuse_what_is_no_regular_file(special, tmp_path):
     ):
         with pytest.raises(UserError) as raised:
             read()
-        hint = "the folder holds no "  # config.json or weights.pkl, which are looked for in a folder
+        hint = "the folder holds no "  # config.json or weights.pkl
         assert f"cannot be read ({said})" in str(raised.value) or (
             said == KINDS["folder"] and hint in str(raised.value)
         )
 
 
-def test_a_pipe_in_the_place_of_a_file_to_fetch_is_refused(tmp_path):
+def test_a_pipe_instead_of_a_file_to_download_is_refused(tmp_path):
     os.mkfifo(tmp_path / "x")
     with pytest.raises(UserError, match="x: cannot be read .a named pipe, not a regular file.; move it away"):
         download.is_there(Source("x", ("https://example.org/x",), "0" * 32, 1), tmp_path)
@@ -109,7 +109,7 @@ def test_shown_text_is_one_printable_line(text, limit, expected):
     assert shown(text, limit) == expected
 
 
-def test_messages_are_lines_that_can_be_printed():
+def test_messages_are_printable_lines():
     for kind in (UserError, RunError):
         assert str(kind("one\x1b[0m\n", "two")) == "one\\x1b[0m\\n\ntwo"
         assert len(str(kind("x" * 10**7))) == LINE
@@ -120,14 +120,14 @@ def test_messages_are_lines_that_can_be_printed():
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_texts_of_files_are_printed_as_one_short_line(tmp_path, text):
+def test_text_from_files_is_printed_as_one_short_line(tmp_path, text):
     path = tmp_path / "file"
     told = [{"model": text}, {"cutoffs": [text] * 9}, {"activation": text}, {"vocabulary": text}]
     files = [{text: torch.zeros(1)}, {"encoder.weight": torch.zeros(1), text: torch.zeros(1)}]
     files += [OrderedDict({"encoder.weight": torch.zeros(1)}) for _ in told]
     for state, metadata in zip(files[2:], told, strict=True):
         state._metadata = OrderedDict(trellisnet=metadata)
-    for state in files if text != "\ud800" else []:  # which torch cannot write
+    for state in files if text != "\ud800" else []:  # torch cannot write this one
         torch.save(state, path)
         with pytest.raises(UserError) as raised:
             load_weights(small(), path, vocabulary="0" * 64)
@@ -141,7 +141,7 @@ def test_texts_of_files_are_printed_as_one_short_line(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", [text for text in HOSTILE if text != "\ud800"])
-def test_texts_of_checkpoints_are_printed_as_one_short_line(tmp_path, text):
+def test_text_from_checkpoints_is_printed_as_one_short_line(tmp_path, text):
     path = tmp_path / "file"
     for content in ({"format": text}, {"format": 2, "content": {text: 1, 5: 2}, "sha256": "x"}):
         if "content" in content:
@@ -152,7 +152,7 @@ def test_texts_of_checkpoints_are_printed_as_one_short_line(tmp_path, text):
         assert_fit_to_print(raised.value)
 
 
-def test_a_log_has_a_line_for_every_line(tmp_path):
+def test_line_ends_within_a_line_of_the_log_are_escaped(tmp_path):
     folder = RunFolder(tmp_path / "run", fresh=True)
     folder.log_head("python x.py --name 'a\n\x1b[2J'", {"machine": "b\rc"}, {"corpus": "d\ne"})
     folder.close()

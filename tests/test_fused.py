@@ -1,4 +1,4 @@
-"""The fused operator against the equation: every output and gradient, in every type, however it is asked for."""
+"""The fused operator against the equation: all outputs and gradients, in all dtypes and modes."""
 
 import weakref
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -21,7 +21,7 @@ MASK = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)
 
 
 def run(backend, inputs, *, carried=True, autocast=None, seed=9, **options):
-    """Every output, then every gradient, and the layer-steps."""
+    """Return all outputs, then all gradients; and the number of layer-steps."""
     tensors = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     state = tuple(tensors.pop(name) for name in ("h0", "c0"))
     if not carried:
@@ -32,10 +32,10 @@ def run(backend, inputs, *, carried=True, autocast=None, seed=9, **options):
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
     wanted = [*tensors.values(), *(state or ())]
-    found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)  # the equation without gates reads no c0
+    gradients = torch.autograd.grad(outs, wanted, grads, allow_unused=True)  # the ungated equation reads no c0
     return [
         *outs,
-        *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)),
+        *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)),
     ], out.layer_steps
 
 
@@ -119,7 +119,7 @@ def test_counts_of_the_paper():
 @pytest.mark.parametrize("hidden", [1, 7, 63])
 @pytest.mark.parametrize("length", [1, 7, 63])
 def test_odd_sizes_in_blocks_and_with_padding(monkeypatch, n, hidden, length):
-    """Several blocks a layer, products padded to buckets, and memory that was never written full of NaN."""
+    """Several blocks per layer, products padded to buckets, and uninitialised memory filled with NaN."""
     monkeypatch.setattr(eager, "BLOCK", 5 * n * hidden)
     monkeypatch.setattr(fused, "BUCKET", 16)
     poison = lambda *shape, dtype, device: torch.full(*shape, float("nan"), dtype=dtype, device=device)  # noqa: E731
@@ -141,7 +141,7 @@ def test_odd_sizes_in_blocks_and_with_padding(monkeypatch, n, hidden, length):
 @pytest.mark.parametrize("p", [0, 0.25])
 def test_errors_are_at_most_twice_those_of_the_reference(k, dilation, length, start, low, p):
     inputs = random_inputs(k, length, n=2, channels=24, hidden=40)
-    inputs["weight_h"].mul_(0.3)  # as of a trained network; larger ones make chaos, and errors a matter of luck
+    inputs["weight_h"].mul_(0.3)  # as in a trained network; with larger weights the dynamics are chaotic
     generator = torch.Generator().manual_seed(0)
     scale = (torch.rand(2, 40, 1, generator=generator, dtype=torch.float64) > p) / (1 - p)
     options = {"num_layers": 12, "dilation": dilation, "output_size": 40, "start": start, "aux_every": 5}
@@ -160,7 +160,7 @@ def test_errors_are_at_most_twice_those_of_the_reference(k, dilation, length, st
 
 @pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
-def test_compiled_gates_equal_those_of_torch(k, dilation, length, low):
+def test_compiled_gates_equal_eager_ones(k, dilation, length, low):
     if reason := compiled.reason_against(torch.device("cpu"), torch.float32, "lstm"):
         pytest.skip(f"compiled gates: {reason}")
     inputs = {name: t.float() for name, t in random_inputs(k, length, n=3, channels=5, hidden=300).items()}
@@ -175,7 +175,7 @@ def test_compiled_gates_equal_those_of_torch(k, dilation, length, low):
 
 
 def test_functions_of_the_compiled_gates():
-    """Sigmoid and tanh in every range of size, infinities and NaN."""
+    """Sigmoid and tanh at all magnitudes, at infinities and NaN."""
     if reason := compiled.reason_against(torch.device("cpu"), torch.float32, "lstm"):
         pytest.skip(f"compiled gates: {reason}")
     sizes = torch.logspace(-30, 5, 5_000)
@@ -240,7 +240,7 @@ def test_the_scale_of_dropout_is_not_rounded():
     inputs["weight_h"].mul_(0.5)
     options = {"num_layers": 40, "dilation": (1,), "output_size": 40, "start": 39}
     shrunk = {name: t.clone() for name, t in inputs.items()}
-    shrunk["weight_h"].div_(0.75)  # what a mask that drops nothing does to the kernel
+    shrunk["weight_h"].div_(0.75)  # equals a scale of 1/0.75 on all hidden channels
     shrunk["h0"].zero_(), inputs["h0"].zero_()
     scaled, _ = run("fused", inputs, autocast=torch.bfloat16, hidden_scale=torch.full((2, 40, 1), 1 / 0.75), **options)
     plain, _ = run("fused", shrunk, autocast=torch.bfloat16, **options)
@@ -249,7 +249,7 @@ def test_the_scale_of_dropout_is_not_rounded():
         assert projection == pytest.approx(1, abs=0.02)
 
 
-def test_a_backward_pass_may_stand_inside_autocast_and_come_twice():
+def test_a_backward_pass_may_run_inside_autocast_and_twice():
     inputs = random_inputs(2, 9, requires_grad=True)
     inputs = {name: t.detach().float().requires_grad_() for name, t in inputs.items()}
     state = (inputs.pop("h0"), inputs.pop("c0"))
@@ -259,7 +259,7 @@ def test_a_backward_pass_may_stand_inside_autocast_and_come_twice():
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         second = torch.autograd.grad(loss, wanted)
-    for a, b in list(zip(first, second, strict=True))[2:]:  # those of x and its kernel come from torch's own product
+    for a, b in list(zip(first, second, strict=True))[2:]:  # x and its kernel are differentiated by torch
         assert torch.equal(a, b)
 
 
@@ -273,7 +273,7 @@ def test_float64_stays_float64_under_autocast():
         assert_close(a, b, atol=1e-12, rtol=0)
 
 
-def test_a_scale_that_needs_a_gradient_is_for_the_reference():
+def test_a_scale_that_requires_a_gradient_falls_back_to_the_reference():
     inputs = random_inputs(2, 3)
     state = (inputs.pop("h0"), inputs.pop("c0"))
     scale = torch.ones(2, 4, 1, dtype=torch.float64, requires_grad=True)
@@ -307,8 +307,8 @@ def test_an_empty_batch_and_no_gradient(dtype):
         assert not module(torch.randn(1, 6, 3)).output.requires_grad
 
 
-def test_without_gradients_nothing_is_kept(monkeypatch):
-    """Gates and cells are let go as soon as the layer above has read them."""
+def test_without_gradients_nothing_is_stored(monkeypatch):
+    """Gates and cells are freed as soon as the layer above has read them."""
     made, most = [], 0
 
     def product(a, b):
@@ -333,7 +333,7 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     assert peaks[0] < peaks[1] / 3
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_settings_are_named():
     with pytest.raises(ValueError, match=r"backend: fused cannot run this, it has no gru gates; expected auto or ref"):
         TrellisNet(3, 4, 2, backend="fused", activation="gru")
     with pytest.raises(ValueError, match=r"backend: fused cannot run this, it has no mixed group convolution"):
@@ -387,7 +387,7 @@ def test_the_equation_can_be_compiled_and_exported(backend, options):
 def test_the_fused_operator_says_that_it_cannot_be_compiled_or_exported():
     module = TrellisNet(3, 4, 4, backend="fused").eval()
     message = "fused cannot run this, torch cannot compile, export or trace it; expected auto or reference"
-    hidden = f"{message}|Observed exception"  # torch 2.6 does not say which
+    hidden = f"{message}|Observed exception"  # torch 2.6 does not name the exception
     with pytest.raises(Exception, match=hidden):
         torch.export.export(module, (torch.randn(2, 9, 3),))
     with pytest.raises(Exception, match=hidden):
@@ -398,7 +398,7 @@ def test_the_fused_operator_says_that_it_cannot_be_compiled_or_exported():
 
 @pytest.mark.parametrize("arena", [1 << 30, 20_000, 0])
 @pytest.mark.parametrize("carried", [False, True])
-def test_the_gradient_of_the_kernel_is_one_product_where_there_is_room(arena, carried, monkeypatch):
+def test_the_gradient_of_the_kernel_is_one_product_if_it_fits_into_the_arena(arena, carried, monkeypatch):
     """As on a GPU, which has no buckets."""
     inputs, products = random_inputs(2, 30), []
     options = {"num_layers": 12, "dilation": (1, 2), "output_size": 3, "start": 20, "carried": carried, "gemm": "mm"}
@@ -426,7 +426,7 @@ def test_the_gradient_of_the_kernel_is_one_product_where_there_is_room(arena, ca
         assert_close(a, b, atol=1e-12, rtol=1e-12)
     if arena > 1 << 20:
         steps = ops.dependencies(30, 12, (1, 2), 2, 20)
-        # The input of the first layer is zero, but for what is carried into its first step.
+        # The input of the first layer is zero, except for the state carried into its first step.
         assert products == [2 * sum(map(len, steps[1:])) + 2 * (carried and 0 in steps[0])]
     else:
         assert len(products) > 1
@@ -465,7 +465,7 @@ def test_routes_of_products():
         gemm.resolve("onednn", cpu, torch.float64)
 
 
-def test_a_route_that_fails_is_not_taken(monkeypatch):
+def test_a_route_that_does_not_work_is_not_taken(monkeypatch):
     def broken(a, b):
         raise RuntimeError
 
@@ -483,7 +483,7 @@ SMALL = {name: ["--nhid", "3", "--batch_size", "2"] for name in PROGRAMS}
 SMALL |= {name: [*SMALL[name], "--emsize", "4", "--nout", "4"] for name in ("word_ptb", "char_ptb", "wt103")}
 
 
-PRESETS = [  # those of TrellisNet
+PRESETS = [  # of TrellisNet only
     (task, name)
     for task, program in PROGRAMS.items()
     for name, values in program.config_class.presets.items()
@@ -493,7 +493,7 @@ PRESETS = [  # those of TrellisNet
 
 @pytest.mark.parametrize(("task", "preset"), PRESETS)
 def test_every_preset_of_every_task_takes_this_path(monkeypatch, task, preset):
-    """With weight norm, DropConnect, masks and auxiliary losses as the preset has them, narrow but as deep and long."""
+    """With the preset's weight norm, DropConnect, masks and auxiliary losses, its depth and length, but narrower."""
 
     def refused(*args, **kwargs):
         raise AssertionError("not the fused operator")
@@ -543,5 +543,5 @@ def test_plans_are_shared_and_hold_no_inference_tensors():
     assert tensors
     assert not any(tensor.is_inference() for tensor in tensors)
     assert plan.layer_steps == sum(layer.size for layer in plan.layers) == 4_831
-    again = TrellisNet(1, 3, 16, dilation=IMAGE).spec  # equal, not the same
+    again = TrellisNet(1, 3, 16, dilation=IMAGE).spec  # equal, but another object
     assert pruning.plan(784, again, 783, torch.device("cpu")) is plan

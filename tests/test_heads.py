@@ -15,7 +15,7 @@ from trellisnet.ops import cross_entropy
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    """Have so many logits made at a time, of as few rows as it takes."""
+    """Set the number of logits per chunk, with no minimum of rows."""
 
     def call(logits):
         monkeypatch.setattr(heads, "CHUNK_LOGITS", logits)
@@ -47,7 +47,7 @@ def test_loss_is_minus_the_targets_log_prob():
     assert_close(module.loss(x, target), expected.mean())
 
 
-def test_given_parameters_are_shared():
+def test_parameters_passed_in_are_shared():
     embedding = nn.Embedding(11, 6)
     module = LinearSoftmax(6, 11, weight=embedding.weight)
     assert module.weight is embedding.weight
@@ -80,7 +80,7 @@ def by_definition(module, x):
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**23])
-def test_the_mixture_is_what_it_is_called(in_chunks, chunk):
+def test_the_mixture_equals_its_definition(in_chunks, chunk):
     in_chunks(chunk)
     module, x, target = mixture()
     expected = by_definition(module, x).log()
@@ -99,7 +99,7 @@ def test_the_mixture_is_what_it_is_called(in_chunks, chunk):
         assert_close(a, b)
 
 
-def test_one_expert_is_a_plain_softmax():
+def test_one_expert_is_a_single_softmax():
     module, x, _ = mixture(n_experts=1)
     plain = LinearSoftmax(4, 11, weight=module.weight, bias=module.bias)
     assert_close(module.log_prob(x), plain.log_prob(torch.tanh(module.latent(x))))
@@ -146,7 +146,7 @@ def test_improbable_words_keep_their_precision_in_log_space():
     assert (log_p[..., 3] < -800).all()
 
 
-def test_latent_dropout_is_one_mask_a_sequence_before_the_tanh():
+def test_latent_dropout_has_one_mask_per_sequence_and_precedes_the_tanh():
     module, x, target = mixture(dropout=0.5)
     mask = torch.randint(2, (2, 1, 12))
     z = (module.latent(x) * mask / 0.5).tanh().unflatten(-1, (3, 4))
@@ -164,7 +164,7 @@ def test_latent_dropout_is_one_mask_a_sequence_before_the_tanh():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_does_not_fit_the_mixture_is_named():
+def test_bad_settings_of_the_mixture_are_named():
     module, x, target = mixture(dropout=0.5)
     with pytest.raises(ValueError, match=r"latent_mask: expected shape \(2, 1, 12\), got \(2, 12\)"):
         module.log_prob(x, latent_mask=torch.ones(2, 12))
@@ -178,7 +178,7 @@ def test_what_does_not_fit_the_mixture_is_named():
 
 @pytest.mark.slow
 def test_the_mixture_of_the_paper_needs_less_than_300_megabytes():
-    """Peak of head forward and backward at N·L = 832, K = 15, V = 10,000; all logits at once are 500 MB a copy."""
+    """Forward and backward pass at N·L = 832, K = 15, V = 10,000, where all logits at once take 500 MB per copy."""
     code = """
 import torch
 from trellisnet.heads import MixtureOfSoftmaxes
@@ -187,7 +187,7 @@ torch.manual_seed(0)
 head = MixtureOfSoftmaxes(480, 10_000, 15, 280, dropout=0.29).train()
 x, target = torch.randn(16, 52, 480, requires_grad=True), torch.randint(10_000, (16, 52))
 small = MixtureOfSoftmaxes(8, 50, 2, 8)
-small.loss(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)).backward()  # loads what torch loads lazily
+small.loss(torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64)).backward()  # makes torch load its lazy parts
 before = peak_memory(x.device)
 head.loss(x, target).backward()
 print((peak_memory(x.device) - before) / 1e6)
@@ -206,7 +206,7 @@ def split(cutoffs=(3, 7, 15), n_classes=23):
     return module, torch.randn(4, 9, 6, dtype=torch.float64), torch.randint(n_classes, (4, 9))
 
 
-def test_a_split_softmax_is_a_distribution_over_the_whole_vocabulary():
+def test_a_split_softmax_is_a_distribution_over_the_vocabulary():
     module, x, target = split()
     log_p = module.log_prob(x)
     assert log_p.shape == (4, 9, 23)
@@ -248,7 +248,7 @@ def test_cutoffs_that_do_not_increase_below_the_vocabulary_are_refused(cutoffs):
         SplitSoftmax(6, 23, cutoffs)
 
 
-def test_a_split_softmax_shares_what_it_is_given_and_starts_with_equal_bands():
+def test_a_split_softmax_shares_parameters_and_starts_with_equal_bands():
     embedding = nn.Embedding(11, 6)
     module = SplitSoftmax(6, 11, [4, 8], weight=embedding.weight)
     assert module.weight is embedding.weight
@@ -260,7 +260,7 @@ def test_a_split_softmax_shares_what_it_is_given_and_starts_with_equal_bands():
 
 
 @pytest.mark.parametrize("make", [head, mixture, split])
-def test_losses_of_several_features_are_those_of_each(make):
+def test_losses_of_several_features_equal_the_individual_ones(make):
     module, x, target = make()
     x = torch.stack([x, 2 * x, -x]).requires_grad_()
     weights = [1.0, 0.3, 0.0]
@@ -277,7 +277,7 @@ def test_losses_of_several_features_are_those_of_each(make):
         module.losses(x, target, weights[:2])
 
 
-def test_margin_makes_label_smoothing_of_a_loss():
+def test_loss_and_margin_together_give_label_smoothing():
     module, x, target = head()
     tensors = [x.requires_grad_(), module.weight, module.bias]
     smoothed = module.loss(x, target) + 0.1 * module.margin(x, target).mean()

@@ -1,4 +1,4 @@
-"""Second derivatives: those of the reference, of finite differences, and of whoever asks for them in another way."""
+"""Higher derivatives, against the reference and finite differences, through every interface of torch."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 
 def network(backend="fused", **options):
-    """Large weights, so that a missing derivative shows."""
+    """Make a network with large weights, so that a missing derivative is noticed."""
     torch.manual_seed(0)
     net = TrellisNet(4, 8, 5, backend=backend, **options).double()
     with torch.no_grad():
@@ -28,7 +28,7 @@ def network(backend="fused", **options):
 
 
 def second(outputs, wanted, generator, dtype=torch.float64):
-    """First derivatives of a curved function of the outputs, then those of a curved function of these."""
+    """Return the first derivatives of a curved function of the outputs, then those of a curved function of these."""
 
     def curved(tensors):
         each = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
@@ -43,7 +43,7 @@ def second(outputs, wanted, generator, dtype=torch.float64):
 @pytest.mark.parametrize(("k", "dilation", "length"), SHAPES)
 @pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize("carried", [False, True])
-def test_those_of_the_fused_operator_are_those_of_the_equation(recompute, k, dilation, length, activation, carried):
+def test_the_fused_operator_agrees_with_the_equation(recompute, k, dilation, length, activation, carried):
     inputs = random_inputs(k, length)
     if activation == "tanh":
         inputs |= {name: inputs[name][:4].clone() for name in ("weight_x", "weight_h", "bias")}
@@ -71,7 +71,7 @@ def test_those_of_the_fused_operator_are_those_of_the_equation(recompute, k, dil
 
 
 def gradgradcheck(module, call, *inputs):
-    """Against finite differences, in all parameters and the inputs."""
+    """Check second derivatives against finite differences, in all parameters and inputs."""
     torch.manual_seed(0)
     names = [f"module.{name}" for name, _ in module.named_parameters()]
     parameters = [torch.randn_like(p).mul_(0.7).requires_grad_() for p in module.parameters()]
@@ -104,7 +104,7 @@ CORES = {
 
 @pytest.mark.parametrize("options", CORES.values(), ids=CORES)
 @pytest.mark.parametrize("call", [{"start": 1}, {"last_only": True}, {"aux_every": 2, "lengths": torch.tensor([3, 2])}])
-def test_those_of_cores_are_exact(options, call):
+def test_cores_are_exact(options, call):
     core = TrellisNet(2, 3, 3, dtype=torch.float64, output_size=2, **options)
 
     def run(core, x, h, c):
@@ -124,14 +124,14 @@ HEADS = {
 
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_those_of_heads_are_exact(make, reduction):
+def test_heads_are_exact(make, reduction):
     target = torch.tensor([[0, 3, 4], [1, 2, 4]])
     gradgradcheck(make(), lambda head, x: head.loss(x, target, reduction), torch.randn(2, 3, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
-def test_those_of_weighted_losses_and_probabilities_are_exact(make, monkeypatch):
-    monkeypatch.setattr("trellisnet.heads.CHUNK_LOGITS", 20)  # a mixture computes some of them again
+def test_weighted_losses_and_probabilities_are_exact(make, monkeypatch):
+    monkeypatch.setattr("trellisnet.heads.CHUNK_LOGITS", 20)  # a mixture then recomputes some chunks
     target = torch.tensor([[0, 3, 4]])
     x = torch.randn(2, 1, 3, 3, dtype=torch.float64)
     gradgradcheck(make(), lambda head, x: head.losses(x, target, (1.0, 0.3)), x)
@@ -158,8 +158,8 @@ KINDS = {"tied": {}, "untied": {"tied": False}, "mixture": {"n_experts": 2}, "sp
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_those_of_language_models_are_exact(kind, backend):
-    """Tied: the embedding reaches the loss by two ways."""
+def test_language_models_are_exact(kind, backend):
+    """With tied weights the embedding reaches the loss by two paths."""
     options = {"network": TrellisNet, "backend": backend, "dtype": torch.float64, "hidden_dropout": 0.3}
     options |= {"weight_dropout": 0.3, "input_dropout": 0.2, "output_dropout": 0.2} | kind
     model = TrellisLanguageModel(5, 2, 4, 3, output_size=2, **options)
@@ -178,14 +178,14 @@ BASELINES = {"awd-lstm": AWDLSTM, "rhn": RHN, "tcn": TCN, "sparse": SparseStack}
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_those_of_baselines_are_exact(name):
+def test_baselines_are_exact(name):
     options = {"mode": "sparse_all", "fraction": 0.7} if name == "sparse" else {}
     core = BASELINES[name](4, 4, 2, dtype=torch.float64, **options)
     gradgradcheck(core, lambda core, x: core(x).output.sum(1), torch.randn(1, 3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_those_of_a_classifier_are_exact(backend):
+def test_a_classifier_is_exact(backend):
     model = TrellisClassifier(2, 3, 4, 3, dilation=(1, 2), backend=backend, dtype=torch.float64)
     lengths, target = [3, 2], torch.tensor([0, 2])
 
@@ -222,13 +222,13 @@ def test_many_gradients_at_once():
 
 
 def check_gradients(function, parameters):
-    """`grad` of all parameters against central differences along two directions each."""
+    """Check the gradients of all parameters against central differences along two directions each."""
     generator, step = torch.Generator().manual_seed(2), 1e-6
     function().backward()
     for p in parameters:
         for _ in range(2):
             direction, values = torch.randn(p.shape, generator=generator, dtype=p.dtype), []
-            for sign in (1, -2, 1):  # there, to the other side, and back
+            for sign in (1, -2, 1):  # forwards, to the other side, and back
                 with torch.no_grad():
                     p.add_(direction, alpha=sign * step)
                 values.append(function().item())
@@ -250,7 +250,7 @@ def test_a_gradient_penalty():
 
 @pytest.mark.parametrize("head", ["plain", "mixture", "split"])
 def test_a_step_of_maml(head):
-    """Through a step of descent, to the loss of other data behind it."""
+    """Differentiate through a step of gradient descent to the loss on other data after it."""
     torch.manual_seed(0)
     kind = {"mixture": {"n_experts": 2}, "split": {"cutoffs": [2]}}.get(head, {})
     model = TrellisLanguageModel(5, 3, 4, 3, output_size=3, dtype=torch.float64, **kind)
@@ -295,7 +295,7 @@ def test_third_derivatives():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_they_are_as_good_as_in_float32(dtype):
-    """And so are first derivatives, whether they can be differentiated or not."""
+    """So are first derivatives, with create_graph or without."""
     torch.manual_seed(0)
     model = TrellisLanguageModel(20, 8, 16, 6, output_size=8)
     with torch.no_grad():
@@ -321,10 +321,10 @@ def test_under_autocast_they_are_as_good_as_in_float32(dtype):
             assert (a - b).norm() <= scale * b.norm() + 1e-6
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns of its own code
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_torch_func(kind):
-    """`auto` takes the reference there, and so do the heads."""
+    """`auto` and the heads fall back to the reference."""
     torch.manual_seed(0)
     model = TrellisLanguageModel(5, 2, 4, 3, output_size=2, dtype=torch.float64, **kind)
     tokens, bias = torch.tensor([[0, 3, 4, 2]]), model.core.bias.detach().clone()
@@ -344,7 +344,7 @@ def test_torch_func(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_has_no_derivatives_of_a_kind_names_the_reference():
+def test_missing_kinds_of_derivatives_name_the_reference():
     net, x = network("fused")
     with pytest.raises(ValueError, match="fused cannot run this, torch.func cannot transform it; expected auto or ref"):
         torch.func.hessian(lambda z: net(z).output.sum())(x)
@@ -357,7 +357,7 @@ def test_what_has_no_derivatives_of_a_kind_names_the_reference():
         assert torch.autograd.forward_ad.unpack_dual(network("reference")[0](dual).output).tangent.abs().max() > 1e-2
 
 
-def test_backward_passes_of_either_kind_in_any_order():
+def test_ordinary_and_differentiable_backward_passes_in_any_order():
     net, x = network()
     head = LinearSoftmax(8, 5, dtype=torch.float64)
     wanted = [x.requires_grad_(), *net.parameters(), *head.parameters()]
@@ -377,8 +377,8 @@ def test_backward_passes_of_either_kind_in_any_order():
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_nothing_more_is_kept_for_them(low):
-    """The rows of x, which x̃ can be made of again, lie where torch's own product keeps them."""
+def test_no_extra_memory_is_stored_for_them(low):
+    """The rows of x, from which x̃ can be recomputed, share the memory that torch's own product stores."""
     net, kept = TrellisNet(3, 4, 5, gemm="mm"), []
 
     def pack(tensor):
@@ -396,7 +396,7 @@ def test_nothing_more_is_kept_for_them(low):
         assert same[0].dtype == (torch.bfloat16 if low else torch.float32)
 
 
-def test_a_first_backward_pass_does_not_take_this_way(monkeypatch):
+def test_an_ordinary_backward_pass_does_not_recompute(monkeypatch):
     def refused(*args):
         raise AssertionError("not the hand-written pass")
 

@@ -1,4 +1,4 @@
-"""The last time step alone: exactly the layer-steps it depends on, and the numbers of the full computation."""
+"""The last time step alone: exactly the layer-steps it depends on, and the results of the full computation."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ COUNTS = [(11, 784, 1571), (11, 1024, 2047), (16, 784, 4831), (16, 1024, 6222)]
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """The number of elements of the largest tensor made."""
+    """Records the number of elements of the largest tensor."""
 
     largest = 0
 
@@ -28,7 +28,7 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def both(inputs, *, hidden_scale=None, backend="reference", **options):
-    """Output, state and all gradients at the last time step, in full and alone; the layer-steps computed alone."""
+    """Return output, state and gradients at the last step, in full and alone; and the layer-steps of the latter."""
     inputs = dict(inputs)
     if hidden_scale is not None and backend == "reference":
         inputs["hidden_scale"] = hidden_scale
@@ -46,7 +46,7 @@ def both(inputs, *, hidden_scale=None, backend="reference", **options):
     for outs in (full, last):
         generator = torch.Generator().manual_seed(9)
         grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
-        # allow_unused stays False: every argument is part of the graph, as it is of the full one's
+        # allow_unused stays False: every argument is part of the graph, as in the full computation.
         results.append((*outs, *torch.autograd.grad(outs, tensors, grads)))
     return *results, layer_steps
 
@@ -133,19 +133,19 @@ def test_single_precision_agrees(backend):
 @pytest.mark.parametrize(
     ("num_layers", "dilation", "largest"),
     [
-        (5, (1, 2, 4, 8, 16), 2 * 1000),  # S_1 has 16 positions: x itself is the largest
+        (5, (1, 2, 4, 8, 16), 2 * 1000),  # S_1 has 16 positions, so x itself is the largest
         (11, IMAGE, 2 * 1000 * 24),  # S_1 has all positions
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_made_for_positions_that_do_not_count(backend, num_layers, dilation, largest):
+def test_no_memory_is_taken_for_pruned_positions(backend, num_layers, dilation, largest):
     inputs = {name: t.requires_grad_() for name, t in random_inputs(2, 1000, channels=1, hidden=6).items()}
     state = (inputs.pop("h0"), inputs.pop("c0"))
     with Watch() as watch:
         options = {"num_layers": num_layers, "dilation": dilation, "output_size": 6, "start": 999, "backend": backend}
         output, *_ = trellis(**inputs, state=state, **options)
         output.sum().backward()
-    if backend == "fused":  # gradients of several layers are collected, of the positions that count
+    if backend == "fused":  # gradients of several layers are collected, of the remaining positions
         sizes = [2 * len(positions) for positions in ops.dependencies(1000, num_layers, dilation, 2)]
         largest = max(largest, 24 * sum(-(-size // fused.BUCKET) * fused.BUCKET for size in sizes))
     assert 0 < watch.largest <= largest
@@ -197,7 +197,7 @@ def test_the_same_masks_are_drawn():
 
 
 def test_a_pass_in_inference_mode_leaves_training_possible():
-    """Indices of one geometry are shared between calls; inference tensors among them would break the next backward."""
+    """Calls share cached indices; inference tensors among them would break the next backward pass."""
     module, x, _ = image_net()
     with torch.inference_mode():
         module(x, last_only=True)
@@ -205,7 +205,7 @@ def test_a_pass_in_inference_mode_leaves_training_possible():
     assert all(p.grad is not None for p in module.parameters())
 
 
-def test_what_does_not_fit_is_named():
+def test_bad_input_is_named():
     module, x, _ = image_net()
     with pytest.raises(ValueError, match="aux_every: expected None with last_only, got 2"):
         module(x, aux_every=2, last_only=True)

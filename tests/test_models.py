@@ -1,4 +1,4 @@
-"""The language model: sizes, sharing, dropouts, and what it refuses."""
+"""The language model: shapes, weight sharing, dropout, and refused input."""
 
 import copy
 
@@ -68,7 +68,7 @@ def test_input_and_output_masks_are_constant_over_time():
     assert_close(ratio[ratio != 0], torch.full_like(ratio[ratio != 0], 1 / 0.6))
 
 
-def test_every_auxiliary_output_has_a_mask_of_its_own():
+def test_every_auxiliary_output_has_its_own_mask():
     module, ids = model(output_dropout=0.5).train(), tokens()
     raw = model().eval()(ids, aux_every=1).aux
     dropped = [(a == 0)[:, 0] for a in module(ids, aux_every=1).aux]
@@ -132,7 +132,7 @@ def test_bad_inputs_are_named():
         module(tokens(), masks=Masks(embedding=torch.ones(30)))
 
 
-def test_losses_take_a_latent_mask_for_each_output():
+def test_losses_take_one_latent_mask_per_output():
     module = TrellisLanguageModel(7, 4, 8, 3, output_size=4, n_experts=2, latent_dropout=0.5, gemm="mm")
     assert module.head.gemm == "mm"
     outputs, target = torch.randn(3, 2, 5, 4), torch.randint(7, (2, 5))

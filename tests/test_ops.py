@@ -1,4 +1,4 @@
-"""The operator: the equation written once more as loops, exact derivatives, and the dispatcher."""
+"""The operator: the equation as explicit loops, exact derivatives, and the dispatcher."""
 
 import re
 from dataclasses import fields, replace
@@ -35,7 +35,7 @@ def random_inputs(k, length, *, n=2, channels=3, hidden=4, requires_grad=False):
 
 
 def trellis(x, weight_x, weight_h, bias, state, *, activation="lstm", recompute=0, **options):
-    """`ops.trellis` with the settings of its spec and execution as keywords; `recompute`: every so many layers."""
+    """Call `ops.trellis` with the fields of its spec and execution as keywords; `recompute` is `recompute_every`."""
     names = {field.name for field in fields(ops.TrellisSpec)} & options.keys()
     spec = {"activation": ops.ACTIVATIONS[activation], "kernel_size": weight_h.size(2)}
     spec |= {name: options.pop(name) for name in names}
@@ -53,7 +53,7 @@ def call(inputs, **options):
 
 
 def by_loops(x, weight_x, weight_h, bias, h0, c0, *, num_layers, dilation, scale=None):
-    """Eq. 19 and the gated activation for one unit at a time, as the paper's Figure 3 draws it."""
+    """Compute Eq. 19 and the gated activation unit by unit, as drawn in the paper's Figure 3."""
     n, length, _ = x.shape
     hidden, k = h0.size(1), weight_h.size(2)
     h = {t: torch.zeros(n, hidden, dtype=x.dtype) for t in range(length)}
@@ -140,7 +140,7 @@ def test_a_spec_that_does_not_fit_is_refused(options, message):
         call(random_inputs(2, 3), **options)
 
 
-def test_a_spec_knows_the_dilation_of_every_layer():
+def test_a_spec_lists_the_dilation_of_every_layer():
     spec = ops.TrellisSpec(5, 1, ops.ACTIVATIONS["tanh"], dilation=[1, 4], inject_every=2)
     assert (spec.dilation, spec.dilations) == ((1, 4), (1, 4, 1, 4, 1))
     assert [spec.injected(layer) for layer in range(5)] == [True, False, True, False, True]

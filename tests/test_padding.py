@@ -1,4 +1,4 @@
-"""What lies behind the `lengths` of a padded batch has no influence, and what is no padded batch is refused."""
+"""Padding of a batch with `lengths` has no influence, and packed sequences are refused."""
 
 import math
 
@@ -26,18 +26,18 @@ MODELS = {
 }
 
 
-def behind(x, value):
+def padded(x, value):
     return hide_padding(x.detach(), torch.tensor(LENGTHS), value).requires_grad_(x.is_floating_point())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
-def test_a_classifier_does_not_see_what_lies_behind(options, value):
+def test_a_classifier_does_not_see_padding(options, value):
     torch.manual_seed(0)
     model = TrellisClassifier(2, 5, 6, 4, **options).train()
     results = []
     for fill in (0, value):
-        x = behind(torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0)), fill)
+        x = padded(torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0)), fill)
         torch.manual_seed(1)
         out = model(x, lengths=LENGTHS)
         loss = torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 1, 2]))
@@ -49,14 +49,14 @@ def test_a_classifier_does_not_see_what_lies_behind(options, value):
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_nor_do_a_core_and_the_operator(backend):
+def test_core_and_operator_do_not_see_padding(backend):
     torch.manual_seed(0)
     core = TrellisNet(2, 4, 3, backend=backend, weight_norm=False)
     kernels, options = (core.weight_x, core.weight_h, core.bias), {"num_layers": 3, "dilation": (1,), "output_size": 4}
     x, lengths = torch.randn(3, 7, 2), torch.tensor(LENGTHS)
     states, gradients = [], []
     for fill in (0, math.nan):
-        given = behind(x, fill)
+        given = padded(x, fill)
         out = core(given, lengths=lengths, aux_every=2)
         counts = [hide_padding(part, lengths) for part in (out.output, *out.aux)]
         assert all(part.isfinite().all() for part in (out.output, *out.aux))
@@ -85,7 +85,7 @@ CORES = {"trellis": TrellisNet, "awd-lstm": AWDLSTM, "rhn": RHN, "tcn": TCN, "sp
 
 
 @pytest.mark.parametrize("network", CORES.values(), ids=CORES)
-def test_a_packed_sequence_is_refused_in_a_sentence(network):
+def test_a_packed_sequence_is_refused_in_one_line(network):
     packed = pack_padded_sequence(torch.randn(3, 7, 4), torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)
     message = "expected a padded tensor, got a PackedSequence; unpack it with torch.nn.utils.rnn.pad_packed_sequence"
     language = TrellisLanguageModel(5, 4, 4, 2, output_size=4, network=network)

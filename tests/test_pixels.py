@@ -1,4 +1,4 @@
-"""Images as sequences: IDX files good and bad, splits, normalisation, the permutation, the drawings."""
+"""Images as sequences: valid and invalid IDX files, splits, normalisation, permutation, synthetic drawings."""
 
 import errno
 import gzip
@@ -33,7 +33,7 @@ def path(tmp_path):
 
 
 def refusal(path, content=None, dimensions=3):
-    """The message, which is one printable line that begins with the file."""
+    """Return the message, one printable line that begins with the file."""
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -47,7 +47,7 @@ def refusal(path, content=None, dimensions=3):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
 @pytest.mark.parametrize("name", ["images", "images.gz"])
-def test_the_content_tells_whether_a_file_is_packed(tmp_path, pack, name):
+def test_gzip_is_recognised_by_content(tmp_path, pack, name):
     (tmp_path / name).write_bytes(pack(IDX))
     found = read_idx(tmp_path / name, 3)
     assert found.dtype == np.uint8
@@ -65,7 +65,7 @@ def test_many_blocks_and_members(path):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
-def test_what_is_no_idx_file_is_refused(path, pack):
+def test_other_files_are_refused(path, pack):
     for content, magic in ((b"", "nothing"), (b"\0\0", "0000"), (b"hello", "68656c6c"), (b"\0\0\x0d\3", "00000d03")):
         message = refusal(path, pack(content))
         assert message == (
@@ -87,7 +87,7 @@ def test_corrupt_gzip_is_refused(path):
     assert refusal(path, b"\x1f\x8b").startswith("corrupt gzip file (")
 
 
-def test_what_cannot_be_read_is_named(path, monkeypatch):
+def test_unreadable_files_are_named(path, monkeypatch):
     assert refusal(path) == "cannot be read (No such file or directory); put it there or name another folder"
     path.mkdir()
     assert refusal(path).startswith("cannot be read (Is a directory)")
@@ -148,13 +148,13 @@ def test_five_thousand_are_held_out_but_at_most_a_tenth(n, held_out):
     assert (images.n_classes, images.label) == (10, "x")
 
 
-def test_too_few_images_to_hold_some_out():
+def test_too_few_images_to_hold_out_a_tenth():
     with pytest.raises(UserError, match="9 training images are too few to hold out a tenth for validation"):
         assemble(*numbered(9), validation=True, label="x")
     assert assemble(*numbered(9), validation=False, label="x").valid is None
 
 
-def test_the_digest_is_that_of_the_content():
+def test_the_digest_depends_on_the_content_alone():
     def digest(train, test, validation=True):
         return assemble(train, test, validation=validation, label="x").sha256
 
@@ -210,7 +210,7 @@ def test_the_drawings_are_the_same_everywhere(colour):
     assert not torch.equal(other.pixels, train.pixels)
 
 
-def test_the_drawings_can_be_told_apart():
+def test_the_classes_of_drawings_are_distinguishable():
     train, test = synthetic_strokes(colour=True)
     x, x_test = (normalise(split.pixels, (0.5,) * 3, (0.5,) * 3).flatten(1) for split in (train, test))
     weight = torch.zeros(10, x.shape[1], requires_grad=True)

@@ -28,7 +28,7 @@ def test_nothing_is_dropped_in_evaluation_or_at_rate_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64])
-def test_given_masks_of_any_dtype_take_the_place_of_drawing(dtype):
+def test_explicit_masks_of_any_dtype_replace_drawing(dtype):
     state = torch.get_rng_state()
     masks = Masks(hidden=torch.tensor([1, 0]).to(dtype))
     for training in (True, False):
@@ -58,7 +58,7 @@ def test_weight_norm_keeps_the_norm_of_a_dropped_row():
     assert_close(norm, g.abs())
 
 
-def test_weight_norm_is_torchs():
+def test_weight_norm_equals_torchs():
     torch.manual_seed(0)
     v = torch.randn(8, 5, 2, dtype=torch.float64, requires_grad=True)
     g = torch.randn(8, 1, 1, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Sequences in pieces are one long pass, whatever the pieces, the layers and what is remembered of them."""
+"""Streaming: pieces of any length equal one long pass, for all kinds of layers."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def pieces(module, x, sizes):
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), GEOMETRIES)
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_pieces_are_one_long_pass(kernel_size, dilation, size):
+def test_pieces_equal_one_long_pass(kernel_size, dilation, size):
     module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(1003)
     sizes = [size] * (1003 // size) + [1003 % size] * bool(1003 % size)
     output, _ = pieces(module, x, sizes)
@@ -43,7 +43,7 @@ def test_pieces_are_one_long_pass(kernel_size, dilation, size):
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), GEOMETRIES)
-def test_steps_are_one_long_pass(kernel_size, dilation):
+def test_steps_equal_one_long_pass(kernel_size, dilation):
     module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(90)
     stream, outputs = module.init_stream(2), []
     for t in range(90):
@@ -62,12 +62,12 @@ def test_every_kind_of_layer(activation, kernel_groups, inject_every, num_layers
     expected = module(x).output
     output, stream = pieces(module, x[:, :13], [1, 3, 9])
     assert_close(output, expected[:, :13], atol=1e-12, rtol=0)
-    for t in range(13, 20):  # pieces and steps take turns
+    for t in range(13, 20):  # pieces and steps alternate
         output, stream = module.step(x[:, t], stream)
         assert_close(output, expected[:, t], atol=1e-12, rtol=0)
 
 
-def test_a_step_computes_one_position_a_layer(monkeypatch):
+def test_a_step_computes_one_position_per_layer(monkeypatch):
     module, x = net(num_layers=9), x_of(1)
     assert streaming.step(x[:, 0], module.init_stream(2))[3] == 9
     products = []
@@ -81,7 +81,7 @@ def test_a_step_computes_one_position_a_layer(monkeypatch):
     stream = module.init_stream(2)
     with Watch():
         module.step(x[:, 0], stream)
-    # x̃, the old taps of all layers, the newest of every layer but the first
+    # x̃, the old taps of all layers, the newest tap of every layer but the first
     assert products == ["addmm_", "mm"] + ["addmm_"] * 8
 
 
@@ -97,7 +97,7 @@ def test_memory_does_not_grow():
     assert len(sizes) == 1
 
 
-def test_a_stream_can_be_read_on_in_two_ways_and_keeps_its_kernels():
+def test_a_stream_can_be_continued_twice_and_keeps_its_kernels():
     module, x = net(), x_of(10)
     _, stream = pieces(module, x[:, :6], [6])
     first = module.stream(x[:, 6:], stream)[0]
@@ -117,7 +117,7 @@ def test_no_dropout_and_no_gradients():
     assert pieces(single, x.float(), [5])[0].dtype == torch.float32
 
 
-def test_what_does_not_fit_is_named():
+def test_bad_input_is_named():
     module = net()
     stream = module.init_stream(2)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
@@ -145,7 +145,7 @@ def test_the_compiled_product(dtype, inputs, outputs):
         assert_close(target.double(), exact, atol=1e-6 * inputs, rtol=1e-6 if dtype == torch.float32 else 2**-8)
 
 
-def test_the_compiled_product_refuses_what_does_not_fit():
+def test_the_compiled_product_refuses_bad_input():
     if reason := compiled.reason_against(torch.device("cpu"), torch.float32, "lstm"):
         pytest.skip(f"compiled product: {reason}")
     packed = compiled.pack(torch.ones(5, 8))

@@ -1,4 +1,4 @@
-"""Text files: line ends, byte order marks, what is refused, a single file, and what runs say of all this."""
+"""Text files: line ends, byte order marks, refusals, single files, and the notices of runs."""
 
 import hashlib
 import os
@@ -83,7 +83,7 @@ def test_every_task_reads_the_same_whatever_the_line_ends(tmp_path, load, stored
     )
 
 
-def test_only_the_files_that_were_changed_are_named(tmp_path):
+def test_only_normalised_files_are_named(tmp_path):
     folder = written(tmp_path / "text")
     (folder / "valid.txt").write_bytes(b"a\rb\r\nc\n")
     assert Texts([folder / f"{split}.txt" for split in SPLITS]).notices == [
@@ -92,7 +92,7 @@ def test_only_the_files_that_were_changed_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1 << 16])
-def test_normalised_in_blocks_as_in_one(tmp_path, monkeypatch, block):
+def test_blocks_are_normalised_like_the_whole_text(tmp_path, monkeypatch, block):
     monkeypatch.setattr(text_files, "_BLOCK", block)
     path = tmp_path / "text"
     for text in ("\ufeffé\r\n\r\r\n\n\r中\r", "\ufeff\ufeffa\n", "a\ufeff\r", "\r\n\r\na", "😀\r\n"):
@@ -114,7 +114,7 @@ def test_only_a_line_feed_or_carriage_return_ends_a_line(tmp_path):
 
 
 @pytest.mark.skipif(not (PENN / "test.txt").is_file(), reason="needs Penn Treebank in data/penn")
-def test_the_penn_treebank_is_known_by_its_text(tmp_path):
+def test_the_penn_treebank_is_recognised_by_its_text(tmp_path):
     texts = [(PENN / f"{split}.txt").read_text() for split in SPLITS]
     loaded = word_ptb.data.load(written(tmp_path / "penn", texts, STORED["mark, CR LF"]))
     assert loaded.label == "Penn Treebank"
@@ -122,12 +122,12 @@ def test_the_penn_treebank_is_known_by_its_text(tmp_path):
     assert word_ptb.data.load(PENN).notices == ()
 
 
-def test_a_mark_in_the_name_of_images_is_no_part_of_it(tmp_path):
+def test_a_byte_order_mark_before_the_source_of_images_is_ignored(tmp_path):
     (tmp_path / "SOURCE.txt").write_bytes(b"\xef\xbb\xbfthumbnails\r\n")
     assert cifar10.data._source(tmp_path / "SOURCE.txt") == "thumbnails"
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("load", ["word_ptb", "wt103"])
@@ -170,7 +170,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, load, stored, message):
 
 
 @pytest.mark.parametrize("load", list(LOADS))
-def test_what_is_not_there_is_named_with_what_to_do(tmp_path, load):
+def test_missing_files_are_named_with_advice(tmp_path, load):
     with pytest.raises(UserError, match=r"no such folder or file; make a folder with train.txt, .*--data synthetic"):
         LOADS[load](tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
@@ -181,7 +181,7 @@ def test_what_is_not_there_is_named_with_what_to_do(tmp_path, load):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 1 << 16])
 @pytest.mark.parametrize("before", ["", "é\r\n", "\ufeff中", "\ufeff"])
-def test_the_byte_that_is_wrong_is_that_of_the_file(tmp_path, monkeypatch, block, before):
+def test_the_wrong_byte_is_counted_in_the_file(tmp_path, monkeypatch, block, before):
     monkeypatch.setattr(text_files, "_BLOCK", block)
     path = tmp_path / "text"
     for bad in (b"\xff", b"\xc3(", b"\xf0\x9f\x98", b"\xe4\xb8"):
@@ -197,7 +197,7 @@ def test_the_byte_that_is_wrong_is_that_of_the_file(tmp_path, monkeypatch, block
     ("lines", "sizes"), [(3, (1, 1, 1)), (19, (17, 1, 1)), (100, (90, 5, 5)), (219, (199, 10, 10))]
 )
 @pytest.mark.parametrize("block", [1, 7, 1 << 16])
-def test_a_single_file_is_cut_by_lines(tmp_path, monkeypatch, lines, sizes, block):
+def test_a_single_file_is_divided_by_lines(tmp_path, monkeypatch, lines, sizes, block):
     monkeypatch.setattr(text_files, "_BLOCK", block)
     path, all_lines = tmp_path / "book.txt", [f"line é {i} \r\n" for i in range(lines)]
     path.write_bytes("".join(all_lines).removesuffix("\r\n").encode())
@@ -213,7 +213,7 @@ def test_a_single_file_is_cut_by_lines(tmp_path, monkeypatch, lines, sizes, bloc
 
 
 @pytest.mark.parametrize("load", list(LOADS))
-def test_every_task_cuts_a_single_file_like_three(tmp_path, load):
+def test_every_task_divides_a_single_file_like_three(tmp_path, load):
     lines = [f"a{i % 7} b{i % 3}_{i % 2}\n" for i in range(60)]
     path = tmp_path / "book.txt"
     path.write_text("".join(lines))

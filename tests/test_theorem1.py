@@ -1,4 +1,4 @@
-"""Theorem 1: truncated recurrent networks and the trellis networks made from them."""
+"""Theorem 1: truncated recurrent networks and the trellis networks converted from them."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def network(kind, num_layers, **options):
 
 
 def truncated(network, x, horizon):
-    """Outputs of the network begun anew for every time step, `horizon` inputs before it."""
+    """Return outputs of the network, restarted for every time step `horizon` inputs before it."""
     return torch.cat([network(x[:, max(t - horizon + 1, 0) : t + 1])[0][:, -1:] for t in range(x.size(1))], dim=1)
 
 
@@ -44,7 +44,7 @@ def test_fixtures(name):
 @pytest.mark.parametrize("horizon", [1, 2, 5, 11])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_the_truncated_network(kind, num_layers, horizon):
+def test_equals_the_truncated_network(kind, num_layers, horizon):
     rnn, x = network(kind, num_layers), torch.randn(2, 11, 3, dtype=torch.float64)
     trellis = CONVERT[kind](rnn, horizon)
     assert_close(trellis(x).output, truncated(rnn, x, horizon), atol=1e-13, rtol=0)
@@ -63,8 +63,8 @@ def test_has_the_weights_of_the_network_and_a_zero_tap(kind):
     assert trellis.weight_x[:, :, 0].abs().max() == trellis.bias.abs().max() == 0
 
 
-def test_the_inner_layers_are_networks_begun_later():
-    """Eq. 6: group i of layer j is layer i of the network begun at t − j + i."""
+def test_the_inner_layers_are_networks_started_later():
+    """Eq. 6: group i of layer j is layer i of the network started at t − j + i."""
     rnn, x = network(nn.RNN, 3), torch.randn(1, 9, 3, dtype=torch.float64)
     for j in range(1, 7):
         trellis = from_rnn(rnn, 1)
@@ -85,11 +85,11 @@ def test_one_layer_may_have_biases(kind):
     trellis = CONVERT[kind](rnn, 5)
     expected = truncated(rnn, x, 5)
     assert_close(trellis(x).output[:, 5:], expected[:, 5:], atol=1e-13, rtol=0)
-    assert_close(trellis(x).output[:, :5], expected[:, :5], atol=1e-13, rtol=0)  # zero padding of every layer
+    assert_close(trellis(x).output[:, :5], expected[:, :5], atol=1e-13, rtol=0)  # every layer is padded with zeros
 
 
 def test_with_biases_deeper_networks_would_be_wrong():
-    """What is refused for a reason: layers that have not begun yet are not zero."""
+    """Why they are refused: layers that have not started yet are not zero."""
     rnn, x = network(nn.RNN, 2), torch.randn(1, 9, 3, dtype=torch.float64)
     trellis = from_rnn(rnn, 4)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_keeps_dtype_and_shares_nothing(batch_first):
         (lambda: nn.LSTM(3, 4, bias=False), 0, "horizon: expected an integer of at least 1, got 0"),
     ],
 )
-def test_what_has_no_equal_trellis_is_refused(make, horizon, message):
+def test_networks_without_an_equal_trellis_are_refused(make, horizon, message):
     rnn = make()
     with pytest.raises(ValueError, match=message):
         CONVERT[type(rnn)](rnn, horizon)
@@ -143,7 +143,7 @@ def test_another_module_is_refused():
 
 @pytest.mark.skipif(not (PROJECT / "data" / "penn" / "train.txt").exists(), reason="needs data/penn")
 def test_a_trained_lstm_on_real_text():
-    """A small character model trained on Penn Treebank scores its test text alike as LSTM and as trellis."""
+    """A small character model trained on Penn Treebank has the same test score as an LSTM and as a trellis."""
     text = (PROJECT / "data" / "penn" / "train.txt").read_text()[:200_000]
     held_out = (PROJECT / "data" / "penn" / "test.txt").read_text()[:4_001]
     symbols = sorted(set(text + held_out))
@@ -171,4 +171,4 @@ def test_a_trained_lstm_on_real_text():
         losses = [F.cross_entropy(head(out), targets).item() for out in (expected, output)]
     assert_close(output, expected, atol=1e-12, rtol=0)
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
-    assert losses[0] < 2.4  # it has learnt something: an even guess costs log V ≈ 3.9
+    assert losses[0] < 2.4  # it has learnt something: a uniform guess costs log V ≈ 3.9

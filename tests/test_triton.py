@@ -1,4 +1,4 @@
-"""The Triton kernels, by Triton's interpreter on the CPU, in a process of their own."""
+"""The Triton kernels, run by Triton's interpreter on the CPU, in a separate process."""
 
 import importlib.util
 import os
@@ -55,7 +55,7 @@ installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reaso
 
 
 @installed
-def test_the_kernels_compute_what_torch_does():
+def test_the_kernels_agree_with_torch():
     child = CHILD.format(tests=str(PROJECT / "tests"))
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", child], env=environment, capture_output=True, text=True, check=False)

@@ -41,7 +41,7 @@ def inputs(length=9, n=2):
 
 
 def blocks(module):
-    """Eq. 5 written out: for every tap the matrix from (x, h) to the gates, as {gate: (H, C), (H, H)}."""
+    """Write out Eq. 5: for every tap the matrices from x and h to each gate, {gate: (H, C), (H, H)}."""
     k, G, groups = module.kernel_size, GATES[module.activation], module.kernel_groups
     width = H // (groups or 1)
     taps = []
@@ -70,7 +70,7 @@ def blocks(module):
 
 @torch.no_grad()
 def by_loops(module, x, h0, c0, scale=None):
-    """One unit at a time, with cells written as torch documents its own."""
+    """Compute unit by unit, with cells as in torch's documentation."""
     taps, bias = blocks(module)
     G, k, (n, length, _) = len(bias), module.kernel_size, x.shape
     h = {t: torch.zeros(n, H).double() for t in range(length)}
@@ -132,7 +132,7 @@ def test_gradients_are_exact(activation, groups, inject, last_only):
         return out.output, *out.state
 
     arguments = [t.requires_grad_() for t in inputs(4, n=1)]
-    # Along random directions: every single number is compared where the operators are tested.
+    # Along random directions; the tests of the operators compare every single number.
     assert torch.autograd.gradcheck(run, (*arguments, *parameters), fast_mode=True)
 
 
@@ -151,11 +151,11 @@ def test_the_future_changes_no_bit_of_the_past(activation, groups, inject):
     ("groups", "output_size", "kernel_size", "dilation", "field"),
     [
         (1, 6, 2, (1,), 7),
-        (3, 2, 2, (1,), 5),  # of six layers, two lift x to the third group
-        (3, 3, 2, (1,), 6),  # a channel of the second group is read too
+        (3, 2, 2, (1,), 5),  # two of the six layers lift x to the third group
+        (3, 3, 2, (1,), 6),  # the output includes a channel of the second group
         (3, 6, 2, (1,), 7),
-        (3, 2, 3, (1, 2), 15),  # the two that lift cost their smallest dilations
-        (6, 1, 2, (4, 1), 5),  # the first layer, of dilation 4, is where x enters
+        (3, 2, 3, (1, 2), 15),  # x reaches furthest if lifted where the dilation is smallest
+        (6, 1, 2, (4, 1), 5),  # x enters through the first layer, with dilation 4
     ],
 )
 def test_receptive_field_of_groups(groups, output_size, kernel_size, dilation, field):
@@ -166,7 +166,7 @@ def test_receptive_field_of_groups(groups, output_size, kernel_size, dilation, f
     assert 20 - x.grad.abs().sum(dim=(0, 2)).nonzero().min() == field
     shallow = net("lstm", 3, 1, num_layers=2, output_size=2)
     assert shallow.receptive_field == 0
-    assert shallow(x.detach()).output.var(dim=1).max() > 0  # bias alone, padding aside
+    assert shallow(x.detach()).output.var(dim=1).max() > 0  # varies over time, but only because of bias and padding
     assert torch.equal(shallow(x.detach()).output, shallow(-x.detach()).output)
 
 
@@ -204,7 +204,7 @@ def test_drop_connect_and_weight_norm_act_on_rows_of_groups(activation):
     G = GATES[activation]
     module = net(activation, 3, 1, weight_norm=True, weight_dropout=0.5)
     mask = torch.rand(G * H, 2, 1, generator=torch.Generator().manual_seed(1)) > 0.5
-    mask[: 2 * G, 0] = True  # a row of the first group has nothing else
+    mask[: 2 * G, 0] = True  # the only hidden weight of this row
     kernel = module.effective_weight("weight_h", Masks(weight_h=mask))
     assert kernel.shape == (G * H, 2, 2)
     assert_close(kernel.norm(dim=(1, 2))[:, None, None], module.weight_h_g.abs(), atol=1e-12, rtol=0)
@@ -217,7 +217,7 @@ def test_drop_connect_and_weight_norm_act_on_rows_of_groups(activation):
     assert_close(fresh.effective_weight("weight_h")[2 * G :], expected)
 
 
-def test_dense_kernels_stand_for_grouped_ones():
+def test_dense_kernels_equal_grouped_ones():
     module, (x, h0, c0) = net("lstm", 3, 1), inputs()
     kernels = (module.effective_weight("weight_x"), module.effective_weight("weight_h"), module.bias)
     dense = mixed_group.dense(*kernels, 3, 4)
@@ -270,7 +270,7 @@ def test_weights_of_another_variant_are_refused(tmp_path, saved, built, message,
     weights.save_weights(language_model(**saved), tmp_path / "w.pkl")
     with pytest.raises(UserError, match=message):
         weights.load_weights(language_model(**built), tmp_path / "w.pkl")
-    # What was saved by hand says nothing of its kind: names and shapes must do.
+    # A file without metadata: names and shapes must suffice.
     torch.save(dict(torch.load(tmp_path / "w.pkl", weights_only=True)), tmp_path / "plain.pkl")
     weights.load_weights(language_model(**saved), tmp_path / "plain.pkl")
     if without_metadata:
@@ -278,7 +278,7 @@ def test_weights_of_another_variant_are_refused(tmp_path, saved, built, message,
             weights.load_weights(language_model(**built), tmp_path / "plain.pkl")
 
 
-def test_metadata_of_another_type_are_no_metadata(tmp_path):
+def test_metadata_of_another_type_are_ignored(tmp_path):
     state = weights.authors_state_dict(language_model())
     state._metadata = {"trellisnet": {"activation": "lstm", "mixed_group": torch.ones(2), "inject_every": "x\ny"}}
     torch.save(state, tmp_path / "w.pkl")

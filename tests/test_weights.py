@@ -1,4 +1,4 @@
-"""The authors' files: what loads, what is refused and with which words. Numbers are in test_conformance.py."""
+"""Weight files in the authors' layout: loading, refusals and their messages. Numbers are in test_conformance.py."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ def model(**options):
     return TrellisLanguageModel(**{"weight_norm": False} | settings)
 
 
-def test_a_module_that_the_authors_do_not_have_is_refused(tmp_path, saved):
+def test_a_module_without_names_in_the_layout_is_refused(tmp_path, saved):
     class Tagger(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -47,7 +47,7 @@ def test_round_trip(tmp_path, legacy, options):
     save_weights(first, tmp_path / "w.pkl", legacy=legacy)
     load_weights(second, tmp_path / "w.pkl")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert [p.name for p in tmp_path.iterdir()] == ["w.pkl"]  # no temporary file is left
+    assert [p.name for p in tmp_path.iterdir()] == ["w.pkl"]  # and no temporary file
 
 
 def test_repeated_tensors_are_written_once(tmp_path):
@@ -87,7 +87,7 @@ def test_files_without_the_repeated_names_load(tmp_path):
         ({"tied": False, "output_size": 3, "hidden_size": 7}, r"decoder.weight .* pass output_size=4, hidden_size=7$"),
     ],
 )
-def test_what_does_not_fit_names_tensor_shapes_and_argument(saved, options, message):
+def test_a_misfit_names_tensor_shapes_and_argument(saved, options, message):
     module = model(**options)
     before = [p.detach().clone() for p in module.parameters()]
     if message is None:  # a tied file fits an untied model: it holds both matrices
@@ -98,7 +98,7 @@ def test_what_does_not_fit_names_tensor_shapes_and_argument(saved, options, mess
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
 
 
-def test_more_that_does_not_fit(tmp_path):
+def test_more_misfits(tmp_path):
     save_weights(model(weight_norm=True), tmp_path / "wn.pkl")
     with pytest.raises(UserError, match=r"trained with weight normalisation; pass weight_norm=True$"):
         load_weights(model(), tmp_path / "wn.pkl")
@@ -120,17 +120,17 @@ def split(cutoffs=(5, 9), **options):
     return model(cutoffs=cutoffs, **options)
 
 
-def test_tail_vectors_are_saved_asked_for_and_explained(tmp_path):
+def test_tail_vectors_are_saved_and_required(tmp_path):
     module = split()
     torch.nn.init.normal_(module.head.tail_vectors)
     save_weights(module, tmp_path / "split.pkl")
     again = split()
-    assert load_weights(again, tmp_path / "split.pkl", init_tail=True) == []  # what is there is taken
+    assert load_weights(again, tmp_path / "split.pkl", init_tail=True) == []  # the file has them
     assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)
     for other in (model(), split([5]), split([5, 8])):
         with pytest.raises(UserError, match="another split of the softmax; pass cutoffs=\\[5, 9\\]"):
             load_weights(other, tmp_path / "split.pkl")
-    torch.save(OrderedDict(authors_state_dict(module)), tmp_path / "silent.pkl")  # which does not tell its cut-offs
+    torch.save(OrderedDict(authors_state_dict(module)), tmp_path / "silent.pkl")  # without metadata
     with pytest.raises(UserError, match="split softmax with 2 bands; pass the cutoffs that it was trained with"):
         load_weights(model(), tmp_path / "silent.pkl")
     with pytest.raises(UserError, match=r"tail_vectors has shape \(2, 4\), .* \(1, 4\); the file has 2 bands"):
@@ -146,7 +146,7 @@ def test_tail_vectors_are_saved_asked_for_and_explained(tmp_path):
         load_weights(again, tmp_path / "plain.pkl")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before, strict=True))
     assert load_weights(again, tmp_path / "plain.pkl", init_tail=True) == list(parameter_map(again))[-2:]
-    assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)  # left as they were
+    assert torch.equal(again.head.tail_vectors, module.head.tail_vectors)  # unchanged
     torch.save(authors_state_dict(model(weight_norm=True)), tmp_path / "wn.pkl")
     with pytest.raises(UserError, match="pass weight_norm=True"):
         load_weights(split(), tmp_path / "wn.pkl", init_tail=True)
@@ -156,16 +156,16 @@ def test_tail_vectors_are_saved_asked_for_and_explained(tmp_path):
 def test_weights_of_another_vocabulary_are_refused(tmp_path, legacy):
     save_weights(model(), tmp_path / "w.pkl", legacy=legacy, vocabulary="a" * 64)
     load_weights(model(), tmp_path / "w.pkl", vocabulary="a" * 64)
-    load_weights(model(), tmp_path / "w.pkl")  # the caller does not know
+    load_weights(model(), tmp_path / "w.pkl")  # no vocabulary to compare with
     module = model()
     before = [p.detach().clone() for p in module.parameters()]
     with pytest.raises(UserError, match=r"another vocabulary \(sha256 aaaaaaaaaaaa… instead of bbbbbbbbbbbb…\)"):
         load_weights(module, tmp_path / "w.pkl", vocabulary="b" * 64)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
     state = torch.load(tmp_path / "w.pkl", weights_only=True)
-    assert list(state) == list(authors_state_dict(model()))  # the names are the authors', and no others
+    assert list(state) == list(authors_state_dict(model()))  # no names but the authors'
     save_weights(model(), tmp_path / "silent.pkl", legacy=legacy)
-    load_weights(model(), tmp_path / "silent.pkl", vocabulary="b" * 64)  # the file does not know
+    load_weights(model(), tmp_path / "silent.pkl", vocabulary="b" * 64)  # nor here
     theirs = authors_state_dict(model())
     theirs._metadata = OrderedDict({"": {"version": 1}, "trellisnet": 7})
     torch.save(theirs, tmp_path / "theirs.pkl", _use_new_zipfile_serialization=not legacy)
@@ -194,7 +194,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, writ
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickled_whole_model_is_refused_with_an_explanation(tmp_path, legacy):
+def test_a_pickled_model_is_refused_with_an_explanation(tmp_path, legacy):
     torch.save(model(), tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(UserError, match=r"holds a pickled object \(a whole model\?\).*state_dict"):
         load_weights(model(), tmp_path / "model.pt")
@@ -221,7 +221,7 @@ def test_corrupt_and_foreign_files_are_refused(tmp_path, saved):
         load_weights(model(), tmp_path / "last.pt")
 
 
-def test_values_that_are_no_numbers_are_refused(tmp_path):
+def test_values_that_are_not_finite_are_refused(tmp_path):
     module = model()
     with torch.no_grad():
         module.core.weight_h[3, 2, 1] = float("nan")
@@ -258,7 +258,7 @@ def test_tensors_of_another_kind_are_refused(tmp_path, name, tensor, message, ti
 
 def test_flipped_bits_in_a_zip_are_noticed(saved):
     content = bytearray(saved.read_bytes())
-    position = content.find(model().head.bias.detach().numpy().tobytes())  # zeros: some run of them in the file
+    position = content.find(model().head.bias.detach().numpy().tobytes())  # zeros: the first run of them in the file
     content[position + 5] ^= 16
     saved.write_bytes(bytes(content))
     with pytest.raises(UserError, match="corrupt"):
@@ -266,7 +266,7 @@ def test_flipped_bits_in_a_zip_are_noticed(saved):
 
 
 def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, saved):
-    """The records of a zip cut short with their checksums made right again, and a legacy file of a huge claim."""
+    """The records of a zip are truncated with matching checksums; a legacy file makes a huge claim."""
     short = tmp_path / "short.pkl"
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(short, "w") as new:
         for member in old.namelist():
@@ -291,13 +291,14 @@ def test_weights_of_another_task_name_it(tmp_path):
     message = r"w.pkl: holds weights of char_ptb, not of word_ptb; load them with char_ptb/train.py$"
     with pytest.raises(UserError, match=message):
         load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
-    with pytest.raises(UserError, match="the file has 30 words, the data 20; pass the data"):  # not weight_norm=True
+    with pytest.raises(UserError, match="the file has 30 words, the data 20; pass the data"):  # not weight_norm
         load_weights(model(), tmp_path / "w.pkl")
-    assert load_weights(model(vocab_size=30, weight_norm=True), tmp_path / "w.pkl", task="word_ptb") == []  # they fit
+    # Weights that fit are loaded, whatever their task.
+    assert load_weights(model(vocab_size=30, weight_norm=True), tmp_path / "w.pkl", task="word_ptb") == []
     torch.save(authors_state_dict(model(vocab_size=30)), tmp_path / "w.pkl")
     with pytest.raises(UserError, match="the file has 30 words"):
         load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
-    (tmp_path / "config.json").write_text('{"task": "char_ptb"}')  # the files of a run
+    (tmp_path / "config.json").write_text('{"task": "char_ptb"}')  # as in the folder of a run
     with pytest.raises(UserError, match=message):
         load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
 
