@@ -1,14 +1,15 @@
-"""Train a network on a problem of pure memory, as Bai, Kolter & Koltun (2018, arXiv:1803.01271, section 4) set them.
+"""Train a network on a synthetic memory task of Bai, Kolter & Koltun (2018, arXiv:1803.01271, section 4).
 
     python scripts/memory.py                                  TrellisNet on the copy task, T = 400
     python scripts/memory.py --preset adding --model tcn      a generic TCN on the adding problem, T = 600
 
 *Copy*: ten random digits, T − 1 blanks, then eleven markers; while it reads the last ten markers, the network must
-write the ten digits again. *Adding*: T pairs of a random number and a mark that is set twice; the network must give the
-sum of the two marked numbers. All examples are generated; every network has the same ones and, within one per cent,
-the same number of parameters. The flags of the training programs work here too: run folders, --resume, --metrics.
+output the ten digits. *Adding*: T pairs of a random number and a mark, which is set in two of them; the network must
+output the sum of the two marked numbers. Examples are generated, the same for every network; the networks have the same
+number of parameters within one per cent. The flags of the training programs work here too: run folders, --resume,
+--metrics.
 
-Letters: N examples of a batch, L steps of an example, T as above.
+Letters: N examples in a batch, L steps of an example, T as above.
 """
 
 import functools
@@ -38,8 +39,9 @@ from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import Classification, Splits, evaluating
+from trellisnet.training.tasks.base import tracked
 
-DIGITS, BLANK, MARKER = 10, 0, 9  # digits to remember, each 1 to 8; and the other two symbols
+DIGITS, BLANK, MARKER = 10, 0, 9  # number of digits to remember, each from 1 to 8; the other two symbols
 DATA_SEED = 2018  # of the examples, the same for every --seed
 
 
@@ -47,15 +49,15 @@ DATA_SEED = 2018  # of the examples, the same for every --seed
 
 
 def copy_examples(n: int, length: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Examples of the copy task.
+    """Generate examples of the copy task.
 
     Args:
-        n: how many.
-        length: T, the steps from a digit to where it must be written, less ten.
+        n: number of examples.
+        length: T; a digit must be output T + 10 steps after it was read.
         rng: draws the digits.
 
     Returns:
-        symbols, uint8 (n, T + 20, 1), and what to write at each step, uint8 (n, T + 20): blank but for the last ten.
+        symbols, uint8 (n, T + 20, 1), and targets, uint8 (n, T + 20), blank except for the last ten.
     """
     digits = torch.from_numpy(rng.integers(1, MARKER, (n, DIGITS), dtype=np.uint8))
     x = torch.full((n, length + 2 * DIGITS), BLANK, dtype=torch.uint8)
@@ -65,15 +67,15 @@ def copy_examples(n: int, length: int, rng: np.random.Generator) -> tuple[Tensor
 
 
 def adding_examples(n: int, length: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Examples of the adding problem.
+    """Generate examples of the adding problem.
 
     Args:
-        n: how many.
+        n: number of examples.
         length: T, the steps of an example.
         rng: draws numbers and marks.
 
     Returns:
-        numbers from [0, 1) and their marks, float32 (n, T, 2), and the sums of the two marked ones, float32 (n,).
+        numbers in [0, 1) and their marks, float32 (n, T, 2), and the sums of the two marked numbers, float32 (n,).
     """
     x = torch.zeros(n, length, 2)
     x[:, :, 0] = torch.from_numpy(rng.random((n, length), dtype=np.float32))
@@ -84,7 +86,7 @@ def adding_examples(n: int, length: int, rng: np.random.Generator) -> tuple[Tens
 
 
 class Problem(NamedTuple):
-    """A problem: its default T, training examples, input and output channels, and how examples are generated."""
+    """A problem: default T and number of training examples, input and output channels, generator of examples."""
 
     length: int
     examples: int
@@ -101,7 +103,7 @@ HELD_OUT = 1_000  # examples for validation, and as many for test
 
 
 def chance(problem: str, length: int) -> float:
-    """Loss of a network that has forgotten: it writes any of the eight digits, or always gives the mean sum."""
+    """Loss of a network without memory, which outputs any digit with equal probability, or the mean sum."""
     return DIGITS * math.log(MARKER - 1) / (length + 2 * DIGITS) if problem == "copy" else 1 / 6
 
 
@@ -143,7 +145,7 @@ class Config(NetworkConfig):
         "eval_batch_size": "examples evaluated at a time",
     }
 
-    problem: str = setting("copy", "what to learn", group="data", choices=tuple(PROBLEMS))
+    problem: str = setting("copy", "task to learn", group="data", choices=tuple(PROBLEMS))
     length: int = setting(0, "T; 0: 400 to copy, 600 to add", group="data", at_least=0)
     examples: int = setting(0, "training examples; 0: 10,000 to copy, 50,000 to add", group="data", at_least=0)
     model: str = setting(
@@ -169,32 +171,28 @@ class Config(NetworkConfig):
 
 
 class Tagger(TrellisClassifier):
-    """A class for every step instead of one for the whole sequence; arguments as of the class above."""
+    """Classifier of every step instead of the whole sequence; same arguments as its base class."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, L, input_size) → logits (N, L, num_classes), float32."""
+        """Logits, float32 (N, L, num_classes), of x (N, L, input_size)."""
         y = self.core(x).output
         with torch.autocast(x.device.type, enabled=False):
             return self.head(y.to(self.head.weight.dtype))
 
 
-class Remembering(Classification):
-    """The task of :meth:`trellisnet.training.engine.Trainer.fit`; a subclass defines loss and score.
-
-    Args:
-        as of :class:`trellisnet.training.tasks.Classification`, whose batches these are.
-    """
+class MemoryTask(Classification):
+    """A task of the engine with the batches and arguments of its base class; a subclass defines loss and score."""
 
     def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and score of a batch, summed over its examples."""
+        """Loss and score of a batch, each summed over its examples."""
         raise NotImplementedError
 
     def size(self, batch: tuple[Tensor, Tensor]) -> int:
-        """Examples of a batch."""
+        """Number of examples in a batch."""
         return len(batch[1])
 
     def loss(self, x: Tensor, y: Tensor, state: None = None) -> tuple[dict[str, Tensor], None]:
-        """Mean loss and score of a batch; nothing is carried."""
+        """Mean loss and score of a batch; no state is carried."""
         loss, score = (part / len(y) for part in self.sums(x, y))
         return {"loss": loss, "raw": loss, self.score_name: score.detach()}, None
 
@@ -202,10 +200,10 @@ class Remembering(Classification):
     def evaluate(
         self, data: tuple[Tensor, Tensor], *, max_tokens: int | None = None, progress: Any = None
     ) -> dict[str, Any]:
-        """Mean loss and score of all examples, in evaluation mode; the model's mode is put back."""
+        """Mean loss and score of all examples in evaluation mode."""
         starts, totals = self._scored(len(data[1]), max_tokens), torch.zeros(3, dtype=torch.float64)
         with evaluating(self.model):
-            for start in progress(starts, len(starts)) if progress is not None else starts:
+            for start in tracked(starts, progress):
                 x, y = (part[start : start + self.eval_batch_size] for part in data)
                 sums = self.sums(self.prepare(x), y)
                 totals += torch.stack([*(part.double().cpu() for part in sums), torch.tensor(float(len(y)))])
@@ -213,11 +211,11 @@ class Remembering(Classification):
         return {"loss": loss / examples, self.score_name: score / examples, "examples": int(examples)}
 
     def training_score(self, means: dict[str, float]) -> float:
-        """The score while training."""
+        """Score during training."""
         return means[self.score_name]
 
     def scores(self, result: dict[str, Any], split: str) -> dict[str, float]:
-        """The score of a result."""
+        """Score of a result."""
         return {self.score_name: result[self.score_name]}
 
     @staticmethod
@@ -226,7 +224,7 @@ class Remembering(Classification):
         return result["loss"] < best["loss"]
 
 
-class Copying(Remembering):
+class Copying(MemoryTask):
     """Cross-entropy of every step's symbol, in nats per step; accuracy of the ten digits."""
 
     score_name, digits = "accuracy", 4
@@ -239,8 +237,8 @@ class Copying(Remembering):
         return loss, right / DIGITS
 
 
-class Adding(Remembering):
-    """Squared error of the sum, which is the score too."""
+class Adding(MemoryTask):
+    """Squared error of the sum, which is also the score."""
 
     score_name, digits = "mse", 6
     measured = ("loss", "mse")
@@ -253,7 +251,7 @@ class Adding(Remembering):
 TASKS = {"copy": Copying, "adding": Adding}
 
 
-def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Remembering, Splits, Schedule, dict[str, Any]]:
+def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[MemoryTask, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`."""
     if device.type == "cpu":
         keep_freed_memory()
@@ -266,7 +264,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Rememberi
     ).to(device)
     seen = getattr(model.core, "receptive_field", math.inf)
     needed = length + DIGITS + 1 if config.problem == "copy" else length
-    blind = f"the model sees {seen} steps, too few to reach what it must remember, {needed - 1} steps back"
+    notice = f"the model sees {seen} steps, too few to reach what it must remember, {needed - 1} steps back"
     task = TASKS[config.problem](
         model,
         batch_size=config.batch_size,
@@ -283,7 +281,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Rememberi
         label=f"{config.problem}, T = {length}",
         sha256=digest.hexdigest(),
         sizes=(examples, HELD_OUT, HELD_OUT),
-        notices=(blind,) if seen < needed else (),
+        notices=(notice,) if seen < needed else (),
     )
     facts = {
         "training examples": examples,

@@ -1,15 +1,16 @@
-"""Part-of-speech tagging with a sparse embedding (Demeester et al., 2018, "Predefined Sparseness in Recurrent Sequence
-Models", section 4.3): a bidirectional LSTM that names the tag of every word.
+"""Part-of-speech tagging by a bidirectional LSTM with a sparse embedding.
+
+The model is that of Demeester et al. (2018), "Predefined Sparseness in Recurrent Sequence Models", section 4.3.
 
     python scripts/pos_tagging.py --train train.conll --valid dev.conll --test test.conll --emsize 20 --nhid 10 \\
         --emb_blocks 20 --emb_density 0.25 --epochs 50 --dropouti 0.2 --wdrop 0.2
     python scripts/pos_tagging.py --data synthetic --epochs 5
 
-The files have a word and its tag on every line, first and last of its columns, and a blank line after every sentence.
-The text of the paper is licensed (LDC99T42) and not here; the synthetic one is drawn from a chain of tags. The flags of
-all training programs work here too: run folders, --resume, --metrics, --eval.
+A line of a file has a word in its first column and the tag in its last; a blank line ends a sentence. The paper's text
+is licensed (LDC99T42) and not included; the synthetic text is drawn from a chain of tags. The flags of the training
+programs work here too: run folders, --resume, --metrics, --eval.
 
-Letters: N sentences of a batch, L their length, V words, E embedding width, H hidden width of a direction.
+Letters: N sentences in a batch, L their length, V words, E embedding width, H hidden width per direction.
 """
 
 import functools
@@ -45,10 +46,11 @@ from trellisnet.training.config import RunConfig
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
-from trellisnet.training.tasks import AccuracyTask, Splits
+from trellisnet.training.tasks import AccuracyTask, Splits, evaluating
+from trellisnet.training.tasks.base import tracked
 
-PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # the last is what cross_entropy ignores
-COLUMN = re.compile(r"\S+", re.ASCII)  # other white space, such as a no-break space, may be part of a word
+PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # cross_entropy ignores the last
+COLUMN = re.compile(r"\S+", re.ASCII)  # words may contain other white space, such as a no-break space
 Sentence = list[tuple[str, str]]
 
 
@@ -75,7 +77,7 @@ class Config(RunConfig):
     emb_blocks: int = setting(
         1, "column blocks of the embedding, shorter for rarer words; 1: dense", group="model", at_least=1
     )
-    emb_density: float = setting(1.0, "share of the embedding's numbers that are there", group="model")
+    emb_density: float = setting(1.0, "share of the embedding's entries that are parameters", group="model")
     vocab_order: str = setting(
         "frequency_up", "order of the words; the first ones get short vectors", group="data", choices=ALL_ORDERS
     )
@@ -109,10 +111,10 @@ class Config(RunConfig):
 
 
 def sentences(text: str, name: str = "text") -> list[Sentence]:
-    """Tagged sentences of a text: a word and its tag on a line, blank lines between sentences, also a last one without.
+    """Read tagged sentences: a word and its tag per line, blank lines between sentences.
 
     Raises:
-        UserError: a line with one column only, or no sentence at all.
+        UserError: a line with a single column, or no sentence at all.
     """
     found, sentence = [], []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -131,7 +133,7 @@ def sentences(text: str, name: str = "text") -> list[Sentence]:
 
 
 def synthetic(seed: int = 2018) -> list[list[Sentence]]:
-    """Train, valid and test sentences from a chain of tags; every third word can have either of two of them."""
+    """Draw training, validation and test sentences from a chain of tags; every third word has two possible tags."""
     draw = random.Random(seed).random
     tags = [f"T{i}" for i in range(8)]
 
@@ -148,7 +150,7 @@ def synthetic(seed: int = 2018) -> list[list[Sentence]]:
 
 
 def ordered(counts: Counter[str], order: str, seed: int = 0) -> list[str]:
-    """The words in their order of appearance, frequency (either way, ties by appearance) or a random one."""
+    """Sort words by appearance, frequency (either way, ties by appearance) or at random."""
     words = list(counts)
     if order == "random":
         random.Random(seed).shuffle(words)
@@ -172,7 +174,7 @@ class Tagged:
 
 
 def encode(data: list[Sentence], words: dict[str, int], tags: dict[str, int], device: torch.device) -> Tagged:
-    """Words that are not known become `<unk>`, tags that are not known count as wrong."""
+    """Encode sentences; unknown words become `<unk>`, unknown tags count as errors."""
     lengths = torch.tensor([len(sentence) for sentence in data])
     shape = len(data), int(lengths.max())
     ids, targets = torch.full(shape, words[PAD]), torch.full(shape, NO_TAG)
@@ -189,8 +191,11 @@ class Tagger(nn.Module):
     """Embedding, an LSTM in each direction, linear map, tanh, linear map.
 
     Args:
-        vocab_size: V. n_tags: classes. embedding_size: E. hidden_size: H of either direction.
-        emb_blocks, emb_density: of the :class:`trellisnet.baselines.sparse.SparseEmbedding`.
+        vocab_size: V.
+        n_tags: number of tags.
+        embedding_size: E.
+        hidden_size: H.
+        emb_blocks, emb_density: blocks and density of the :class:`trellisnet.baselines.sparse.SparseEmbedding`.
         dropout, input_dropout, embedding_dropout, weight_dropout: rates, see the flags of :class:`Config`.
     """
 
@@ -218,8 +223,9 @@ class Tagger(nn.Module):
         self.head = nn.Linear(hidden_size, n_tags)
 
     def forward(self, words: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
-        """Word ids (N, L) and lengths (N,) → logits (N, L, n_tags); what lies behind a sentence's end has no influence,
-        and logits there mean nothing.
+        """Logits (N, L, n_tags) of word ids (N, L) with lengths (N,).
+
+        Ids beyond the end of a sentence have no influence; logits there are undefined.
         """
         check_tensor("words", words)
         lengths = check_lengths(lengths, words)
@@ -230,7 +236,7 @@ class Tagger(nn.Module):
         x = x if kept is None else x * F.embedding(words, kept)
         channels = (x.size(0), 1, x.size(2))
         x = scaled(x, dropout_scale(x, channels, self.input_dropout, self.training, None, "input"))
-        # Every sentence read from its own end: padding stays behind it in either direction.
+        # Sentences are reversed from their own ends, so that padding comes last in either direction.
         at = torch.arange(x.size(1), device=x.device).expand(x.shape[:2])
         back = torch.where(at < lengths[:, None], lengths[:, None] - 1 - at, at).unsqueeze(2)
         ahead, _ = self.forwards(x)
@@ -241,7 +247,7 @@ class Tagger(nn.Module):
 
 
 class Tagging(AccuracyTask):
-    """One class for every word, scored by accuracy."""
+    """Classification of every word, scored by accuracy."""
 
     unit, count = "tok", "tokens"
 
@@ -252,16 +258,16 @@ class Tagging(AccuracyTask):
         self.label_smoothing = label_smoothing
 
     def batches(self, data: Tagged, epoch: int = 0) -> Sequence[tuple[Tensor, ...]]:
-        """The batches of an epoch, shuffled by seed and epoch; the last one may be smaller."""
+        """Batches of an epoch, shuffled by seed and epoch; the last one may be smaller."""
         order = torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(len(data.lengths)))
         return [data.batch(rows.to(data.words.device)) for rows in order.split(self.batch_size)]
 
     def size(self, batch: tuple[Tensor, ...]) -> int:
-        """Words of a batch."""
+        """Number of words in a batch."""
         return int(batch[2].sum())
 
     def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor, smoothing: float = 0.0) -> tuple[Tensor, ...]:
-        """Summed losses without and with label smoothing, and how many words are tagged rightly."""
+        """Summed losses without and with label smoothing, and the number of correct tags."""
         logits = self.model(words, lengths).flatten(0, 1)
         tags = hide_padding(tags, lengths, NO_TAG)
         known = tags.flatten().masked_fill(tags.flatten() >= logits.size(1), NO_TAG)
@@ -271,24 +277,22 @@ class Tagging(AccuracyTask):
         return loss, smoothed, (logits.argmax(1) == tags.flatten()).sum()
 
     def loss(self, words: Tensor, tags: Tensor, lengths: Tensor, state: None = None) -> tuple[dict[str, Tensor], None]:
-        """Mean loss of the words of a batch, and their accuracy."""
+        """Mean loss and accuracy of the words of a batch."""
         sums = self._sums(words, tags, lengths, self.label_smoothing)
         raw, loss, right = (part / lengths.sum() for part in sums)
         return {"loss": loss, "raw": raw, "accuracy": right}, None
 
     @torch.no_grad()
     def evaluate(self, data: Tagged, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]:
-        """Mean loss and accuracy of all words, in evaluation mode; the model's mode is put back."""
-        training, starts = self.model.training, range(0, len(data.lengths), self.eval_batch_size)
-        self.model.eval()
+        """Mean loss and accuracy of all words in evaluation mode."""
         loss = right = tokens = 0.0
-        for start in progress(starts, len(starts)) if progress is not None else starts:
-            batch = data.batch(slice(start, start + self.eval_batch_size))
-            of_batch = self._sums(*batch)
-            loss, right, tokens = loss + of_batch[0].item(), right + of_batch[-1].item(), tokens + self.size(batch)
-            if max_tokens is not None and tokens >= max_tokens:
-                break
-        self.model.train(training)
+        with evaluating(self.model):
+            for start in tracked(range(0, len(data.lengths), self.eval_batch_size), progress):
+                batch = data.batch(slice(start, start + self.eval_batch_size))
+                sums = self._sums(*batch)
+                loss, right, tokens = loss + sums[0].item(), right + sums[-1].item(), tokens + self.size(batch)
+                if max_tokens is not None and tokens >= max_tokens:
+                    break
         return {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
 
 
@@ -296,7 +300,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
     Raises:
-        UserError: files that cannot be read; more than one process, among which rows have unequal numbers of words.
+        UserError: files that cannot be read; several processes, whose shares would have unequal numbers of words.
     """
     if ranks.size > 1:
         raise UserError("this program runs in one process; start it with python")

@@ -76,6 +76,14 @@ def test_what_is_no_result_is_refused(root, capsys, changes, message):
     assert not (folder / "RESULTS.md").exists()
 
 
+def test_a_result_of_an_earlier_version_is_refused(root, capsys):
+    folder = root()
+    path = folder / "results" / "one" / "metrics.json"
+    path.write_text(json.dumps({key: value for key, value in METRICS.items() if key != "load_weight"}))
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "one: recorded by version 0.1.0, which left fields out; train it again\n" in capsys.readouterr().err
+
+
 def test_a_record_that_is_no_file_is_refused(root, capsys):
     folder = root()
     path = folder / "results" / "one" / "metrics.jsonl"

@@ -39,7 +39,7 @@ METRICS = {
     "task": "word_ptb", "preset": "small", "complete": True, "corpus": "Penn Treebank", "params": 5, "epochs": 1,
     "commit": "a1", "data": "f", "machine": "CPU, 2 cores", "threads": 2, "torch": "2", "steps": 500, "seed": 1,
     "backend": "fused", "command": "python word_ptb/train.py --out runs/tables/compare-13-minutes/x",
-    "valid": {"ppl": 60.0, "tokens": 7}, "test": {"ppl": 60.0, "tokens": 7}, "peak_memory": 4.5e9,
+    "load_weight": "", "valid": {"ppl": 60.0, "tokens": 7}, "test": {"ppl": 60.0, "tokens": 7}, "peak_memory": 4.5e9,
 }  # fmt: skip
 
 

@@ -189,6 +189,10 @@ def read_run(folder: Path, *ignored: str) -> Run:
     if not (folder / "log.txt").is_file():
         raise UserError(f"{folder}: has no log.txt; copy it from the run's folder")
     with refusing(folder):
+        if "load_weight" not in metrics:
+            raise UserError(
+                f"{folder}: recorded by version {metrics['version']}, which left fields out; train it again"
+            )
         epochs = finished_epochs(events)
         if [r["epoch"] for r in epochs] != list(range(1, metrics["epochs"] + 1)):
             raise UserError(f"{folder}: not a complete run: metrics.jsonl does not have its {metrics['epochs']} epochs")
