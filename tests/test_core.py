@@ -243,7 +243,7 @@ def test_the_scaled_start_lets_a_distant_input_through():
         ({"recompute": True, "activation": "gru"}, "recompute: only the backend fused can, and it has no gru gates"),
         ({"recompute": True, "backend": "reference"}, "recompute: only the backend fused can, and the backend is refe"),
         ({"recompute_every": 0}, "recompute_every: expected None or an integer ≥ 1, got 0"),
-        ({"init_gain": 0.0}, "init_gain: expected a number above 0, or None, got 0.0"),
+        ({"init_gain": 0.0}, "init_gain: expected None or a number above 0, got 0.0"),
     ],
 )
 def test_bad_settings_are_named(options, message):

@@ -113,9 +113,9 @@ class TrellisNet(nn.Module):
         kernel_groups: None for a dense kernel, else the number of equal groups of the mixed group convolution (Theorem
             1, Eq. 5): group g reads its own past taps and the current tap of group g − 1; x enters group 1.
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6). The bias enters every layer.
-        init_gain: None for the authors' N(0, 0.01²); else the kernels start from N(0, gain² / fan-in), the biases from
-            zero, those of an LSTM's forget gate from one. Through many dilated layers the authors' small weights let
-            hardly anything of a distant input pass; a gain of 2 does.
+        init_gain: None to start from the authors' N(0, 0.01²). Otherwise kernels start from N(0, gain² / fan-in),
+            biases from zero, and those of an LSTM's forget gate from one. With the authors' small weights hardly any
+            signal of a distant input passes many dilated layers; with a gain of 2 it does.
         recompute: store only the input of every `recompute_every`-th layer for the backward pass and recompute the
             layers in between: less memory, a third more time.
         recompute_every: None for about √num_layers, which needs least memory.
@@ -165,14 +165,13 @@ class TrellisNet(nn.Module):
         output_size = hidden_size if output_size is None else output_size
         if not 1 <= output_size <= hidden_size:
             raise ValueError(f"output_size: expected 1 to hidden_size = {hidden_size}, got {output_size}")
-        self.input_size = input_size
-        self.hidden_size = hidden_size
+        self.input_size, self.hidden_size = input_size, hidden_size
         self.weight_norm = weight_norm
         self.hidden_dropout = check_rate("hidden_dropout", hidden_dropout)
         self.weight_dropout = check_rate("weight_dropout", weight_dropout)
         self.temporal_weight_dropout = temporal_weight_dropout
         if init_gain is not None and not 0 < init_gain < math.inf:
-            raise ValueError(f"init_gain: expected a number above 0, or None, got {init_gain}")
+            raise ValueError(f"init_gain: expected None or a number above 0, got {init_gain}")
         self.init_gain = init_gain
         self.spec = ops.TrellisSpec(
             num_layers, output_size, ops.find_activation(activation), dilation, kernel_size, kernel_groups, inject_every

@@ -78,16 +78,12 @@ class _Head(nn.Module):
 
 
 class _Softmax(_Head):
-    """A head with the matrix (n_classes, in_features) and the bias (n_classes,) of a softmax, owned or shared.
+    """A head with the matrix (n_classes, width) and the bias (n_classes,) of a softmax, owned or shared.
 
     The matrix is either the parameter `weight`, or `weight_of.weight` of a module that assembles it anew for every pass
     (:class:`trellisnet.baselines.sparse.SparseEmbedding`). :meth:`matrix` returns it in both cases.
 
-    Args:
-        n_classes: V.
-        in_features: width of the matrix.
-        weight: parameter to share, or a module with such a `weight`. Default: a new parameter, U(±0.1).
-        bias: parameter to share. Default: a new one, zero.
+    The arguments are those of the heads, and `width`, that of the matrix.
 
     Raises:
         ValueError: a shared parameter has another shape.
@@ -95,16 +91,21 @@ class _Softmax(_Head):
 
     def __init__(
         self,
-        n_classes: int,
         in_features: int,
+        n_classes: int,
+        width: int,
         weight: nn.Parameter | nn.Module | None,
         bias: nn.Parameter | None,
+        gemm: str,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ):
         super().__init__()
+        self.in_features = in_features
+        self.n_classes = n_classes
+        self.gemm = gemm
         if weight is None:
-            weight = nn.Parameter(torch.empty(n_classes, in_features, device=device, dtype=dtype))
+            weight = nn.Parameter(torch.empty(n_classes, width, device=device, dtype=dtype))
             nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
         if bias is None:
             bias = nn.Parameter(torch.zeros(n_classes, device=device, dtype=dtype))
@@ -113,12 +114,15 @@ class _Softmax(_Head):
         else:
             self.weight = weight
         self.bias = bias
-        for name, tensor, shape in (("weight", self.matrix(), (n_classes, in_features)), ("bias", bias, (n_classes,))):
+        for name, tensor, shape in (("weight", self.matrix(), (n_classes, width)), ("bias", bias, (n_classes,))):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.n_classes}"
+
     def matrix(self) -> Tensor:
-        """Return the matrix of the softmax, (V, in_features)."""
+        """Return the matrix of the softmax, (V, width)."""
         return self.weight_of.weight if "weight_of" in self._modules else self.weight
 
 
@@ -175,13 +179,7 @@ class LinearSoftmax(_Softmax):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(n_classes, in_features, weight, bias, device, dtype)
-        self.gemm = gemm
-        self.in_features = in_features
-        self.n_classes = n_classes
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.n_classes}"
+        super().__init__(in_features, n_classes, in_features, weight, bias, gemm, device, dtype)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits, (..., in_features) → (..., V)."""
@@ -253,24 +251,21 @@ class MixtureOfSoftmaxes(_Softmax):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(n_classes, embedding_size, weight, bias, device, dtype)
+        super().__init__(in_features, n_classes, embedding_size, weight, bias, gemm, device, dtype)
         if n_experts < 1:
             raise ValueError(f"n_experts: expected at least 1, got {n_experts}")
         if not 0 <= log_epsilon < math.inf:
             raise ValueError(f"log_epsilon: expected 0 or a small positive number, got {log_epsilon}")
-        self.in_features = in_features
-        self.n_classes = n_classes
         self.n_experts = n_experts
         self.embedding_size = embedding_size
         self.dropout = check_rate("dropout", dropout)
         self.log_epsilon = log_epsilon
         self.dropout_after_tanh = dropout_after_tanh
         self.prior = nn.Linear(in_features, n_experts, bias=prior_bias, device=device, dtype=dtype)
-        self.gemm = gemm
         self.latent = nn.Linear(in_features, n_experts * embedding_size, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.n_classes}, n_experts={self.n_experts}, dropout={self.dropout}"
+        return f"{super().extra_repr()}, n_experts={self.n_experts}, dropout={self.dropout}"
 
     def _mix(self, x: Tensor, latent_mask: Tensor | None, draw: bool) -> tuple[Tensor, Tensor]:
         """Return log π (P, K) and tanh(z) (P, K, E) for x (..., in_features)."""
@@ -352,20 +347,17 @@ class SplitSoftmax(_Softmax):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__(n_classes, in_features, weight, bias, device, dtype)
-        self.gemm = gemm
+        super().__init__(in_features, n_classes, in_features, weight, bias, gemm, device, dtype)
         borders = [0, *cutoffs, n_classes]
         if len(borders) < 3 or any(low >= high for low, high in pairwise(borders)):
             raise ValueError(f"cutoffs: expected increasing numbers between 0 and {n_classes}, got {list(cutoffs)}")
-        self.in_features = in_features
-        self.n_classes = n_classes
         self.cutoffs = list(cutoffs)
         self.sizes = [high - low for low, high in pairwise(borders)]  # of the short list and the bands
         self.tail_vectors = nn.Parameter(torch.zeros(len(cutoffs), in_features, device=device, dtype=dtype))
         self.tail_bias = nn.Parameter(torch.zeros(len(cutoffs), device=device, dtype=dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.n_classes}, cutoffs={self.cutoffs}"
+        return f"{super().extra_repr()}, cutoffs={self.cutoffs}"
 
     def _parts(self) -> list[tuple[Tensor, Tensor]]:
         """Return weight and bias of the head softmax, then of every band."""

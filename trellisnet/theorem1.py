@@ -73,17 +73,9 @@ def _check(network: nn.RNNBase, kind: type[nn.RNNBase], horizon: int) -> None:
 @torch.no_grad()
 def _convert(network: nn.RNNBase, horizon: int, activation: str) -> TrellisNet:
     L, d = network.num_layers, network.hidden_size
-    trellis = TrellisNet(
-        network.input_size,
-        L * d,
-        horizon + L - 1,
-        output_size=d,
-        weight_norm=False,
-        activation=activation,
-        kernel_groups=L,
-        device=network.weight_hh_l0.device,
-        dtype=network.weight_hh_l0.dtype,
-    )
+    like = {"device": network.weight_hh_l0.device, "dtype": network.weight_hh_l0.dtype}
+    options = {"output_size": d, "weight_norm": False, "activation": activation, "kernel_groups": L}
+    trellis = TrellisNet(network.input_size, L * d, horizon + L - 1, **options, **like)
 
     def rows(name, layer):
         parts = getattr(network, f"{name}_l{layer}").chunk(len(_ROWS[activation]))

@@ -141,13 +141,9 @@ def _build(texts: Texts, order: str, folder: Path) -> tuple[list[str], list[Tens
             vocabulary = _renumber(vocabulary, new)
         (new / _VOCABULARY).write_bytes("\n".join(vocabulary).encode("utf-8"))
         content = _open(new)  # before the rename, after which another process may replace the files
-        meta = {
-            "format": _FORMAT,
-            "order": order,
-            "text_sha256": texts.sha256,
-            "counts": _counts(*content),
-            "sha256": {name: serialization.sha256_of_file(new / name) for name in (_VOCABULARY, *_STREAMS.values())},
-        }
+        digests = {name: serialization.sha256_of_file(new / name) for name in (_VOCABULARY, *_STREAMS.values())}
+        meta = {"format": _FORMAT, "order": order, "text_sha256": texts.sha256, "counts": _counts(*content)}
+        meta["sha256"] = digests
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             os.rename(new, folder)

@@ -39,28 +39,10 @@ class _Arguments(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("S", "N", "H", "k", "product")] + [
         (name, ctypes.c_int64 if name in ("out_from", "add") else POINTER)
         for name in (
-            "gates",
-            "x",
-            "x_row",
-            "c",
-            "c_below",
-            "cell_row",
-            "c0",
-            "scale",
-            "taps",
-            "tap_row",
-            "out",
-            "out_row",
-            "out_from",
-            "dtaps",
-            "dc_above",
-            "dc_row",
-            "dz",
-            "dc",
-            "dx",
-            "add",
+            "gates", "x", "x_row", "c", "c_below", "cell_row", "c0", "scale", "taps", "tap_row", "out", "out_row",
+            "out_from", "dtaps", "dc_above", "dc_row", "dz", "dc", "dx", "add",
         )
-    ]
+    ]  # fmt: skip
 
 
 class _Product(ctypes.Structure):

@@ -92,17 +92,9 @@ def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_siz
         single = products.for_single_rows(device, compute, product)
         add = partial(products.add_product, product=single)
         pack = partial(products.pack, rows=batch_size, product=single)
+    oldest = products.pack(oldest, (spec.num_layers - 1) * batch_size, product)
     return Kernels(
-        w_x,
-        w,
-        products.pack(oldest, (spec.num_layers - 1) * batch_size, product),
-        pack(newest),
-        pack(w_x),
-        bias.detach().clone(),
-        spec,
-        product,
-        add,
-        gate_kernels,
+        w_x, w, oldest, pack(newest), pack(w_x), bias.detach().clone(), spec, product, add, gates=gate_kernels
     )
 
 
