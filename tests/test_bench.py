@@ -1,4 +1,4 @@
-"""The benchmark: it times nothing that is wrong, and runs."""
+"""scripts/bench.py: its measurements, and its refusal to time wrong results."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ SMALL = ["--flags", "--nhid", "8", "--nlevels", "6"]
 
 @pytest.fixture
 def program(capsys):
-    """Run the program on small networks: exit code and what it prints."""
+    """Run the program on small networks; return its exit code and output."""
 
     def call(*arguments):
         threads = torch.get_num_threads()
@@ -31,7 +31,7 @@ def program(capsys):
 
 @pytest.fixture
 def measured(program, tmp_path):
-    """The records of one task."""
+    """Measure a task; return the records."""
 
     def call(task, *arguments):
         code, out, err = program("--tasks", task, "--repeats", "1", "--json", str(tmp_path / "b.json"), *arguments)
@@ -73,7 +73,7 @@ def test_it_measures_every_variants_memory_of_steps_and_heads(measured, monkeypa
 
 
 @pytest.mark.parametrize(("device", "precisions"), [("cpu", ["fp32"]), ("cuda", ["fp32", "tf32", "bf16"])])
-def test_the_reference_is_timed_in_all_that_it_may_be_fastest_in(device, precisions):
+def test_the_reference_is_timed_in_every_precision_that_may_be_its_fastest(device, precisions):
     variants = workload.variants_on(torch.device(device), recompute=[4])
     assert variants[0] == workload.REFERENCE
     assert [v.precision for v in variants if v.backend == "reference"] == precisions
@@ -122,7 +122,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         workload.gate(work, workload.variants_on(work.device))
 
 
-def test_graphs_compute_what_their_variants_do(monkeypatch):
+def test_graphs_compute_the_same_as_their_variants(monkeypatch):
     counts = Counter()
     monkeypatch.setattr(workload.Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
     work = workload.Work("word_ptb", True, torch.device("cpu"), SMALL[1:])
@@ -150,7 +150,7 @@ def test_graphs_compute_what_their_variants_do(monkeypatch):
         (["--flags", "--emsize", "0"], "--emsize: expected at least 1, got 0"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_measured(capsys, arguments, message):
+def test_mistakes_are_one_line_before_any_measurement(capsys, arguments, message):
     assert bench.main(["--quick", "--tasks", "word_ptb", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -159,7 +159,7 @@ def test_mistakes_are_one_line_before_anything_is_measured(capsys, arguments, me
     assert re.fullmatch(f"error: {message}", said[0])
 
 
-def test_what_is_being_measured_is_said(program, monkeypatch):
+def test_progress_is_printed(program, monkeypatch):
     monkeypatch.setattr(bench, "memory", lambda *_: 7)
     _, _, err = program("--tasks", "pmnist", "--repeats", "1", "--parts", "forward")
     assert err.splitlines() == ["pmnist: comparison with the reference", "pmnist: forward", "pmnist: memory"]

@@ -1,4 +1,4 @@
-"""scripts/collect.py: what is quoted, and what must not be."""
+"""scripts/collect.py: RESULTS.md, the blocks of README.md, the papers' tables, and the records that are refused."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def root(tmp_path):
     return write
 
 
-def test_a_result_is_written_with_everything_it_needs(root):
+def test_a_section_has_all_facts_of_a_run(root):
     folder = root()
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
@@ -69,7 +69,7 @@ def test_a_result_is_written_with_everything_it_needs(root):
         ({"command": "two\nlines"}, "a text with control characters: two\\nlines"),
     ],
 )
-def test_what_is_no_result_is_refused(root, capsys, changes, message):
+def test_unquotable_runs_are_refused(root, capsys, changes, message):
     folder = root(**changes)
     assert collect.main(["--root", str(folder)]) == 2
     assert message in capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_a_result_of_an_earlier_version_is_refused(root, capsys):
     assert "one: recorded by version 0.1.0, which left fields out; train it again\n" in capsys.readouterr().err
 
 
-def test_a_record_that_is_no_file_is_refused(root, capsys):
+def test_a_named_pipe_is_refused(root, capsys):
     folder = root()
     path = folder / "results" / "one" / "metrics.jsonl"
     path.unlink()
@@ -93,7 +93,7 @@ def test_a_record_that_is_no_file_is_refused(root, capsys):
     assert "a named pipe, not a regular file" in capsys.readouterr().err
 
 
-def test_the_demos_output_is_quoted_in_readme(root):
+def test_readme_quotes_the_output_of_a_run(root):
     folder = root()
     begin, end = "<!-- output of one: begin -->", "<!-- output of one: end -->"
     (folder / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
@@ -106,7 +106,7 @@ def test_the_demos_output_is_quoted_in_readme(root):
     assert text.endswith("after\n")
 
 
-def test_what_is_committed_is_what_the_logs_give(tmp_path):
+def test_the_committed_pages_are_up_to_date(tmp_path):
     for path in (*committed("results/**/*"), *committed("*.md")):
         copy = tmp_path / path.relative_to(PROJECT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def test_what_is_committed_is_what_the_logs_give(tmp_path):
     assert collect.main(["--check", "--root", str(tmp_path)]) == 0
 
 
-def test_bits_per_character_have_their_digits_and_both_denominators(root):
+def test_bits_per_character_are_given_for_both_streams(root):
     split = {"loss": 0.9, "bpc": 1.29843, "bpc_authors": 1.29843, "bpc_standard": 1.32051, "tokens": 449930}
     folder = root(task="char_ptb", valid=split, test=split)
     assert collect.main(["--root", str(folder)]) == 0
@@ -166,7 +166,7 @@ def test_speed_is_written_into_readme(root):
         assert collect.main(["--root", str(folder)]) == 2
 
 
-def test_accuracies(root):
+def test_accuracies_and_the_order_of_pixels(root):
     split = {"loss": 0.1, "accuracy": 0.98765, "examples": 10_000}
     folder = root(task="pmnist", valid=split, test=split, permute=False)
     assert collect.main(["--root", str(folder)]) == 0
@@ -175,7 +175,7 @@ def test_accuracies(root):
     assert "accuracy **0.9877** (10,000 examples scored); the paper reports 98.13 %, 99.20 % without" in text
 
 
-def test_where_a_run_began(root):
+def test_the_weights_that_a_run_started_from_are_named(root):
     folder = root(load_weight="results/a/weights.pkl")
     assert collect.main(["--root", str(folder)]) == 0
     assert "## word_ptb, preset `small`, from `results/a/weights.pkl`\n" in (folder / "RESULTS.md").read_text()
@@ -265,7 +265,7 @@ def test_rows_are_compared_at_equal_updates(root, capsys):
     assert "expected a name such as table6_small" in capsys.readouterr().err
 
 
-def test_tables_of_others(root, capsys):
+def test_tables_of_other_papers(root, capsys):
     folder = root()
     path = folder / "runs" / "tables" / "sparse_table" / "recite_dense" / "seed-0"
     path.mkdir(parents=True)
@@ -304,7 +304,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-def test_faults(root):
+def test_findings_of_torture(root):
     folder = root()
     path = folder / "results" / "torture" / "full.json"
     path.parent.mkdir()
@@ -457,14 +457,14 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
     assert text.count("\n## pmnist, preset `small`\n") == 1
 
 
-def test_a_mistyped_flag_is_one_line(capsys):
+def test_a_mistyped_flag_gets_a_suggestion(capsys):
     assert collect.main(["--nonsense"]) == 2
     assert capsys.readouterr().err == "error: unknown argument --nonsense; --help lists the flags\n"
     assert collect.main(["--chek"]) == 2
     assert capsys.readouterr().err == "error: unknown argument --chek; did you mean --check?\n"
 
 
-def test_networks_after_equal_time(root, capsys):
+def test_networks_are_compared_after_equal_time(root, capsys):
     folder = root()
     one, compare = folder / "results" / "one", folder / "results" / "compare_25_minutes"
     out = "/home/me/runs/tables/compare-25-minutes/x"

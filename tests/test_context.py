@@ -1,4 +1,4 @@
-"""Loss by context length: the losses of the definition, and the program."""
+"""Loss by context length: its definition, and scripts/context.py."""
 
 import json
 
@@ -12,7 +12,7 @@ from trellisnet.evaluation.context import context_lengths, loss_by_context
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_loss_of_each_target_from_what_is_visible(kind):
+def test_losses_are_those_of_the_visible_tokens_alone(kind):
     module = model(**KINDS[kind])
     stream = torch.randint(V, (120,), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
     found = loss_by_context(module, stream, [4, 1, 30], targets=13)
@@ -30,7 +30,7 @@ def test_it_is_the_loss_of_each_target_from_what_is_visible(kind):
         assert record["error"] == pytest.approx(difference.std().item() / 13**0.5, abs=1e-12)
 
 
-def test_more_than_the_receptive_field_changes_nothing():
+def test_tokens_beyond_the_receptive_field_have_no_influence():
     module, stream = model(dilation=(1, 2)), torch.randint(V, (300,))
     field = module.core.receptive_field
     short, seen, more = loss_by_context(module, stream, [field - 1, field, 3 * field], targets=50)
@@ -39,7 +39,7 @@ def test_more_than_the_receptive_field_changes_nothing():
     assert abs(short["loss"] - seen["loss"]) > 1e-6
 
 
-def test_which_lengths_are_worth_measuring():
+def test_default_lengths():
     assert context_lengths(None, 32) == [1, 2, 4, 8, 16, 32]
     assert context_lengths(9) == [1, 2, 4, 8, 9, 18]
     assert context_lengths(8) == [1, 2, 4, 8, 16]
@@ -47,7 +47,7 @@ def test_which_lengths_are_worth_measuring():
 
 
 @pytest.mark.parametrize(("lengths", "targets", "size"), [([], 3, 50), ([0], 3, 50), ([3], 0, 50), ([50], 3, 50)])
-def test_what_cannot_be_measured_is_refused(lengths, targets, size):
+def test_impossible_lengths_and_targets_are_refused(lengths, targets, size):
     with pytest.raises(ValueError, match="expected"):
         loss_by_context(model(), torch.zeros(size, dtype=torch.int64), lengths, targets=targets)
 
@@ -55,10 +55,10 @@ def test_what_cannot_be_measured_is_refused(lengths, targets, size):
 def test_the_program(capsys, tmp_path, run_folder):
     path = tmp_path / "context.json"
     assert context.main(["--run", str(run_folder), "--targets", "50", "--json", str(path)]) == 0
-    told = json.loads(path.read_text())
-    assert told["receptive_field"] == 4
-    assert [r["context"] for r in told["records"]] == [1, 2, 4, 8]
-    assert told["records"][2]["loss"] == pytest.approx(told["records"][3]["loss"], abs=1e-5)
+    record = json.loads(path.read_text())
+    assert record["receptive_field"] == 4
+    assert [r["context"] for r in record["records"]] == [1, 2, 4, 8]
+    assert record["records"][2]["loss"] == pytest.approx(record["records"][3]["loss"], abs=1e-5)
     assert capsys.readouterr().out.count("±") == 4
     weights = run_folder / "weights.pkl"
     before = weights.read_bytes()

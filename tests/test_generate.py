@@ -1,4 +1,4 @@
-"""Generated text is what one long forward pass would give, drawn as asked; and the program around it."""
+"""Text generation: probabilities of a full forward pass, sampling by its definition, and scripts/generate.py."""
 
 import math
 import re
@@ -62,7 +62,7 @@ def test_every_token_has_the_probability_of_the_full_forward_pass(kind):
             text = torch.cat([text, best], dim=1)
 
 
-def test_a_prompt_longer_than_what_is_read_at_a_time():
+def test_a_prompt_is_read_in_pieces():
     for module in (model(), model(network=TCN), model(network=AWDLSTM)):
         prompt = torch.randint(V, (2, PIECE + 41))
         module.eval()
@@ -71,7 +71,7 @@ def test_a_prompt_longer_than_what_is_read_at_a_time():
         assert_close(Reader(module, 2).read(prompt), expected, atol=1e-12, rtol=0)
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another():
+def test_the_seed_determines_the_text():
     module, prompt = model(), torch.zeros(2, 1, dtype=torch.int64)
 
     def text(seed):
@@ -100,7 +100,7 @@ def naive(p, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 5, 9])
 @pytest.mark.parametrize("top_p", [0.01, 0.45, 0.82, 0.99, 1.0])
-def test_what_is_drawn_from_is_the_definition(temperature, top_k, top_p):
+def test_the_distribution_is_that_of_the_definition(temperature, top_k, top_p):
     rows = [[0.5, 0.3, 0.1, 0.07, 0.03], [0.2] * 5, [0.0, 0.4, 0.0, 0.4, 0.2], [0.03, 0.07, 0.1, 0.3, 0.5]]
     p = Sampling(temperature, top_k, top_p).probabilities(torch.tensor(rows, dtype=torch.float64).log())
     expected = torch.tensor([naive(row, temperature, top_k, top_p) for row in rows], dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_wrong_shapes_are_refused():
         Reader(model(), 0)
 
 
-def test_prompts_are_spelled_as_the_text_is():
+def test_prompts_are_spelled_like_the_text():
     assert corpus.open_words("the cat\n sat ") == ["the", "cat", EOS, "sat"]
     assert corpus.open_words("the cat\n") == ["the", "cat", EOS]
     assert corpus.open_words("") == []
@@ -177,12 +177,12 @@ def script(capsys):
     return call
 
 
-def test_a_run_writes_text(script, run_folder, sizes):
-    code, text, told = script("--run", run_folder, "--prompt", "the old boat", "--length", 30, "--width", 40)
+def test_text_from_a_run(script, run_folder, sizes):
+    code, text, err = script("--run", run_folder, "--prompt", "the old boat", "--length", 30, "--width", 40)
     assert code == 0
     assert text.startswith("the old boat")
     assert max(map(len, text.splitlines())) <= 40
-    assert re.fullmatch(r"30 words in .* words/s, prompt of 3 included; trellisnet, [\d,]+ parameters, cpu\n", told)
+    assert re.fullmatch(r"30 words in .* words/s, prompt of 3 included; trellisnet, [\d,]+ parameters, cpu\n", err)
     again = script("--run", run_folder, "--prompt", "the old boat", "--length", 30, "--width", 40)
     assert again[1] == text
     # The same weights by the flags of the task.
@@ -209,10 +209,10 @@ def test_a_prompt_is_normalised_like_the_text(script, run_folder):
 
 
 def test_samples_and_an_empty_prompt(script, run_folder):
-    code, text, told = script("--run", run_folder, "--length", 5, "--samples", 3, "--top_k", 5, "--top_p", 0.9)
+    code, text, err = script("--run", run_folder, "--length", 5, "--samples", 3, "--top_k", 5, "--top_p", 0.9)
     assert code == 0
     assert re.findall(r"--- (\d) ---", text) == ["1", "2", "3"]
-    assert told.startswith("empty prompt: starting from <eos>, the end of a line\n15 words in ")
+    assert err.startswith("empty prompt: starting from <eos>, the end of a line\n15 words in ")
 
 
 def test_lines_are_wrapped_or_left_as_they_are():
@@ -234,16 +234,16 @@ def test_lines_are_wrapped_or_left_as_they_are():
     ],
 )
 def test_mistakes_are_one_line(script, run_folder, arguments, message):
-    code, text, told = script("--run", run_folder, *arguments)
+    code, text, err = script("--run", run_folder, *arguments)
     assert (code, text) == (2, "")
-    assert re.fullmatch(f"error: .*{message}.*\n", told)
+    assert re.fullmatch(f"error: .*{message}.*\n", err)
 
 
-def test_too_little_memory_is_one_line(script, run_folder, monkeypatch):
+def test_lack_of_memory_is_one_line(script, run_folder, monkeypatch):
     monkeypatch.setattr(program, "generate", lambda *_, **__: torch.empty(2**50))
-    code, text, told = script("--run", run_folder, "--prompt", "the old boat")
+    code, text, err = script("--run", run_folder, "--prompt", "the old boat")
     assert (code, text) == (1, "")
-    assert told == "failed: out of memory; ask for less at once, or pass another --device\n"
+    assert err == "failed: out of memory; ask for less at once, or pass another --device\n"
     monkeypatch.setattr(program, "generate", lambda *_, **__: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="size"):  # a mistake of the program stays one
         script("--run", run_folder, "--prompt", "the old boat")

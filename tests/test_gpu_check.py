@@ -1,4 +1,4 @@
-"""The flow of scripts/gpu_check.sh: limits, what is kept and packed, exit codes. A script stands in for Python."""
+"""scripts/gpu_check.sh with a stub of Python: time limits, packed results, exit codes."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from trellisnet.training.config import PROJECT
 
 SCRIPT = PROJECT / "scripts" / "gpu_check.sh"
 
-# What it is called with is written to $CALLS; a command that matches $FAIL fails, one that matches $HANG never ends.
+# Writes its arguments to $CALLS; a command that matches $FAIL fails, and one that matches $HANG never ends.
 STUB = r"""#!/usr/bin/env bash
 if [ "$1" = - ]; then
     cat >/dev/null
@@ -74,13 +74,13 @@ def check(start):
 
 
 def packed(tmp_path):
-    """Names and contents of the one file of results."""
+    """Names and contents of the packed results."""
     with tarfile.open(tmp_path / "out.tar") as tar:
         return {m.name.removeprefix("out/"): tar.extractfile(m).read().decode() for m in tar if m.isfile()}
 
 
 def verdicts(tmp_path):
-    """Names and verdicts of the summary, without seconds."""
+    """Names and verdicts in the summary, without seconds."""
     lines = [line for line in packed(tmp_path)["summary.txt"].splitlines() if line.startswith("== ")]
     return [tuple(line.removeprefix("== ").split(",")[0].split(": ")) for line in lines]
 
@@ -107,7 +107,7 @@ def test_short_is_look_tests_and_profile(check, tmp_path):
     assert out.splitlines()[-1] == f"passed: short; results in {tmp_path}/out.tar"
 
 
-def test_what_fails_does_not_end_the_rest(check, tmp_path):
+def test_a_failure_does_not_end_the_rest(check, tmp_path):
     code, out, err = check("look", "sweep", FAIL="*--cuda_graph on*")
     assert code == 1
     assert err.splitlines()[-1] == f"failed: look_graph_on; results in {tmp_path}/out.tar"
@@ -116,13 +116,13 @@ def test_what_fails_does_not_end_the_rest(check, tmp_path):
     assert verdicts(tmp_path) == expected
 
 
-def test_time_is_limited_and_what_is_left_out_is_said(check, tmp_path):
+def test_time_is_limited_and_omissions_are_reported(check, tmp_path):
     began = time.monotonic()
     code, _, err = check("profile", HANG="*times*", BUDGET="3")
     assert time.monotonic() - began < 20
     assert code == 1
     assert verdicts(tmp_path) == [("profile_times", "time limit"), ("profile_kernels", "left out")]
-    assert "checkpoint" in packed(tmp_path)["profile_times.txt"]  # it was asked to end, and waited for
+    assert "checkpoint" in packed(tmp_path)["profile_times.txt"]  # it was asked to end and awaited
     assert err.splitlines()[-1].startswith("failed: profile_times profile_kernels; ")
 
 
@@ -144,7 +144,7 @@ def test_a_signal_ends_the_command_and_keeps_the_results(start, tmp_path, signum
     assert "words" not in (tmp_path / "calls").read_text()
 
 
-def test_a_training_goes_on_from_the_weights_of_the_one_before(check, tmp_path):
+def test_a_training_starts_from_the_weights_of_the_previous_one(check, tmp_path):
     code, _, err = check("words", MORE="--max_steps 20 --seed 3")
     assert code == 0, err
     first, second = (tmp_path / "calls").read_text().splitlines()
@@ -159,7 +159,7 @@ def test_a_run_without_tritons_gates_has_not_passed(check, tmp_path):
     assert verdicts(tmp_path)[-1][0] == "look"
 
 
-def test_a_test_that_is_skipped_has_not_been_passed(check, tmp_path):
+def test_a_skipped_test_has_not_passed(check, tmp_path):
     code, *_ = check("tests", SKIPPED="3")
     assert code == 1
     assert verdicts(tmp_path) == [("tests", "passed"), ("tests", "3 of them skipped")]

@@ -13,7 +13,7 @@ from trellisnet.models import TrellisClassifier, count_parameters
 from trellisnet.training.config import parse
 
 
-def test_what_was_read_first_is_written_last():
+def test_the_targets_of_copying_are_the_first_digits():
     x, y = memory.copy_examples(3, 7, np.random.default_rng(0))
     assert x.shape == (3, 27, 1)
     assert y.shape == (3, 27)
@@ -26,7 +26,7 @@ def test_what_was_read_first_is_written_last():
     assert torch.equal(y[:, -10:], digits)  # 17 = T + 10 steps after they were read
 
 
-def test_the_sum_is_that_of_two_different_marked_numbers():
+def test_the_target_of_adding_is_the_sum_of_two_different_numbers():
     x, y = memory.adding_examples(500, 6, np.random.default_rng(0))
     marks = x[:, :, 1]
     assert (marks.sum(1) == 2).all()
@@ -36,7 +36,7 @@ def test_the_sum_is_that_of_two_different_marked_numbers():
     assert abs(((y - 1) ** 2).mean().item() - memory.chance("adding", 6)) < 0.02
 
 
-def test_chance_is_the_loss_of_a_network_that_knows_all_but_the_digits():
+def test_chance_is_the_loss_of_a_network_that_guesses_the_digits():
     logits = torch.full((1, 27, 10), -1e4)
     logits[:, :17, 0] = 0
     logits[:, 17:, 1:9] = 0
@@ -84,7 +84,7 @@ def test_a_trellis_learns_to_copy_within_its_receptive_field(run):
     assert metrics["test"]["examples"] == 1000
 
 
-def test_a_network_that_sees_too_little_is_warned_of(run):
+def test_too_small_a_receptive_field_gives_a_notice(run):
     flags = "--length 30 --nlevels 2 --dilation 4 --examples 64 --max_steps 1 --max_eval_tokens 1".split()
     code, printed, _ = run(*flags)
     assert code == 0
@@ -100,7 +100,7 @@ def test_every_network_adds(run, model):
     assert metrics["test"]["mse"] == metrics["test"]["loss"] < 10
 
 
-def test_data_are_not_read(run):
+def test_data_folders_are_refused(run):
     code, printed, _ = run("--data", "somewhere")
     assert (code, printed.err.count("\n")) == (2, 1)
     assert printed.err.startswith("error: --data somewhere: expected synthetic")

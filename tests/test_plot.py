@@ -1,4 +1,4 @@
-"""scripts/plot.py: the numbers it reads, and that it draws them (if matplotlib is there)."""
+"""scripts/plot.py: the numbers it reads and, with matplotlib, the pictures it draws."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def write(path, content):
 
 @pytest.fixture
 def root(tmp_path):
-    """A project with something of every kind."""
+    """A project with records of every kind."""
     for row, scores in (("trellisnet", (58.5, 59.5)), ("tcn", (90.0,))):
         for seed, ppl in enumerate(scores):
             for table in ("table1", "compare-30-minutes"):
@@ -67,7 +67,7 @@ def root(tmp_path):
     ]  # fmt: skip
     records.append({"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 3e9})
     content = {"machine": "CPU, 2 cores", "command": "python scripts/bench.py", "commit": "a1", "records": records}
-    for name in ("word_ptb", "word_ptb_recompute"):  # the same parts twice
+    for name in ("word_ptb", "word_ptb_recompute"):  # with the same parts
         write(results / "speed" / f"{name}.json", content)
     for network, ppl in (("trellisnet", 130.0), ("rhn", 150.0)):
         folder = results / "compare_13_minutes" / network
@@ -88,8 +88,8 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_a_curve_is_what_the_run_has_written(tmp_path):
-    # The second epoch was continued and told twice; an epoch that was cut short does not count.
+def test_a_curve_holds_the_scores_of_finished_epochs(tmp_path):
+    # The second epoch was logged twice, before and after a kill; an unfinished epoch does not count.
     cut = epoch(3, 4.0, 4.0) | {"finished": False}
     run = written(tmp_path / "a", {"event": "train"}, epoch(1, 6, 5), epoch(2, 9, 9), epoch(2, 5.5, 4.5), cut)
     curve = charts.read_curve(run, "a")
@@ -114,7 +114,7 @@ def test_a_curve_is_what_the_run_has_written(tmp_path):
         ("3\n", "corrupt or of another kind"),
     ],
 )
-def test_what_is_no_curve_is_refused(tmp_path, content, message):
+def test_files_without_a_curve_are_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -137,7 +137,7 @@ def test_labels_tell_runs_apart(tmp_path):
     assert charts.labels([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
 
 
-def test_tables_are_what_the_files_say(root):
+def test_charts_hold_the_scores_of_the_files(root):
     tables = {table.name: table for table in charts.read_charts(root)}
     ours = ["table6_small", "precision", "compare_13_minutes", "adapted_word_ptb_small"]
     assert list(tables) == [*ours, "table1", "compare-30-minutes"]
@@ -160,7 +160,7 @@ def test_tables_are_what_the_files_say(root):
         charts.read_charts(root)
 
 
-def test_contexts_of_one_kind_only(tmp_path):
+def test_contexts_in_different_units_are_refused(tmp_path):
     content = {
         "task": "word_ptb", "name": "a", "token": "words", "receptive_field": None, "corpus": "c", "split": "valid",
         "targets": 9, "records": [{"context": 1, "loss": 2.0, "error": 0.1}],
@@ -214,20 +214,20 @@ def test_the_trellis_shows_the_receptive_field(kernel_size, dilation):
     assert f"y sees {field} inputs" in text
 
 
-def test_the_committed_trellis_is_what_the_script_draws(tmp_path, capsys):
+def test_the_committed_trellis_is_up_to_date(tmp_path, capsys):
     assert plot.main(["trellis", "--out", str(tmp_path / "new" / "trellis.svg")]) == 0
     committed = PROJECT / "results" / "figures" / "trellis.svg"
     assert (tmp_path / "new" / "trellis.svg").read_text() == committed.read_text()
     assert "results/figures/trellis.svg" in (PROJECT / "README.md").read_text()
 
 
-def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, capsys, tmp_path):
+def test_without_matplotlib_a_line_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main(["curves", str(written(tmp_path, epoch(1, 6, 5)))]) == 2
     assert capsys.readouterr().err == f"error: plots need matplotlib: {pip_install('matplotlib')}\n"
 
 
-def test_pictures_are_drawn_and_drawn_again_alike(root, tmp_path, capsys, monkeypatch):
+def test_drawing_twice_gives_the_same_files(root, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     run = written(tmp_path / "a", epoch(1, 6, 5), epoch(2, 5.5, 4.5))
@@ -264,7 +264,7 @@ def test_pictures_are_drawn_and_drawn_again_alike(root, tmp_path, capsys, monkey
         (["tables", "--root", "root"], "plain.svg", f"plain.svg/table1.svg: {UNWRITABLE}"),
     ],
 )
-def test_what_is_no_picture_is_not_replaced(tmp_path, monkeypatch, capsys, command, out, message):
+def test_other_files_are_not_replaced(tmp_path, monkeypatch, capsys, command, out, message):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "root" / "runs" / "tables" / "table1" / "trellisnet" / "seed-1"
     folder.mkdir(parents=True)

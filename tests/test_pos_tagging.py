@@ -1,4 +1,4 @@
-"""scripts/pos_tagging.py and scripts/bench_sparse.py: tagging with a sparse embedding; ways to a sparse layer."""
+"""scripts/pos_tagging.py and scripts/bench_sparse.py: a sparse embedding, ways of computing a sparse layer."""
 
 import json
 
@@ -104,13 +104,12 @@ def test_files_from_the_command_line(run, tmp_path):
         assert message in err
 
 
-def test_three_ways_of_computing_a_sparse_layer_agree(capsys):
-    """It refuses to time what is wrong."""
+def test_the_ways_of_computing_a_sparse_layer_agree(capsys):
     assert bench.main(["--quick"]) == 0
     assert "40 → 60, 5 parts: parts " in capsys.readouterr().out
 
 
-def test_a_tagger_does_not_see_words_and_tags_behind_a_sentence():
+def test_ids_beyond_a_sentence_have_no_influence():
     torch.manual_seed(0)
     model = pos.Tagger(9, 4, 3, 5)
     task = pos.Tagging(model, batch_size=3, eval_batch_size=3, seed=0)

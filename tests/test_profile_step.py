@@ -1,4 +1,4 @@
-"""The profile of a training step: every action prints what it says, and bad arguments are one line."""
+"""scripts/profile_step.py: times, kernels, launch shapes, and bad arguments in one line."""
 
 from collections import Counter
 
@@ -44,7 +44,7 @@ def test_kernels_are_listed_by_their_time(work):
     assert any(line.endswith("_TrellisBackward") for line in lines)
 
 
-def test_a_graph_is_what_is_timed_where_there_are_graphs(work, monkeypatch):
+def test_on_cuda_a_graph_is_timed(work, monkeypatch):
     counts = Counter()
     monkeypatch.setattr(Work, "recorder", lambda work: Player(list(work.model.parameters()), counts))
     graph = Variant("fused", "bf16", graph=True)

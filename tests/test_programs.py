@@ -1,4 +1,4 @@
-"""What all programs have in common, as their users start them: signals, outputs that cannot be written, mistakes."""
+"""All programs alike: interrupts, output that cannot be written, mistakes."""
 
 import io
 import os
@@ -19,7 +19,7 @@ PROGRAMS += [path.relative_to(PROJECT).as_posix() for path in SCRIPTS]
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_interrupt_during_the_imports_ends_in_silence(program, tmp_path):
-    """With packages in the place of numpy and torch whose import takes a Ctrl-C."""
+    """The stand-ins for numpy and torch receive a Ctrl-C while they are imported."""
     for package in ("numpy", "torch"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(
@@ -32,7 +32,7 @@ def test_an_interrupt_during_the_imports_ends_in_silence(program, tmp_path):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_script_that_is_interrupted_cleans_up_and_says_so(signum, code, capsys):
+def test_an_interrupted_program_cleans_up_and_says_so(signum, code, capsys):
     cleaned = []
 
     def script(argv):
@@ -48,8 +48,8 @@ def test_a_script_that_is_interrupted_cleans_up_and_says_so(signum, code, capsys
     assert signal.getsignal(signum) == before
 
 
-def test_the_demo_does_not_go_on_after_an_interrupted_download(tmp_path):
-    """With a Python that a signal ends while it fetches the data."""
+def test_the_demo_stops_after_an_interrupted_download(tmp_path):
+    """A stub of Python is ended by a signal while it fetches the data."""
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     (scripts / "demo.sh").write_text((PROJECT / "scripts" / "demo.sh").read_text())
@@ -67,7 +67,7 @@ def test_the_demo_does_not_go_on_after_an_interrupted_download(tmp_path):
     assert demo(2) == (2, ["-m", f"{tmp_path}/word_ptb/train.py"])  # without the data: on synthetic ones
 
 
-def test_what_a_console_cannot_encode_is_printed_as_escapes(monkeypatch):
+def test_text_that_a_console_cannot_encode_is_escaped(monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
     assert guarded(lambda _: print("a \u4e2d\udcff"), []) == 0
@@ -75,7 +75,7 @@ def test_what_a_console_cannot_encode_is_printed_as_escapes(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_text_that_could_not_be_written_is_a_failure(monkeypatch, capsys):
+def test_unwritten_output_is_a_failure(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert guarded(lambda _: print("a text"), []) == 1

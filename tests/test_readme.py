@@ -1,4 +1,4 @@
-"""README does what it says."""
+"""The pages for readers: snippets run, flags and files exist, every program is listed."""
 
 import re
 
@@ -12,7 +12,7 @@ CONFIGS = [programs.get(task).config_class for task in programs.TASKS]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_snippet_runs_and_prints_what_its_comments_say(capsys):
+def test_the_first_python_snippet_prints_what_its_comments_say(capsys):
     snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
@@ -81,6 +81,15 @@ def test_every_file_it_links_to_exists():
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], link
 
 
+def test_every_program_is_listed():
+    text = (PROJECT / "scripts" / "README.md").read_text(encoding="utf-8")
+    programs = [path for path in (PROJECT / "scripts").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    for path in [*programs, *(PROJECT / "scripts").glob("*.sh")]:
+        assert f"`{path.name}`" in text, path.name
+    for command in re.findall(r"`([^`]*(?:python|bash) [^`]+)`", text):
+        assert (PROJECT / re.search(r"(?:python|bash) (\S+)", command)[1]).exists(), command
+
+
 @pytest.mark.parametrize(("config", "preset"), [(config, preset) for config in CONFIGS for preset in config.presets])
 def test_every_preset_is_described(config, preset):
     about = README.split(f"python {config.task}/train.py --preset", 1)[1].split("\n## ", 1)[0]  # its section
@@ -90,7 +99,7 @@ def test_every_preset_is_described(config, preset):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_every_task_folder_says_what_it_is(config):
+def test_every_task_folder_has_its_sections(config):
     text = (PROJECT / config.task / "README.md").read_text(encoding="utf-8")
     for part in ("## Command", "## Data", "## What the paper reports", "## What is comparable", "## Time"):
         assert f"\n{part}\n" in text

@@ -1,4 +1,4 @@
-"""The scripts that reproduce the paper's tables: every row runs, finished ones are skipped."""
+"""The scripts that train tables: every row trains, finished rows are skipped, interrupted ones resumed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def rows_of(name):
 
 @pytest.fixture
 def smoke(tmp_path):
-    """Train rows of a script for a few steps on synthetic data: in this process, as a stub of Python would have."""
+    """Train rows of a script for a few steps, in this process, with the flags that a stub of Python received."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     (tmp_path / "python").write_text(f'#!/bin/sh\n(IFS="\t"; echo "$*") >>{tmp_path}/calls\n')
     (tmp_path / "python").chmod(0o755)
@@ -61,8 +61,8 @@ def test_smoke(smoke, name):
 
 @pytest.mark.parametrize("smoked", ["", "1"])
 @pytest.mark.parametrize("name", [*(f"table{number}" for number in TABLES), "sparse_table", "rhn_table"])
-def test_every_row_has_flags_that_make_sense(name, smoked, tmp_path):
-    """Without training: what would be run is printed, parsed and built, on no device."""
+def test_the_flags_of_every_row_are_valid(name, smoked, tmp_path):
+    """Parse the flags that are printed, and build the models on the meta device."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     done = script(name, tmp_path, SMOKE=smoked, PY="true")
     assert done.returncode == 0, done.stderr
@@ -83,8 +83,8 @@ def test_every_depth_has_two_rows():
     assert known == [f"depth_{depth}{suffix}" for depth in range(1, 11) for suffix in ("", "_untied")]
 
 
-def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
-    """With a train.py whose epochs of 300 steps take 20 minutes, and 10 in bfloat16."""
+def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
+    """An epoch of this train.py, 300 steps, takes 20 minutes in fp32 and 10 in bfloat16."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     (tmp_path / "word_ptb").mkdir()
     (tmp_path / "word_ptb" / "train.py").write_text(
@@ -95,8 +95,8 @@ def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
         "with (out.parents[1] / 'calls').open('a') as file: file.write(' '.join(argv[:argv.index('--out')]) + '\\n')\n"
         "(out / 'config.json').write_text(json.dumps({'steps an epoch': 300}))\n"
         "seconds = 200.0 if 'bf16' in argv else 400.0\n"
-        "told = {'event': 'epoch', 'step': 100, 'train_seconds': seconds}\n"
-        "(out / 'metrics.jsonl').write_text(json.dumps(told) + '\\n')\n"
+        "record = {'event': 'epoch', 'step': 100, 'train_seconds': seconds}\n"
+        "(out / 'metrics.jsonl').write_text(json.dumps(record) + '\\n')\n"
         "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'seconds': 3600.0}\n"
         "done['test'] = {'ppl': 99.0, 'loss': 4.6}\n"
         "if '--metrics' in argv: pathlib.Path(argv[-1]).write_text(json.dumps(done, indent=1))\n"
@@ -114,7 +114,7 @@ def test_a_comparison_measures_once_and_goes_on_with_what_it_chose(tmp_path):
 
 @pytest.fixture
 def stub(tmp_path):
-    """The scripts beside a train.py that leaves its arguments; `fail` makes it break off with a checkpoint."""
+    """The scripts beside a train.py that only notes its arguments; FAIL and PARTLY make it break off."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     (tmp_path / "char_ptb").mkdir()
     (tmp_path / "char_ptb" / "train.py").write_text(
@@ -192,20 +192,20 @@ def test_rows_at_equal_steps(stub):
         ),
     ],
 )
-def test_variables_are_checked_before_anything_is_trained(stub, name, value, message):
+def test_variables_are_checked_before_training(stub, name, value, message):
     refused = table(3, stub, **{name: value})
     assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"error: {message}\n")
     assert not (stub / "runs").exists()
 
 
 @pytest.mark.parametrize("minutes", ["x", "0", "-5", "1.5"])
-def test_minutes_are_checked_before_anything_is_trained(stub, minutes):
+def test_minutes_are_checked_before_training(stub, minutes):
     refused = script("compare", stub, MINUTES=minutes)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == f"error: MINUTES={minutes}: expected a number of minutes, 1 or more\n"
 
 
-def test_a_python_that_is_not_there_is_named_as_that(tmp_path):
+def test_a_missing_python_is_named(tmp_path):
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     done = script("demo", tmp_path, PYTHON="no-such-python")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""scripts/torture.py in short: it runs, what it does is survived, and it would notice if not."""
+"""scripts/torture.py on a small scale: runs and files survive its faults, and it notices what does not."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the tests share the undisturbed run, of a quarter of the steps."""
+    """A folder whose undisturbed run, of a quarter of the usual steps, the tests share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "FLAGS", [*runs.FLAGS, *"--batch_size 100 --max_eval_tokens 2000".split()])
         yield tmp_path_factory.mktemp("torture")
@@ -64,7 +64,7 @@ def test_it_would_notice_a_difference(folder, tmp_path):
         job.expect_outcome(expected, "this")
 
 
-def test_damage_is_noticed_or_harmless(tmp_path):
+def test_damage_is_detected_or_harmless(tmp_path):
     records = torture.damaged(tmp_path / "m", 200, seed=3)
     assert sum(r["tried"] for r in records) == 200
     for r in records:
@@ -74,7 +74,7 @@ def test_damage_is_noticed_or_harmless(tmp_path):
     assert unsummed == {"weights, 2019 container"}
 
 
-def test_damage_that_is_not_noticed_is_told(tmp_path):
+def test_unnoticed_damage_is_reported(tmp_path):
     record = {"target": "x", "summed": True, "unnoticed": 2, "how": ["bit flip"]}
     assert mutations.broken([record]) == ["x: 2 not noticed (bit flip)"]
     assert mutations.broken([record | {"summed": False}]) == []
@@ -87,14 +87,13 @@ def test_damage_that_is_not_noticed_is_told(tmp_path):
     assert path.read_bytes() == bytes(100)
 
 
-def test_hostile_files_run_nothing_and_take_no_memory(tmp_path):
+def test_hostile_files_run_no_code_and_take_little_memory(tmp_path):
     found = torture.hostile(tmp_path / "p")
     assert found["executed"] == 0
     assert found["files"] > 200
 
 
-def test_a_payload_would_be_noticed(tmp_path):
-    """They are what an ordinary unpickler runs."""
+def test_payloads_run_in_an_ordinary_unpickler(tmp_path):
     import pickle
 
     trap = tmp_path / "trap"
@@ -112,7 +111,7 @@ def test_memory_is_watched(tmp_path):
     assert runs.drift([1, 9, 9, *[5] * 3, *[6] * 9, *[7, 8, 7]]) == (5, 8)
 
 
-def test_the_findings_are_written_with_where_they_came_from(tmp_path, capsys):
+def test_findings_are_written_with_their_origin(tmp_path, capsys):
     path = tmp_path / "t.json"
     argv = ["--kills", "0", "--writes", "0", "--mutations", "9", "--no-payloads", "--seed", "5", "--json", str(path)]
     assert torture.main(argv) == 0
@@ -124,7 +123,7 @@ def test_the_findings_are_written_with_where_they_came_from(tmp_path, capsys):
     assert "mutations: target " in capsys.readouterr().out
 
 
-def test_what_was_lost_is_told(monkeypatch, capsys):
+def test_a_loss_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(payloads, "run", lambda _: {"executed": 1})
     assert torture.main(["--kills", "0", "--writes", "0", "--mutations", "0"]) == 1
     assert capsys.readouterr().err == "failed: payloads: a file ran code\n"
