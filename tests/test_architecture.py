@@ -1,4 +1,4 @@
-"""The house: imports point one way, importing does nothing, and what runs needs only what setup.py names."""
+"""Layering: imports point one way, have no side effects, and need only the packages of setup.py."""
 
 import ast
 import re
@@ -11,8 +11,8 @@ import pytest
 from trellisnet.training.config import PROJECT
 from trellisnet.training.programs import TASKS
 
-# Each floor may import from those after it.
-FLOORS = [
+# Each layer may import from those after it.
+LAYERS = [
     "tasks",
     "evaluation",
     "training",
@@ -30,11 +30,11 @@ FLOORS = [
 FOUNDATION = {"console", "errors", "serialization"}
 FILES = sorted(path for top in ("trellisnet", *TASKS) for path in (PROJECT / top).rglob("*.py"))
 
-EXTRAS = {"triton_gates.py": {"triton"}}  # imported only when asked for
+EXTRAS = {"triton_gates.py": {"triton"}}  # imported only on demand
 
 
-def floor_of(module: str) -> str | None:
-    """The floor of a dotted name; None for the package's face and for other people's modules."""
+def layer_of(module: str) -> str | None:
+    """Return the layer of a dotted name; None for the package's front page and for other packages."""
     first, *rest = module.split(".")
     if first in TASKS:
         return "tasks"
@@ -56,14 +56,14 @@ def imported(path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PROJECT)))
 def test_imports_point_down(path):
-    own = floor_of(".".join(path.relative_to(PROJECT).with_suffix("").parts))
+    own = layer_of(".".join(path.relative_to(PROJECT).with_suffix("").parts))
     if own is None or (path.name == "__init__.py" and path.parent.name == "trellisnet"):
         return
-    assert own in FLOORS, f"{path} has no floor"
+    assert own in LAYERS, f"{path} has no layer"
     for name in imported(path):
-        floor = floor_of(name)
-        if floor is not None and floor != own:
-            assert FLOORS.index(floor) > FLOORS.index(own), f"{path.name} ({own}) imports {name} ({floor})"
+        layer = layer_of(name)
+        if layer is not None and layer != own:
+            assert LAYERS.index(layer) > LAYERS.index(own), f"{path.name} ({own}) imports {name} ({layer})"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PROJECT)))
@@ -81,7 +81,7 @@ def test_importing_prints_and_draws_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_no_function_is_written_twice_in_the_task_folders():
+def test_no_function_is_duplicated_in_the_task_folders():
     seen = {}
     for path in FILES:
         if path.parent.name not in TASKS:
@@ -99,7 +99,7 @@ SCRIPTS = [*sorted((PROJECT / "scripts").glob("*.sh")), PROJECT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((PROJECT / "scripts").glob("*.py"))], ids=lambda p: p.name)
-def test_nothing_is_handed_to_a_shell_or_an_unpickler(path):
+def test_nothing_is_passed_to_a_shell_or_an_unpickler(path):
     if path.name == "payloads.py":  # makes hostile files
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The classifier and its task, without data."""
+"""The classifier and its task, on random data."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_it_is_a_linear_map_of_the_last_step():
     assert again.logits.shape == (3, 5)
 
 
-def test_lengths_are_as_if_every_row_were_alone():
+def test_with_lengths_every_row_is_as_if_alone():
     model, x, lengths = classifier().eval(), torch.randn(4, 12, 2, dtype=torch.float64), torch.tensor([12, 1, 5, 9])
     state = tuple(torch.randn(4, 9, dtype=torch.float64) for _ in "hc")
     out = model(x, state, lengths=lengths)
@@ -116,14 +116,14 @@ def test_loss_and_accuracy():
     assert classification.scores(result, "test") == {"accuracy": right / 50}
 
 
-def test_the_more_accurate_result_is_better_then_the_surer_one():
+def test_results_rank_by_accuracy_then_by_loss():
     better = Classification.is_better
     assert better({"accuracy": 0.5, "loss": 9}, {"accuracy": 0.4, "loss": 1})
     assert better({"accuracy": 0.5, "loss": 1}, {"accuracy": 0.5, "loss": 2})
     assert not better({"accuracy": 0.5, "loss": 2}, {"accuracy": 0.5, "loss": 2})
 
 
-def test_what_is_prepared_is_what_the_model_gets():
+def test_the_model_gets_the_prepared_batch():
     classification, (x, y) = task(prepare=lambda sequences: sequences.flip(1))
     plain = Classification(classification.model, batch_size=8)
     assert classification.evaluate((x, y)) == plain.evaluate((x.flip(1), y))
@@ -131,7 +131,7 @@ def test_what_is_prepared_is_what_the_model_gets():
     assert torch.equal(ours[0], theirs[0])
 
 
-def test_label_smoothing_is_in_the_training_loss_alone():
+def test_label_smoothing_affects_the_training_loss_alone():
     model, x, classes = classifier().train(), torch.randn(6, 11, 2, dtype=torch.float64), torch.arange(6) % 5
     plain, smooth = (Classification(model, batch_size=6, label_smoothing=e) for e in (0.0, 0.1))
     logits = model(x).logits

@@ -1,4 +1,4 @@
-"""What a run decides once and keeps: backend, products, precision; and that it says so."""
+"""Choices that a run makes once and keeps: backend, products, precision; and the notices of them."""
 
 import json
 
@@ -51,13 +51,13 @@ def test_training_in_bfloat16_follows_training_in_float32(run, tmp_path, main, f
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
-def test_tf32_is_of_cuda_devices(run):
+def test_tf32_needs_a_cuda_device(run):
     code, _, err, metrics = run(word_main, *TEXT, "--device", "cpu", "--precision", "tf32")
     assert (code, err) == (2, "error: --precision tf32: needs a CUDA device, got cpu; pass fp32 or bf16\n")
     assert metrics is None
 
 
-def test_a_run_in_tf32_goes_on_without_cuda(run, tmp_path):
+def test_a_run_in_tf32_can_be_continued_without_cuda(run, tmp_path):
     assert run(word_main, *TEXT, "--max_steps", "4", out="whole")[0] == 0
     assert run(word_main, *TEXT, "--max_steps", "2")[0] == 0
     content = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -71,8 +71,8 @@ def test_a_run_in_tf32_goes_on_without_cuda(run, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
-def test_tf32_is_on_when_asked_for_and_no_longer(precision):
-    """Convolutions and other products alike; torch's own setting is TF32 for convolutions alone."""
+def test_tf32_is_on_only_when_requested(precision):
+    """For convolutions and other products alike; torch's default is TF32 for convolutions alone."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with Config(precision=precision).float32_products():
         asked = precision == "tf32"
@@ -88,7 +88,7 @@ def test_bfloat16_works_with_every_head_and_the_reference(run):
 
 
 @pytest.mark.parametrize("flags", [["--activation", "gru"], ["--mixed_group", "2"]])
-def test_what_the_fused_operator_lacks_is_said(run, tmp_path, flags):
+def test_a_fallback_to_the_reference_is_reported(run, tmp_path, flags):
     code, out, _, metrics = run(word_main, *TEXT, *flags, "--max_steps", 1)
     assert code == 0
     assert metrics["backend"] == "reference"
@@ -101,7 +101,7 @@ def test_what_the_fused_operator_lacks_is_said(run, tmp_path, flags):
     assert not (tmp_path / "asked").exists()
 
 
-def test_gates_that_cannot_be_fast_are_said(run, tmp_path, monkeypatch):
+def test_slow_gates_are_reported(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ops.fused.compiled, "_library", lambda: "it has not been built")
     code, out, err, metrics = run(word_main, *TEXT, "--max_steps", 1)
     assert (code, err, metrics["gates"]) == (0, "", "eager")
@@ -128,13 +128,13 @@ def test_gates_that_cannot_be_fast_are_said(run, tmp_path, monkeypatch):
         (["--model", "awd-lstm", "--eval"], []),
     ],
 )
-def test_what_slows_a_cuda_device_down_is_said(monkeypatch, flags, notices):
+def test_what_slows_a_cuda_device_down_is_reported(monkeypatch, flags, notices):
     monkeypatch.setattr(ops.fused, "reason_against", lambda choice, *_: "no compiler" if choice == "triton" else "")
     config, _ = parse(Config, flags)
     assert config.notices(torch.device("cuda")) == notices
 
 
-def test_a_broken_triton_is_as_none(monkeypatch):
+def test_a_broken_triton_counts_as_missing(monkeypatch):
     def broken():
         raise ImportError("libstdc++.so.6: version not found\nmore")
 
@@ -148,7 +148,7 @@ def test_a_broken_triton_is_as_none(monkeypatch):
 
 
 def test_products_are_chosen_once(run, tmp_path, monkeypatch):
-    """By a measurement where it matters; a continued run keeps the choice, a deterministic one follows a rule."""
+    """By measurement where it matters; a continued run keeps the choice, a deterministic one follows a fixed rule."""
     monkeypatch.setattr(cores, "MEASURED", 1)
     monkeypatch.setattr(gemm, "fastest", lambda *_: "mm")
     assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
@@ -173,7 +173,7 @@ def test_products_that_do_not_work_here_are_refused(run, monkeypatch):
     assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
 
 
-def test_a_run_that_goes_on_elsewhere_multiplies_as_it_can(run, tmp_path, monkeypatch, capsys):
+def test_a_run_continued_elsewhere_uses_the_products_available_there(run, tmp_path, monkeypatch, capsys):
     assert run(word_main, *TEXT, "--max_steps", 1, "--gemm", "onednn")[3]["gemm"] == "onednn"
     monkeypatch.setattr(gemm, "usable", lambda route, *_: route == "mm")
     last = str(tmp_path / "run" / "last.pt")
@@ -206,7 +206,7 @@ def test_a_continued_run_keeps_its_precision(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", [[], ["--model", "awd-lstm", "--preset", "small", "--emsize", 8, "--nout", 8]])
-def test_a_cpu_without_bfloat16_computes_all_the_same_and_says_so(run, monkeypatch, model):
+def test_a_cpu_without_bfloat16_computes_the_same_and_reports_it(run, monkeypatch, model):
     monkeypatch.setattr(ops.gemm, "usable", lambda route, device, dtype: route == "mm")
     code, out, err, metrics = run(word_main, *TEXT, *model, "--precision", "bf16", "--max_steps", 1)
     assert (code, err, metrics["precision"]) == (0, "", "bf16")

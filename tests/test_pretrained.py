@@ -1,4 +1,4 @@
-"""Small weight files: how scripts/export.py makes them, and that those in results/ score what stands beside them."""
+"""Small weight files: their export, and that those in results/ have the recorded scores."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def model(**options):
 
 @pytest.mark.parametrize("options", [{}, {"weight_norm": True}, {"tied": False}, {"n_experts": 2}, {"cutoffs": [5]}])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounded_weights_load_as_the_nearest_numbers(tmp_path, options, dtype):
+def test_rounded_weights_load_rounded_to_nearest(tmp_path, options, dtype):
     first, second = model(**options), model(**options)
     save_weights(first, tmp_path / "w.pkl", vocabulary="abc")
     round_weights(tmp_path / "w.pkl", tmp_path / "small.pkl", dtype)
@@ -44,7 +44,7 @@ def test_rounded_weights_load_as_the_nearest_numbers(tmp_path, options, dtype):
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert q.dtype == torch.float32
         assert torch.equal(p.to(dtype).float(), q)
-    with pytest.raises(UserError, match="was trained on another vocabulary"):  # what the file says of itself is kept
+    with pytest.raises(UserError, match="was trained on another vocabulary"):  # the metadata is kept
         load_weights(second, tmp_path / "small.pkl", vocabulary="def")
 
 
@@ -77,7 +77,7 @@ def test_numbers_that_are_too_large_are_refused(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
-def test_other_types_of_numbers_are_refused(tmp_path):
+def test_other_dtypes_are_refused(tmp_path):
     state = {"encoder.weight": torch.zeros(3, 3).to(torch.float8_e4m3fn)}
     torch.save(state, tmp_path / "w.pkl")
     with pytest.raises(UserError, match="encoder.weight has dtype torch.float8_e4m3fn"):
@@ -87,7 +87,7 @@ def test_other_types_of_numbers_are_refused(tmp_path):
 # --- the program
 
 
-def test_an_export_scores_what_it_says(run_folder, tmp_path, capsys):
+def test_an_export_has_the_scores_it_records(run_folder, tmp_path, capsys):
     out = tmp_path / "results" / "tiny"
     assert export.main([str(run_folder), str(out), "--partial", "150"]) == 0
     assert re.search(r"weights.pkl: 0.01 MB, float16; scores in", capsys.readouterr().out)
@@ -121,7 +121,7 @@ def contents(folder):
 
 
 def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
-    """By everything that reads results/, beside those that are there."""
+    """By everything that reads results/, beside the existing ones."""
     root = tmp_path / "project"
     for path in (*committed("results/**/*"), *committed("*.md")):
         copy = root / path.relative_to(PROJECT)
@@ -148,7 +148,7 @@ def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
 
 @pytest.fixture
 def earlier(run_folder, tmp_path):
-    """An export whose scores are not those of its run any more."""
+    """An export whose scores differ from those of its run by now."""
     out = tmp_path / "results" / "my_words"
     assert export.main([str(run_folder), str(out), "--partial", "150", "--max_eval_tokens", "150"]) == 0
     (out / "weights.json").write_text("{}")
@@ -157,7 +157,7 @@ def earlier(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["fails", "is stopped", "is killed"])
-def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(run_folder, earlier, how, monkeypatch, capsys):
+def test_an_interrupted_export_leaves_the_earlier_one_intact(run_folder, earlier, how, monkeypatch, capsys):
     before = contents(earlier)
     argv = [str(run_folder), str(earlier), "--overwrite"]
     if how == "is killed":
@@ -173,7 +173,7 @@ def test_an_export_that_breaks_off_leaves_the_earlier_one_whole(run_folder, earl
         assert [path.name for path in earlier.parent.iterdir()] == ["my_words"]
         monkeypatch.undo()
     assert contents(earlier) == before
-    if how == "is killed":  # what it has left is not in the way
+    if how == "is killed":  # its leftovers do not hinder the next export
         assert export.main([*argv, "--partial", "150", "--max_eval_tokens", "150"]) == 0
         assert [path.name for path in earlier.parent.iterdir()] == ["my_words"]
         after = contents(earlier)
@@ -191,7 +191,7 @@ def test_an_export_replaces_nothing_but_exports(run_folder, earlier, capsys):
     assert file.read_text() == "years of work"
 
 
-def test_a_folder_that_a_kill_has_left_between_two_names_comes_back(tmp_path):
+def test_a_folder_that_a_kill_left_under_its_hidden_name_is_restored(tmp_path):
     (tmp_path / ".a.old").mkdir()
     (tmp_path / ".a.old" / "file").write_text("old")
     with pytest.raises(RuntimeError), serialization.atomic_folder(tmp_path / "a"):
@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(run_folder, tmp_path, capsys):
         ([tmp_path, tmp_path / "out"], "config.json: no such file"),
         ([tmp_path / "empty", tmp_path / "out"], "has no weights.pkl"),
         ([tmp_path / "odd", tmp_path / "out"], "config.json: data expects str, got 3"),
-        ([run_folder, run_folder], "is the folder of the run; name another"),
+        ([run_folder, run_folder], "is the folder of the run itself; name another"),
         ([run_folder], "the following arguments are required: out"),
     ]:
         assert export.main([str(a) for a in arguments]) == 2
@@ -234,7 +234,7 @@ def test_folders_within_the_project_are_named_from_there():
     assert data("/elsewhere") == "/elsewhere"
 
 
-def test_git_takes_weights_of_results_and_no_other_pickles():
+def test_git_tracks_weights_of_results_and_no_other_pickles():
     def ignored(path):
         command = ["git", "check-ignore", "-q", "--no-index", path]
         return subprocess.run(command, cwd=PROJECT, check=False).returncode == 0
@@ -264,7 +264,7 @@ def check(folder, tmp_path, split, recorded, *flags):
 
 
 def data_of(folder):
-    """The flag for the data of a result, which are named from the project; skip without them."""
+    """Return the flag for the data of a result, relative to the project; skip if they are missing."""
     config = json.loads((folder / "config.json").read_text())
     if config["settings"]["data"] == "synthetic":
         return []
@@ -275,7 +275,7 @@ def data_of(folder):
 
 
 @pytest.mark.parametrize("folder", FOUND, ids=lambda path: path.name)
-def test_the_file_is_what_stands_beside_it(folder):
+def test_the_file_matches_its_metrics(folder):
     told = json.loads((folder / "weights.json").read_text())
     content = (folder / "weights.pkl").read_bytes()
     assert told["sha256"] == hashlib.sha256(content).hexdigest()
@@ -287,7 +287,7 @@ def test_the_file_is_what_stands_beside_it(folder):
     assert sum(t.numel() for t in {t.data_ptr(): t for t in state.values()}.values()) == told["params"]
 
 
-# Of each kind of task the smaller one; all of them are scored to the end below.
+# The smaller one of each kind of task; all are scored in full below.
 @pytest.mark.parametrize(
     "folder", [path for path in FOUND if path.name in ("char_ptb_small", "pmnist_small")], ids=lambda path: path.name
 )
