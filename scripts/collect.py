@@ -13,6 +13,7 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     compare_<minutes>_minutes   what scripts/compare.sh has trained, a result <row>/ each
     adapted                     metrics of --eval with --cache or --dynamic_eval
     memory, speed               metrics of a few updates; what scripts/bench.py has written: both for README.md
+    long_memory                 what scripts/memory.sh has trained, a result <row>/ each
     torture                     what scripts/torture.py and, as ranks.json, scripts/compare_ranks.py have written
 
 Nothing in RESULTS.md is written by hand.
@@ -44,7 +45,7 @@ Train scores are those of training, with dropout on.
 """
 # Sections by the first word of a folder's name; folders that have none of their own.
 SECTIONS: dict[str, Callable[[Path], str]] = {"precision": results.precisions, "compare": results.equal_time}
-ELSEWHERE = ("figures", "memory", "speed", "torture", "adapted")
+ELSEWHERE = ("figures", "memory", "speed", "torture", "adapted", "long_memory")
 
 
 def report(root: Path, readme_text: str) -> str:
@@ -63,6 +64,7 @@ def report(root: Path, readme_text: str) -> str:
     parts = [HEAD, *([results.summary(runs)] if runs else []), *sections]
     parts += [SECTIONS.get(path.name.split("_")[0], results.ablations)(path) for path in comparisons]
     parts += map(results.adapted, sorted((root / "results" / "adapted").glob("*.json"), key=place))
+    parts += filter(None, [results.long_memory(root)])
     caveats = re.search(r"<!-- not comparable: begin -->\n(.*?)<!-- not comparable: end -->", readme_text, re.DOTALL)
     if caveats and caveats[1]:
         parts.append(f"## What in the published tables is not comparable\n\n{caveats[1]}")

@@ -117,6 +117,7 @@ class Config(NetworkConfig):
     task: ClassVar[str] = "memory"
     presets: ClassVar = {
         "default": {},
+        "copy": {},
         "adding": {
             "problem": "adding", "name": "adding", "nlevels": 10, "nhid": 93, "dilation": [2**i for i in range(10)],
         },
@@ -135,8 +136,8 @@ class Config(NetworkConfig):
     }  # fmt: skip
 
     defaults: ClassVar = {
-        "name": "copy", "nhid": 42, "nlevels": 11, "dilation": [41], "optim": "Adam", "lr": 0.01, "clip": 1.0,
-        "schedule": "onecycle", "epochs": 10, "batch_size": 32, "eval_batch_size": 200,
+        "name": "copy", "nhid": 42, "nlevels": 11, "dilation": [41], "init_gain": 2.0, "optim": "Adam", "lr": 0.004,
+        "clip": 1.0, "schedule": "onecycle", "epochs": 10, "batch_size": 32, "eval_batch_size": 200,
     }  # fmt: skip
     helps: ClassVar = {
         "data": "examples are always generated; 'synthetic' says so",
@@ -156,6 +157,16 @@ class Config(NetworkConfig):
     @classmethod
     def program(cls) -> str:
         return "scripts/memory.py"
+
+    def size(self) -> int:
+        """T."""
+        return self.length or PROBLEMS[self.problem].length
+
+    def recipe(self) -> dict[str, Any]:
+        with torch.device("meta"):
+            seen = getattr(build_model(self).core, "receptive_field", None)
+        chances = {"chance": chance(self.problem, self.size()), "receptive_field": seen}
+        return super().recipe() | {"problem": self.problem, "length": self.size(), **chances}
 
     def channels(self) -> int:
         """H: all channels are the output."""
@@ -251,17 +262,23 @@ class Adding(MemoryTask):
 TASKS = {"copy": Copying, "adding": Adding}
 
 
+def build_model(config: Config) -> TrellisClassifier:
+    """The network of a configuration."""
+    problem = PROBLEMS[config.problem]
+    network = Tagger if config.problem == "copy" else TrellisClassifier
+    sizes = problem.input_size, problem.output_size, config.channels(), config.nlevels
+    return network(*sizes, **config.core.options(config))
+
+
 def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[MemoryTask, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`."""
     if device.type == "cpu":
         keep_freed_memory()
     problem = PROBLEMS[config.problem]
-    length, examples = config.length or problem.length, config.examples or problem.examples
+    length, examples = config.size(), config.examples or problem.examples
     rng = np.random.default_rng(DATA_SEED)
     data = [problem.generate(n, length, rng) for n in (examples, HELD_OUT, HELD_OUT)]
-    model = (Tagger if config.problem == "copy" else TrellisClassifier)(
-        problem.input_size, problem.output_size, config.channels(), config.nlevels, **config.core.options(config)
-    ).to(device)
+    model = build_model(config).to(device)
     seen = getattr(model.core, "receptive_field", math.inf)
     needed = length + DIGITS + 1 if config.problem == "copy" else length
     notice = f"the model sees {seen} steps, too few to reach what it must remember, {needed - 1} steps back"

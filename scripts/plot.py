@@ -20,8 +20,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 from scripts.reports.charts import labels, read_charts, read_contexts, read_curve
-from scripts.reports.pictures import draw_chart, draw_contexts, draw_curves, draw_memories, draw_speeds, pyplot
-from scripts.reports.records import read_memories, read_speeds
+from scripts.reports.pictures import (
+    draw_chart,
+    draw_contexts,
+    draw_curves,
+    draw_long_memory,
+    draw_memories,
+    draw_speeds,
+    pyplot,
+)
+from scripts.reports.records import read_long_memory, read_memories, read_speeds
 from scripts.reports.trellis import trellis
 from trellisnet.errors import UserError
 from trellisnet.serialization import atomic_write
@@ -89,6 +97,8 @@ def pictures(root: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     if found := read_memories(root):
         peaks = {name: metrics["peak_memory"] / 1e9 for name, metrics in found.items()}
         yield "memory", functools.partial(draw_memories, peaks)
+    if problems := read_long_memory(root):
+        yield "long_memory", functools.partial(draw_long_memory, problems)
     for chart in read_charts(root):
         yield chart.name, functools.partial(draw_chart, chart)
 

@@ -36,9 +36,10 @@ fi
 SMOKE_ALL="--data synthetic --overwrite --epochs 1 --max_steps 2 --max_eval_tokens 100 --nhid 8"
 SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
 
-# train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed.
+# train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed. The task `memory` is a script.
 train() {
-    local task="$1" row="${ROW_NAME:-${FUNCNAME[1]}}" seed out flags
+    local task="$1" program="$1/train.py" row="${ROW_NAME:-${FUNCNAME[1]}}" seed out flags
+    [ "$task" != memory ] || program=scripts/memory.py
     shift
     for seed in ${SEEDS:-1111}; do
         flags=("$@" --seed "$seed")
@@ -51,6 +52,7 @@ train() {
                 read -ra more <<<"$SMOKE_LANGUAGE"
                 flags+=("${more[@]}")
                 ;;
+            memory) flags+=(--length 20 --examples 64) ;;
             esac
         else
             out="$ROOT/runs/tables/$TABLE${STEPS:+-$STEPS-steps}/$row/seed-$seed"
@@ -65,8 +67,8 @@ train() {
             fi
         fi
         read -ra more <<<"${ARGS:-}"
-        echo "$TABLE $row, seed $seed: python $task/train.py ${flags[*]} ${more[*]:-}"
-        "$PY" "$ROOT/$task/train.py" "${flags[@]}" ${more[@]+"${more[@]}"} --out "$out" --metrics "$out/metrics.json"
+        echo "$TABLE $row, seed $seed: python $program ${flags[*]} ${more[*]:-}"
+        "$PY" "$ROOT/$program" "${flags[@]}" ${more[@]+"${more[@]}"} --out "$out" --metrics "$out/metrics.json"
     done
 }
 

@@ -114,6 +114,35 @@ def test_the_committed_pages_are_up_to_date(tmp_path):
     assert collect.main(["--check", "--root", str(tmp_path)]) == 0
 
 
+def write_long_memory(root, row, **changes):
+    folder = root / "results" / "long_memory" / row
+    folder.mkdir(parents=True)
+    problem = row.partition("_")[0]
+    score = {"accuracy": 0.5, "loss": 2e-5} if problem == "copy" else {"mse": 3e-5, "loss": 3e-5}
+    own = {"task": "memory", "problem": problem, "length": 400, "chance": 0.05, "receptive_field": 452}
+    own |= {"test": score | {"examples": 1000}, "corpus": "copy, T = 400"}
+    (folder / "metrics.json").write_text(json.dumps(METRICS | own | changes))
+    epoch = {"event": "epoch", "finished": True, "valid_score": 1.0, "train_score": 1.0, "seconds": 60}
+    lines = [epoch | {"epoch": i, "valid_loss": 0.1**i} for i in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text("")
+
+
+def test_problems_of_memory(root, capsys):
+    folder = root()
+    write_long_memory(folder, "adding_awd_lstm", receptive_field=None)
+    write_long_memory(folder, "copy_trellisnet")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    rows = ["copy | 400 | TrellisNet | 123,456 | 452 | 2 | 60 | 2.0e-05 | 0.5000 | 5.0e-02 |"]
+    rows += ["adding | 400 | LSTM | 123,456 | all | 2 | 60 | 3.0e-05 |  | 5.0e-02 |"]
+    assert "\n".join(f"| {row}" for row in rows) in text
+    write_long_memory(folder, "copy_rhn", problem="adding")
+    capsys.readouterr()
+    assert collect.main(["--root", str(folder)]) == 2
+    assert capsys.readouterr().err.endswith("copy_rhn: a run of the problem adding\n")
+
+
 def test_bits_per_character_are_given_for_both_streams(root):
     split = {"loss": 0.9, "bpc": 1.29843, "bpc_authors": 1.29843, "bpc_standard": 1.32051, "tokens": 449930}
     folder = root(task="char_ptb", valid=split, test=split)

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +13,9 @@ import torch
 from torch.testing import assert_close
 
 from scripts import memory
-from trellisnet.models import TrellisClassifier, count_parameters
-from trellisnet.training.config import parse
+from scripts.reports.tables import MEMORY
+from trellisnet.models import count_parameters
+from trellisnet.training.config import PROJECT, parse
 
 
 def test_the_targets_of_copying_are_the_first_digits():
@@ -50,12 +55,7 @@ def test_chance_is_the_loss_of_a_network_that_guesses_the_digits():
 def test_all_networks_have_the_same_size(preset):
     def size(model):
         config, _ = parse(memory.Config, ["--preset", preset, "--model", model])
-        problem = memory.PROBLEMS[config.problem]
-        return count_parameters(
-            TrellisClassifier(
-                problem.input_size, problem.output_size, config.nhid, config.nlevels, **config.core.options(config)
-            )
-        )
+        return count_parameters(memory.build_model(config))
 
     ours, *others = (size(model) for model in ("trellisnet", "awd-lstm", "tcn", "rhn"))
     assert all(abs(other / ours - 1) < 0.02 for other in others)
@@ -82,6 +82,8 @@ def test_a_trellis_learns_to_copy_within_its_receptive_field(run):
     assert "loss by chance 0.9452" in printed.out
     assert metrics["test"]["accuracy"] > 0.9
     assert metrics["test"]["examples"] == 1000
+    assert (metrics["problem"], metrics["length"], metrics["receptive_field"]) == ("copy", 2, 17)
+    assert metrics["chance"] == memory.chance("copy", 2)
 
 
 def test_too_small_a_receptive_field_gives_a_notice(run):
@@ -104,3 +106,26 @@ def test_data_folders_are_refused(run):
     code, printed, _ = run("--data", "somewhere")
     assert (code, printed.err.count("\n")) == (2, 1)
     assert printed.err.startswith("error: --data somewhere: expected synthetic")
+
+
+def test_every_row_of_the_script_is_a_command_of_this_program():
+    text = (PROJECT / "scripts" / "memory.sh").read_text()
+    rows = dict(re.findall(r"^(\w+)\(\) { train memory (.*); }$", text, re.MULTILINE))
+    assert set(text.replace("\\\n", " ").rsplit("\nrows ", 1)[1].split()) == set(rows)
+    assert {row.partition("_")[2] for row in rows} == set(MEMORY)
+    for row, flags in rows.items():
+        config, _ = parse(memory.Config, flags.split())
+        assert config.problem == row.partition("_")[0]
+        recipe = config.recipe()
+        needed = config.size() + 11 if config.problem == "copy" else config.size()
+        assert ((recipe["receptive_field"] or math.inf) < needed) == row.endswith("_short")
+
+
+def test_the_script_trains_a_row(tmp_path):
+    environment = os.environ | {"PY": sys.executable, "OMP_NUM_THREADS": "1", "SMOKE": "1", "ROWS": "copy_rhn"}
+    command = ["bash", str(PROJECT / "scripts" / "memory.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "memory copy_rhn, seed 1111: python scripts/memory.py --preset rhn" in done.stdout
+    metrics = json.loads((PROJECT / "runs/smoke/memory/copy_rhn/seed-1111/metrics.json").read_text())
+    assert (metrics["problem"], metrics["length"], metrics["steps"]) == ("copy", 20, 2)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.reports.charts import Chart, Curve
-from scripts.reports.records import SCORES, speed_text
+from scripts.reports.records import SCORES, Run, speed_text
 from trellisnet.errors import UserError
 from trellisnet.training.runlog import pip_install
 
@@ -172,6 +172,27 @@ def draw_memories(peaks: Mapping[str, float]) -> Any:
     axes.set_xlim(0, max(9, 1.15 * max(peaks.values())))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("peak memory of training, GB")
+    return figure
+
+
+def draw_long_memory(problems: Mapping[str, Sequence[tuple[str, Run]]]) -> Any:
+    """Draw validation loss by epoch, a panel for each problem, with the loss of a network that has forgotten."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, len(problems), figsize=(0.8 + 5.4 * len(problems), 4.2), squeeze=False)
+    for (problem, runs), axes in zip(problems.items(), panels[0], strict=True):
+        for i, (network, run) in enumerate(runs):
+            m, colour = run.metrics, COLOURS[i % len(COLOURS)]
+            label = f"{network}, T = {m['length']}"
+            label += f", sees {m['receptive_field']:,}" if m["receptive_field"] else ""
+            epochs, losses = zip(*((e["epoch"], e["valid_loss"]) for e in run.epochs), strict=True)
+            axes.plot(epochs, losses, "o-", color=colour, markersize=3.5, label=label)
+            axes.axhline(m["chance"], color=colour, linestyle=":", linewidth=1)
+        axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation loss (dotted: by chance)")
+        axes.set_title(problem, fontsize=11, loc="left")
+        axes.legend(fontsize=8)
     return figure
 
 

@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.reports.tables import COMPARED, PUBLISHED, TABLES, Row
+from scripts.reports.tables import COMPARED, MEMORY, PUBLISHED, TABLES, Row
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.serialization import read_regular
 from trellisnet.training.runlog import read_records
 
 Record = Mapping[str, Any]
 # Key of a score in a result → its name and decimals; key of a count → its abbreviation.
-SCORES = {"ppl": ("perplexity", 2), "bpc": ("bits per character", 4), "accuracy": ("accuracy", 4)}
+SCORES = {
+    "ppl": ("perplexity", 2), "bpc": ("bits per character", 4), "accuracy": ("accuracy", 4),
+    "mse": ("mean squared error", 6),
+}  # fmt: skip
 UNITS = {"tokens": "tok", "examples": "seq"}
 # Ways of scoring with --cache and --dynamic_eval: part of a key of the metrics → name.
 ADAPTED = {
@@ -307,6 +310,20 @@ def read_equal_time(folder: Path) -> tuple[str, list[tuple[str, Run]]]:
     with refusing(folder):
         check_alike(folder, [run.metrics for _, run in runs], "task data machine threads torch commit")
     return minutes, runs
+
+
+def read_long_memory(root: Path) -> dict[str, list[tuple[str, Run]]]:
+    """By problem, networks with their runs, from results/long_memory/<problem>_<row>."""
+    folder, runs = root / "results" / "long_memory", {}
+    for path in sorted(folder.glob("[!.]*"), key=lambda path: list(MEMORY).index(path.name.partition("_")[2])):
+        run = read_run(path, "out", "metrics", "threads", "overwrite")
+        with refusing(path):
+            problem, _, row = path.name.partition("_")
+            if run.metrics["problem"] != problem:
+                raise UserError(f"{path}: a run of the problem {run.metrics['problem']}")
+            [float(run.metrics[key]) for key in ("length", "chance")], run.metrics["receptive_field"]
+            runs.setdefault(problem, []).append((MEMORY[row], run))
+    return dict(sorted(runs.items(), reverse=True))
 
 
 def read_adapted(path: Path) -> tuple[Record, dict[str, tuple[Record, Record]]]:

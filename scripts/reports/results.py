@@ -204,6 +204,44 @@ def precisions(folder: Path) -> str:
         )
 
 
+def long_memory(root: Path) -> str:
+    """Problems of pure memory, from results/long_memory; empty without runs."""
+    problems = records.read_long_memory(root)
+    if not problems:
+        return ""
+    with refusing(root / "results" / "long_memory"):
+        first, rows = next(iter(problems.values()))[0][1].metrics, []
+        for problem, runs in problems.items():
+            for network, run in runs:
+                m = run.metrics
+                seen = "all" if m["receptive_field"] is None else f"{m['receptive_field']:,}"
+                score = f"{score_of(m['test'])}" if problem == "copy" else ""
+                rows.append(
+                    (
+                        problem, f"{m['length']:,}", network, f"{m['params']:,}", seen, m["epochs"],
+                        minutes(m["seconds"]), f"{m['test']['loss']:.1e}", score, f"{m['chance']:.1e}",
+                    )
+                )  # fmt: skip
+        columns = (
+            "problem", "T:", "network", "parameters:", "receptive field:", "epochs:", "minutes:", "test loss:",
+            "digits right:", "loss by chance:",
+        )  # fmt: skip
+        return _text(
+            [
+                "## Problems of pure memory",
+                "",
+                "The copy task and the adding problem of "
+                "[Bai, Kolter & Koltun (2018)](https://arxiv.org/abs/1803.01271): `bash scripts/memory.sh`. "
+                f"{first['machine']}, {threads(first)}, torch {first['torch']}, commit `{first['commit']}`, seed "
+                f"{first['seed']}. The loss of copying is the cross-entropy in nats per step, that of adding the mean "
+                "squared error. A network that sees too little stays at chance, as it must: see "
+                "[the curves](results/figures/long_memory.svg).",
+                "",
+                *table(columns, rows),
+            ]
+        )
+
+
 def adapted(path: Path) -> str:
     """Ways of scoring one run with a cache and dynamic evaluation, and what each costs."""
     metrics, ways = records.read_adapted(path)

@@ -143,3 +143,8 @@ COMPARED = {
     "trellisnet": "TrellisNet", "awd_lstm": "AWD-LSTM", "tcn": "Generic TCN", "rhn": "Recurrent highway network",
     "sparse_lstm": "Sparse LSTM",
 }  # fmt: skip
+# What scripts/memory.sh trains: the name of a row, less its problem, and of its network.
+MEMORY = {
+    "trellisnet": "TrellisNet", "trellisnet_short": "TrellisNet, too few layers", "tcn": COMPARED["tcn"],
+    "awd_lstm": "LSTM", "rhn": COMPARED["rhn"],
+}  # fmt: skip
