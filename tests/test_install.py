@@ -28,7 +28,7 @@ def checkout(tmp_path):
     """A copy of the project in a folder named as the package is."""
     copy = tmp_path / "clones" / "trellisnet"
     copy.mkdir(parents=True)
-    for name in ("trellisnet", *TASKS):
+    for name in ("trellisnet", "scripts", *TASKS):
         shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, copy / name)
@@ -90,7 +90,7 @@ print(trellisnet.TrellisNet(4, 8, 5)(torch.zeros(1, 3, 4)).output.shape)
 def test_an_editable_install_works_from_the_folder_that_holds_the_checkout(checkout, tmp_path):
     pip("install", "--editable", str(checkout), "--prefix", str(tmp_path / "prefix"), "--ignore-installed")
     site = next((tmp_path / "prefix").rglob("site-packages"))
-    code = "import trellisnet, word_ptb.train; from trellisnet import TrellisNet; print(TrellisNet.__module__)\n"
+    code = "import trellisnet, word_ptb.train, scripts.collect; from trellisnet import TrellisNet; print(TrellisNet.__module__)\n"
     code += "from trellisnet.training.config import PROJECT; print(PROJECT)"
     for cwd in (checkout.parent, checkout, tmp_path):
         assert python(code, site, cwd) == ["trellisnet.core", str(checkout)]

@@ -33,6 +33,17 @@ def folder(tmp_path_factory):
         yield tmp_path_factory.mktemp("torture")
 
 
+def test_the_records_of_a_run_tell_its_moment(tmp_path):
+    job = runs.Job(tmp_path, 1, 1)
+    assert job.now() == "step"
+    (tmp_path / "config.json").write_text(json.dumps({"steps an epoch": 7}))
+    for batch, moment in ((6, "step"), (7, "evaluation")):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "train", "batch": batch}) + "\n")
+        assert job.now() == moment
+    (tmp_path / ".last.pt.1.tmp").touch()
+    assert job.now() == "checkpoint"
+
+
 @pytest.mark.slow
 def test_a_run_survives_kills(folder):
     found = runs.kill(folder, 2, seed=1, epochs=1)
