@@ -90,7 +90,8 @@ print(trellisnet.TrellisNet(4, 8, 5)(torch.zeros(1, 3, 4)).output.shape)
 def test_an_editable_install_works_from_the_folder_that_holds_the_checkout(checkout, tmp_path):
     pip("install", "--editable", str(checkout), "--prefix", str(tmp_path / "prefix"), "--ignore-installed")
     site = next((tmp_path / "prefix").rglob("site-packages"))
-    code = "import trellisnet, word_ptb.train, scripts.collect; from trellisnet import TrellisNet; print(TrellisNet.__module__)\n"
+    code = "import trellisnet, word_ptb.train, scripts.collect\n"
+    code += "from trellisnet import TrellisNet; print(TrellisNet.__module__)\n"
     code += "from trellisnet.training.config import PROJECT; print(PROJECT)"
     for cwd in (checkout.parent, checkout, tmp_path):
         assert python(code, site, cwd) == ["trellisnet.core", str(checkout)]
