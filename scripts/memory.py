@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trellisnet.baselines import AWDLSTM, RHN, TCN
+from trellisnet.core import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training import cli
 from trellisnet.training.allocator import keep_freed_memory
+from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.distributed import Ranks
-from trellisnet.training.network import TRELLISNET, NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import Classification, Splits, evaluating
@@ -111,7 +112,7 @@ def chance(problem: str, length: int) -> float:
 
 
 @dataclass(kw_only=True)
-class Config(NetworkConfig):
+class Config(CoreConfig):
     """Train a network on the copy task or the adding problem."""
 
     task: ClassVar[str] = "memory"
@@ -150,8 +151,8 @@ class Config(NetworkConfig):
     length: int = setting(0, "T; 0: 400 to copy, 600 to add", group="data", at_least=0)
     examples: int = setting(0, "training examples; 0: 10,000 to copy, 50,000 to add", group="data", at_least=0)
     model: str = setting(
-        TRELLISNET, "core in front of the linear map", group="model",
-        choices=(TRELLISNET, AWDLSTM.model_name, TCN.model_name, RHN.model_name),
+        TrellisNet.core_name, "core in front of the linear map", group="model",
+        choices=tuple(core.core_name for core in (TrellisNet, AWDLSTM, TCN, RHN)),
     )  # fmt: skip
 
     @classmethod

@@ -33,13 +33,13 @@ CORES = {
 RECURRENT = [name for name in CORES if name != "tcn"]
 
 
-def size(network, *sizes, **options):
-    return count_parameters(network(*sizes, device="meta", **options))
+def size(core, *sizes, **options):
+    return count_parameters(core(*sizes, device="meta", **options))
 
 
 def model(name, **options):
     torch.manual_seed(0)
-    return TrellisLanguageModel(40, 12, 12, 3, output_size=12, network=CORES[name], **options)
+    return TrellisLanguageModel(40, 12, 12, 3, output_size=12, core=CORES[name], **options)
 
 
 def tokens(n=3, length=14, seed=1):
@@ -115,8 +115,8 @@ def test_the_size_of_a_recurrent_highway_layer(depth, width, parameters):
 @pytest.mark.parametrize(("inputs", "parameters"), [(205, 45_994_730), (27, 45_152_256)])
 def test_the_authors_large_character_models(inputs, parameters):
     """enwik8 and text8: an untied softmax, and an embedding as wide as the alphabet."""
-    network = {"output_size": 1500, "tied": False, "network": RHN, "device": "meta"}
-    assert count_parameters(TrellisLanguageModel(inputs, inputs, 1500, 10, **network)) == parameters
+    options = {"output_size": 1500, "tied": False, "core": RHN, "device": "meta"}
+    assert count_parameters(TrellisLanguageModel(inputs, inputs, 1500, 10, **options)) == parameters
 
 
 @pytest.mark.parametrize(("k", "layers", "seen"), [(3, 4, 61), (3, 3, 29), (7, 8, 3061)])
@@ -374,8 +374,8 @@ def test_weights_survive_a_round_trip_even_with_a_sparse_embedding(tmp_path, nam
     def make(seed):
         torch.manual_seed(seed)
         sparse = functools.partial(SparseEmbedding, blocks=3, density=0.5)
-        network = {} if name == "trellisnet" else {"network": CORES[name]}
-        return TrellisLanguageModel(40, 12, 12, 3, output_size=12, embedding=sparse, **network, **options)
+        core = {} if name == "trellisnet" else {"core": CORES[name]}
+        return TrellisLanguageModel(40, 12, 12, 3, output_size=12, embedding=sparse, **core, **options)
 
     one, two = make(1), make(2)
     save_weights(one, tmp_path / "w.pkl")
@@ -471,7 +471,7 @@ def test_dropout_of_a_tcn_is_elementwise():
 
 def test_a_tcn_classifies_padded_sequences_by_their_last_valid_step():
     torch.manual_seed(0)
-    module, x = TrellisClassifier(2, 5, 6, 3, network=TCN), torch.randn(3, 12, 2)
+    module, x = TrellisClassifier(2, 5, 6, 3, core=TCN), torch.randn(3, 12, 2)
     lengths = torch.tensor([12, 7, 4])
     together = module(x, lengths=lengths).logits
     for i, length in enumerate(lengths.tolist()):
@@ -658,8 +658,8 @@ def test_windows_of_random_length_scale_the_learning_rate():
 
 @pytest.mark.parametrize("name", ["trellisnet", *CORES])
 def test_monte_carlo_dropout(name):
-    network = {} if name == "trellisnet" else {"network": CORES[name]}
-    module, rows = TrellisLanguageModel(40, 12, 12, 3, output_size=12, **network), tokens(2, 60)
+    core = {} if name == "trellisnet" else {"core": CORES[name]}
+    module, rows = TrellisLanguageModel(40, 12, 12, 3, output_size=12, **core), tokens(2, 60)
     history = {"horizon": 7, "seq_len": 20} if name == "tcn" else {"horizon": 7, "repackage": True}
     task = LanguageModeling(module, **history)
     static, sampled = task.evaluate(rows), task.evaluate_mc(rows, passes=2)

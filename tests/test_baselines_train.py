@@ -63,7 +63,7 @@ def test_every_network_learns_and_its_weights_score_the_same(run, tmp_path, name
     other = "rhn" if name != "rhn" else "awd-lstm"
     code, _, err, _ = run(*MODELS[other].split(), *weights)
     assert code == 2
-    assert err.endswith(f"weights.pkl: was trained with another network; pass --model {name}\n")
+    assert err.endswith(f"weights.pkl: was trained with another core; pass --model {name}\n")
     code, _, err, _ = run(*flags, *weights, "--nlevels", "3")
     assert code == 2
     assert "the sizes that it was trained with (see the config.json of its run)" in err

@@ -294,14 +294,16 @@ def test_help_is_grouped_and_says_every_default(cls):
     entries = {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in re.split(r"\n  (?=--)", shown)}
     for field in dataclasses.fields(cls):
         flag = flag_of(cls, field.name)
-        assert (flag in entries) == (field.name != "load")
-        assert flag == "--load" or "default: " in entries[flag], flag
+        assert (flag in entries) == cls.is_listed(field.name)
+        assert flag not in entries or "default: " in entries[flag], flag
     assert "{" not in re.sub(r"\{[\w,-]+\}", "", shown)  # placeholders are filled in
 
 
 def test_flags_of_other_cores_have_a_group_of_their_own():
     group = next(g for g in build_parser(Config)._action_groups if g.title == "settings of other cores")
     assert [action.dest for action in group._group_actions] == ["gate_bias", "sparse_mode", "sparse_fract"]
+    unlisted = [[f.name for f in dataclasses.fields(c) if not c.is_listed(f.name)] for c in (Config, PixelConfig)]
+    assert unlisted == [["load"], ["load", "gate_bias"]]  # no core of PixelConfig reads it
 
 
 def test_help_shows_the_tasks_own_texts_and_defaults():

@@ -137,8 +137,6 @@ def test_an_impossible_depth_is_refused(value, message):
 def test_other_cores_have_one_depth():
     message = "^num_layers: only a TrellisNet runs at any depth; expected None, got 3$"
     with pytest.raises(ValueError, match=message):
-        TrellisLanguageModel(11, 6, 6, 2, output_size=6, network=RHN)(
-            torch.zeros(1, 2, dtype=torch.int64), num_layers=3
-        )
+        TrellisLanguageModel(11, 6, 6, 2, output_size=6, core=RHN)(torch.zeros(1, 2, dtype=torch.int64), num_layers=3)
     with pytest.raises(ValueError, match=message):
-        TrellisClassifier(3, 5, 6, 2, network=RHN)(torch.zeros(1, 2, 3), num_layers=3)
+        TrellisClassifier(3, 5, 6, 2, core=RHN)(torch.zeros(1, 2, 3), num_layers=3)

@@ -35,11 +35,11 @@ HEADS = {
 CORES = {
     "trellis": {"weight_dropout": 0.3, "hidden_dropout": 0.3},
     "reference": {"backend": "reference", "activation": "gru"},
-    "awd-lstm": {"network": AWDLSTM, "weight_dropout": 0.3},
-    "tcn": {"network": TCN},
-    "rhn": {"network": RHN, "hidden_dropout": 0.3},
+    "awd-lstm": {"core": AWDLSTM, "weight_dropout": 0.3},
+    "tcn": {"core": TCN},
+    "rhn": {"core": RHN, "hidden_dropout": 0.3},
     "sparse-lstm": {
-        "network": SparseStack,
+        "core": SparseStack,
         "embedding": lambda *a, **k: SparseEmbedding(*a, blocks=2, density=0.6, **k),
     },
 }

@@ -34,9 +34,9 @@ KINDS = {
     "mixture": {"n_experts": 3},
     "split": {"cutoffs": [5, 12]},
     "gru": {"activation": "gru"},
-    "awd-lstm": {"network": AWDLSTM},
-    "rhn": {"network": RHN, "hidden_size": 5},
-    "tcn": {"network": TCN},
+    "awd-lstm": {"core": AWDLSTM},
+    "rhn": {"core": RHN, "hidden_size": 5},
+    "tcn": {"core": TCN},
 }
 
 
@@ -63,7 +63,7 @@ def test_every_token_has_the_probability_of_the_full_forward_pass(kind):
 
 
 def test_a_prompt_is_read_in_pieces():
-    for module in (model(), model(network=TCN), model(network=AWDLSTM)):
+    for module in (model(), model(core=TCN), model(core=AWDLSTM)):
         prompt = torch.randint(V, (2, PIECE + 41))
         module.eval()
         with torch.no_grad():

@@ -17,7 +17,7 @@ MASK = torch.tensor([[1.5, 0, 1.5, 0], [0, 1.5, 1.5, 1.5]], dtype=torch.float64)
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 
 
-def network(backend="fused", **options):
+def trellisnet(backend="fused", **options):
     """Make a network with large weights, so that a missing derivative is noticed."""
     torch.manual_seed(0)
     net = TrellisNet(4, 8, 5, backend=backend, **options).double()
@@ -160,7 +160,7 @@ KINDS = {"tied": {}, "untied": {"tied": False}, "mixture": {"n_experts": 2}, "sp
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_language_models_are_exact(kind, backend):
     """With tied weights the embedding reaches the loss by two paths."""
-    options = {"network": TrellisNet, "backend": backend, "dtype": torch.float64, "hidden_dropout": 0.3}
+    options = {"core": TrellisNet, "backend": backend, "dtype": torch.float64, "hidden_dropout": 0.3}
     options |= {"weight_dropout": 0.3, "input_dropout": 0.2, "output_dropout": 0.2} | kind
     model = TrellisLanguageModel(5, 2, 4, 3, output_size=2, **options)
     torch.manual_seed(1)
@@ -198,13 +198,13 @@ def test_a_classifier_is_exact(backend):
 @pytest.mark.parametrize("options", [{}, {"vectorize": True}])
 @pytest.mark.parametrize("backend", ["auto", "fused", "reference"])
 def test_a_hessian(backend, options):
-    net, x = network(backend)
+    net, x = trellisnet(backend)
     hessian = torch.autograd.functional.hessian(lambda z: net(z).output.square().sum(), x, **options)
     assert hessian.abs().sum().item() == pytest.approx(2.9027, abs=5e-5)
 
 
 def test_many_gradients_at_once():
-    net, x = network()
+    net, x = trellisnet()
     each, together = (
         torch.autograd.functional.jacobian(lambda z: net(z).output, x, vectorize=vectorize)
         for vectorize in (False, True)
@@ -238,7 +238,7 @@ def check_gradients(function, parameters):
 
 
 def test_a_gradient_penalty():
-    net, x = network(weight_norm=False)
+    net, x = trellisnet(weight_norm=False)
     x.requires_grad_()
 
     def penalty():
@@ -282,7 +282,7 @@ def test_a_step_of_maml(head):
 def test_third_derivatives():
     found = []
     for backend in ("fused", "reference"):
-        net, x = network(backend)
+        net, x = trellisnet(backend)
         grad = x.requires_grad_()
         value = net(x).output.square().sum()
         for _ in range(2):
@@ -345,7 +345,7 @@ def test_torch_func(kind):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_kinds_of_derivatives_name_the_reference():
-    net, x = network("fused")
+    net, x = trellisnet("fused")
     with pytest.raises(ValueError, match="fused cannot run this, torch.func cannot transform it; expected auto or ref"):
         torch.func.hessian(lambda z: net(z).output.sum())(x)
     with torch.autograd.forward_ad.dual_level():
@@ -354,11 +354,11 @@ def test_missing_kinds_of_derivatives_name_the_reference():
             NotImplementedError, match='fused has no forward-mode derivatives; take backend="reference"'
         ):
             net(dual)
-        assert torch.autograd.forward_ad.unpack_dual(network("reference")[0](dual).output).tangent.abs().max() > 1e-2
+        assert torch.autograd.forward_ad.unpack_dual(trellisnet("reference")[0](dual).output).tangent.abs().max() > 1e-2
 
 
 def test_ordinary_and_differentiable_backward_passes_in_any_order():
-    net, x = network()
+    net, x = trellisnet()
     head = LinearSoftmax(8, 5, dtype=torch.float64)
     wanted = [x.requires_grad_(), *net.parameters(), *head.parameters()]
     loss = head.loss(net(x).output, torch.tensor([[0, 3, 1]]))

@@ -22,7 +22,7 @@ MODELS = {
     "gru": {"activation": "gru"},
     "grouped": {"kernel_groups": 2},
     "dropout": {"input_dropout": 0.5},
-    "tcn": {"network": TCN},
+    "tcn": {"core": TCN},
 }
 
 
@@ -67,9 +67,9 @@ def test_core_and_operator_do_not_see_padding(backend):
 
 
 @pytest.mark.parametrize("given", [LENGTHS, tuple(LENGTHS), torch.tensor(LENGTHS, dtype=torch.int32)])
-@pytest.mark.parametrize("network", [TrellisNet, TCN])
-def test_lengths_may_be_a_list(given, network):
-    model, x = TrellisClassifier(2, 5, 6, 4, network=network), torch.randn(3, 7, 2)
+@pytest.mark.parametrize("core", [TrellisNet, TCN])
+def test_lengths_may_be_a_list(given, core):
+    model, x = TrellisClassifier(2, 5, 6, 4, core=core), torch.randn(3, 7, 2)
     logits = model(x, lengths=given).logits
     for row, n in enumerate(LENGTHS):
         assert_close(logits[row], model(x[row : row + 1, :n]).logits[0])
@@ -84,19 +84,19 @@ def test_lengths_may_be_a_list(given, network):
 CORES = {"trellis": TrellisNet, "awd-lstm": AWDLSTM, "rhn": RHN, "tcn": TCN, "sparse": SparseStack}
 
 
-@pytest.mark.parametrize("network", CORES.values(), ids=CORES)
-def test_a_packed_sequence_is_refused_in_one_line(network):
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
+def test_a_packed_sequence_is_refused_in_one_line(core):
     packed = pack_padded_sequence(torch.randn(3, 7, 4), torch.tensor(LENGTHS), batch_first=True, enforce_sorted=False)
     message = "expected a padded tensor, got a PackedSequence; unpack it with torch.nn.utils.rnn.pad_packed_sequence"
-    language = TrellisLanguageModel(5, 4, 4, 2, output_size=4, network=network)
-    for module in (network(4, 4, 2), TrellisClassifier(4, 3, 4, 2, input_dropout=0.5, network=network)):
+    language = TrellisLanguageModel(5, 4, 4, 2, output_size=4, core=core)
+    for module in (core(4, 4, 2), TrellisClassifier(4, 3, 4, 2, input_dropout=0.5, core=core)):
         with pytest.raises(TypeError, match=f"^x: {message}"):
             module(packed)
         with pytest.raises(TypeError, match="^x: expected a tensor, got list$"):
             module([[1.0]])
     with pytest.raises(TypeError, match=f"^tokens: {message}"):
         language(packed)
-    if network is TrellisNet:
+    if core is TrellisNet:
         core, stream = language.core, language.init_stream(3)
         for name, call in (
             ("x", core.stream),

@@ -134,6 +134,8 @@ class TrellisNet(nn.Module):
         ValueError: a setting is out of range.
     """
 
+    core_name = "trellisnet"
+
     def __init__(
         self,
         input_size: int,

@@ -1,10 +1,10 @@
 """Complete models: input layer, core (a trellis) and head.
 
 Another core (:mod:`trellisnet.baselines`) can replace the trellis if it has TrellisNet's interface: the constructor
-`Core(input_size, hidden_size, num_layers, output_size=…, …)`; the attributes `input_size` and `output_size`;
-`core(x, state, start=…, aux_every=…, last_only=…, masks=…)`, which returns a :class:`trellisnet.core.TrellisOutput`
-whose state is a tuple of any number of batch-first tensors; and `core.draw_masks(batch_size)`, which returns None if
-its dropout does not use one mask per sequence.
+`Core(input_size, hidden_size, num_layers, output_size=…, device=…, dtype=…, …)`; the attributes `core_name`,
+`input_size` and `output_size`; `core(x, state, start=…, aux_every=…, last_only=…, lengths=…, masks=…)`, which returns a
+:class:`trellisnet.core.TrellisOutput` whose state is a tuple of any number of batch-first tensors; and
+`core.draw_masks(batch_size)`, which returns None if its dropout does not use one mask per sequence.
 
 Letters: N batch, L length, V vocabulary, E embedding_size, M auxiliary outputs.
 """
@@ -71,12 +71,13 @@ class TrellisLanguageModel(nn.Module):
             does by accident (its padding_idx of −1 means the last row).
         embedding_dropout_per_row: draw the dropped words separately for each row of the batch, as recurrent highway
             networks do, instead of once for the whole batch.
-        network: constructor of the core.
+        core: constructor of the core.
         embedding: constructor of the embedding: (vocab_size, embedding_size) → module with the matrix as `weight`.
         embedding_init: initialises the parameters of the embedding, and the matrix of an untied softmax, in place.
             Default: U(±0.1).
         mixture: further keywords for :class:`trellisnet.heads.MixtureOfSoftmaxes`.
-        core: further keywords for the core.
+        device, dtype: of all parameters.
+        options: further keywords for the core.
 
     Raises:
         ValueError: a setting is out of range.
@@ -100,11 +101,13 @@ class TrellisLanguageModel(nn.Module):
         log_epsilon: float = 0.0,
         freeze_last_embedding: bool = False,
         embedding_dropout_per_row: bool = False,
-        network: Callable[..., nn.Module] = TrellisNet,
+        core: Callable[..., nn.Module] = TrellisNet,
         embedding: Callable[..., nn.Module] = nn.Embedding,
         embedding_init: Callable[[Tensor], Any] | None = None,
         mixture: dict[str, Any] | None = None,
-        **core,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options,
     ):
         super().__init__()
         if cutoffs is not None and n_experts:
@@ -123,17 +126,17 @@ class TrellisLanguageModel(nn.Module):
         self.freeze_last_embedding = freeze_last_embedding
         self.embedding_dropout_per_row = embedding_dropout_per_row
 
-        factory = {"device": core.get("device"), "dtype": core.get("dtype")}
+        factory = {"device": device, "dtype": dtype}
         self.embedding = embedding(vocab_size, embedding_size, **factory)
         for parameter in self.embedding.parameters():
             if embedding_init is None:
                 nn.init.uniform_(parameter, -INIT_RANGE, INIT_RANGE)
             else:
                 embedding_init(parameter)
-        self.core = network(embedding_size, hidden_size, num_layers, output_size=output_size, **core)
+        self.core = core(embedding_size, hidden_size, num_layers, output_size=output_size, **options, **factory)
         if tied:
             factory["weight"] = self.embedding.weight if type(self.embedding) is nn.Embedding else self.embedding
-        factory["gemm"] = core.get("gemm", "auto")
+        factory["gemm"] = getattr(self.core, "gemm", "auto")
         if n_experts:
             self.head = MixtureOfSoftmaxes(
                 output_size,
@@ -344,8 +347,9 @@ class TrellisClassifier(nn.Module):
         input_dropout: probability of dropping an input value, elementwise.
         output_dropout: probability of dropping a logit, elementwise. Both act in training only, whereas the authors'
             code also drops in evaluation.
-        network: constructor of the core.
-        core: further keywords for the core.
+        core: constructor of the core.
+        device, dtype: of all parameters.
+        options: further keywords for the core.
 
     Raises:
         ValueError: a setting is out of range.
@@ -361,16 +365,18 @@ class TrellisClassifier(nn.Module):
         output_size: int | None = None,
         input_dropout: float = 0.0,
         output_dropout: float = 0.0,
-        network: Callable[..., nn.Module] = TrellisNet,
-        **core,
+        core: Callable[..., nn.Module] = TrellisNet,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options,
     ):
         super().__init__()
         check_at_least(1, num_classes=num_classes)
         self.num_classes = num_classes
         self.input_dropout = check_rate("input_dropout", input_dropout)
         self.output_dropout = check_rate("output_dropout", output_dropout)
-        self.core = network(input_size, hidden_size, num_layers, output_size=output_size, **core)
-        factory = {"device": core.get("device"), "dtype": core.get("dtype")}
+        factory = {"device": device, "dtype": dtype}
+        self.core = core(input_size, hidden_size, num_layers, output_size=output_size, **options, **factory)
         self.head = nn.Linear(self.core.output_size, num_classes, **factory)
 
     def forward(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trellisnet import serialization
-from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseEmbedding, SparseStack
+from trellisnet import baselines, serialization
+from trellisnet.baselines import SparseEmbedding
 from trellisnet.core import TrellisNet
 from trellisnet.errors import NAME, ArgumentError, UserError, counted, shown
 from trellisnet.heads import SplitSoftmax
@@ -25,8 +25,7 @@ from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.ops import ACTIVATIONS
 
 Model = TrellisLanguageModel | TrellisClassifier
-TRELLISNET = "trellisnet"
-NETWORKS = {TRELLISNET: TrellisNet} | {network.model_name: network for network in (AWDLSTM, TCN, RHN, SparseStack)}
+CORES = {core.core_name: core for core in (TrellisNet, *baselines.CORES)}
 FILE = "weights.pkl"  # in a run's folder
 
 _CORE = "tnet.module.full_conv."
@@ -52,7 +51,7 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     if not _is_trellis(model):
         return dict(model.named_parameters())
     if isinstance(model, TrellisClassifier):
-        return _core_names(model) | {f"linear.{name}": p for name, p in model.head.named_parameters()}
+        return _trellis_names(model) | {f"linear.{name}": p for name, p in model.head.named_parameters()}
     if not isinstance(model, TrellisLanguageModel):
         expected = "expected a TrellisLanguageModel or a TrellisClassifier"
         advice = "save other modules with torch.save(model.state_dict(), FILE)"
@@ -61,7 +60,7 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     if not model.tied:
         names["decoder.weight"] = model.head.weight
     names["decoder.bias"] = model.head.bias
-    names |= _core_names(model)
+    names |= _trellis_names(model)
     if model.n_experts:
         for part in ("prior", "latent"):
             names |= {f"{_MIXTURE}{part}.{name}": p for name, p in getattr(model.head, part).named_parameters()}
@@ -74,25 +73,25 @@ def _is_trellis(model: nn.Module) -> bool:
     return isinstance(getattr(model, "core", None), TrellisNet)
 
 
-def _network(model: nn.Module) -> str:
-    """What `--model` calls the core."""
-    return getattr(getattr(model, "core", None), "model_name", TRELLISNET)
+def _core_of(model: nn.Module) -> str:
+    """The name of the core, which is the value of `--model`."""
+    return getattr(getattr(model, "core", None), "core_name", TrellisNet.core_name)
 
 
 def _prefix(model: Model) -> str:
     return _PIXEL_CORE if isinstance(model, TrellisClassifier) else _CORE
 
 
-def _core_names(model: Model) -> dict[str, nn.Parameter]:
+def _trellis_names(model: Model) -> dict[str, nn.Parameter]:
     prefix, core = _prefix(model), dict(model.core.named_parameters())
     names = {"bias2": core.pop("bias")}
     for g in [name for name in core if name.endswith("_g")]:
-        names[_core_name(g)] = core.pop(g)
-    names |= {f"{_core_name(name)}_raw": p for name, p in core.items()}
+        names[_authors_name(g)] = core.pop(g)
+    names |= {f"{_authors_name(name)}_raw": p for name, p in core.items()}
     return {prefix + name: p for name, p in names.items()}
 
 
-def _core_name(name: str) -> str:
+def _authors_name(name: str) -> str:
     return name.replace("weight_x", "weight1").replace("weight_h", "weight2")
 
 
@@ -144,7 +143,7 @@ def save_weights(
         ValueError: as in :func:`parameter_map`.
     """
     state = authors_state_dict(model)
-    metadata = {"model": _network(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
+    metadata = {"model": _core_of(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
     metadata |= {"task": task} if task else {}
     state._metadata = OrderedDict({_METADATA: metadata})
     serialization.save(path, state, legacy=legacy)
@@ -254,12 +253,13 @@ def _load(
         raise ArgumentError("only a split softmax (one with cutoffs) has tail vectors", init_tail=False)
     state = _unique(loaded, path, _first_name if language else str)
     metadata = _metadata(loaded)
-    own = _network(model)
-    theirs = metadata.get("model", TRELLISNET if any(name.startswith((_CORE, _PIXEL_CORE)) for name in state) else None)
+    own = _core_of(model)
+    is_trellis = any(name.startswith((_CORE, _PIXEL_CORE)) for name in state)
+    theirs = metadata.get("model", TrellisNet.core_name if is_trellis else None)
     if isinstance(theirs, str) and theirs != own:
-        if theirs not in NETWORKS:
-            raise UserError(f"{path}: was trained with another network, {shown(theirs, NAME)}; {_SIZES}")
-        raise ArgumentError(f"{path}: was trained with another network", network=NETWORKS[theirs])
+        if theirs not in CORES:
+            raise UserError(f"{path}: was trained with another core, {shown(theirs, NAME)}; {_SIZES}")
+        raise ArgumentError(f"{path}: was trained with another core", core=CORES[theirs])
     if language and model.tied and _is_trellis(model):
         _check_tied(state, path)
         state.pop("decoder.weight", None)

@@ -5,4 +5,6 @@ from trellisnet.baselines.rhn import RHN
 from trellisnet.baselines.sparse import SparseEmbedding, SparseLSTM, SparseStack
 from trellisnet.baselines.tcn import TCN
 
-__all__ = ["AWDLSTM", "RHN", "TCN", "SparseEmbedding", "SparseLSTM", "SparseStack"]
+CORES = (AWDLSTM, TCN, RHN, SparseStack)
+
+__all__ = ["AWDLSTM", "CORES", "RHN", "TCN", "SparseEmbedding", "SparseLSTM", "SparseStack"]

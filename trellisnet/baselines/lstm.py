@@ -104,7 +104,7 @@ class AWDLSTM(nn.Module):
         ValueError: a setting is out of range.
     """
 
-    model_name = "awd-lstm"
+    core_name = "awd-lstm"
 
     def __init__(
         self,

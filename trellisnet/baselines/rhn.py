@@ -45,7 +45,7 @@ class RHN(nn.Module):
         ValueError: a setting is out of range.
     """
 
-    model_name = "rhn"
+    core_name = "rhn"
 
     def __init__(
         self,

@@ -170,7 +170,7 @@ class SparseStack(AWDLSTM):
         ValueError: a setting is out of range, or the fraction leaves too little of a layer.
     """
 
-    model_name = "sparse-lstm"
+    core_name = "sparse-lstm"
 
     def __init__(self, *sizes: int, mode: str = "direct", fraction: float = 1.0, **others: Any):
         if mode not in MODES:

@@ -94,7 +94,7 @@ class TCN(nn.Module):
         ValueError: a setting is out of range.
     """
 
-    model_name = "tcn"
+    core_name = "tcn"
 
     def __init__(
         self,

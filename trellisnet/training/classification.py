@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from trellisnet.baselines import TCN
+from trellisnet.core import TrellisNet
 from trellisnet.data.augmentation import AffineMaps
 from trellisnet.data.pixels import normalise, permutation
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier
 from trellisnet.training.allocator import keep_freed_memory
-from trellisnet.training.cores import TRELLISNET
+from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.distributed import Ranks
-from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.programs import Program
 from trellisnet.training.settings import setting
@@ -51,7 +51,7 @@ PRESETS = {
 
 
 @dataclass(kw_only=True)
-class ClassificationConfig(NetworkConfig):
+class ClassificationConfig(CoreConfig):
     """Settings that the image tasks share, under the authors' names and with the defaults of their script."""
 
     mean: ClassVar[tuple[float, ...]]  # of the pixels, colour by colour, on the scale from 0 to 1
@@ -73,7 +73,10 @@ class ClassificationConfig(NetworkConfig):
     }
 
     model: str = setting(
-        TRELLISNET, "core in front of the linear map", group="model", choices=(TRELLISNET, TCN.model_name)
+        TrellisNet.core_name,
+        "core in front of the linear map",
+        group="model",
+        choices=(TrellisNet.core_name, TCN.core_name),
     )
     dropout: float = setting(0.1, "dropout of single logits", group="regularisation", rate="probability")
     dropouti: float = setting(0.2, "dropout of single pixels", group="regularisation", rate="probability")

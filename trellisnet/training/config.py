@@ -144,6 +144,11 @@ class RunConfig(HardwareConfig):
         """The preset that given settings start from."""
         return given.get("preset", "default")
 
+    @classmethod
+    def is_listed(cls, name: str) -> bool:
+        """Whether `--help` lists a setting."""
+        return not properties_of(cls, name).hidden
+
     def validate(self) -> None:
         """Raise UserError at the first setting that makes no sense, naming its flag."""
         if self.load:
@@ -317,7 +322,7 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         flag = flag_of(cls, field.name)
         names = [flag, f"--{field.name}"] if flag != f"--{field.name}" else [flag]
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-        options["help"] = argparse.SUPPRESS if properties.hidden else _help(cls, field)
+        options["help"] = _help(cls, field) if cls.is_listed(field.name) else argparse.SUPPRESS
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif field.name == "resume":

@@ -14,10 +14,9 @@ from trellisnet.errors import UserError
 from trellisnet.ops import gemm
 
 if TYPE_CHECKING:
+    from trellisnet.training.core_config import CoreConfig
     from trellisnet.training.language_model import LanguageModelConfig
-    from trellisnet.training.network import NetworkConfig
 
-TRELLISNET = "trellisnet"
 MEASURED = 100  # channels from which on the route of the products is measured
 ROWS = 512  # of the products that are measured
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -27,21 +26,21 @@ class Core:
     """A core for the programs. What this class says holds for the baselines; an entry overrides what differs.
 
     Class attributes:
-        network: the class of the core.
+        module: the class of the core.
         reads: which settings it reads of those that only some cores read.
         adds_output: whether `nhid` leaves out the output channels, which come on top.
     """
 
-    network: type[nn.Module]
+    module: type[nn.Module]
     reads: frozenset[str] = frozenset()
     adds_output = False
 
     @property
     def name(self) -> str:
         """The value of `--model`."""
-        return self.network.model_name
+        return self.module.core_name
 
-    def check(self, config: "NetworkConfig") -> None:
+    def check(self, config: "CoreConfig") -> None:
         """Raise UserError at settings that the core cannot have."""
         if config.backend not in ("auto", "reference"):
             raise UserError(
@@ -51,9 +50,9 @@ class Core:
     def check_language_model(self, config: "LanguageModelConfig") -> None:
         """Raise UserError at settings that a language model with this core cannot have."""
 
-    def options(self, config: "NetworkConfig") -> dict[str, Any]:
-        """Keywords for a model: the class of the core, `network`, and what it is made with."""
-        return {"network": self.network, "hidden_dropout": config.dropouth}
+    def options(self, config: "CoreConfig") -> dict[str, Any]:
+        """Keywords for a model: the class of the core, and its own."""
+        return {"core": self.module, "hidden_dropout": config.dropouth}
 
     def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
         """Keywords for a language model."""
@@ -72,11 +71,11 @@ class Core:
         """Why training steps cannot be a CUDA graph; empty if they can."""
         return f"--model {self.name} is not recorded"
 
-    def notices(self, config: "NetworkConfig", device: torch.device) -> list[str]:
+    def notices(self, config: "CoreConfig", device: torch.device) -> list[str]:
         """Lines on the kernels chosen for this device that the user should know of."""
         return []
 
-    def choices(self, config: "NetworkConfig", device: torch.device) -> dict[str, str]:
+    def choices(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
         """The settings `backend`, `gemm` and `gates` for this device, as far as they are not what `config` says.
 
         Raises:
@@ -86,17 +85,16 @@ class Core:
 
 
 class _Trellis(Core):
-    network = TrellisNet
-    name = TRELLISNET
+    module = TrellisNet
     reads = frozenset(
         "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every init_gain recompute aux".split()
     )
     adds_output = True
 
-    def check(self, config: "NetworkConfig") -> None:
+    def check(self, config: "CoreConfig") -> None:
         pass
 
-    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+    def options(self, config: "CoreConfig") -> dict[str, Any]:
         """As there.
 
         Raises:
@@ -137,14 +135,14 @@ class _Trellis(Core):
     def no_graph(self) -> str:
         return ""
 
-    def notices(self, config: "NetworkConfig", device: torch.device) -> list[str]:
+    def notices(self, config: "CoreConfig", device: torch.device) -> list[str]:
         if config.backend == "reference":
             reason = ops.not_fused(self._spec(config))
             return [f"backend reference, slower than fused: {reason}"] if reason else []
         reason = ops.slow_gates(device, COMPUTE[config.precision], config.activation)
         return [f"gates eager, {reason}"] if config.gates == "eager" and reason else []
 
-    def choices(self, config: "NetworkConfig", device: torch.device) -> dict[str, str]:
+    def choices(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
         dtype = COMPUTE[config.precision]
         try:
             backend = ops.resolve(self._spec(config), ops.Execution(config.backend, recompute=config.recompute))
@@ -164,12 +162,12 @@ class _Trellis(Core):
         return {"backend": backend, "gemm": route, "gates": gates}
 
     @staticmethod
-    def _spec(config: "NetworkConfig") -> ops.TrellisSpec:
+    def _spec(config: "CoreConfig") -> ops.TrellisSpec:
         groups, activation = config.mixed_group or None, ops.find_activation(config.activation)
         return ops.TrellisSpec(config.nlevels, config.channels(), activation, kernel_groups=groups)
 
     @staticmethod
-    def _gates(config: "NetworkConfig", backend: str, device: torch.device) -> str:
+    def _gates(config: "CoreConfig", backend: str, device: torch.device) -> str:
         """What computes the gates. A run that goes on elsewhere may have to take others."""
         settings = (device, COMPUTE[config.precision], config.activation)
         if backend == "triton":
@@ -186,18 +184,18 @@ class _Trellis(Core):
 
 
 class _AWDLSTM(Core):
-    network = AWDLSTM
+    module = AWDLSTM
     reads = frozenset({"wdrop"})
 
-    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+    def options(self, config: "CoreConfig") -> dict[str, Any]:
         return super().options(config) | {"weight_dropout": config.wdrop}
 
 
 class _TCN(Core):
-    network = TCN
+    module = TCN
     reads = frozenset({"ksize"})
 
-    def check(self, config: "NetworkConfig") -> None:
+    def check(self, config: "CoreConfig") -> None:
         super().check(config)
         if config.nlevels > 30:
             raise UserError(f"--nlevels {config.nlevels}: a TCN's dilation doubles with every block; 30 are the most")
@@ -206,20 +204,20 @@ class _TCN(Core):
         if config.repack:
             raise UserError("--repack: a TCN carries no state; pass --no-repack and a --seq_len above --horizon")
 
-    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+    def options(self, config: "CoreConfig") -> dict[str, Any]:
         return super().options(config) | {"kernel_size": config.ksize}
 
     def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
         """As there; a TCN drops single numbers of its input itself, not channels for a whole sequence."""
-        network = functools.partial(TCN, input_dropout=config.dropouti)
-        return super().language_model_options(config) | {"network": network, "input_dropout": 0.0}
+        core = functools.partial(TCN, input_dropout=config.dropouti)
+        return super().language_model_options(config) | {"core": core, "input_dropout": 0.0}
 
     def embedding_init(self, token: str) -> Callable[[Tensor], Any] | None:
         return functools.partial(nn.init.normal_, std=tcn.INIT_STD) if token == "words" else None
 
 
 class _RHN(Core):
-    network = RHN
+    module = RHN
     reads = frozenset({"gate_bias"})
 
     def check_language_model(self, config: "LanguageModelConfig") -> None:
@@ -229,7 +227,7 @@ class _RHN(Core):
                 f"{config.nhid}, and when tied --emsize too"
             )
 
-    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+    def options(self, config: "CoreConfig") -> dict[str, Any]:
         return super().options(config) | {"gate_bias": config.gate_bias}
 
     def embedding_init(self, token: str) -> Callable[[Tensor], Any]:
@@ -240,10 +238,10 @@ class _RHN(Core):
 
 
 class _SparseLSTM(Core):
-    network = SparseStack
+    module = SparseStack
     reads = frozenset({"wdrop", "sparse_mode", "sparse_fract"})
 
-    def options(self, config: "NetworkConfig") -> dict[str, Any]:
+    def options(self, config: "CoreConfig") -> dict[str, Any]:
         own = {"weight_dropout": config.wdrop, "mode": config.sparse_mode, "fraction": config.sparse_fract}
         return super().options(config) | own
 

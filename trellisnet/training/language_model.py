@@ -15,8 +15,8 @@ from trellisnet.baselines import SparseEmbedding, sparse
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, only_held_out, open_words
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
+from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.distributed import Ranks
-from trellisnet.training.network import NetworkConfig
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.programs import Program
 from trellisnet.training.settings import setting
@@ -28,7 +28,7 @@ Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
 
 
 @dataclass(kw_only=True)
-class LanguageModelConfig(NetworkConfig):
+class LanguageModelConfig(CoreConfig):
     """Settings that the language models share, under the authors' names."""
 
     data_settings: ClassVar = ("data", "vocab_order")
@@ -212,7 +212,7 @@ def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguage
     """The language model of a configuration.
 
     Raises:
-        UserError: sizes that the network cannot have.
+        UserError: sizes that the core cannot have.
     """
     try:
         model = _build(config, vocab_size)

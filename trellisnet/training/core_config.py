@@ -7,30 +7,31 @@ from typing import Any, Self
 import torch
 
 from trellisnet import ops
+from trellisnet.core import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
 from trellisnet.training.config import RunConfig
-from trellisnet.training.cores import CORES, PARTICULAR, TRELLISNET, Core
-from trellisnet.training.settings import setting
+from trellisnet.training.cores import CORES, PARTICULAR, Core
+from trellisnet.training.settings import properties_of, setting
 
 MOST_LAYERS = 100_000  # far beyond any use; lists with an entry per layer stay small
 
 # Settings that stand for arguments of the library under another name.
 SETTINGS = {
     "weight_norm": "wnorm", "embedding_size": "emsize", "output_size": "nout", "hidden_size": "nhid",
-    "kernel_size": "ksize", "kernel_groups": "mixed_group", "network": "model",
+    "kernel_size": "ksize", "kernel_groups": "mixed_group", "core": "model",
 }  # fmt: skip
 
 
 @dataclass(kw_only=True)
-class NetworkConfig(RunConfig):
-    """Settings of a network, under the authors' names of TrellisNet where they have one.
+class CoreConfig(RunConfig):
+    """Settings of a core, under the authors' names of TrellisNet where they have one.
 
     Another `model` has presets of its own: `--model rhn` means the preset `rhn`, and `--model rhn --preset small` the
     preset `rhn-small`.
     """
 
-    model: str = setting(TRELLISNET, "core between embedding and head", group="model", choices=tuple(CORES))
+    model: str = setting(TrellisNet.core_name, "core between embedding and head", group="model", choices=tuple(CORES))
     mc_dropout: int = setting(
         0, "also score by the mean of N passes with dropout (Monte Carlo); 0: not", group="evaluation", at_least=0
     )
@@ -78,8 +79,8 @@ class NetworkConfig(RunConfig):
         Raises:
             UserError: a preset of another model.
         """
-        preset, model = given.get("preset", "default"), given.get("model", TRELLISNET)
-        if model == TRELLISNET:
+        preset, model = given.get("preset", "default"), given.get("model", TrellisNet.core_name)
+        if model == TrellisNet.core_name:
             return preset
         own = model if preset == "default" else f"{model}-{preset}"
         if own in cls.presets:
@@ -90,10 +91,17 @@ class NetworkConfig(RunConfig):
         known = f"has {', '.join(names)}" if names else f"has none in {cls.task}"
         raise UserError(f"--preset {preset}: is no preset of --model {model}, which {known}")
 
+    @classmethod
+    def is_listed(cls, name: str) -> bool:
+        """Whether `--help` lists a setting: not if only cores read it that the task does not offer."""
+        cores = (CORES[core] for core in properties_of(cls, "model").choices)
+        is_read = name not in PARTICULAR or any(name in core.reads for core in cores)
+        return is_read and super().is_listed(name)
+
     def validate(self) -> None:
         super().validate()
         preset = self.presets[self.preset]
-        if self.model != preset.get("model", TRELLISNET):
+        if self.model != preset.get("model", TrellisNet.core_name):
             raise UserError(f"--model {self.model}: --preset {self.preset} is of {preset['model']}; leave one out")
         for field in dataclasses.fields(self):
             unread = field.name in PARTICULAR - self.core.reads
@@ -107,8 +115,8 @@ class NetworkConfig(RunConfig):
             found["hidden_size"] -= found.get("output_size", self.channels() - self.nhid)
             if found["hidden_size"] == self.nhid:
                 del found["hidden_size"]
-        if "network" in found:
-            found["network"] = next(name for name, core in CORES.items() if core.network is found["network"])
+        if "core" in found:
+            found["core"] = found["core"].core_name
         return {SETTINGS.get(name, name): value for name, value in found.items()}
 
     def notices(self, device: torch.device) -> list[str]:
