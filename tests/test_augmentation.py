@@ -32,10 +32,10 @@ def test_by_default_images_are_unchanged(side, colours):
 def test_whole_shifts_and_mirror_images_move_values_and_pad_with_zeros():
     pixels = images(1, 5, 2)
     image = pixels.view(5, 5, 2)
-    found = AffineMaps(shift=2, whole_pixels=True)(pixels, torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, -2.0]]]))
+    augmented = AffineMaps(shift=2, whole_pixels=True)(pixels, torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, -2.0]]]))
     expected = torch.zeros_like(image)
     expected[2:, :4] = image[:3, 1:]  # read one pixel further right and two further up
-    assert torch.equal(found.view(5, 5, 2), expected)
+    assert torch.equal(augmented.view(5, 5, 2), expected)
     mirrored = AffineMaps(mirror=True)(pixels, torch.tensor([[[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]))
     assert torch.equal(mirrored.view(5, 5, 2), image.flip(1))
 
@@ -71,11 +71,11 @@ def test_amounts_are_as_requested():
 def test_images_of_the_tasks(module, side, colours):
     maps, pixels = module.Config.augmentation, images(64, side, colours)
     drawn = draws(maps, 64)
-    found = maps(pixels, drawn)
-    assert (found.shape, found.dtype) == (pixels.shape, torch.uint8)
-    assert torch.equal(found, maps(pixels, draws(maps, 64)))
-    assert torch.equal(found[10:20], maps(pixels[10:20], drawn[10:20]))  # independent of the rest of the batch
-    assert not torch.equal(found, maps(pixels, draws(maps, 64, seed=4)))
+    augmented = maps(pixels, drawn)
+    assert (augmented.shape, augmented.dtype) == (pixels.shape, torch.uint8)
+    assert torch.equal(augmented, maps(pixels, draws(maps, 64)))
+    assert torch.equal(augmented[10:20], maps(pixels[10:20], drawn[10:20]))  # independent of the rest of the batch
+    assert not torch.equal(augmented, maps(pixels, draws(maps, 64, seed=4)))
     bright = maps(torch.full_like(pixels, 255), drawn)
     assert bright.float().mean() > 200
     with pytest.raises(ValueError, match="expected square images, got 6 pixels"):

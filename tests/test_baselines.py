@@ -193,11 +193,11 @@ def test_the_size_of_a_stack(sizes, mode, fraction, parameters):
 
 def test_which_layers_a_mode_reduces():
     def reductions(mode, layers):
-        made = []
+        built = []
         stack = SparseStack(60, 80, layers, output_size=60, mode=mode, fraction=0.5, device="meta")
         for layer in stack.layers:
-            made.append((layer.inputs != [(0, layer.input_size)], len(layer.parts)))
-        return made
+            built.append((layer.inputs != [(0, layer.input_size)], len(layer.parts)))
+        return built
 
     dense = (False, 1)
     assert reductions("sparse_emb", 3)[1] == dense
@@ -527,8 +527,8 @@ def test_how_much_an_rhn_forgets_at_the_start():
     with torch.no_grad():
         for p in (core.weight_x, core.weight_h, core.bias[:, :5]):
             p.zero_()
-    kept = core(torch.zeros(1, 1, 3), (torch.ones(1, 5),)).output
-    assert_close(kept, torch.full((1, 1, 5), 0.281034), atol=1e-6, rtol=0)
+    output = core(torch.zeros(1, 1, 3), (torch.ones(1, 5),)).output
+    assert_close(output, torch.full((1, 1, 5), 0.281034), atol=1e-6, rtol=0)
     assert (RHN(3, 5, 2, gate_bias=-4.0).bias[:, 5:] == -4).all()
 
 
@@ -550,10 +550,10 @@ def test_words_are_dropped_per_row_and_at_all_positions_of_it():
     expected = module.embedding.weight * mask[:, None, :, None] / 0.5
     assert torch.equal(embedded, expected.expand(2, 3, 40, 12))
     torch.manual_seed(0)
-    kept = (module.train().embed(ids).view(2, 3, 40, 12) != 0).any(3)  # (row, occurrence, word)
-    assert torch.equal(kept, kept[:, :1].expand_as(kept))
-    assert not torch.equal(kept[0], kept[1])
-    assert 0.2 < kept.float().mean() < 0.8
+    survivors = (module.train().embed(ids).view(2, 3, 40, 12) != 0).any(3)  # (row, occurrence, word)
+    assert torch.equal(survivors, survivors[:, :1].expand_as(survivors))
+    assert not torch.equal(survivors[0], survivors[1])
+    assert 0.2 < survivors.float().mean() < 0.8
 
 
 # -- predefined sparseness ---------------------------------------------------------------------------------------------
@@ -605,12 +605,12 @@ def test_row_dropout_is_shared_by_the_blocks_and_spares_the_softmax():
     module = model("awd-lstm", embedding=embedding, embedding_dropout=0.5).train()
     torch.manual_seed(1)
     embedded = module.embed(torch.arange(40).unsqueeze(0))[0]
-    kept = [(embedded[:, a:b] != 0).any(1) for a, b in module.embedding.columns]
-    for block, each in zip(module.embedding.blocks, kept, strict=True):
+    survivors = [(embedded[:, a:b] != 0).any(1) for a, b in module.embedding.columns]
+    for block, each in zip(module.embedding.blocks, survivors, strict=True):
         there = torch.arange(40) >= 40 - block.size(0)
-        assert torch.equal(each[there], kept[0][there])
-    assert 0 < kept[0].sum() < 40
-    assert_close(embedded[kept[0]], 2 * module.embedding.weight[kept[0]])
+        assert torch.equal(each[there], survivors[0][there])
+    assert 0 < survivors[0].sum() < 40
+    assert_close(embedded[survivors[0]], 2 * module.embedding.weight[survivors[0]])
 
 
 @pytest.mark.parametrize("options", [{"n_experts": 2}, {"cutoffs": [10, 25]}])

@@ -180,8 +180,8 @@ def test_classifier(name, container, tmp_path):
     assert list(written.items()) == list(case.meta["state_dict"].items())
 
     inputs, targets = case.arrays["inputs"].transpose(1, 2), case.arrays["targets"]
-    given = case.masks()
-    masks = given._replace(input=given.input.transpose(1, 2)) if given.input is not None else None
+    explicit = case.masks()
+    masks = explicit._replace(input=explicit.input.transpose(1, 2)) if explicit.input is not None else None
     for lengths in (None, torch.full((inputs.size(0),), inputs.size(1))):
         model.zero_grad()
         out = model(inputs, case.state(), lengths=lengths, masks=masks)

@@ -239,14 +239,14 @@ def test_in_bfloat16_only_products_are_rounded():
     """Bias, softmax and losses keep float32: with a weight of zero nothing is lost."""
     (x, _, bias, _), target, scale = inputs(50, 1, E=4, V=30, dtype=torch.float32)
     zero = torch.zeros(30, 4, requires_grad=True)
-    found = []
+    outcomes = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             total, losses = cross_entropy(x, zero, bias, target, scale)
         assert (total.dtype, losses.dtype) == (torch.float32, torch.float32)
-        found.append((total, losses, *torch.autograd.grad(total, [bias])))
+        outcomes.append((total, losses, *torch.autograd.grad(total, [bias])))
         total, _ = cross_entropy(x, zero, bias, target, scale)
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*outcomes, strict=True):
         assert torch.equal(a, b)
 
 

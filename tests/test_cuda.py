@@ -50,8 +50,8 @@ def computed(inputs, device, dtype, precision="fp32", carried=True, **options):
         outs = [out.output, *out.state, *out.aux]
         generator = torch.Generator().manual_seed(9)
         probes = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(device, o.dtype) for o in outs]
-        found = torch.autograd.grad(outs, wanted, probes, allow_unused=True)
-    return [*outs, *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
+        results = torch.autograd.grad(outs, wanted, probes, allow_unused=True)
+    return [*outs, *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, results, strict=True))]
 
 
 @ON_BOTH
@@ -95,13 +95,13 @@ def test_the_gradient_of_the_kernel_by_one_product_or_several(precision, monkeyp
     inputs["weight_h"] *= 0.2
     options = {"num_layers": 12, "dilation": (1,), "output_size": 8, "start": 20, "backend": "fused"}
     exact = computed(inputs, "cpu", torch.float64, **options)
-    found = []
+    results = []
     for arena in (1 << 31, 0):
         monkeypatch.setattr(fused, "ARENA", arena)
-        found.append(computed(inputs, "cuda", torch.float32, precision, **options))
-        for a, b in zip(found[-1], exact, strict=True):
+        results.append(computed(inputs, "cuda", torch.float32, precision, **options))
+        for a, b in zip(results[-1], exact, strict=True):
             assert_near(a, b, TOLERANCE[precision])
-    one, several = (grads[-4].double().cpu() for grads in found)  # of weight_h
+    one, several = (grads[-4].double().cpu() for grads in results)  # of weight_h
     assert_near(one, several, 1e-5)  # both are summed in float32
 
 
@@ -154,7 +154,7 @@ def test_losses_and_their_gradients(precision, kind):
 
 
 def test_training_follows_that_on_the_cpu():
-    found = []
+    results = []
     rows = torch.randint(60, (4, 120), generator=torch.Generator().manual_seed(0))
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
@@ -168,8 +168,8 @@ def test_training_follows_that_on_the_cpu():
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             losses.append(terms["loss"].item())
-        found.append(losses)
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+        results.append(losses)
+    assert results[1] == pytest.approx(results[0], rel=1e-3)
 
 
 TEXT = """--data synthetic --emsize 16 --nhid 40 --nout 16 --nlevels 6 --horizon 20 --repack --seq_len 0 --batch_size 20

@@ -55,16 +55,16 @@ def test_a_call_equals_a_module_of_this_depth(options, depth):
         x, h, c = (
             torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 9, 3), (2, 6), (2, 6))
         )
-        found = []
+        outcomes = []
         for runner, layers in ((module, {"num_layers": depth}), (built, {})):
             torch.manual_seed(1)  # the same masks
             out = runner(x, (h, c), **call, **layers)
             assert len(out.aux) == (depth // 2 if "aux_every" in call else 0)
-            found.append(results(runner, [out.output, *out.state, *out.aux], x, h, c))
-        assert_close(*found, **EXACT)
+            outcomes.append(results(runner, [out.output, *out.state, *out.aux], x, h, c))
+        assert_close(*outcomes, **EXACT)
         assert module.num_layers == OWN
         torch.manual_seed(1)
-        assert not torch.equal(module(x, (h, c), **call).output, found[0][0])
+        assert not torch.equal(module(x, (h, c), **call).output, outcomes[0][0])
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -92,21 +92,21 @@ def test_models_pass_the_depth_on(depth):
 
     model, built = pair(language, depth)
     tokens, targets = torch.randint(11, (2, 9)), torch.randint(11, (2, 9))
-    found = []
+    outcomes = []
     for runner, layers in ((model, {"num_layers": depth}), (built, {})):
         out = runner(tokens, aux_every=1, **layers)
-        found.append(results(runner, [runner.loss(out.output, targets), *out.state, *out.aux]))
-    assert_close(*found, **EXACT)
+        outcomes.append(results(runner, [runner.loss(out.output, targets), *out.state, *out.aux]))
+    assert_close(*outcomes, **EXACT)
     features, _ = model.stream(tokens, model.init_stream(2, num_layers=depth))
     assert_close(features, built.eval()(tokens).output.detach(), **EXACT)
 
     model, built = pair(lambda num_layers: TrellisClassifier(2, 5, 6, num_layers, dilation=(1, 2)), depth)
     x = torch.randn(3, 9, 2, dtype=torch.float64)
     for lengths in (None, [9, 2, 4]):
-        found = []
+        outcomes = []
         for runner, layers in ((model, {"num_layers": depth}), (built, {})):
-            found.append(results(runner, runner(x, lengths=lengths, **layers)[:1]))
-        assert_close(*found, **EXACT)
+            outcomes.append(results(runner, runner(x, lengths=lengths, **layers)[:1]))
+        assert_close(*outcomes, **EXACT)
 
 
 def test_layer_steps_of_a_depth():

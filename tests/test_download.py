@@ -430,15 +430,15 @@ def test_concurrent_downloads_of_a_file_take_turns(mirror, tmp_path):
         whole(handler)
 
     mirror.answers["/slow"] = slow
-    source, found = mirror.source("/slow"), []
-    others = [threading.Thread(target=lambda: found.append(fetch(source, tmp_path))) for _ in range(3)]
+    source, fetched = mirror.source("/slow"), []
+    others = [threading.Thread(target=lambda: fetched.append(fetch(source, tmp_path))) for _ in range(3)]
     for other in others:
         other.start()
     assert started.wait(10)
     assert fetch(source, tmp_path).read_bytes() == BODY
     for other in others:
         other.join()
-    assert found == [tmp_path / "train.txt"] * 3
+    assert fetched == [tmp_path / "train.txt"] * 3
     assert mirror.paths() == ["/slow"]
     assert left(tmp_path) == ["train.txt"]
 
@@ -452,9 +452,9 @@ def test_an_interruption_keeps_the_partial_file(mirror, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fetch(mirror.source("/whole"), tmp_path)
     assert left(tmp_path) == ["train.txt.part"]
-    kept = part_of(tmp_path).read_bytes()
-    assert 0 < len(kept) < len(BODY)
-    assert BODY.startswith(kept)
+    partial = part_of(tmp_path).read_bytes()
+    assert 0 < len(partial) < len(BODY)
+    assert BODY.startswith(partial)
 
 
 def test_a_folder_that_cannot_be_written_is_named(mirror, tmp_path):

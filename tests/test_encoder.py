@@ -42,11 +42,11 @@ def encode_files(paths, cache, **options):
     return encoder.encode_files(Texts(paths), cache, **options)
 
 
-def same(found, expected):
-    assert found.vocabulary == expected.vocabulary
-    assert found.sha256 == expected.sha256
+def same(ours, expected):
+    assert ours.vocabulary == expected.vocabulary
+    assert ours.sha256 == expected.sha256
     for split in SPLITS:
-        stream = getattr(found, split)
+        stream = getattr(ours, split)
         assert stream.dtype == torch.int32
         assert torch.equal(stream.to(torch.int64), getattr(expected, split))
 
@@ -96,9 +96,9 @@ def test_any_text_is_encoded_as_in_memory(tmp_path, monkeypatch, block):
             for _ in SPLITS
         ]
         order = draw.choice(["appearance", "frequency"])
-        found = encode_files(written(tmp_path / f"{number}", texts), tmp_path / "cache", order=order, label="x")
-        same(found, reference(texts, order))
-        assert found.label == "x"
+        ours = encode_files(written(tmp_path / f"{number}", texts), tmp_path / "cache", order=order, label="x")
+        same(ours, reference(texts, order))
+        assert ours.label == "x"
 
 
 def test_every_unicode_space_separates(tmp_path):
@@ -162,9 +162,9 @@ def test_bad_files_are_refused_as_in_memory(paths, tmp_path, monkeypatch, block,
         paths[1].write_bytes(content)
     with pytest.raises(UserError) as expected:
         "".join(text_files.Part(paths[1]).pieces())
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as raised:
         encode_files(paths, tmp_path / "cache", label="x")
-    assert str(found.value) == str(expected.value)
+    assert str(raised.value) == str(expected.value)
     assert not (tmp_path / "cache").exists() or left(tmp_path / "cache") == []
 
 
@@ -323,7 +323,7 @@ def test_a_kill_leaves_nothing_under_the_name(paths, tmp_path):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_several_may_build_at_once(paths, tmp_path, monkeypatch, damaged):
-    cache, found, encoded = tmp_path / "cache", [], encoder._encode
+    cache, encodings, encoded = tmp_path / "cache", [], encoder._encode
     if damaged:
         encode_files(paths, cache, label="x")
         (folder,) = cache.iterdir()
@@ -336,13 +336,15 @@ def test_several_may_build_at_once(paths, tmp_path, monkeypatch, damaged):
         return vocabulary
 
     monkeypatch.setattr(encoder, "_encode", together)
-    others = [threading.Thread(target=lambda: found.append(encode_files(paths, cache, label="x"))) for _ in range(4)]
+    others = [
+        threading.Thread(target=lambda: encodings.append(encode_files(paths, cache, label="x"))) for _ in range(4)
+    ]
     for other in others:
         other.start()
     for other in others:
         other.join()
-    assert len(found) == 4
-    for corpus in found:
+    assert len(encodings) == 4
+    for corpus in encodings:
         same(corpus, reference(TEXTS))
     assert len(left(cache)) == 1
 

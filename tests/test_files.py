@@ -122,10 +122,10 @@ def test_messages_are_printable_lines():
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_from_files_is_printed_as_one_short_line(tmp_path, text):
     path = tmp_path / "file"
-    told = [{"model": text}, {"cutoffs": [text] * 9}, {"activation": text}, {"vocabulary": text}]
+    metadata_of_files = [{"model": text}, {"cutoffs": [text] * 9}, {"activation": text}, {"vocabulary": text}]
     files = [{text: torch.zeros(1)}, {"encoder.weight": torch.zeros(1), text: torch.zeros(1)}]
-    files += [OrderedDict({"encoder.weight": torch.zeros(1)}) for _ in told]
-    for state, metadata in zip(files[2:], told, strict=True):
+    files += [OrderedDict({"encoder.weight": torch.zeros(1)}) for _ in metadata_of_files]
+    for state, metadata in zip(files[2:], metadata_of_files, strict=True):
         state._metadata = OrderedDict(trellisnet=metadata)
     for state in files if text != "\ud800" else []:  # torch cannot write this one
         torch.save(state, path)

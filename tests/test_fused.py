@@ -97,9 +97,9 @@ def test_recomputation_changes_nothing(recompute, k, dilation, length, activatio
         inputs |= {name: inputs[name][:4].clone() for name in ("weight_x", "weight_h", "bias")}
     options = {"num_layers": 7, "dilation": dilation, "output_size": 3, "start": length // 2, "aux_every": 2}
     options |= {"hidden_scale": MASK, "activation": activation, "inject_every": 2, "carried": carried}
-    kept, _ = run("fused", inputs, **options)
+    stored, _ = run("fused", inputs, **options)
     again, _ = run("fused", inputs, recompute=recompute, **options)
-    for a, b in zip(again, kept, strict=True):
+    for a, b in zip(again, stored, strict=True):
         assert_close(a, b, atol=1e-13, rtol=1e-13)
 
 
@@ -309,16 +309,16 @@ def test_an_empty_batch_and_no_gradient(dtype):
 
 def test_without_gradients_nothing_is_stored(monkeypatch):
     """Gates and cells are freed as soon as the layer above has read them."""
-    made, most = [], 0
+    tensors, most = [], 0
 
     def product(a, b):
         nonlocal most
-        most = max(most, sum(tensor.numel() for ref in made if (tensor := ref()) is not None))
-        made.append(weakref.ref(result := a @ b.t()))
+        most = max(most, sum(tensor.numel() for ref in tensors if (tensor := ref()) is not None))
+        tensors.append(weakref.ref(result := a @ b.t()))
         return result
 
     def watched(*shape, **options):
-        made.append(weakref.ref(tensor := torch.empty(*shape, **options)))
+        tensors.append(weakref.ref(tensor := torch.empty(*shape, **options)))
         return tensor
 
     for module in (fused, eager):
@@ -326,7 +326,7 @@ def test_without_gradients_nothing_is_stored(monkeypatch):
     monkeypatch.setattr(fused.products, "resolve", lambda *_: product)
     module, x, peaks = TrellisNet(3, 16, 12), torch.randn(4, 64, 3), []
     for gradients in (False, True):
-        made, most = [], 0
+        tensors, most = [], 0
         with torch.set_grad_enabled(gradients):
             module(x)
         peaks.append(most)
@@ -359,8 +359,8 @@ def test_the_equation_can_be_traced(options):
     x, tokens = torch.randn(2, 9, 3), torch.randint(7, (2, 9))
     for module, example, other in ((core, x, x[:1, :5]), (classifier, x, x[:1, :5]), (language, tokens, tokens[:, :4])):
         traced = torch.jit.trace(module, (example,))
-        for given in (example, other):
-            assert_close(traced(given)[0], module(given)[0])
+        for sequence in (example, other):
+            assert_close(traced(sequence)[0], module(sequence)[0])
     traced = torch.jit.trace_module(language.head, {"loss": (x, tokens)})
     assert_close(traced.loss(x[:1], tokens[:1]), language.head.loss(x[:1], tokens[:1]))
 

@@ -56,7 +56,7 @@ def test_the_fused_operator_agrees_with_the_equation(recompute, k, dilation, len
     ):
         options = {"num_layers": num_layers, "dilation": dilation, "output_size": 3, "activation": activation}
         options |= {"inject_every": inject_every, **settings}
-        found = []
+        derivatives = []
         for backend in ("fused", "reference"):
             tensors = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
             state = tuple(tensors.pop(name) for name in ("h0", "c0")) if carried else None
@@ -65,8 +65,8 @@ def test_the_fused_operator_agrees_with_the_equation(recompute, k, dilation, len
             out = trellis(**tensors, state=state, backend=backend, **options, **again)
             wanted = [*tensors.values(), *(state or ())]
             outputs = [out.output, *out.state, *out.aux]
-            found.append(second(outputs, wanted, torch.Generator().manual_seed(1)))
-        for a, b in zip(*found, strict=True):
+            derivatives.append(second(outputs, wanted, torch.Generator().manual_seed(1)))
+        for a, b in zip(*derivatives, strict=True):
             assert_close(a, b, **EXACT)
 
 
@@ -280,7 +280,7 @@ def test_a_step_of_maml(head):
 
 
 def test_third_derivatives():
-    found = []
+    derivatives = []
     for backend in ("fused", "reference"):
         net, x = trellisnet(backend)
         grad = x.requires_grad_()
@@ -288,9 +288,9 @@ def test_third_derivatives():
         for _ in range(2):
             (grad,) = torch.autograd.grad(value, x, create_graph=True)
             value = grad.square().sum()
-        found.append(torch.autograd.grad(value, x)[0])
-    assert_close(*found, **EXACT)
-    assert found[0].abs().max() > 1e-3
+        derivatives.append(torch.autograd.grad(value, x)[0])
+    assert_close(*derivatives, **EXACT)
+    assert derivatives[0].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -379,17 +379,17 @@ def test_ordinary_and_differentiable_backward_passes_in_any_order():
 @pytest.mark.parametrize("low", [False, True])
 def test_no_extra_memory_is_stored_for_them(low):
     """The rows of x, from which x̃ can be recomputed, share the memory that torch's own product stores."""
-    net, kept = TrellisNet(3, 4, 5, gemm="mm"), []
+    net, saved = TrellisNet(3, 4, 5, gemm="mm"), []
 
     def pack(tensor):
-        kept.append(tensor)
+        saved.append(tensor)
         return tensor
 
     x = torch.randn(7, 11, 3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", enabled=low):
         net(x).output.sum().backward()
-    rows = [t for t in kept if t.numel() == 11 * 7 * 6]
-    kernels = [t for t in kept if tuple(t.shape) in ((16, 6), (6, 16))]
+    rows = [t for t in saved if t.numel() == 11 * 7 * 6]
+    kernels = [t for t in saved if tuple(t.shape) in ((16, 6), (6, 16))]
     for same in (rows, kernels):
         assert len(same) == 2
         assert len({t.untyped_storage().data_ptr() for t in same}) == 1

@@ -168,8 +168,8 @@ def test_through_the_module(weight_norm, with_state):
         weight_x=torch.rand(20, 3, 1) > 0.3, weight_h=torch.rand(20, 5, 1) > 0.3, hidden=torch.rand(2, 5, 1) > 0.4
     )
     module.train()
-    for given in (masks, Masks()):
-        full, last = (module(x, state if with_state else None, last_only=v, masks=given) for v in (False, True))
+    for explicit in (masks, Masks()):
+        full, last = (module(x, state if with_state else None, last_only=v, masks=explicit) for v in (False, True))
         assert last.output.shape == (2, 1, 2)
         assert last.aux == []
         assert_close(last.output, full.output[:, -1:], atol=1e-12, rtol=0)

@@ -56,12 +56,12 @@ def test_core_and_operator_do_not_see_padding(backend):
     x, lengths = torch.randn(3, 7, 2), torch.tensor(LENGTHS)
     states, gradients = [], []
     for fill in (0, math.nan):
-        given = padded(x, fill)
-        out = core(given, lengths=lengths, aux_every=2)
+        filled = padded(x, fill)
+        out = core(filled, lengths=lengths, aux_every=2)
         counts = [hide_padding(part, lengths) for part in (out.output, *out.aux)]
         assert all(part.isfinite().all() for part in (out.output, *out.aux))
         gradients.append(torch.autograd.grad(sum(part.square().sum() for part in (*counts, *out.state)), kernels))
-        states.append(trellis(given, *kernels, None, lengths=lengths, backend=backend, **options).state)
+        states.append(trellis(filled, *kernels, None, lengths=lengths, backend=backend, **options).state)
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
     assert_close(states[1], states[0], rtol=0, atol=0)
 

@@ -49,12 +49,12 @@ def refusal(path, content=None, dimensions=3):
 @pytest.mark.parametrize("name", ["images", "images.gz"])
 def test_gzip_is_recognised_by_content(tmp_path, pack, name):
     (tmp_path / name).write_bytes(pack(IDX))
-    found = read_idx(tmp_path / name, 3)
-    assert found.dtype == np.uint8
-    assert (found == ARRAY).all()
-    assert pixels.idx_header(found) == IDX[:16]
-    assert pixels.idx_md5(found) == hashlib.md5(IDX).hexdigest()
-    torch.from_numpy(found)  # writable, or this warns
+    result = read_idx(tmp_path / name, 3)
+    assert result.dtype == np.uint8
+    assert (result == ARRAY).all()
+    assert pixels.idx_header(result) == IDX[:16]
+    assert pixels.idx_md5(result) == hashlib.md5(IDX).hexdigest()
+    torch.from_numpy(result)  # writable, or this warns
 
 
 def test_many_blocks_and_members(path):
@@ -168,24 +168,24 @@ def test_the_digest_depends_on_the_content_alone():
 
 def test_normalisation():
     x = torch.tensor([[[0], [51], [255]]], dtype=torch.uint8)
-    found = normalise(x, (0.1307,), (0.3081,))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, (x.double() / 255 - 0.1307).div(0.3081).float())
+    result = normalise(x, (0.1307,), (0.3081,))
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, (x.double() / 255 - 0.1307).div(0.3081).float())
     assert x.flatten().tolist() == [0, 51, 255]
-    found = normalise(torch.tensor([[[0, 255, 255]]], dtype=torch.uint8), (0.5, 0.5, 0.0), (0.5, 0.5, 2.0))
-    assert found.tolist() == [[[-1.0, 1.0, 0.5]]]
+    result = normalise(torch.tensor([[[0, 255, 255]]], dtype=torch.uint8), (0.5, 0.5, 0.0), (0.5, 0.5, 2.0))
+    assert result.tolist() == [[[-1.0, 1.0, 0.5]]]
 
 
 def test_the_permutation_is_fixed_by_its_seed():
     state = torch.get_rng_state()
-    found = permutation(784, 1111)
+    result = permutation(784, 1111)
     assert torch.equal(state, torch.get_rng_state())
-    assert found.dtype == torch.int64
-    assert sorted(found.tolist()) == list(range(784))
-    assert found[:8].tolist() == [604, 221, 359, 165, 644, 643, 204, 540]  # scores depend on it
+    assert result.dtype == torch.int64
+    assert sorted(result.tolist()) == list(range(784))
+    assert result[:8].tolist() == [604, 221, 359, 165, 644, 643, 204, 540]  # scores depend on it
     torch.manual_seed(5)
-    assert torch.equal(permutation(784, 1111), found)
-    assert not torch.equal(permutation(784, 1112), found)
+    assert torch.equal(permutation(784, 1111), result)
+    assert not torch.equal(permutation(784, 1112), result)
 
 
 # -- drawings ----------------------------------------------------------------------------------------------------------

@@ -91,9 +91,9 @@ def test_memory_does_not_grow():
     stream = module.init_stream(2)
     for length in (1, 5, 300, 2):
         _, stream = module.stream(x_of(length), stream)
-        kept = [stream.x, *stream.h, *stream.c]
-        sizes.add(sum(t.numel() for t in kept))
-        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in kept)
+        tensors = [stream.x, *stream.h, *stream.c]
+        sizes.add(sum(t.numel() for t in tensors))
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
     assert len(sizes) == 1
 
 

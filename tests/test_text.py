@@ -309,9 +309,9 @@ def test_a_single_file_trains(run, tmp_path, task):
 
 def started_by_an_earlier_version(path, sha256, vocabulary=None):
     """Give a checkpoint the digests that an earlier version would have written."""
-    found = checkpoint.load(path)
-    found["data"] = [sha256, *found["data"][1:4], vocabulary or found["data"][4]]
-    checkpoint.save(path, found)
+    stored = checkpoint.load(path)
+    stored["data"] = [sha256, *stored["data"][1:4], vocabulary or stored["data"][4]]
+    checkpoint.save(path, stored)
 
 
 def test_a_checkpoint_of_a_text_that_was_read_otherwise_is_refused_with_this_reason(run, tmp_path):
@@ -345,11 +345,11 @@ def test_a_checkpoint_of_a_stream_without_underscores_is_refused_with_this_reaso
 
 def test_weights_of_a_text_that_was_read_otherwise_are_refused_with_this_reason(run, tmp_path):
     folder = written(tmp_path / "text", LONG, STORED["CR LF"])
-    kept, loaded = tmp_path / "weights.pkl", char_ptb.data.load(folder)
+    file, loaded = tmp_path / "weights.pkl", char_ptb.data.load(folder)
     old = [*loaded.vocabulary, "\r"]  # as an earlier version had it
     model = build_model(parse(Config, SMALL)[0], len(old))
-    weights.save_weights(model, kept, vocabulary=hashlib.sha256("\n".join(old).encode()).hexdigest())
-    code, _, err = run("char_ptb", *SMALL, "--data", folder, "--eval", "--load_weight", kept)
+    weights.save_weights(model, file, vocabulary=hashlib.sha256("\n".join(old).encode()).hexdigest())
+    code, _, err = run("char_ptb", *SMALL, "--data", folder, "--eval", "--load_weight", file)
     assert code == 2
     assert "was trained on another vocabulary" in err
     assert err.endswith(
