@@ -3,7 +3,6 @@
 Letters: N batch (rows), L length of a row, l length of a window.
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from trellisnet.training.tasks.base import LazyBatches, Losses, Progress, Task, 
 from trellisnet.training.tasks.windows import (
     Windows,
     cut,
+    grouped_features,
     no_window,
     random_spans,
     streamed_features,
@@ -313,32 +313,15 @@ class LanguageModeling(Task):
             return self.evaluate(rows, max_tokens=max_tokens, progress=progress)
         starts = windows.starts(rows.size(1))
         if starts and self.streams(windows):
-            if max_tokens is not None:  # the whole of the first window is scored
+            if max_tokens is not None:  # all of the first window is scored
                 starts = starts[: 1 + max(0, math.ceil((max_tokens - windows.length) / windows.stride))]
             positions = self.ranks.part(range(min(starts[-1] + windows.length, rows.size(1) - 1)))
-            with evaluating(self.model):
-                return self._averaged(streamed_features(self.model, rows, positions, windows.context, progress))
-        pieces = [windows.cut(rows, start) for start in starts]
-        if not pieces:
-            raise ValueError(f"a stream of {counted(stream.numel(), 'tokens')} holds no window with anything to score")
-        whole = [piece for piece in pieces[1:] if piece[0].size(1) == windows.length]
-        rest = [piece for piece in pieces[1:] if piece[0].size(1) != windows.length]
-        groups = [(0, pieces[:1])]  # the first window has nothing before it: all of it is scored
-        groups += [(windows.context, whole[i : i + batch_size]) for i in range(0, len(whole), batch_size)]
-        groups += [(windows.context, [piece]) for piece in rest]
-        if max_tokens is not None:
-            sizes = (sum(targets.size(1) - skip for _, targets in group) for skip, group in groups)
-            groups = groups[: 1 + sum(before < max_tokens for before in itertools.accumulate(sizes))]
-        groups = self.ranks.part(groups)
+            pieces = streamed_features(self.model, rows, positions, windows.context, progress)
+        else:
+            groups = self.ranks.part(windows.groups(stream.numel(), batch_size, max_tokens))
+            pieces = grouped_features(self.model, rows, windows, groups, progress)
         with evaluating(self.model):
-            total, tokens = 0.0, 0
-            for skip, group in tracked(groups, progress):
-                inputs, targets = (torch.cat(parts) for parts in zip(*group, strict=True))
-                loss = self.model.loss(self.model(inputs, start=skip).output, targets[:, skip:], reduction="sum")
-                total += loss.item()
-                tokens += targets[:, skip:].numel()
-        total, tokens = self.ranks.sum(total, tokens)
-        return {"loss": mean(total, tokens), "tokens": tokens}
+            return self._averaged(pieces)
 
     @torch.no_grad()
     def evaluate_mc(
@@ -388,59 +371,3 @@ class LanguageModeling(Task):
     def score(loss: float) -> float:
         """Perplexity of a mean loss in nats."""
         return math.exp(loss) if loss < 700 else math.inf
-
-
-class Reciting(LanguageModeling):
-    """Language modelling scored by accuracy: the share of targets that are the model's most probable token.
-
-    On the training text this measures memorisation ("learning to recite": Demeester et al., 2018, "Predefined
-    Sparseness in Recurrent Sequence Models", section 4.2).
-    """
-
-    score_name = "accuracy"
-    digits = 4
-    measured = ("loss", "accuracy")
-
-    def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            likeliest = self.model.log_prob(output, draw=False).argmax(-1)
-        return {"accuracy": (likeliest == targets).float().mean()}
-
-    def training_score(self, means: dict[str, float]) -> float:
-        """Accuracy during training, before each update."""
-        return means["accuracy"]
-
-    def scores(self, result: dict, split: str) -> dict[str, float]:
-        """Accuracy and perplexity of a result."""
-        return {"accuracy": result["accuracy"], "ppl": self.score(result["loss"])}
-
-
-class CharacterModeling(LanguageModeling):
-    """Next-character prediction, scored in bits per character (Table 3).
-
-    The same text can be spelled in more or fewer symbols, and bits per character are bits per *symbol*: two results
-    compare only on the same denominator. So every stream's is reported: `bpc` for the stream that is modelled, and
-    `bpc_<name>`, the same bits divided by the number of symbols that stream <name> spells the text in.
-
-    Args:
-        model: the language model.
-        symbols: name of a stream → split → its symbols per symbol of the stream that is modelled.
-        options: those of :class:`LanguageModeling`.
-    """
-
-    score_name = "bpc"
-    digits = 4
-
-    def __init__(self, model: TrellisLanguageModel, *, symbols: dict[str, dict[str, float]], **options):
-        super().__init__(model, **options)
-        self.symbols = symbols
-
-    @staticmethod
-    def score(loss: float) -> float:
-        """Bits of a mean loss in nats."""
-        return loss / math.log(2)
-
-    def scores(self, result: dict, split: str) -> dict[str, float]:
-        """Bits per character on every denominator."""
-        bpc = self.score(result["loss"])
-        return {"bpc": bpc} | {f"bpc_{name}": bpc / ratios[split] for name, ratios in self.symbols.items()}

@@ -3,9 +3,10 @@
 Letters: N batch (rows), L length of a row, l length of a window.
 """
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -93,6 +94,32 @@ class Windows:
         """Inputs and targets of the window at `start`, int64 (N, l); rows may be int32 to save memory."""
         return cut(rows, start, min(start + self.length, rows.size(1) - 1))
 
+    def groups(self, length: int, batch_size: int, max_tokens: int | None = None) -> list[tuple[int, list[int]]]:
+        """Group the windows of one row of `length` tokens so that all but its first token are scored.
+
+        Args:
+            length: of the row.
+            batch_size: windows of a group, which are equally long.
+            max_tokens: stop after the group that contains this many scored tokens.
+
+        Returns:
+            unscored positions at the start of each window, and starts of the windows. The first window, which has
+            nothing before it, is a group by itself and scored from its start.
+
+        Raises:
+            ValueError: the row is shorter than one window.
+        """
+        starts = self.starts(length)
+        if not starts:
+            raise no_window(length)
+        full = [start for start in starts[1:] if start + self.length < length]
+        groups = [(0, [0])] + [(self.context, full[i : i + batch_size]) for i in range(0, len(full), batch_size)]
+        groups += [(self.context, [start]) for start in starts[1 + len(full) :]]
+        if max_tokens is not None:
+            sizes = (sum(min(self.length, length - 1 - start) - skip for start in starts) for skip, starts in groups)
+            groups = groups[: 1 + sum(tokens < max_tokens for tokens in itertools.accumulate(sizes))]
+        return groups
+
     def carry(self, state: State) -> State | None:
         """The state to start the next window from."""
         # The state is a view of whole sequences; a copy lets those be freed.
@@ -142,6 +169,20 @@ def streamed_features(
         output, stream = model.stream(inputs, stream)
         if targets.size(1) > skip:
             yield output[:, skip:], targets[:, skip:]
+
+
+def grouped_features(
+    model: TrellisLanguageModel,
+    rows: Tensor,
+    windows: Windows,
+    groups: Sequence[tuple[int, list[int]]],
+    progress: Progress | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and targets of the scored positions of a row (1, L), for each of :meth:`Windows.groups` side by side."""
+    for skip, starts in tracked(groups, progress):
+        pairs = [windows.cut(rows, start) for start in starts]
+        inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        yield model(inputs, start=skip).output, targets[:, skip:]
 
 
 def windowed_features(
