@@ -27,6 +27,8 @@ def test_a_module_without_names_in_the_layout_is_refused(tmp_path, saved):
             self.core = TrellisNet(4, 6, 2)
 
     message = r"^model: expected a TrellisLanguageModel or a TrellisClassifier, got Tagger; save other modules with"
+    with pytest.raises(ValueError, match=message.replace("Tagger", "TrellisNet")):
+        save_weights(Tagger().core, tmp_path / "w.pkl")
     for use in (parameter_map, lambda m: save_weights(m, tmp_path / "w.pkl"), lambda m: load_weights(m, saved)):
         with pytest.raises(ValueError, match=message):
             use(Tagger())

@@ -46,16 +46,16 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     With another core than TrellisNet, parameters keep their own names.
 
     Raises:
-        ValueError: a module of another class around a TrellisNet, for which the authors have no names.
+        ValueError: another kind of module, whose parameters have no names in this layout.
     """
+    if not isinstance(model, Model):
+        expected = "expected a TrellisLanguageModel or a TrellisClassifier"
+        advice = "save other modules with torch.save(model.state_dict(), FILE)"
+        raise ValueError(f"model: {expected}, got {type(model).__name__}; {advice}")
     if not _is_trellis(model):
         return dict(model.named_parameters())
     if isinstance(model, TrellisClassifier):
         return _trellis_names(model) | {f"linear.{name}": p for name, p in model.head.named_parameters()}
-    if not isinstance(model, TrellisLanguageModel):
-        expected = "expected a TrellisLanguageModel or a TrellisClassifier"
-        advice = "save other modules with torch.save(model.state_dict(), FILE)"
-        raise ValueError(f"model: {expected}, got {type(model).__name__}; {advice}")
     names = {f"encoder.{name}": p for name, p in model.embedding.named_parameters()}
     if not model.tied:
         names["decoder.weight"] = model.head.weight
@@ -69,13 +69,13 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     return names
 
 
-def _is_trellis(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "core", None), TrellisNet)
+def _is_trellis(model: Model) -> bool:
+    return isinstance(model.core, TrellisNet)
 
 
-def _core_of(model: nn.Module) -> str:
-    """The name of the core, which is the value of `--model`."""
-    return getattr(getattr(model, "core", None), "core_name", TrellisNet.core_name)
+def _core_of(model: Model) -> str:
+    """Return the name of the core, a value of `--model`."""
+    return getattr(model.core, "core_name", TrellisNet.core_name)
 
 
 def _prefix(model: Model) -> str:
