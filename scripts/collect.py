@@ -1,6 +1,6 @@
-"""Write RESULTS.md, and the quoted output in README.md, from the records in results/; or print a table of the paper.
+"""Write RESULTS.md and the marked blocks of all README.md from the records in results/; or print a table of the paper.
 
-    python scripts/collect.py           write both files
+    python scripts/collect.py           write the files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
     python scripts/collect.py --table 1 print Table 1 beside what scripts/table1.sh has trained so far; likewise
                                         --table rhn, sparse, compare
@@ -12,11 +12,13 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     precision                   what scripts/precision.sh has trained, as <precision>-<seed>.json
     compare_<minutes>_minutes   what scripts/compare.sh has trained, a result <row>/ each
     adapted                     metrics of --eval with --cache or --dynamic_eval
-    memory, speed               metrics of a few updates; what scripts/bench.py has written: both for README.md
+    memory, speed               metrics of a few updates; what scripts/bench.py has written: for blocks of pages
     long_memory                 what scripts/memory.sh has trained, a result <row>/ each
     torture                     what scripts/torture.py and, as ranks.json, scripts/compare_ranks.py have written
 
-Nothing in RESULTS.md is written by hand.
+A page receives a block between `<!-- NAME: begin -->` and `<!-- NAME: end -->`: `output of RESULT`, `speed`, `memory`,
+`shipped` (models with weights in results/) or `flags`. RESULTS.md quotes the block `not comparable` of whichever page
+has it; the rest of RESULTS.md is not written by hand.
 """
 
 import argparse
@@ -24,14 +26,15 @@ import functools
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
 from scripts.reports import results
-from scripts.reports.markdown import comparisons, paper_table, readme
+from scripts.reports.markdown import comparisons, paper_table
+from scripts.reports.pages import PAGES, blocks
 from scripts.reports.records import is_result, place, read_run
 from scripts.reports.tables import TABLES
 from trellisnet.serialization import atomic_write
@@ -48,8 +51,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {"precision": results.precisions, "
 ELSEWHERE = ("figures", "memory", "speed", "torture", "adapted", "long_memory")
 
 
-def report(root: Path, readme_text: str) -> str:
-    """RESULTS.md, with what README.md says of published tables."""
+def report(root: Path, page_texts: Iterable[str]) -> str:
+    """RESULTS.md, with what a page says of published tables."""
     folders, comparisons = [], []
     everything = [path for path in (root / "results").glob("[!.]*") if path.is_dir()]
     for path in sorted(everything, key=lambda path: place(path / "metrics.json")):
@@ -65,9 +68,9 @@ def report(root: Path, readme_text: str) -> str:
     parts += [SECTIONS.get(path.name.split("_")[0], results.ablations)(path) for path in comparisons]
     parts += map(results.adapted, sorted((root / "results" / "adapted").glob("*.json"), key=place))
     parts += filter(None, [results.long_memory(root)])
-    caveats = re.search(r"<!-- not comparable: begin -->\n(.*?)<!-- not comparable: end -->", readme_text, re.DOTALL)
-    if caveats and caveats[1]:
-        parts.append(f"## What in the published tables is not comparable\n\n{caveats[1]}")
+    caveats = re.compile(r"<!-- not comparable: begin -->\n(.+?)<!-- not comparable: end -->", re.DOTALL)
+    for caveat in filter(None, map(caveats.search, page_texts)):
+        parts.append(f"## What in the published tables is not comparable\n\n{caveat[1]}")
     for path in sorted((root / "results" / "torture").glob("*.json")):
         parts.append((results.ranks if path.stem == "ranks" else results.faults)(path))
     return "\n".join(parts)
@@ -84,12 +87,12 @@ def run(argv: Sequence[str]) -> int:
     if args.table:
         print(comparisons(args.root) if args.table == "compare" else paper_table(args.table, args.root))
         return 0
-    text = readme((args.root / "README.md").read_text(encoding="utf-8"), args.root)
+    pages = [path for pattern in PAGES for path in sorted(args.root.glob(pattern))]
+    texts = {path: blocks(path.read_text(encoding="utf-8"), args.root) for path in pages}
     stale = []
-    for name, content in {"RESULTS.md": report(args.root, text), "README.md": text}.items():
-        path = args.root / name
+    for path, content in {args.root / "RESULTS.md": report(args.root, texts.values()), **texts}.items():
         if not path.exists() or path.read_text(encoding="utf-8") != content:
-            stale.append(name)
+            stale.append(path.relative_to(args.root).as_posix())
             if not args.check:
                 with atomic_write(path) as file:
                     file.write(content.encode())

@@ -1,4 +1,4 @@
-"""scripts/collect.py: RESULTS.md, the blocks of README.md, the papers' tables, and the records that are refused."""
+"""scripts/collect.py: RESULTS.md, the blocks of all README.md, the papers' tables, and the records that are refused."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import pytest
 
 from cases import committed
 from scripts import collect
+from scripts.reports.pages import PAGES
 from scripts.reports.tables import COMPARED, PUBLISHED, TABLES
 from trellisnet.training.config import PROJECT
 
@@ -93,12 +94,16 @@ def test_a_named_pipe_is_refused(root, capsys):
     assert "a named pipe, not a regular file" in capsys.readouterr().err
 
 
-def test_readme_quotes_the_output_of_a_run(root):
+@pytest.mark.parametrize("room", ["", "word_ptb", "trellisnet/training", "results/one"])
+def test_every_page_quotes_the_output_of_a_run(root, capsys, room):
     folder = root()
+    page = folder / room / "README.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
     begin, end = "<!-- output of one: begin -->", "<!-- output of one: end -->"
-    (folder / "README.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert collect.main(["--root", str(folder)]) == 0
-    text = (folder / "README.md").read_text()
+    assert capsys.readouterr().out == f"written: RESULTS.md, {page.relative_to(folder)}\n"
+    text = page.read_text()
     assert "\nepoch   2  lr 20  train ppl 150.00  valid ppl 125.00 *  1m40s  50 tok/s\nvalid ppl 121.51  loss" in text
     assert "\ntest ppl 109.95  loss 4.7000 nats  81,720 tokens\n```\n" in text
     assert "old" not in text
@@ -107,11 +112,48 @@ def test_readme_quotes_the_output_of_a_run(root):
 
 
 def test_the_committed_pages_are_up_to_date(tmp_path):
-    for path in (*committed("results/**/*"), *committed("*.md")):
+    for path in {path for pattern in ("results/**/*", "RESULTS.md", *PAGES) for path in committed(pattern)}:
         copy = tmp_path / path.relative_to(PROJECT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(path)
     assert collect.main(["--check", "--root", str(tmp_path)]) == 0
+
+
+def test_a_block_that_results_quotes_may_stand_on_any_page(root):
+    folder = root()
+    (folder / "word_ptb").mkdir()
+    block = "<!-- not comparable: begin -->\n- sizes\n<!-- not comparable: end -->\n"
+    (folder / "word_ptb" / "README.md").write_text(f"before\n{block}after\n")
+    assert collect.main(["--root", str(folder)]) == 0
+    assert "\n## What in the published tables is not comparable\n\n- sizes\n" in (folder / "RESULTS.md").read_text()
+
+
+def test_shipped_models(root):
+    folder = root(load_weight="results/zero/weights.pkl")
+    (folder / "README.md").write_text("a\n<!-- shipped: begin -->\n<!-- shipped: end -->\nb\n")
+    exported = {"task": "word_ptb", "params": 123456, "bytes": 250_000, "commit": "0123", "test": METRICS["test"]}
+    path = folder / "results" / "one" / "weights.json"
+    path.write_text(json.dumps(exported))
+    assert collect.main(["--root", str(folder)]) == 0
+    row = "| `one` | word_ptb | 123,456 | 109.95 ppl | 56.97 | CPU, 2 cores | 60 after `zero` | 0.2 MB |"
+    assert f"|--:|\n{row}\n<!-- shipped: end -->\nb\n" in (folder / "README.md").read_text()
+    path.write_text(json.dumps(exported | {"commit": "0123-dirty"}))
+    assert collect.main(["--root", str(folder)]) == 2
+
+
+def test_flags_of_all_tasks(root):
+    folder = root()
+    (folder / "README.md").write_text("<!-- flags: begin -->\n<!-- flags: end -->\n")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    for row in (
+        "| `--seed` | seed of all random numbers | 1111 |",
+        "| `--nlevels` | layers | 58 (word_ptb); 140 (char_ptb); 75 (wt103); 11 (images) |",
+        "| `--tied`, `--no-tied` (texts) | tie the output to the input embedding | on |",
+        "| `--activation` | gates of a layer (lstm, gru, tanh) | lstm |",
+    ):
+        assert f"\n{row}\n" in text
+    assert "--load`" not in text  # hidden
 
 
 def write_long_memory(root, row, **changes):

@@ -207,6 +207,17 @@ def read_run(folder: Path, *ignored: str) -> Run:
     return Run(folder, metrics | {"command": command}, epochs, evaluations)
 
 
+def read_shipped(root: Path) -> dict[str, tuple[Record, Record]]:
+    """weights.json and metrics.json of the results that have both, by name, in the order of the paper."""
+    found = {}
+    for path in sorted((root / "results").glob("*/weights.json"), key=place):
+        weights, metrics = read_json(path), path.with_name("metrics.json")
+        if metrics.is_file():
+            check_committed(path, weights)
+            found[path.parent.name] = weights, read_metrics(metrics)
+    return found
+
+
 def is_result(folder: Path) -> bool:
     """Whether a folder holds the files of one run, whatever it is called."""
     return any((folder / name).is_file() for name in ("metrics.json", "metrics.jsonl", "config.json"))

@@ -341,13 +341,17 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
 def _help(cls: type[RunConfig], field: dataclasses.Field) -> str:
     """The help text of a setting, with its default unless the text says it."""
     text = properties_of(cls, field.name).help.format(task=cls.task, default_data=cls.default_data)
+    return (text if "default:" in text else f"{text} (default: {default_text(field)})").replace("%", "%%")
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """The default of a setting as it is typed; a switch is on or off."""
     default = default_of(field)
     if isinstance(default, list):
         default = " ".join(map(str, default))
     if isinstance(default, bool):
         default = "on" if default else "off"
-    known = "" if "default:" in text else f" (default: {'none' if default == '' else default})"
-    return (text + known).replace("%", "%%")
+    return "none" if default == "" else str(default)
 
 
 def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any]]:
