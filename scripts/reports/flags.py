@@ -17,7 +17,7 @@ PLACEHOLDERS = {"task": "TASK", "default_data": "data/…"}
 
 
 def flags() -> list[str]:
-    """A heading and a table for each group of `--help`."""
+    """A heading and a table for each group of `--help`; † marks what a resumed run may change."""
     settings: dict[str, dict[str, dataclasses.Field]] = {}
     for task, config in CONFIGS.items():
         for field in dataclasses.fields(config):
@@ -34,7 +34,8 @@ def flags() -> list[str]:
         meaning = by_task({task: each.help.format(**PLACEHOLDERS) for task, each in properties.items()})
         choices = f" ({', '.join(first.choices)})" if first.choices else ""
         default = "" if "default:" in meaning else by_task({task: default_text(each) for task, each in fields.items()})
-        rows[first.group].append((f"`{flag}`{switch}{scope}", meaning + choices, default))
+        mark = " †" if first.resumable else ""
+        rows[first.group].append((f"`{flag}`{switch}{scope}{mark}", meaning + choices, default))
     lines = []
     for group in GROUPS:
         lines += [f"### {group.capitalize()}", "", *table(["flag", "meaning", "default"], rows[group]), ""]
