@@ -1,1 +1,1 @@
-"""Sequential CIFAR-10: images read pixel by pixel (Table 3 of the paper)."""
+"""Sequential CIFAR-10: images read pixel by pixel (Table 4 of the paper)."""

@@ -1,1 +1,1 @@
-"""Sequential and permuted MNIST: images read pixel by pixel (Table 3 of the paper)."""
+"""Sequential and permuted MNIST: images read pixel by pixel (Table 4 of the paper)."""

@@ -242,22 +242,6 @@ def test_resume_on_other_data_is_refused(tmp_path):
         run(tmp_path / "run", resume="last.pt", sha256="xyz")
 
 
-def test_checkpoints_of_an_earlier_version_are_continued(tmp_path):
-    """They do not know their task, count tokens under that name, and end the data before the vocabulary."""
-    _, whole, _ = run(tmp_path / "whole")
-    run(tmp_path / "run", max_steps=8)
-    old = checkpoint.load(tmp_path / "run" / "last.pt")
-    old["running"]["tokens"] = old["running"].pop("count")
-    old["data"] = old["data"][:4]
-    for name in ("last.pt", "best.pt"):
-        file = torch.load(tmp_path / "run" / name, weights_only=True)
-        content = old if name == "last.pt" else file["content"]
-        content = {key: value for key, value in content.items() if key != "task"}
-        torch.save({"format": 2, "sha256": checkpoint.sha256_of(content), "content": content}, tmp_path / "run" / name)
-    _, result, _ = run(tmp_path / "run", resume="last.pt")
-    assert result.test == whole.test
-
-
 SPOILT = {
     "loss": "the training loss became inf by step 8",
     "gradient": "the gradient is not finite by step 8",

@@ -132,7 +132,7 @@ def checkpoint_targets(folder: Path) -> Iterator[Target]:
     """Checkpoints without a run, read and memory-mapped."""
     torch.manual_seed(1)
     content = {
-        "task": None, "settings": {"lr": 2.0}, "command": "", "data": ["", 1, 2, 3, None], "average": None,
+        "task": "word_ptb", "settings": {"lr": 2.0}, "command": "", "data": ["", 1, 2, 3, None], "average": None,
         "model": {"w": torch.randn(30, 30)}, "optimizer": {"state": {}, "param_groups": []},
         "schedule": {"lr": 1.0, "history": [], "averaging": False}, "epoch": 0, "batch": 0, "step": 7,
         "carry": (torch.randn(4, 9), torch.randn(4, 9)), "best": None, "seconds": 0.0, "running": {}, "skipped": 0,

@@ -3,7 +3,7 @@
 The file holds `format` (the version of this layout), `content` and `sha256` (the digest of the content). The content is
 a dict of tensors and plain values:
 
-    task        the run's task; older checkpoints do not have it, and load as None
+    task        the run's task
     settings    all settings of the run
     command     the command line that started the run
     data        what the data are (`Splits.fingerprint`)
@@ -18,15 +18,11 @@ a dict of tensors and plain values:
     best        {epoch, valid}: the best validation result, or None
     seconds     wall time of training so far
     running     sums of the unfinished epoch's losses
-    skipped     steps skipped so far because their loss or gradient was not finite; not in older checkpoints
+    skipped     steps skipped so far because their loss or gradient was not finite
     rng         states of the random number generators of torch (CPU and CUDA), numpy and python
-    rng_others  those of the ranks after the first, a list; not in older checkpoints
-
-Format 1 differs from it in this: its content is what torch.save makes of this dict, as a tensor of bytes.
+    rng_others  those of the ranks after the first, a list
 """
 
-import hashlib
-import io
 import math
 import os
 import random
@@ -67,9 +63,9 @@ def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    if not isinstance(value, list) or not 4 <= len(value) <= 5:  # older ones end before the vocabulary
+    if not isinstance(value, list) or len(value) != 5:
         return False
-    return isinstance(value[0], str) and _is_list(value[1:4], _is_count) and isinstance(value[-1], str | int | None)
+    return isinstance(value[0], str) and _is_list(value[1:4], _is_count) and isinstance(value[4], str | None)
 
 
 def _is_optimizer(value: Any) -> bool:
@@ -120,7 +116,7 @@ def _is_rng_state(value: Any) -> bool:
 
 # What a value of the layout must be like.
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "task": lambda v: isinstance(v, str | None),
+    "task": lambda v: isinstance(v, str),
     "settings": _is_table,
     "command": lambda v: isinstance(v, str),
     "data": _is_data,
@@ -187,25 +183,20 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
     file = serialization.load(path, WHAT, mmap=mmap)
     if not isinstance(file, dict) or "format" not in file:
         raise UserError(f"{path}: not {WHAT}; weights in the authors' layout are loaded with --load_weight")
-    if file["format"] not in (1, FORMAT):
+    if file["format"] != FORMAT:
         raise UserError(
             f"{path}: checkpoint format {shown(file['format'], NAME)}, this version reads format {FORMAT}; "
             "continue the run with the version that started it (see its log.txt)"
         )
     content = file.get("content")
-    if file["format"] == 1:
-        content = _unpacked(content, file.get("sha256"), path)
-    elif isinstance(content, dict):
-        try:
-            ours = sha256_of(content)
-        except (TypeError, RuntimeError) as e:  # what no checkpoint holds: other objects, sparse tensors, a loop
-            raise UserError(f"{path}: not {WHAT}, or corrupt") from e
-        _check_sum(ours, file.get("sha256"), path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: not {WHAT}, or corrupt")
-    content.setdefault("task", None)
-    content.setdefault("skipped", 0)
-    content.setdefault("rng_others", [])
+    try:
+        digest = sha256_of(content)
+    except (TypeError, RuntimeError) as e:  # no checkpoint holds other objects, sparse tensors or a loop
+        raise UserError(f"{path}: not {WHAT}, or corrupt") from e
+    if digest != file.get("sha256"):
+        raise UserError(f"{path}: corrupt: its content does not match its sha256")
     if content.keys() != _FITS.keys():
         differ = shown(sorted(content.keys() ^ _FITS.keys(), key=repr), NAME)
         raise UserError(f"{path}: not {WHAT}, or corrupt (keys {differ})")
@@ -249,17 +240,3 @@ def load_best(path: Path, best: dict[str, Any], model: nn.Module) -> dict[str, A
     except ValueError as e:
         raise UserError(f"{path}: a corrupt checkpoint ({e})") from e
     return content
-
-
-def _unpacked(data: Any, sha256: Any, path: str | os.PathLike) -> Any:
-    """The content of a file of format 1."""
-    if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
-        raise UserError(f"{path}: not {WHAT}, or corrupt")
-    stored = io.BytesIO(data.numpy().tobytes())
-    _check_sum(hashlib.sha256(stored.getbuffer()).hexdigest(), sha256, path)
-    return serialization.read(stored, path, WHAT)
-
-
-def _check_sum(ours: str, theirs: Any, path: str | os.PathLike) -> None:
-    if ours != theirs:
-        raise UserError(f"{path}: corrupt: its content does not match its sha256")

@@ -497,7 +497,7 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
         UserError: no checkpoint, or a flag that would change what the run computes.
     """
     content, spoilt = _newest(path)
-    if content["task"] not in (None, cls.task):
+    if content["task"] != cls.task:
         owner = content["task"]
         command = runnable(f"{owner}/train.py", ["--resume", str(path)])
         raise UserError(f"{path}: is of a run of {owner}; continue it with {command}")

@@ -183,9 +183,7 @@ class Trainer:
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(self.ranks.part(part).to(device) for part in carry)
         self._check_place()
-        running = dict(content["running"])
-        running["count"] = running.pop("tokens", None) or running.get("count", 0)  # its name in older checkpoints
-        self.running = {name: float(running[name]) for name in self.running}
+        self.running = {name: float(content["running"][name]) for name in self.running}
         self.seconds_before, self.skipped = content["seconds"], content["skipped"]
         self._restore_rng([content["rng"], *content["rng_others"]])
 

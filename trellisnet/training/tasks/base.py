@@ -144,8 +144,8 @@ class Splits:
         return [self.sha256, *self.sizes, self.vocabulary]
 
     def check_same(self, fingerprint: list[Any]) -> None:
-        """Raise UserError unless a run's fingerprint is that of these data; older ones end before the vocabulary."""
-        if fingerprint == self.fingerprint[: max(len(fingerprint), 4)]:
+        """Raise UserError unless a run's fingerprint is that of these data."""
+        if fingerprint == self.fingerprint:
             return
         if self.changed and fingerprint[0] in (self.sha256, self.stored_sha256):
             raise UserError(
