@@ -1,109 +1,159 @@
-"""The pages for readers: snippets run, flags and files exist, every program is listed."""
+"""The pages for readers: snippets and commands run, links and flags exist, every program and preset is described."""
 
+import argparse
+import functools
+import importlib
 import re
+import shlex
 
 import pytest
 
+from cases import committed
+from scripts.reports.pages import PAGES
 from trellisnet.training import programs
-from trellisnet.training.config import PROJECT, build_parser
+from trellisnet.training.config import PROJECT, Parser, build_parser
 
 CONFIGS = [programs.get(task).config_class for task in programs.TASKS]
+TEXTS = {
+    path.relative_to(PROJECT).as_posix(): path.read_text(encoding="utf-8")
+    for pattern in (*PAGES, "CHANGELOG.md")
+    for path in committed(pattern)
+}
+GUIDES = {name: text for name, text in TEXTS.items() if name.endswith("README.md")}
+PROGRAMS = [path for path in committed("scripts/*.py") if "__main__" in path.read_text(encoding="utf-8")]
+FLAG = re.compile(r"(?<![\w/.-])--[a-z][\w-]*")
+# Of torchrun; placeholders; of the authors' scripts.
+OTHERS = {*"--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --flag --no-flag --cifar --load".split()}
 
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+def code(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def test_the_first_python_snippet_prints_what_its_comments_say(capsys):
-    snippet, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
+def commands(text):
+    """Command lines of a page: those of its blocks, and `python …` or `bash …` in its prose and tables."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    yield from (command for command in re.findall(r"`((?:\w+=\S+ )*(?:python|bash) [^`…]+)`", prose))
+    for block in code("bash", text):
+        yield from filter(None, map(str.strip, block.replace("\\\n", " ").splitlines()))
+
+
+class Parsed(BaseException):
+    """Thrown out of a program when its command line has been parsed."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Return a function that runs a program until its command line, unless empty, is parsed, and returns its parser."""
+    known = Parser.parse_known_args
+
+    def parse_known_args(self, args, namespace=None):
+        rest = known(self, args, namespace)[1] if args else []  # for the train.py of a task
+        raise Parsed(self, known(build_parser(CONFIGS[0]), rest)[1])
+
+    def parse_args(self, args, namespace=None):
+        raise Parsed(self, known(self, args, namespace)[1] if args else [])
+
+    monkeypatch.setattr(Parser, "parse_known_args", parse_known_args)
+    monkeypatch.setattr(Parser, "parse_args", parse_args)
+
+    def run(program, *words):
+        module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        with pytest.raises(Parsed) as parsed:
+            module.main(list(words))
+        parser, unknown = parsed.value.args
+        assert not unknown
+        return parser
+
+    return run
+
+
+@functools.cache
+def snippets():
+    return [(name, block) for name, text in GUIDES.items() for block in code("python", text)]
+
+
+@pytest.mark.parametrize("number", range(len(snippets())))
+def test_snippets_print_what_their_comments_say(number, capsys, monkeypatch):
+    name, snippet = snippets()[number]
+    monkeypatch.chdir(PROJECT)
+    exec(compile(snippet, name, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "torch.Size([8, 100, 16])"
-    assert printed[1] == "2 torch.Size([8, 64])"
-    assert printed[2].startswith("{'loss': ")
+    said = re.findall(r"^ *print\(.*\)  # (.+)$", snippet, re.MULTILINE)
+    assert len(printed) == len(said)
+    for line, comment in zip(printed, said, strict=True):
+        assert re.fullmatch(re.escape(comment).replace("…", ".*"), line)
 
 
-def test_the_equation_by_hand_is_the_module_and_an_lstm_is_a_trellis(capsys):
-    _, snippet, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == [
-        "x (1, 7, 2) x_tilde (1, 20, 7) W (20, 5, 2)",
-        "layer 1 z (1, 20, 7) h (1, 5, 7) an output sees 2 inputs",
-        "layer 2 z (1, 20, 7) h (1, 5, 7) an output sees 3 inputs",
-        "layer 3 z (1, 20, 7) h (1, 5, 7) an output sees 4 inputs",
-        "as the module says: True",
-        "5 layers, 10 channels in 2 groups",
-        "the same function: True",
-    ]
+@pytest.mark.parametrize("name", GUIDES)
+def test_commands_name_programs_and_flags_that_exist(name, parse):
+    for command in commands(GUIDES[name]):
+        words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z]+=", word)]
+        if not words:
+            continue
+        if words[0] == "torchrun":
+            words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+        if words[0] == "python" and not words[1].startswith("-"):
+            parse(words[1], *words[2:])
+        elif words[0] == "bash":
+            assert (PROJECT / words[1]).is_file(), command
+        elif "install" in words:
+            for extra in re.findall(r"\.\[(\w+)\]", command):
+                assert f'"{extra}": [' in (PROJECT / "setup.py").read_text()
 
 
-def test_streams(capsys):
-    *_, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines() == ["True"]
-
-
-def test_every_flag_it_names_exists_and_every_flag_is_named():
-    actions = [action for config in CONFIGS for action in build_parser(config)._actions]
+def test_every_flag_it_names_exists_and_every_flag_is_named(parse):
+    parsers = [parse(path.relative_to(PROJECT).as_posix()) for path in PROGRAMS] + list(map(build_parser, CONFIGS))
+    for parser in parsers:  # and those of subcommands, appended on the way
+        for action in parser._actions:
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
+    actions = [action for parser in parsers for action in parser._actions if action.help != argparse.SUPPRESS]
     flags = {flag for action in actions for flag in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--flag", "--no-flag"}
-    scripts = {
-        "--check",
-        "--table",
-        "--quick",
-        "--tasks",
-        "--parts",
-        "--repeats",
-        "--no-memory",
-        "--soak",
-        "--train",
-        "--valid",
-        "--test",
-        *"--run --task --prompt --length --samples --temperature --top_k --top_p --width".split(),
-        *"--dtype --by --json --targets".split(),
-        "--flags",
-        "--nproc_per_node",
-        "--nnodes",
-        "--rdzv_backend",
-        "--rdzv_endpoint",
-    }
-    assert named <= flags | scripts | {"--cifar"}  # the last is the authors'
+    named = {flag for text in GUIDES.values() for flag in FLAG.findall(text)}
+    assert named - flags == named & OTHERS
     spelled = {flag for flag in flags if not flag.startswith(("--no-", "-h", "--help", "--log_interval"))}
     assert spelled - named == set()
 
 
-def test_every_file_it_links_to_exists():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert len(links) > 3
-    for link in links:
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
+        if "://" in link:
+            continue
         path, _, anchor = link.partition("#")
-        assert (PROJECT / path).exists(), link
+        target = (PROJECT / name).parent / path if path else PROJECT / name
+        assert target.exists(), link
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", (PROJECT / path).read_text(), flags=re.MULTILINE)
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], link
 
 
+@pytest.mark.parametrize("name", GUIDES)
+def test_prose_fits_into_120_columns(name):
+    prose = re.sub(r"<!-- ([\w ]+): begin -->\n.*?<!-- \1: end -->", "", GUIDES[name], flags=re.DOTALL)  # by programs
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_the_front_page_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 280
+
+
 def test_every_program_is_listed():
-    text = (PROJECT / "scripts" / "README.md").read_text(encoding="utf-8")
-    programs = [path for path in (PROJECT / "scripts").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
-    for path in [*programs, *(PROJECT / "scripts").glob("*.sh")]:
-        assert f"`{path.name}`" in text, path.name
-    for command in re.findall(r"`([^`]*(?:python|bash) [^`]+)`", text):
-        assert (PROJECT / re.search(r"(?:python|bash) (\S+)", command)[1]).exists(), command
+    for path in [*PROGRAMS, *committed("scripts/*.sh")]:
+        assert f"`{path.name}`" in GUIDES["scripts/README.md"], path.name
 
 
 @pytest.mark.parametrize(("config", "preset"), [(config, preset) for config in CONFIGS for preset in config.presets])
 def test_every_preset_is_described(config, preset):
-    about = README.split(f"python {config.task}/train.py --preset", 1)[1].split("\n## ", 1)[0]  # its section
-    if config.presets[preset].get("model"):
-        about = README.split("\n## What you can compare\n", 1)[1].split("\n## ", 1)[0]
-    assert re.search(rf"^\| (`[\w-]+`, )*`{preset}`(, `[\w-]+`)* \|", about, re.MULTILINE)
+    core = config.presets[preset].get("model")
+    page = GUIDES["trellisnet/baselines/README.md" if core else f"{config.task}/README.md"]
+    assert re.search(rf"^\| (`[\w-]+`, )*`{preset}`(, `[\w-]+`)* \|", page, re.MULTILINE)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_task_folder_has_its_sections(config):
-    text = (PROJECT / config.task / "README.md").read_text(encoding="utf-8")
-    for part in ("## Command", "## Data", "## What the paper reports", "## What is comparable", "## Time"):
+    text = GUIDES[f"{config.task}/README.md"]
+    for part in ("## Train", "## Data", "## What the paper reports", "## What is comparable"):
         assert f"\n{part}\n" in text
     flags = {flag for action in build_parser(config)._actions for flag in action.option_strings}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert "://" in link or (PROJECT / config.task / link).exists(), link
+    assert set(FLAG.findall(text)) <= flags
