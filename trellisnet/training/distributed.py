@@ -12,7 +12,7 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class LostError(RunError):
 
 
 @contextlib.contextmanager
-def _reaching(progress: Progress | None = None) -> Iterator[None]:
+def reaching(progress: Progress | None = None) -> Iterator[None]:
     """Raise as LostError what a broken connection raises; with `progress`, mark a collective call in it."""
     try:
         with progress.meeting() if progress is not None else contextlib.nullcontext():
@@ -237,7 +237,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        with _reaching(self.progress):
+        with reaching(self.progress):
             dist.all_gather_object(values, value)
         return values
 
@@ -261,7 +261,7 @@ class Ranks:
             return tensors[place.index]
 
         sent = [_mapped(value, taken, Tensor) if self.first else None]
-        with _reaching(self.progress):
+        with reaching(self.progress):
             dist.broadcast_object_list(sent, src=0)
             value = _mapped(sent[0], made, _Place)
             for tensor in filter(Tensor.numel, tensors):
@@ -271,7 +271,7 @@ class Ranks:
     def copy(self, model: nn.Module) -> None:
         """Give all ranks the first one's weights."""
         if self.size > 1:
-            with _reaching(self.progress):
+            with reaching(self.progress):
                 for tensor in model.state_dict().values():
                     dist.broadcast(tensor, src=0)
 
@@ -330,7 +330,7 @@ class Ranks:
         if self.size > 1:
             wrong = finite.logical_not().to(torch.int32)
             status = torch.cat([wrong, wrong.new_tensor([late, signum])])
-            with _reaching(self.progress):
+            with reaching(self.progress):
                 dist.all_reduce(status, op=dist.ReduceOp.MAX)
                 *wrong, late, signum = status.tolist()
             loss, gradient, *state = (not value for value in wrong)
@@ -342,84 +342,3 @@ class Ranks:
         """Raise Interrupted on all ranks if one of them has been told to end, by the signal `signum` (0: has not)."""
         if self.size > 1 and (signum := max(self.gather(signum))):
             raise Interrupted(signum)
-
-
-# -- a training step ---------------------------------------------------------------------------------------------------
-
-
-class _LossModule(nn.Module):
-    """A task's loss as a module, for DistributedDataParallel."""
-
-    def __init__(self, task: Any):
-        super().__init__()
-        self.model = task.model
-        self._loss = task.loss
-
-    def forward(
-        self, part: Sequence[Tensor] | None, state: Any = None, weight: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor], Any] | Tensor:
-        if part is None:
-            return sum(parameter.view(-1)[0] * 0 for parameter in self.parameters() if parameter.requires_grad)
-        losses, state = self._loss(*part, state=state)
-        return losses["loss"] * weight, {name: value.detach() for name, value in losses.items()}, state
-
-
-class DistributedLoss:
-    """A task's loss whose gradients are summed over the ranks.
-
-    Args:
-        task: with `model` and `loss`.
-        ranks: the processes that compute parts of it.
-    """
-
-    def __init__(self, task: Any, ranks: Ranks):
-        self.task, self.ranks = task, ranks
-        self._module = None
-        if ranks.size > 1:
-            with _reaching(ranks.progress):
-                self._module = nn.parallel.DistributedDataParallel(_LossModule(task), gradient_as_bucket_view=True)
-                self._rehearse()
-
-    def _rehearse(self) -> None:
-        """Differentiate zero, so that a resumed run is bit-equal to an uninterrupted one.
-
-        After its first backward pass DistributedDataParallel reorders its buckets by the order in which gradients
-        arrived, and with them the sums over ranks. This makes it do so before the first step.
-        """
-        self._module(None).backward()
-        for parameter in self._module.parameters():
-            parameter.grad = None
-
-    def backward(
-        self,
-        part: Sequence[Tensor],
-        state: Any,
-        share: float,
-        *,
-        autocast: contextlib.AbstractContextManager,
-        last: bool,
-    ) -> tuple[dict[str, Tensor], Any]:
-        """Add the gradient of some rows to the parameters' `grad`.
-
-        Args:
-            part: the rows.
-            state: the state carried into them.
-            share: of the rows in the batch of all ranks.
-            autocast: the context in which losses are computed.
-            last: whether this rank has no more rows in the batch; then the gradients are summed over the ranks.
-
-        Returns:
-            losses and state of `Task.loss`; with several ranks the losses are detached.
-        """
-        if self._module is None:
-            with autocast:
-                losses, state = self.task.loss(*part, state=state)
-            (losses["loss"] * share).backward()
-            return losses, state
-        with contextlib.nullcontext() if last else self._module.no_sync(), _reaching():
-            with autocast:
-                # DistributedDataParallel averages over the ranks.
-                objective, losses, state = self._module(part, state, share * self.ranks.size)
-            with self.ranks.progress.meeting() if last else contextlib.nullcontext():
-                objective.backward()
-        return losses, state

@@ -16,7 +16,8 @@ from trellisnet import serialization
 from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
-from trellisnet.training.distributed import DistributedLoss, Ranks, StepStatus
+from trellisnet.training.distributed import Ranks, StepStatus
+from trellisnet.training.gradients import Gradients
 from trellisnet.training.graphs import CUDARecorder, Recorded
 from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import (
@@ -87,7 +88,7 @@ class Trainer:
         self.optimizer, self.schedule = optimizer, schedule
         self.save_weights, self.command = save_weights, command
         self.interrupts, self.say, self.ranks = interrupts or Interrupts(), say, ranks or Ranks()
-        self.loss = DistributedLoss(task, self.ranks)
+        self.compute_gradients = Gradients(task, config, self.ranks)
         self.status: StepStatus | None = None  # of the last step
         self.epoch = self.batch = self.step = 0
         self.carry: Any = None
@@ -326,40 +327,6 @@ class Trainer:
         self.carry = tuple(carry) or None
         self.step += 1
         return means
-
-    def compute_gradients(self, batch: tuple[Tensor, ...], carry: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """Compute the gradients of a batch in `accumulate` slices of this rank's rows.
-
-        May be recorded as a CUDA graph, so it never copies from the device.
-
-        Returns:
-            whether the loss, the gradient norm and each tensor of the state to carry are finite, as one bool tensor;
-            this rank's share of the loss; the norm of all gradients; its shares of the means of `measured`; its state
-            to carry.
-        """
-        config, model, ranks = self.config, self.task.model, self.ranks
-        self.optimizer.zero_grad(set_to_none=True)
-        rows, own = batch[0].size(0), [ranks.part(part) for part in batch]
-        if idle := own[0].size(0) == 0:  # the last batch of an epoch may have fewer rows than there are ranks
-            own = [part[:1] for part in batch]  # an idle rank takes part in the reduction with a weight of 0
-        pieces = min(config.accumulate, own[0].size(0))
-        slices = list(zip(*(part.tensor_split(pieces) for part in own), strict=True))
-        states = [None] * len(slices)
-        if carry is not None:
-            states = list(zip(*(part.tensor_split(pieces) for part in carry), strict=True))
-        means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
-        for number, (part, state) in enumerate(zip(slices, states, strict=True), start=1):
-            share, autocast = 0.0 if idle else part[0].size(0) / rows, config.autocast(part[0].device)
-            last = number == len(slices)
-            losses, state = self.loss.backward(part, state, share, autocast=autocast, last=last)
-            total = total + losses["loss"] * share  # not detached: this keeps alive what a recorded graph reads
-            for name in means:
-                means[name] = means[name] + losses["raw" if name == "loss" else name].detach() * share
-            carried.append(state)
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        carry = [torch.cat(parts) for parts in zip(*carried, strict=True)] if carried[0] is not None else []
-        finite = torch.stack([value.isfinite().all() for value in (total, norm, *carry)])
-        return finite, total, norm, *means.values(), *carry
 
     def _skip(self, loss: float, other: str) -> None:
         """Skip a step whose loss, or the `other`, is not finite: weights, optimizer and carried state stay.
