@@ -25,7 +25,7 @@ from trellisnet.models import TrellisLanguageModel
 from trellisnet.ops import compiled
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
-from trellisnet.training.distributed import Ranks
+from trellisnet.training.distributed import Ranks, StepStatus
 from trellisnet.training.runlog import runnable
 
 # With dropout, so that random numbers matter; the state is carried, and Adam has one of its own.
@@ -130,6 +130,18 @@ def test_every_rank_but_the_first_has_random_numbers_of_its_own():
     assert len(set(drawn)) == 3
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_the_status_of_a_step_says_what_is_not_finite(index):
+    """Loss, gradient, and a carried state of two tensors; either of them counts."""
+    finite = torch.ones(4, dtype=torch.bool)
+    assert Ranks().reduce_status(finite, late=False, signum=0) == StepStatus(True, True, True, False, 0)
+    finite[index] = False
+    status = Ranks().reduce_status(finite, late=True, signum=15)
+    assert status == StepStatus(index != 0, index != 1, index < 2, late=True, signum=15)
+    assert not status.finite
+    assert Ranks().reduce_status(torch.tensor([True, True]), late=False, signum=0).finite  # no state is carried
+
+
 # -- several -----------------------------------------------------------------------------------------------------------
 
 
@@ -145,13 +157,13 @@ def compared(sizes, cases, tmp_path):
                 assert max(differ.values()) <= bound, (case, kind, size, differ)
 
 
-@pytest.mark.filterwarnings("ignore:the last .* pixels are all")
+@pytest.mark.filterwarnings("ignore:the model sees only the last .* pixels")
 def test_two_ranks_compute_what_one_does(tmp_path):
     compared([2], ["word_ptb", "word_ptb, carried, mixture, 2 slices", "pmnist"], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the last .* pixels are all")
+@pytest.mark.filterwarnings("ignore:the model sees only the last .* pixels")
 def test_ranks_compute_what_one_does(tmp_path):
     compared([1, 3, 4], compare_ranks.CASES, tmp_path)
 
@@ -273,7 +285,7 @@ def test_a_signal_from_outside_ends_all_ranks_with_a_checkpoint(tmp_path):
 TALK = """
 import sys, torch
 from trellisnet.errors import RunError, UserError
-from trellisnet.training.distributed import Ranks
+from trellisnet.training.distributed import Ranks, StepStatus
 ranks = Ranks.of_environment()
 ranks.join()
 for raised in (UserError("nothing there"), OSError(28, "full", "x")):
@@ -285,6 +297,13 @@ for raised in (UserError("nothing there"), OSError(28, "full", "x")):
         print(type(e).__name__, e, file=sys.stderr)
 value = {"a": [torch.arange(3), (torch.tensor(2.5), None)], "b": torch.zeros(0, 2), "c": torch.tensor([True])}
 shared = ranks.share(value if ranks.first else None)
+for index in range(4):
+    finite = torch.tensor([ranks.first or index != at for at in range(4)])
+    status = ranks.reduce_status(finite, late=ranks.first, signum=2 + ranks.rank)
+    assert (status.finite_loss, status.finite_gradient, status.finite_state) == (index != 0, index != 1, index < 2)
+    assert (status.late, status.signum) == (True, 3)
+    status = ranks.reduce_status(torch.tensor([True, True]), late=False, signum=0)
+    assert (status.finite, status.late, status.signum) == (True, False, 0)
 print(shared, ranks.gather(ranks.rank), ranks.sum(0.5, ranks.rank), ranks.claims(), file=sys.stderr)
 model = torch.nn.Linear(2, 1)
 ranks.copy(model)
@@ -410,7 +429,7 @@ def test_ranks_that_differ_are_refused_by_name(tmp_path):
 HANG = """
 import os, sys, time
 from trellisnet.training import watch
-from trellisnet.training.distributed import Ranks
+from trellisnet.training.distributed import Ranks, StepStatus
 watch.LIMIT = 1.0
 ranks = Ranks.of_environment()
 ranks.join()

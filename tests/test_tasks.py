@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks
-from trellisnet.training.tasks import LanguageModeling
+from trellisnet.training.tasks import LanguageModeling, Reciting, Windows
 
 
 def task(num_layers=3, dtype=torch.float64, **options):
@@ -65,6 +65,85 @@ def test_windows_with_nothing_to_score_are_skipped():
         task().evaluate(rows(length=6))
     with pytest.raises(ValueError, match="rows of 6 tokens hold no window"):
         task().batches(rows(length=6))
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "evaluation"),
+    [
+        ((5, 12, False), Windows(5, 7), Windows(5, 7)),  # history
+        ((5, 12, True), Windows(5, 7, carried=True), Windows(0, 5, carried=True)),  # the word-level script
+        ((5, 0, True), Windows(0, 5, carried=True), Windows(0, 5, carried=True)),  # the character-level script
+        ((5, 6, False), Windows(5, 1), Windows(5, 1)),
+        ((5, 5, False), Windows(5, 0), Windows(0, 5)),
+        ((5, 0, False), Windows(5, -5), Windows(0, 5)),
+    ],
+)
+def test_the_authors_rules_for_windows(options, training, evaluation):
+    assert Windows.for_training(*options) == training
+    assert Windows.for_evaluation(*options) == evaluation
+
+
+@pytest.mark.parametrize(
+    ("windows", "stride", "length", "starts"),
+    [
+        # From the first length of a row at which a window begins, the starts of its windows.
+        (Windows(5, 7), 7, 12, {6: [], 7: [0], 13: [0], 14: [0, 7], 20: [0, 7], 21: [0, 7, 14]}),
+        (Windows(0, 5), 5, 5, {0: [], 1: [], 2: [0], 6: [0], 7: [0, 5], 11: [0, 5], 12: [0, 5, 10]}),
+        (Windows(3, 1), 1, 4, {4: [], 5: [0], 6: [0, 1]}),
+    ],
+)
+def test_windows_begin_where_something_is_left_to_score(windows, stride, length, starts):
+    assert (windows.stride, windows.length) == (stride, length)
+    for tokens, expected in starts.items():
+        assert list(windows.starts(tokens)) == expected
+        data, scored = rows(2, tokens), []
+        for start in windows.starts(tokens):
+            inputs, targets = windows.cut(data, start)
+            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+            assert windows.context < inputs.size(1) <= length
+            scored.append(targets[:, windows.context :])
+        assert torch.equal(torch.cat([data[:, :0], *scored], 1), data[:, windows.context + 1 :])
+
+
+@pytest.mark.parametrize(("max_tokens", "count"), [(None, 3), (1, 1), (14, 1), (15, 2), (28, 2), (29, 3), (999, 3)])
+def test_windows_to_score_end_with_the_one_that_has_the_last_token_asked_for(max_tokens, count):
+    assert len(Windows(5, 7).starts_to_score(rows(2, 21), max_tokens)) == count
+    with pytest.raises(ValueError, match="rows of 6 tokens hold no window"):
+        Windows(5, 7).starts_to_score(rows(2, 6), max_tokens)
+
+
+@pytest.mark.parametrize("scored", [0, -5])
+def test_windows_that_score_nothing_are_refused(scored):
+    with pytest.raises(ValueError, match=f"history mode needs seq_len > horizon = 5, got {5 + scored}; make it longer"):
+        Windows(5, scored).starts(20)
+
+
+def test_windows_of_equal_length_are_grouped():
+    windows = Windows(5, 7)
+    assert windows.groups(41, 2) == [(0, [0]), (5, [7, 14]), (5, [21, 28])]
+    assert windows.groups(40, 2) == [(0, [0]), (5, [7, 14]), (5, [21]), (5, [28])]  # the last is shorter
+    assert windows.groups(40, 9) == [(0, [0]), (5, [7, 14, 21]), (5, [28])]
+    assert windows.groups(40, 2, max_tokens=12) == [(0, [0])]
+    assert windows.groups(40, 2, max_tokens=13) == [(0, [0]), (5, [7, 14])]
+    assert windows.groups(40, 2, max_tokens=27) == [(0, [0]), (5, [7, 14]), (5, [21])]
+    assert windows.groups(40, 2, max_tokens=34) == windows.groups(40, 2)
+    assert windows.groups(8, 2) == [(0, [0])]
+    with pytest.raises(ValueError, match="rows of 6 tokens hold no window"):
+        windows.groups(6, 2)
+
+
+def test_a_carried_state_is_a_detached_copy():
+    whole = torch.ones(2, 9, 3, requires_grad=True)
+    state = Windows(0, 5, carried=True).carry((whole[:, -1], whole[:, 0]))
+    assert [(part.requires_grad, part.untyped_storage().nbytes()) for part in state] == [(False, 24), (False, 24)]
+    assert Windows(0, 5).carry((whole[:, -1], whole[:, 0])) is None
+
+
+def test_segments_have_the_history_of_evaluation():
+    assert task().segments(3) == Windows(5, 3)
+    assert quiet(repackage=True).segments(3) == task(seq_len=0, repackage=True).segments(3) == Windows(0, 3, True)
+    with pytest.raises(ValueError, match="length: expected at least 1, got 0"):
+        task().segments(0)
 
 
 def test_the_authors_counts_on_penn_treebank():
@@ -218,6 +297,19 @@ def test_every_token_is_scored_once_under_its_windows_history(options, batch_siz
         parts.append(t.model.loss(out.output[:, skip:], targets[:, skip:], reduction="none").flatten())
     assert torch.cat(parts).numel() == 60
     assert result["loss"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 20])
+def test_reciting_every_token_counts_the_most_probable_ones(max_tokens):
+    t, stream = task(), rows(1, 61)[0]
+    t = Reciting(t.model, horizon=5, seq_len=12)
+    result = t.evaluate_all(stream, batch_size=2, max_tokens=max_tokens)
+    assert result["tokens"] == (60 if max_tokens is None else 26)  # a window of 12 and a group of two with 7 more each
+    t.model.eval()
+    output = t.model(stream[None]).output  # within reach of the context, so that windows change nothing
+    right = (t.model.log_prob(output)[0, :-1].argmax(-1) == stream[1:])[: result["tokens"]]
+    assert result["accuracy"] == pytest.approx(right.double().mean().item())
+    assert 0 < result["accuracy"] < 1
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "reach"), [(2, (1,), 3), (3, (1, 2), 8), (2, (1, 1, 4), 6)])
