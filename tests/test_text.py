@@ -325,8 +325,9 @@ def test_a_checkpoint_of_a_text_that_was_read_otherwise_is_refused_with_this_rea
     code, _, err = run("word_ptb", "--resume", last, "--max_steps", 6)
     assert code == 2
     assert err == (
-        "error: the run was started by a version that read these data otherwise: now they are read without byte order "
-        "marks, and with LF for CR LF and CR; start a new run, or continue it with that version (see its log.txt)\n"
+        "error: the run was started by a version that read these data differently: now they are read without byte "
+        "order marks, and with LF for CR LF and CR; start a new run, or continue it with that version "
+        "(see its log.txt)\n"
     )
     started_by_an_earlier_version(last, "0" * 64)
     assert "the data differ from those the run was started on" in run("word_ptb", "--resume", last)[2]

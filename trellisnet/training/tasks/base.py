@@ -26,8 +26,8 @@ class Task:
         digits: decimals of a printed score.
         batch_name: noun for a batch.
         unit: abbreviation of the unit that :meth:`size` counts.
-        count: the same unit as a key of results.
-        measured: averages kept during training: "loss", and further keys of the dict that :meth:`loss` returns.
+        count: the same unit in full, the key under which results hold the number of units.
+        measured: means kept during training: "loss" and other keys of the dict that :meth:`loss` returns.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, data: Any, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
-        """Score data in evaluation mode: a dict with `loss` and the number of units under the name `count`.
+        """Score data in evaluation mode: a dict with `loss` and, under the name in `count`, the number of units.
 
         Args:
             data: a split.
@@ -89,7 +89,7 @@ class Task:
 
 
 class AccuracyTask(Task):
-    """A task scored by accuracy, which its losses and results contain; ties are decided by the loss."""
+    """A task scored by accuracy, which its losses and results contain; the loss breaks ties."""
 
     score_name = "accuracy"
     measured = ("loss", "accuracy")
@@ -119,7 +119,7 @@ class Splits:
         sizes: of train, valid and test, in the task's units.
         extra_evaluations: scores to report at the end besides valid and test: name → (method, data).
         vocabulary: digest of the meaning of ids or positions, stored with the weights.
-        choices: stored with the run.
+        choices: facts to store in config.json.
         notices: lines for the user.
         changed: how the data are read now, if version 0.1.0 read them differently.
         stored_sha256: digest that version 0.1.0 computed for them.
@@ -149,7 +149,7 @@ class Splits:
             return
         if self.changed and fingerprint[0] in (self.sha256, self.stored_sha256):
             raise UserError(
-                f"the run was started by a version that read these data otherwise: now they are read {self.changed}; "
+                f"the run was started by a version that read these data differently: now they are read {self.changed}; "
                 "start a new run, or continue it with that version (see its log.txt)"
             )
         raise UserError(
@@ -189,5 +189,5 @@ def tracked(items: Sized, progress: Progress | None) -> Iterable:
 
 
 def mean(total: float, count: int) -> float:
-    """A mean; NaN over nothing, on a rank that was stopped before its first batch."""
+    """A mean; NaN if nothing was counted, on a rank that was stopped before its first batch."""
     return total / count if count else math.nan

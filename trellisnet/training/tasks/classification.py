@@ -29,7 +29,7 @@ class Augmentation(Protocol):
 
 
 class Classification(AccuracyTask):
-    """One class for a whole sequence (section 5.2, Table 4), scored by accuracy.
+    """Classification of sequences (section 5.2, Table 4), scored by accuracy.
 
     Args:
         model: the classifier.
@@ -39,7 +39,7 @@ class Classification(AccuracyTask):
         seed: determines the order of the training data, a new one every epoch, and the draws of `augment`.
         augment: varies training sequences at random, before `prepare`.
         label_smoothing: share of each target that training spreads evenly over all classes.
-        ranks: the processes that share the evaluation; all get the result of the whole. By default this one is alone.
+        ranks: the processes that share the evaluation and all get its result; by default this one is alone.
     """
 
     unit, count = "seq", "examples"
@@ -75,8 +75,8 @@ class Classification(AccuracyTask):
             epoch: counted from 0.
         """
         sequences, classes = data
-        # Each pair of seed and epoch has its own generator, so the global one is left alone. Everything is drawn and
-        # copied to the device once per epoch: no batch waits for a copy, and any batch can be computed again.
+        # Each pair of seed and epoch has its own generator, so the global one is left alone. All draws are copied to
+        # the device once per epoch: no batch waits for a copy, and any batch can be computed again.
         order = np.random.default_rng([self.seed, epoch]).permutation(len(classes))
         order = torch.from_numpy(order).to(classes.device)
         drawn = None
@@ -122,7 +122,7 @@ class Classification(AccuracyTask):
     def evaluate(
         self, data: tuple[Tensor, Tensor], *, max_tokens: int | None = None, progress: Progress | None = None
     ) -> dict:
-        """Mean loss and accuracy in evaluation mode; restores the model's mode.
+        """Score sequences in evaluation mode; restores the model's mode.
 
         Args:
             data: sequences (n, L, C) and their classes, int64 (n,).
@@ -130,7 +130,7 @@ class Classification(AccuracyTask):
             progress: wraps the batches, e.g. in a progress bar.
 
         Returns:
-            `loss` in nats, `accuracy` from 0 to 1, and the number of `examples`.
+            the mean `loss` in nats, `accuracy` from 0 to 1, and the number of `examples`.
         """
         sequences, classes = data
         starts = self._scored(len(classes), max_tokens)
@@ -165,7 +165,7 @@ class Classification(AccuracyTask):
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> dict:
-        """Loss and accuracy of the probabilities averaged over passes with dropout (Monte Carlo dropout).
+        """Score sequences by probabilities averaged over passes with dropout (Monte Carlo dropout).
 
         Args:
             data: sequences (n, L, C) and their classes, int64 (n,).

@@ -34,25 +34,25 @@ class LanguageModeling(Task):
     """Next-token prediction over rows of text, scored by perplexity (section 5.2, Appendices B.1 and B.2).
 
     A window gets its history in one of two ways. *History mode*: windows of `seq_len` overlap by `horizon` positions,
-    whose outputs are context only and are not scored; every window starts from a zero state. *Repackaging*: windows of
-    `horizon` positions lie end to end, all scored, and the state is carried from one to the next, detached. See
-    :class:`Windows`; `training_windows` and `evaluation_windows` follow the authors' two rules.
+    which are context only and are not scored; every window starts from a zero state. *Repackaging*: windows of
+    `horizon` positions lie end to end, all scored, and the state is carried from one to the next, detached. The
+    :class:`Windows` for training and for evaluation follow the authors' two rules.
 
     Args:
         model: the language model.
         horizon: unscored positions of a window in history mode; length of a window otherwise.
         seq_len: length of a window in history mode.
-        repackage: carry the state. With seq_len > 0 training still uses overlapping windows, as in the authors'
-            word-level script; this carries a state into a window that starts before it and causes a warning.
+        repackage: carry the state. With seq_len > 0 training windows still overlap, as in the authors' word-level
+            script, so the state carried into a window belongs to a later position; a warning says so.
         aux_weight: λ of Eq. 23, the weight of the summed auxiliary losses; 0 or less: none.
         aux_every: ℓ of Appendix B.2: layers ℓ, 2ℓ, … predict too, counted from the bottom as in the authors' code.
         alpha, beta: weights of AR and TAR.
-        length_seed: train on windows of random length (Merity et al., 2018, section 5): normally distributed with mean
-            `horizon`, or half of it for one window in twenty, and deviation 5, but at least 5; drawn anew every epoch
-            from this seed. The learning rate of an update is scaled by the length. Only with `repackage`.
+        length_seed: train on windows of random length (Merity et al., 2018, section 5), drawn anew every epoch from
+            this seed: normally distributed with mean `horizon`, or half of it for one window in twenty, and standard
+            deviation 5, but at least 5. The learning rate is scaled by the length. Only with `repackage`.
         label_smoothing: share of each target, auxiliary ones included, that training spreads evenly over all tokens.
             Only with a plain softmax.
-        ranks: the processes that share the evaluation; all get the result of the whole. By default this one is alone.
+        ranks: the processes that share the evaluation and all get its result; by default this one is alone.
 
     Raises:
         ValueError: settings that contradict each other.
@@ -108,9 +108,9 @@ class LanguageModeling(Task):
         self.ranks = ranks or Ranks()
 
     def windows(self, rows: Tensor, training: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Cut rows (N, L) into windows: (start, inputs (N, l), targets (N, l)).
+        """Yield the windows of rows (N, L) that score anything: start, inputs (N, l), targets (N, l).
 
-        Windows with nothing to score are skipped. `training` selects one of the authors' two rules.
+        `training` selects one of the authors' two rules.
 
         Raises:
             ValueError: history mode with seq_len ≤ horizon.
@@ -120,9 +120,8 @@ class LanguageModeling(Task):
             yield start, *windows.cut(rows, start)
 
     def segments(self, length: int) -> Windows:
-        """Windows that score `length` positions each, with the history that evaluation gives them.
-
-        Where the state is carried they lie end to end; otherwise each has `horizon` positions of context.
+        """Windows that score `length` positions each, with the history that evaluation gives them: a carried state, or
+        `horizon` positions of context.
 
         Raises:
             ValueError: a length below 1.
@@ -149,7 +148,7 @@ class LanguageModeling(Task):
         return batches
 
     def rate(self, batch: tuple[Tensor, Tensor]) -> float:
-        """Factor of the learning rate for a window: length / horizon if lengths are random, else 1."""
+        """Factor of the learning rate: length / horizon for a window of random length, else 1."""
         return 1.0 if self.length_seed is None else batch[0].size(1) / self.horizon
 
     def size(self, batch: tuple[Tensor, Tensor]) -> int:
@@ -168,8 +167,8 @@ class LanguageModeling(Task):
             masks: explicit dropout masks.
 
         Returns:
-            0-dim terms `raw`, `aux`, `alpha`, `beta`, and `smoothing` with label smoothing, already multiplied by their
-            weights, and their sum `loss`; and the state to carry: detached when repackaging, else None.
+            0-dim terms `raw`, `aux`, `alpha`, `beta` and, with label smoothing, `smoothing`, already multiplied by
+            their weights, and their sum `loss`; and the state to carry: detached when repackaging, else None.
 
         Raises:
             ValueError: the window has nothing to score.
@@ -201,10 +200,8 @@ class LanguageModeling(Task):
             beta = temporal_activation_regularization(out.raw_output, self.beta)
         losses = {"loss": loss + alpha + beta, "raw": raw, "aux": aux, "alpha": alpha, "beta": beta}
         if self.label_smoothing:
-            margins = [
-                weight * self.model.head.margin(x, targets).mean() for weight, x in zip(weights, outputs, strict=True)
-            ]
-            losses["smoothing"] = self.label_smoothing * sum(margins)
+            margins = [self.model.head.margin(x, targets).mean() for x in outputs]
+            losses["smoothing"] = self.label_smoothing * sum(w * m for w, m in zip(weights, margins, strict=True))
             losses["loss"] = losses["loss"] + losses["smoothing"]
         return losses | self._measure(out.output.detach(), targets), windows.carry(out.state)
 
@@ -213,9 +210,9 @@ class LanguageModeling(Task):
         return {}
 
     def streams(self, windows: Windows) -> bool:
-        """Whether :meth:`evaluate` reads every row once, as a stream, instead of in these windows.
+        """Whether :meth:`evaluate` streams every row instead of cutting it into these windows.
 
-        It does where that is exact: where nothing that a window scores depends on positions before the window.
+        It does where that is exact: where no score depends on positions before its window.
         """
         reach = getattr(self.model.core, "reach", math.inf)  # only TrellisNet has streams
         return windows.context > 0 and windows.context >= reach and self.measured == ("loss",)
@@ -229,14 +226,10 @@ class LanguageModeling(Task):
         progress: Progress | None = None,
         ranks: Ranks | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and targets that :meth:`evaluate` scores, piece by piece, to be consumed in evaluation mode.
+        """Features (N, l, output_size) and targets (N, l) that :meth:`evaluate` scores, piece by piece in text order.
 
-        Args:
-            rows, windows, max_tokens, progress: as in :meth:`evaluate`, which also lists the errors.
-            ranks: yield only this rank's part of the pieces; by default all of them.
-
-        Returns:
-            features (N, l, output_size) and targets, int64 (N, l), of each piece, in the order of the text.
+        To be consumed in evaluation mode. Yields only this rank's part of the pieces if `ranks` are given; the other
+        arguments and the errors are those of :meth:`evaluate`.
         """
         windows, ranks = windows or self.evaluation_windows, ranks or Ranks()
         starts = windows.starts_to_score(rows, max_tokens)
@@ -260,10 +253,10 @@ class LanguageModeling(Task):
         max_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """Mean loss of rows (N, L) in evaluation mode; restores the model's mode.
+        """Score rows in evaluation mode; restores the model's mode.
 
-        In history mode with a horizon of at least the reach of the model the rows are read as streams, each position
-        once; the scored positions are those of the windows.
+        In history mode with a horizon of at least the model's reach the rows are streamed, so that every position is
+        computed once; the scored positions are those of the windows.
 
         Args:
             rows: int64 (N, L).
@@ -272,7 +265,7 @@ class LanguageModeling(Task):
             progress: wraps the windows, e.g. in a progress bar.
 
         Returns:
-            `loss`, the token-weighted mean in nats, and `tokens`, the scored positions × rows.
+            `loss`, the mean in nats per token, and `tokens`, the scored positions × rows.
 
         Raises:
             ValueError: the rows are shorter than one window.
@@ -298,14 +291,11 @@ class LanguageModeling(Task):
     def evaluate_all(
         self, stream: Tensor, *, batch_size: int = 1, max_tokens: int | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Mean loss of every target of a stream, including those with less history than a whole context.
-
-        In history mode every window starts from a zero state, so windows are scored side by side; otherwise, or where
-        windows and one long pass give the same result, the stream is one row.
+        """Score every target of a stream, including those with less history than a full context.
 
         Args:
             stream: 1-D int64; all but its first token are scored.
-            batch_size: windows scored at a time.
+            batch_size: windows of history mode scored side by side, unless the stream is read as one row.
             max_tokens, progress: as in :meth:`evaluate`, which also describes the result and the errors.
         """
         rows, windows = stream.unsqueeze(0), self.evaluation_windows
@@ -327,24 +317,20 @@ class LanguageModeling(Task):
     def evaluate_mc(
         self, rows: Tensor, *, passes: int, max_tokens: int | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Loss of each target's probability averaged over passes with dropout (Monte Carlo dropout; Gal & Ghahramani,
-        2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
+        """Score rows by each target's probability averaged over passes with dropout (Monte Carlo dropout; Gal &
+        Ghahramani, 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
 
         Each pass draws one set of masks for its rows and keeps it from the first window to the last. A core whose
-        dropout has no mask per sequence draws as in training instead. The ranks share the rows, and each draws for its
-        own.
+        dropout has no mask per sequence draws as in training instead. Each rank takes some of the rows and draws for
+        them alone.
 
         Args:
             rows: int64 (N, L).
-            passes: number of samples.
+            passes: number of samples, which `progress` wraps.
             max_tokens: each pass stops after the window in which this many tokens have been scored.
-            progress: wraps the passes.
 
         Returns:
-            the result of :meth:`evaluate`, and `passes`.
-
-        Raises:
-            ValueError: the rows are shorter than one window.
+            the result of :meth:`evaluate`, whose errors it also raises, and `passes`.
         """
         windows = self.evaluation_windows
         skip, starts = windows.context, windows.starts_to_score(rows, max_tokens)

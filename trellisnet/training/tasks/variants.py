@@ -37,9 +37,9 @@ class Reciting(LanguageModeling):
 class CharacterModeling(LanguageModeling):
     """Next-character prediction, scored in bits per character (Table 3).
 
-    The same text can be spelled in more or fewer symbols, and bits per character are bits per *symbol*: two results
-    compare only on the same denominator. So every stream's is reported: `bpc` for the stream that is modelled, and
-    `bpc_<name>`, the same bits divided by the number of symbols that stream <name> spells the text in.
+    Bits per character are bits per *symbol*, and the same text can be spelled in more or fewer symbols, so results are
+    comparable only on the same denominator. Every denominator is reported: `bpc` counts the symbols of the stream that
+    is modelled, and `bpc_<name>` those in which the stream <name> spells the same text.
 
     Args:
         model: the language model.

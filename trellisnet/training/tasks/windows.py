@@ -20,7 +20,7 @@ from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.tasks.base import Progress, tracked
 
 STREAM_POSITIONS = 1024  # positions × rows per chunk of a streamed evaluation: enough for efficient products
-SHORTEST, DEVIATION = 5, 5.0  # of windows of random length
+SHORTEST, DEVIATION = 5, 5.0  # minimum and standard deviation of random window lengths
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Windows:
     Args:
         context: positions at the start of a window that provide history and are not scored.
         scored: scored positions after them.
-        carried: carry the state from window to window, detached; otherwise each window starts from a zero state.
+        carried: pass the state on from window to window, detached; otherwise each starts from a zero state.
     """
 
     context: int
@@ -61,7 +61,7 @@ class Windows:
 
     @property
     def length(self) -> int:
-        """Length of a whole window."""
+        """Length of a full window."""
         return self.context + self.scored
 
     def starts(self, length: int) -> range:
@@ -122,7 +122,7 @@ class Windows:
 
     def carry(self, state: State) -> State | None:
         """The state to start the next window from."""
-        # The state is a view of whole sequences; a copy lets those be freed.
+        # The state is a view of all outputs of a window; a copy lets these be freed.
         return tuple(part.detach().clone() for part in state) if self.carried else None
 
 
@@ -158,7 +158,7 @@ def streamed_features(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and targets at consecutive positions of rows (N, L), which the model reads as one stream.
 
-    Reading starts `context` positions earlier, as far back as the model can see.
+    Reading starts `context` positions earlier: a window's history.
     """
     steps = max(1, STREAM_POSITIONS // max(1, rows.size(0)))
     starts = range(max(positions.start - context, 0), positions.stop, steps) if positions else range(0)
@@ -195,8 +195,8 @@ def windowed_features(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and targets of the scored positions of rows (N, L), window by window.
 
-    Each window is computed when it is asked for, with the weights, mode and gradient setting of that moment. For
-    weights that change in between, a carried state is recomputed over the last `recomputed` windows.
+    Each window is computed on demand, with the weights, mode and gradient setting of that moment. For weights that
+    change in between, a carried state is recomputed over the last `recomputed` windows.
     """
     state: State | None = None
     before: deque[tuple[Tensor, State | None]] = deque(maxlen=recomputed)  # inputs and initial states
