@@ -75,6 +75,8 @@ class TrellisLanguageModel(nn.Module):
         embedding: constructor of the embedding: (vocab_size, embedding_size) → module with the matrix as `weight`.
         embedding_init: initialises the parameters of the embedding, and the matrix of an untied softmax, in place.
             Default: U(±0.1).
+        head: constructor of the head if it is neither a mixture nor split, with the arguments of
+            :class:`trellisnet.heads.LinearSoftmax`.
         mixture: further keywords for :class:`trellisnet.heads.MixtureOfSoftmaxes`.
         device, dtype: of all parameters.
         options: further keywords for the core.
@@ -104,6 +106,7 @@ class TrellisLanguageModel(nn.Module):
         core: Callable[..., nn.Module] = TrellisNet,
         embedding: Callable[..., nn.Module] = nn.Embedding,
         embedding_init: Callable[[Tensor], Any] | None = None,
+        head: Callable[..., nn.Module] = LinearSoftmax,
         mixture: dict[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -151,7 +154,7 @@ class TrellisLanguageModel(nn.Module):
         elif cutoffs is not None:
             self.head = SplitSoftmax(output_size, vocab_size, cutoffs, **factory)
         else:
-            self.head = LinearSoftmax(output_size, vocab_size, **factory)
+            self.head = head(output_size, vocab_size, **factory)
         check_rate("latent_dropout", latent_dropout)
         if embedding_init is not None and not tied:
             embedding_init(self.head.weight)

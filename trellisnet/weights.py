@@ -3,8 +3,8 @@
 The authors' state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), repeats `encoder.weight`
 as a tied `decoder.weight`, and names raw kernels `*_raw`, or `*_v_raw` and `*_g` with weight normalisation. We add
 names for what it lacks: `criterion.*` for the tail vectors of a split softmax, which the authors' scripts never save,
-and `weight2_past*` and `weight2_below*` for the parts of a mixed group convolution. Models with another core than
-TrellisNet keep the names of their parameters here.
+`weight2_past*` and `weight2_below*` for the parts of a mixed group convolution, and `head.*` for parameters of heads
+that the authors do not have. Models with another core than TrellisNet keep the names of their parameters here.
 """
 
 import json
@@ -66,7 +66,8 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
             names |= {f"{_MIXTURE}{part}.{name}": p for name, p in getattr(model.head, part).named_parameters()}
     if isinstance(model.head, SplitSoftmax):
         names |= dict(zip(_TAIL, (model.head.tail_vectors, model.head.tail_bias), strict=True))
-    return names
+    named = set(map(id, names.values()))
+    return names | {f"head.{name}": p for name, p in model.head.named_parameters() if id(p) not in named}
 
 
 def _is_trellis(model: Model) -> bool:
