@@ -1,6 +1,6 @@
 """Trellis Networks for sequence modelling (Bai, Kolter & Koltun, ICLR 2019)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from trellisnet.core import TrellisNet, TrellisOutput
 
