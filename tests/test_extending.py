@@ -54,10 +54,28 @@ def test_the_page_names_files_as_they_are():
     assert len(BLOCKS) == 11
     new = {name for name, _ in BLOCKS if not (PROJECT / name).exists()}
     assert new == {"text8/data.py", "text8/model.py", "text8/train.py", "trellisnet/baselines/gru.py"}
-    package = PROJECT / "trellisnet"
     for name in re.findall(r"`([\w/]+\.(?:py|c))`", PAGE):
-        places = (PROJECT, package, package / "training", package / "ops")
-        assert any((place / name).exists() for place in places) or name.startswith("text8/"), name
+        assert find(name) or name.startswith("text8/"), name
+
+
+def find(name: str) -> Path | None:
+    """The file that the page calls by this name."""
+    package = PROJECT / "trellisnet"
+    places = (PROJECT, package, package / "training", package / "ops")
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+ROWS = re.findall(r"^\| .+ \| (`.+`.*) \|$", PAGE.partition("## The way of a batch")[2], re.MULTILINE)
+
+
+@pytest.mark.parametrize("where", ROWS)
+def test_the_ways_lead_through_what_is_there(where):
+    """Every name of a row is defined in one of its files."""
+    names = re.findall(r"`([\w./]+)`", where)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in map(find, names) if path)
+    for name in names:
+        for part in [] if find(name) else name.split("."):
+            assert re.search(rf"\b(def|class) {part}\b|\b{part}(: \S+)? = ", text), name
 
 
 def test_an_activation(copy, tmp_path):
