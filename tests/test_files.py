@@ -1,5 +1,6 @@
 """Special files and hostile names: one printable line, at once."""
 
+import errno
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ import cifar10.data
 from trellisnet import serialization
 from trellisnet.data import archive, download, pixels
 from trellisnet.data.download import Source
-from trellisnet.errors import LINE, RunError, UserError, of_system, shown
+from trellisnet.errors import LINE, RunError, UserError, from_system, of_system, shown
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint
 from trellisnet.training.config import parse, read_config_file
@@ -117,6 +118,13 @@ def test_messages_are_printable_lines():
     assert of_system(OSError(28, "full", "a\nb")) == "full (a\\nb)"
     assert of_system(OSError(28, "full"), "folder") == "full (folder)"
     assert of_system(OSError("full")) == "full"
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.ENOSPC, errno.EIO])
+def test_a_path_that_cannot_be_reached_is_the_users_and_a_full_disk_is_not(number):
+    error, users = from_system(OSError(number, "no", "x")), number not in (errno.ENOSPC, errno.EIO)
+    assert type(error) is (UserError if users else RunError)
+    assert str(error) == "no (x)" + "; name another path" * users
 
 
 @pytest.mark.parametrize("text", HOSTILE)

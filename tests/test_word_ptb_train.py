@@ -328,6 +328,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("path", ["a" * 5000, "/".join(["a" * 200] * 40)], ids=["name", "path"])
+@pytest.mark.parametrize("flag", ["--data", "--out", "--load_weight", "--resume", "--metrics", "--config"])
+def test_a_path_that_is_too_long_is_the_users_mistake(run, tmp_path, monkeypatch, flag, path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err, _ = run(flag, path, "--max_steps", "1")
+    assert code == 2, err
+    assert re.fullmatch("error: .*(File name too long|cannot be written|--out).*\n", err)
+    assert len(err) < 2100
+    assert list(tmp_path.iterdir()) == [tmp_path / "text"]
+
+
 def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
     save_weights(build_model(Config(emsize=8, nhid=5, nout=8, nlevels=3), 10), tmp_path / "w.pkl")
     code, _, err, _ = run("--load_weight", tmp_path / "w.pkl", "--eval")

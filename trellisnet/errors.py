@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # not the user's mistake
+_UNREACHABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # wherever it happens, a path must change
 LINE = 2000  # characters of a message: room for two long paths
 NAME = 80  # characters of a name within a message
 
@@ -79,6 +80,18 @@ def of_system(error: OSError, path: object = None) -> str:
     """Return an error of the system and its file as one printable line; `path` is used if the error names no file."""
     name = error.filename or path
     return shown(f"{error.strerror or error}" + (f" ({name})" if name else ""), LINE)
+
+
+def from_system(error: OSError, path: object = None) -> UserError | RunError:
+    """Build the exception for an error of the system: a UserError if the path cannot be reached, else a RunError.
+
+    Args:
+        error: the error of the system.
+        path: named if the error names no file.
+    """
+    if error.errno in _UNREACHABLE:
+        return UserError(f"{of_system(error, path)}; name another path")
+    return RunError(of_system(error, path))
 
 
 def unwritable(what: str, error: OSError) -> UserError | RunError:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from trellisnet import console, serialization, weights
-from trellisnet.errors import LINE, NAME, RunError, UserError, counted, of_system, shown
+from trellisnet.errors import LINE, NAME, RunError, UserError, counted, from_system, shown
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT, RUN_FOLDER, RunConfig, check_settings, from_settings, parse
@@ -72,13 +72,10 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
             ranks.join()
             with ranks.watched():
                 program.run(argv, interrupts)
-    except UserError as e:
-        line, code = f"error: {e}", EXIT_USER
-    except RunError as e:
-        line, code, known = f"failed: {e}; {program.way_on()}", EXIT_FAILED, not isinstance(e, LostError)
+    except (UserError, RunError) as e:
+        (line, code), known = _verdict(e, program.way_on()), not isinstance(e, LostError)
     except OSError as e:
-        line, code = f"failed: {of_system(e, program.folder)}; {program.way_on()}", EXIT_FAILED
-        known = False
+        (line, code), known = _verdict(from_system(e, program.folder), program.way_on()), False
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
@@ -112,12 +109,8 @@ def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         sys.stdout.flush()
         # What was printed may be all that was asked for; a reader that stops early has read what it wanted.
         return code if isinstance(sys.stdout.error, BrokenPipeError | None) else EXIT_FAILED
-    except UserError as e:
-        line, code = f"error: {e}", EXIT_USER
-    except RunError as e:
-        line, code = f"failed: {e}", EXIT_FAILED
-    except OSError as e:
-        line, code = f"failed: {of_system(e)}", EXIT_FAILED
+    except (UserError, RunError, OSError) as e:
+        line, code = _verdict(from_system(e) if isinstance(e, OSError) else e)
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
@@ -128,6 +121,13 @@ def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         return e.code or EXIT_OK
     print(line, file=sys.stderr)
     return code
+
+
+def _verdict(e: UserError | RunError, way_on: str = "") -> tuple[str, int]:
+    """The message for an error, with the way on if the run failed, and the exit code."""
+    if isinstance(e, UserError):
+        return f"error: {e}", EXIT_USER
+    return "; ".join(filter(None, (f"failed: {e}", way_on))), EXIT_FAILED
 
 
 def is_out_of_memory(e: Exception) -> bool:

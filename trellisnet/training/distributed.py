@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from trellisnet.errors import LINE, NAME, RunError, UserError, of_system, shown
+from trellisnet.errors import LINE, NAME, RunError, UserError, from_system, shown
 from trellisnet.training.interrupts import SIGNALS, Interrupted
 from trellisnet.training.watch import Progress, Watch
 
@@ -289,7 +289,7 @@ class Ranks:
         except (UserError, RunError, OSError) as e:
             error = e
         if isinstance(error, OSError):
-            error = RunError(of_system(error))
+            error = from_system(error)
         told = self.gather(None if error is None else (isinstance(error, UserError), error.args))
         if error is not None:
             raise error

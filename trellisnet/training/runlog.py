@@ -227,15 +227,25 @@ def check_output(path: str | os.PathLike, flag: str, is_ours: Callable[[str], bo
     """
     if stands_for(path) is not None:
         return
-    real, folder = os.path.realpath(path), os.path.dirname(os.path.realpath(path))
+    real = os.path.realpath(path)
     if os.path.exists(real) and not os.path.isfile(real):  # written to as it is, not replaced
         writable = not os.path.isdir(real) and os.access(real, os.W_OK)
     else:
-        writable = later or (os.path.isdir(folder) and os.access(folder, os.W_OK))
+        writable = later or _can_replace(real)
     if not writable:
         raise UserError(f"{flag} {path}: cannot be written; name a file in a folder that exists and is writable")
     if os.path.isfile(real) and os.path.getsize(real) and not is_ours(real):
         raise UserError(f"{flag} {path}: holds something else, which is not overwritten; name a new file")
+
+
+def _can_replace(path: str) -> bool:
+    """Whether :func:`atomic_write` can make its temporary file beside a path: in an existing folder, of such a name."""
+    folder, name = os.path.split(path)
+    try:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp").close()
+    except OSError:
+        return False
+    return True
 
 
 def _holds(path: str, keys: Collection[str]) -> bool:
