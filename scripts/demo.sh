@@ -1,22 +1,44 @@
 #!/usr/bin/env bash
-# Train a tiny TrellisNet for a few minutes and print its perplexities.
+# Train a tiny TrellisNet for a few minutes, print its perplexities and a sample of its text, and say how to go on.
 # usage: bash scripts/demo.sh [--data DIR] [any flag of word_ptb/train.py]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 use_venv ""
 
-data=()
-case " $* " in
-*" --data "* | *" --data="*) ;; # the user's choice
-*)
+data=() synthetic=() out="$ROOT/runs/demo" flag=""
+for word in "$@"; do # the user's choice of data and folder
+    case "$flag$word" in
+    --data=* | --data" "*) data=(--data "${word#--data=}") ;;
+    --out=* | --out" "*) out="${word#--out=}" ;;
+    -h | --help) exec "$PY" "$ROOT/word_ptb/train.py" --help ;;
+    esac
+    case "$word" in --data | --out) flag="$word " ;; *) flag="" ;; esac
+done
+if [ ${#data[@]} -eq 0 ]; then
     status=0
     "$PY" -m word_ptb.data "$ROOT/data/penn" || status=$?
     [ "$status" -lt 128 ] || exit "$status" # a signal
     if [ "$status" -ne 0 ]; then
         echo "NOTICE: no Penn Treebank in data/penn (train.txt, valid.txt, test.txt), and it could not be fetched;"
         echo "NOTICE: training on a small synthetic corpus instead. Its perplexities mean nothing beyond it."
-        data=(--data synthetic)
+        synthetic=(--data synthetic)
     fi
-    ;;
-esac
-"$PY" "$ROOT/word_ptb/train.py" --preset tiny --out "$ROOT/runs/demo" --overwrite ${data[@]+"${data[@]}"} "$@"
+fi
+echo "training; the first lines take a few seconds"
+"$PY" "$ROOT/word_ptb/train.py" --preset tiny --out "$out" --overwrite ${synthetic[@]+"${synthetic[@]}"} "$@"
+[ -e "$out/weights.pkl" ] || exit 0
+
+generate=("$ROOT/scripts/generate.py" --run "$out" --length 60)
+printf '\nA sample of its text:\n\n'
+"$PY" "${generate[@]}" --temperature 0.8
+
+# Print a command as it can be typed here.
+show() { echo "   $(printf ' %q' "${@#"$PWD"/}")"; }
+longer=("$ROOT/word_ptb/train.py" --preset small --precision bf16 --out "$ROOT/runs/longer")
+longer+=(${data[@]+"${data[@]}"} ${synthetic[@]+"${synthetic[@]}"})
+[ ! -e "$ROOT/runs/longer/last.pt" ] || longer+=(--resume)
+printf '\nNext, activate the environment, generate more, or train longer (42 minutes on two CPU cores with bfloat16\n'
+printf 'instructions; without them leave --precision bf16 out):\n\n'
+show . "$ROOT/.venv/bin/activate"
+show python "${generate[@]}" --samples 3
+show python "${longer[@]}"

@@ -4,6 +4,20 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PY="$ROOT/.venv/bin/python"
 
+# patiently COMMAND...: show what a command prints and, whenever it says nothing for four seconds, how long it has run.
+patiently() {
+    local line status began=$SECONDS
+    "$@" | while true; do
+        status=0
+        IFS= read -r -t 4 line || status=$?
+        case "$status" in
+        0) [[ $line == *"already satisfied"* ]] || echo "  $line" ;;
+        1) cat && break ;; # it has ended
+        *) echo "  … $((SECONDS - began)) s" ;;
+        esac
+    done
+}
+
 use_venv() {
     local extras="$1" base="${PYTHON:-python3}" stamp wanted
     if [ ! -x "$PY" ] || [ ! -e "$ROOT/.venv/bin/pip" ]; then # missing or incomplete
@@ -17,7 +31,7 @@ use_venv() {
         }
         echo "making $ROOT/.venv"
         # Like -m venv, but Ctrl-C leaves no traceback.
-        "$base" -c 'import runpy, signal
+        patiently "$base" -c 'import runpy, signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 runpy.run_module("venv", run_name="__main__")' "$ROOT/.venv"
     fi
@@ -25,9 +39,11 @@ runpy.run_module("venv", run_name="__main__")' "$ROOT/.venv"
     stamp="$ROOT/.venv/.installed-${extras:-base}"
     wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum) $(echo "$ROOT"/*/__init__.py)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        echo "installing into $ROOT/.venv"
-        "$PY" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
-        "$PY" -m pip install --quiet --disable-pip-version-check -e "$ROOT${extras:+[$extras]}"
+        echo "installing into $ROOT/.venv; PyTorch is a large download"
+        patiently "$PY" -m pip install --progress-bar off --disable-pip-version-check -r "$ROOT/requirements.txt"
+        patiently "$PY" -m pip install --progress-bar off --disable-pip-version-check -e "$ROOT${extras:+[$extras]}"
+        echo "loading PyTorch once, which is slow the first time"
+        patiently "$PY" -c 'import trellisnet'
         printf '%s\n' "$wanted" >"$stamp"
     fi
 }

@@ -2,14 +2,16 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from trellisnet.training import programs
 from trellisnet.training.cli import guarded
-from trellisnet.training.config import PROJECT
+from trellisnet.training.config import PROJECT, parse
 from trellisnet.training.programs import TASKS
 
 PROGRAMS = [f"{task}/{name}.py" for task in TASKS for name in ("train", "data")]
@@ -48,8 +50,9 @@ def test_an_interrupted_program_cleans_up_and_says_so(signum, code, capsys):
     assert signal.getsignal(signum) == before
 
 
-def test_the_demo_stops_after_an_interrupted_download(tmp_path):
-    """A stub of Python is ended by a signal while it fetches the data."""
+@pytest.fixture
+def demo(tmp_path):
+    """Return a function that runs the demo with a stub of Python: exit code, programs called, last lines."""
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     (scripts / "demo.sh").write_text((PROJECT / "scripts" / "demo.sh").read_text())
@@ -57,14 +60,36 @@ def test_the_demo_stops_after_an_interrupted_download(tmp_path):
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexit $CODE\n')
     (tmp_path / "python").chmod(0o755)
 
-    def demo(code):
+    def run(code, *flags):
         (tmp_path / "calls").unlink(missing_ok=True)
-        environment = os.environ | {"CODE": str(code)}
-        done = subprocess.run(["bash", scripts / "demo.sh"], env=environment, capture_output=True, check=False)
-        return done.returncode, [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+        done = subprocess.run(
+            ["bash", scripts / "demo.sh", *flags], env=os.environ | {"CODE": str(code)}, cwd=tmp_path,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        calls = [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()]
+        return done.returncode, calls, [line.strip() for line in done.stdout.splitlines()[-3:]]
 
-    assert demo(130) == (130, ["-m"])
-    assert demo(2) == (2, ["-m", f"{tmp_path}/word_ptb/train.py"])  # without the data: on synthetic ones
+    return run
+
+
+def test_the_demo_stops_after_an_interrupted_download(demo, tmp_path):
+    assert demo(130)[:2] == (130, ["-m"])
+    assert demo(2)[:2] == (2, ["-m", f"{tmp_path}/word_ptb/train.py"])  # without the data: on synthetic ones
+
+
+def test_the_demo_ends_with_commands_that_go_on(demo, tmp_path):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "weights.pkl").touch()
+    called = [f"{tmp_path}/word_ptb/train.py", f"{tmp_path}/scripts/generate.py"]
+    generate = "python scripts/generate.py --run runs/demo --length 60 --samples 3"
+    longer = "python word_ptb/train.py --preset small --precision bf16 --out runs/longer"
+    assert demo(0) == (0, ["-m", *called], [". .venv/bin/activate", generate, longer])
+    (tmp_path / "runs" / "longer").mkdir()
+    (tmp_path / "runs" / "longer" / "last.pt").touch()
+    code, calls, lines = demo(0, "--data", "my book.txt")
+    assert (code, calls, lines[2]) == (0, called, rf"{longer} --data my\ book.txt --resume")
+    config, _ = parse(programs.get("word_ptb").config_class, shlex.split(lines[2])[2:])
+    assert config.data == "my book.txt"
 
 
 def test_text_that_a_console_cannot_encode_is_escaped(monkeypatch):
