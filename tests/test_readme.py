@@ -22,8 +22,10 @@ TEXTS = {
 GUIDES = {name: text for name, text in TEXTS.items() if name.endswith("README.md")}
 PROGRAMS = [path for path in committed("scripts/*.py") if "__main__" in path.read_text(encoding="utf-8")]
 FLAG = re.compile(r"(?<![\w/.-])--[a-z][\w-]*")
-# Of torchrun; placeholders; of the authors' scripts.
-OTHERS = {*"--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --flag --no-flag --cifar --load".split()}
+# Of torchrun and pip; placeholders; of the authors' scripts.
+OTHERS = {
+    *"--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --index-url --flag --no-flag --cifar --load".split()
+}
 
 
 def code(language, text):
