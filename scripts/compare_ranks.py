@@ -60,7 +60,7 @@ def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
     """Make some updates; return losses and gradients by step, final weights, and scores of the test data."""
     program = programs.get(case.split(",")[0])
     config, _ = parse(program.config_class, [*OFF, *CASES[case], *(DOUBLE if dtype is torch.float64 else [])])
-    config = config.chosen(torch.device("cpu"))
+    config = config.resolved(torch.device("cpu"))
     ranks.check_rows(config.batch_size)
     torch.manual_seed(config.seed)
     task, splits, schedule, facts = program.setup(config, torch.device("cpu"), ranks)

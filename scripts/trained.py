@@ -97,7 +97,7 @@ def load(args: argparse.Namespace, flags: Sequence[str]) -> Trained:
     device = config.torch_device()
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = config.chosen(device)
+    config = config.resolved(device)
     # Data are fetched into the project's own folder only, never into one that the user names.
     corpus = program.load(config.data_folder(), download=config.download and not config.data, **config.data_options())
     for notice in corpus.notices:

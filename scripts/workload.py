@@ -78,7 +78,7 @@ class Work:
         config, _ = parse(program.config_class, ["--preset", PRESETS[task], *smaller, *flags])
         self.config = config
         precisions = PRECISIONS[device.type]  # with the products and gates that a run on this device would choose
-        self.chosen = {p: dataclasses.replace(config, precision=p).chosen(device) for p in precisions}
+        self.chosen = {p: dataclasses.replace(config, precision=p).resolved(device) for p in precisions}
         torch.manual_seed(1)
         N = self.config.batch_size
         if task in LANGUAGE:

@@ -124,27 +124,27 @@ def test_images(run):
     assert metrics["test_mc"].keys() >= {"accuracy", "passes"}
     code, _, err, _ = run("--preset", "8m", main=pmnist.train.main, base=base)
     assert code == 2
-    assert err == "error: --preset 8m: is no preset of --model tcn, which has tcn\n"
+    assert err == "error: --preset 8m: not a preset of --model tcn; expected tcn\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("--model lstm", "argument --model: invalid choice: 'lstm'"),
-        ("--model rhn --preset paper", "--preset paper: is no preset of --model rhn, which has rhn, rhn-depth-1"),
+        ("--model rhn --preset paper", "--preset paper: not a preset of --model rhn; expected rhn, rhn-depth-1"),
         ("--preset depth-3", "--preset: expected one of default, paper"),
-        ("--model trellisnet --preset rhn", "--model trellisnet: --preset rhn is of rhn; leave one out"),
-        ("--model rhn --ksize 5", "--ksize: --model rhn has nothing of the kind"),
-        ("--model rhn --wdrop .5", "--wdrop: --model rhn has nothing of the kind"),
-        ("--model awd-lstm --aux 0.1", "--aux: --model awd-lstm has nothing of the kind"),
-        ("--sparse_mode sparse_all", "--sparse_mode: --model trellisnet has nothing of the kind"),
+        ("--model trellisnet --preset rhn", "--model trellisnet: --preset rhn belongs to rhn; leave one out"),
+        ("--model rhn --ksize 5", "--ksize: has no effect on --model rhn"),
+        ("--model rhn --wdrop .5", "--wdrop: has no effect on --model rhn"),
+        ("--model awd-lstm --aux 0.1", "--aux: has no effect on --model awd-lstm"),
+        ("--sparse_mode sparse_all", "--sparse_mode: has no effect on --model trellisnet"),
         (
             "--model rhn --nhid 500",
-            "--nout 830: the state of a recurrent highway network is its output; pass --nout 500",
+            "--nout 830: the output of a recurrent highway network is its state; pass --nout 500",
         ),
         ("--model tcn --repack", "--repack: a TCN carries no state"),
-        ("--model tcn --nlevels 31", "--nlevels 31: a TCN's dilation doubles with every block"),
-        ("--model rhn --backend fused", "--backend fused: is of TrellisNet; --model rhn needs auto or reference"),
+        ("--model tcn --nlevels 31", "--nlevels 31: expected at most 30"),
+        ("--model rhn --backend fused", "--backend fused: only TrellisNet has it; --model rhn needs auto or reference"),
         ("--random_length", "--random_length: needs windows that lie end to end"),
         ("--emb_blocks 0", "--emb_blocks: expected at least 1"),
         ("--emb_blocks 4 --emb_density .1", "--emb_density: expected 1/4 to 1 with 4 blocks, got 0.1"),
@@ -156,7 +156,7 @@ def test_images(run):
         ("--vocab_order down", "argument --vocab_order: invalid choice: 'down'"),
     ],
 )
-def test_what_makes_no_sense_is_named(argv, message):
+def test_invalid_settings_are_named(argv, message):
     with pytest.raises(UserError) as e:
         parse(Config, argv.split())
     assert message in str(e.value)

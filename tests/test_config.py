@@ -126,19 +126,19 @@ def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monke
         (["--seq_len", "58"], "--seq_len 58: must be larger than --horizon 58"),
         (["--seq_len", "20", "--repack"], "--seq_len 20: with --repack expected 0 or more than --horizon 58"),
         (["--log-interval", "0"], "--log-interval: expected at least 1, got 0"),
-        (["--load", "m.pt"], "--load m.pt: a pickled whole model can run any code"),
+        (["--load", "m.pt"], "--load m.pt: refused, because a pickled model can run any code"),
         (["--eval", "--resume"], "--eval and --resume exclude each other"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--config", "nothing.json"], "--config nothing.json: cannot be read"),
         (["--schedule", "linear"], "argument --schedule: invalid choice: 'linear'"),
-        (["--schedule", "cosine", "--anneal", "3"], "--anneal: is a rule of --schedule step, without effect on cosine"),
-        (["--schedule", "onecycle", "--asgd"], "--asgd: is a rule of --schedule step, without effect on onecycle"),
+        (["--schedule", "cosine", "--anneal", "3"], "--anneal: has no effect with --schedule cosine"),
+        (["--schedule", "onecycle", "--asgd"], "--asgd: has no effect with --schedule onecycle"),
         (["--ema", "0.9", "--asgd"], "--ema: --asgd averages the weights as well; leave one of the two out"),
         (["--ema", "0.9", "--nonmono", "3"], "--ema: --nonmono 3 averages the weights as well; leave one"),
         (["--label_smoothing", "0.1", "--n_experts", "3"], "--label_smoothing: needs the log-probabilities of all"),
     ],
 )
-def test_what_makes_no_sense_is_named(argv, message):
+def test_invalid_settings_are_named(argv, message):
     with pytest.raises(UserError) as e:
         config(*argv)
     assert message in str(e.value)
@@ -163,7 +163,7 @@ def test_what_makes_no_sense_is_named(argv, message):
         (r'{"name": "a\u0000b"}', r"name expects str, got 'a\x00b'"),
         (r'{"data": "\ud800"}', r"data expects str, got '\ud800'"),
         ('{"backend": "fast"}', "backend expects one of auto, reference, fused, triton, got 'fast'"),
-        ('{"overwrite": true}', "overwrite says what to do now; give it on the command line"),
+        ('{"overwrite": true}', "overwrite is not stored in files; pass it on the command line"),
         ('{"lr": 1' + "0" * 400 + "}", "lr expects float"),
         ("[" * 100_000, "not JSON"),
     ],

@@ -531,4 +531,4 @@ def test_a_settings_file_says_nothing_of_it(run, tmp_path):
     (tmp_path / "c.json").write_text('{"dynamic_eval": true}')
     code, _, err, _ = run(word_ptb.train.main, "--config", tmp_path / "c.json", "--eval")
     assert code == 2
-    assert err.endswith("dynamic_eval says what to do now; give it on the command line\n")
+    assert err.endswith("dynamic_eval is not stored in files; pass it on the command line\n")

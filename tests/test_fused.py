@@ -511,7 +511,7 @@ def test_every_preset_of_every_task_takes_this_path(monkeypatch, task, preset):
     monkeypatch.setattr(fused, "trellis", count)
     torch.manual_seed(0)
     config, _ = parse(PROGRAMS[task].config_class, ["--preset", preset, *SMALL[task]])
-    assert config.chosen(torch.device("cpu")).backend == "fused"
+    assert config.resolved(torch.device("cpu")).backend == "fused"
     if task in ("pmnist", "cifar10"):
         length, channels = (784, 1) if task == "pmnist" else (1024, 3)
         model = PROGRAMS[task].build_model(config, channels, 10).train()

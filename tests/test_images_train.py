@@ -115,7 +115,7 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {last}: {way}\n"
     assert last.read_bytes() == before
     assert cifar10.train.main(["--config", str(folder / "config.json"), "--out", str(tmp_path / "new")]) == 2
-    assert "config.json: is of pmnist, not of cifar10" in capsys.readouterr().err
+    assert "config.json: holds settings of pmnist, not of cifar10" in capsys.readouterr().err
     assert word_ptb.train.main(["--data", "synthetic", "--preset", "tiny", "--eval", "--load_weight", weights]) == 2
     assert "holds weights of pmnist, not of word_ptb" in capsys.readouterr().err
 

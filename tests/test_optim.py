@@ -173,8 +173,8 @@ def test_a_warm_up_that_fills_the_run_is_refused(name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "cosine", "when": [3]}, "--when: is a rule of --schedule step, without effect on cosine"),
-        ({"schedule": "onecycle", "decay": 2.0}, "--decay: is a rule of --schedule step, without effect on onecycle"),
+        ({"schedule": "cosine", "when": [3]}, "--when: has no effect with --schedule cosine"),
+        ({"schedule": "onecycle", "decay": 2.0}, "--decay: has no effect with --schedule onecycle"),
         ({"schedule": "onecycle", "warmup": 1}, "--warmup 1: with --schedule onecycle expected 0 or at least 2"),
         ({"warmup": -1}, "--warmup: expected at least 0, got -1"),
         ({"ema": 1.0}, r"--ema: expected a share in \[0, 1\), got 1.0"),

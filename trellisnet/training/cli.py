@@ -222,7 +222,7 @@ class _Program:
             ranks.device(config.device)
             # What "auto" stood for is part of the run: a continuation makes the same choices.
             device = config.torch_device()
-            config = config.chosen(device)
+            config = config.resolved(device)
             torch.use_deterministic_algorithms(config.deterministic)
         ranks.check_same(
             lambda: {"device": device.type, "backend": config.backend, "gates": config.gates},

@@ -1,7 +1,7 @@
 """Settings of a run: dataclass ↔ command-line flags ↔ JSON.
 
-A setting is a dataclass field; its flag, help and default come from the field. Four sources are laid over each other:
-flag > `--config` file > `--preset` > default. A setting `foo: bool` gives `--foo / --no-foo`.
+A flag overrides the `--config` file, which overrides `--preset`, which overrides the default of the field. A setting
+`foo: bool` becomes the flags `--foo` and `--no-foo`.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from trellisnet.training.settings import GROUPS, default_of, flag_of, properties
 
 SWITCHED = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 SCHEDULES = ("step", "cosine", "onecycle")
-RUN_FOLDER = "(last.pt of the run folder)"  # what --resume without a file means
+RUN_FOLDER = "(last.pt of the run folder)"  # value of --resume without a file
 RUN, OPTIMISATION, EVALUATION = "run and checkpoints", "optimisation", "evaluation"
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunConfig(HardwareConfig):
-    """Settings of every task's train.py. Tasks add their own settings, defaults and presets."""
+    """Settings that every train.py has; tasks add settings, defaults and presets of their own."""
 
     task: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
     default_data: ClassVar[str] = ""  # folder in the project
-    data_settings: ClassVar[tuple[str, ...]] = ("data",)  # what decides what ids, or places, stand for
+    data_settings: ClassVar[tuple[str, ...]] = ("data",)  # determine the meaning of ids or positions
 
     name: str = setting(
         "", "name of the run; its folder is runs/{task}/NAME unless --out is given", group=RUN, resumable=True
@@ -50,80 +50,80 @@ class RunConfig(HardwareConfig):
     )
     out: str = setting("", "folder of the run; default: runs/{task}/NAME in the project", group=RUN, process=True)
     resume: str = setting(
-        "", "continue the run in --out (or from FILE, or the last.pt of a folder)", group=RUN, process=True
+        "", "continue the run in --out, or from FILE, or from the last.pt in a folder", group=RUN, process=True
     )
     overwrite: bool = setting(False, "delete an earlier run in the folder", group=RUN, process=True)
     load: str = setting(
         "", "refused: a pickled model can run code; use --load_weight", group=RUN, process=True, hidden=True
     )
     load_weight: str = setting(
-        "", "start from weights in the authors' layout (.pkl), or from those in a run's folder", group=RUN
+        "", "start from weights in the authors' layout (.pkl), or from a run's folder", group=RUN
     )
-    eval: bool = setting(False, "only score the validation and test data", group=EVALUATION, process=True)
+    eval: bool = setting(False, "score the validation and test data without training", group=EVALUATION, process=True)
     metrics: str = setting("", "write one JSON object with the results to FILE", group=EVALUATION, process=True)
 
     data: str = setting(
         "", "folder of the data, or 'synthetic'; default: {default_data} in the project", group="data", resumable=True
     )
     download: bool = setting(
-        True, "fetch published data that are missing in their default folder", group="data", process=True
+        True, "download published data if they are missing from their default folder", group="data", process=True
     )
     seed: int = setting(1111, "seed of all random numbers", group=OPTIMISATION, at_least=0, bits=63)
 
     optim: str = setting("SGD", "optimiser: a class of torch.optim", group=OPTIMISATION)
     lr: float = setting(1e-3, "initial learning rate", group=OPTIMISATION, at_least=0)
     clip: float = setting(0.0, "gradient-norm clip; 0: none", group=OPTIMISATION, at_least=0)
-    wdecay: float = setting(0.0, "weight decay, inside the optimiser", group="regularisation", at_least=0)
-    epochs: int = setting(1, "epochs to train in all", group=OPTIMISATION, resumable=True, at_least=1)
+    wdecay: float = setting(0.0, "weight decay of the optimiser", group="regularisation", at_least=0)
+    epochs: int = setting(1, "total number of epochs", group=OPTIMISATION, resumable=True, at_least=1)
     max_steps: int = setting(
-        0, "stop after N updates in all; 0: no limit", group=OPTIMISATION, resumable=True, at_least=0
+        0, "stop after a total of N updates; 0: no limit", group=OPTIMISATION, resumable=True, at_least=0
     )
     max_eval_tokens: int = setting(
-        0, "score only N tokens of each split (marks the result partial); 0: all", group=EVALUATION, at_least=0
+        0, "score only N tokens of each split, and mark the result as partial; 0: all", group=EVALUATION, at_least=0
     )
-    batch_size: int = setting(16, "rows of a training batch", group=OPTIMISATION, at_least=1)
+    batch_size: int = setting(16, "rows in a training batch", group=OPTIMISATION, at_least=1)
     eval_batch_size: int = setting(10, "rows for validation and test", group=EVALUATION, at_least=1)
-    momentum: float = setting(0.0, "of the optimiser, if it has one", group=OPTIMISATION, rate="probability")
+    momentum: float = setting(0.0, "momentum, if the optimiser has one", group=OPTIMISATION, rate="probability")
     ema: float = setting(
-        0.0, "score and save an average of the weights that keeps this share per update; 0: none",
+        0.0, "score and save an exponential moving average of the weights with this decay per update; 0: none",
         group=OPTIMISATION, rate="share",
     )  # fmt: skip
     label_smoothing: float = setting(
-        0.0, "in training, share of the target spread evenly over all classes", group="regularisation", rate="share"
+        0.0, "share of each training target spread evenly over all classes", group="regularisation", rate="share"
     )
     schedule: str = setting(
-        "step", "learning rate: by the rules below, or over the whole run (momentum is left alone)",
+        "step", "learning rate: step follows --when, --decay and --anneal; the others span the whole run",
         group=OPTIMISATION, choices=SCHEDULES,
     )  # fmt: skip
     warmup: int = setting(
-        0, "updates in which the learning rate first rises; 0: none, with onecycle 30 % of all",
+        0, "updates over which the learning rate rises at first; 0: none, or 30 % of the run with onecycle",
         group=OPTIMISATION, at_least=0,
     )  # fmt: skip
     when: list[int] = setting(
         [-1], "divide the learning rate by 10 after these epochs", group=OPTIMISATION, step_rule=True
     )
     decay: float = setting(
-        1.0, "divide the learning rate by this after every epoch from --decay_from on",
+        1.0, "divide the learning rate by this after every epoch, starting with epoch --decay_from",
         group=OPTIMISATION, step_rule=True, at_least=1,
     )  # fmt: skip
-    decay_from: int = setting(1, "see --decay", group=OPTIMISATION, step_rule=True, at_least=1)
+    decay_from: int = setting(1, "first epoch of --decay", group=OPTIMISATION, step_rule=True, at_least=1)
     anneal: int = setting(
         0, "plateau patience in epochs; 0: no annealing on plateaus", group=OPTIMISATION, step_rule=True, at_least=0
     )
     skip_bad_steps: int = setting(
-        0, "skip up to N steps whose loss or gradient is not finite", group=OPTIMISATION, resumable=True, at_least=0
+        0, "skip up to N steps with a non-finite loss or gradient", group=OPTIMISATION, resumable=True, at_least=0
     )
     accumulate: int = setting(
-        1, "compute every batch in N slices of its rows, with one update for all", group=OPTIMISATION, at_least=1
+        1, "compute each batch in N slices of rows, with a single update", group=OPTIMISATION, at_least=1
     )
     checkpoint_minutes: float = setting(
-        10.0, "write last.pt within an epoch too, every N minutes; 0: never", group=RUN, resumable=True, at_least=0
+        10.0, "also write last.pt every N minutes within an epoch; 0: never", group=RUN, resumable=True, at_least=0
     )
     checkpoint_steps: int = setting(
-        0, "write last.pt every N updates too; 0: never", group=RUN, resumable=True, at_least=0
+        0, "also write last.pt every N updates; 0: never", group=RUN, resumable=True, at_least=0
     )
     tensorboard: bool = setting(
-        False, "write the numbers of metrics.jsonl for TensorBoard too", group=RUN, resumable=True
+        False, "also write the numbers of metrics.jsonl for TensorBoard", group=RUN, resumable=True
     )
     log_interval: int = setting(
         100, "batches between log lines", group=RUN, flag="--log-interval", resumable=True, at_least=1
@@ -131,17 +131,17 @@ class RunConfig(HardwareConfig):
 
     @classmethod
     def program(cls) -> str:
-        """The program's path in the project."""
+        """Return the path of the program within the project."""
         return f"{cls.task}/train.py"
 
     @classmethod
     def preset_names(cls) -> list[str]:
-        """What `--preset` may be."""
+        """Return the values that `--preset` takes."""
         return list(cls.presets)
 
     @classmethod
     def preset_of(cls, given: dict[str, Any]) -> str:
-        """The preset that given settings start from."""
+        """Return the name of the preset that these explicit settings start from."""
         return given.get("preset", "default")
 
     @classmethod
@@ -150,11 +150,11 @@ class RunConfig(HardwareConfig):
         return not properties_of(cls, name).hidden
 
     def validate(self) -> None:
-        """Raise UserError at the first setting that makes no sense, naming its flag."""
+        """Check all settings, as in :meth:`trellisnet.training.settings.Settings.validate`."""
         if self.load:
             raise UserError(
-                f"--load {self.load}: a pickled whole model can run any code when it is opened, so it is refused; save "
-                "its weights with torch.save(model.state_dict(), FILE) where it was made and pass --load_weight FILE"
+                f"--load {self.load}: refused, because a pickled model can run any code when it is opened; save its "
+                "weights with torch.save(model.state_dict(), FILE) where it was made, and pass --load_weight FILE"
             )
         super().validate()
         if self.accumulate > self.batch_size:
@@ -163,25 +163,25 @@ class RunConfig(HardwareConfig):
             rule = properties_of(self, field.name).step_rule and self.schedule != "step"
             if rule and getattr(self, field.name) != self.preset_value(field.name):
                 raise UserError(
-                    f"{flag_of(self, field.name)}: is a rule of --schedule step, without effect on {self.schedule}; "
-                    "leave one of the two out"
+                    f"{flag_of(self, field.name)}: has no effect with --schedule {self.schedule}; leave one of the "
+                    "two out"
                 )
         if self.schedule == "onecycle" and self.warmup == 1:
             raise UserError("--warmup 1: with --schedule onecycle expected 0 or at least 2 updates")
         if self.eval and self.resume:
-            raise UserError("--eval and --resume exclude each other: to score a run pass --load_weight RUN/weights.pkl")
+            raise UserError("--eval and --resume exclude each other; to score a run pass --load_weight RUN/weights.pkl")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: one continues a run, the other deletes it")
 
     def preset_value(self, name: str) -> Any:
-        """A setting as it is without flags and --config."""
+        """Return the value that a setting has without flags and --config."""
         return self.presets[self.preset].get(name, default_of(self.__dataclass_fields__[name]))
 
     def fixed(self, name: str) -> str:
-        """Why a continuation of this run must keep a setting; empty if it need not."""
+        """Say why a setting must not change when this run is resumed; empty if it may."""
         if self.schedule != "step" and name in ("epochs", "max_steps"):
             return f"--schedule {self.schedule} spreads the learning rate over all updates of the run"
-        return "" if properties_of(self, name).may_change else "a continued run keeps its settings"
+        return "" if properties_of(self, name).may_change else "a resumed run keeps its settings"
 
     def is_continued(self) -> bool:
         return bool(self.resume)
@@ -190,31 +190,31 @@ class RunConfig(HardwareConfig):
         return [] if self.eval else super().notices(device)  # only training steps become graphs
 
     def recipe(self) -> dict[str, Any]:
-        """Settings of training that a score is reported with, by name."""
+        """Return the training settings that a score is reported with, by name."""
         recipe = {name: getattr(self, name) for name in ("schedule", "warmup", "ema", "label_smoothing")}
         return recipe | {"load_weight": self.load_weight.removeprefix(f"{PROJECT}{os.sep}")}  # as in the command
 
     def marks(self) -> dict[str, bool]:
-        """What every score of weights that were loaded and not trained further is marked with."""
+        """Return the marks on the scores of weights that were loaded and not trained further."""
         return {}
 
     def load_options(self) -> dict[str, Any]:
-        """Further arguments for `weights.load_weights`."""
+        """Return further arguments for :func:`trellisnet.weights.load_weights`."""
         return {}
 
     @contextlib.contextmanager
     def in_flags(self) -> Iterator[None]:
-        """Where the library names arguments to pass, name the flags that stand for them."""
+        """Translate the arguments that an error of the library advises into flags."""
         try:
             yield
         except ArgumentError as e:
-            known = {field.name for field in dataclasses.fields(self)}
-            if not known.issuperset(self.settings_of(e.arguments)):
+            names = {field.name for field in dataclasses.fields(self)}
+            if not names.issuperset(self.settings_of(e.arguments)):
                 raise UserError(f"{e.line}, which no flag of {self.task} does") from e
             raise UserError(e.advise(self.flags(e.arguments))) from e
 
     def flags(self, arguments: dict[str, Any]) -> str:
-        """Flags for arguments of the library, `...` being a value that only the user knows."""
+        """Return the flags for arguments of the library; `...` is a value that only the user knows."""
         words, unknown = [], []
         for name, value in self.settings_of(arguments).items():
             flag = flag_of(self, name)
@@ -228,16 +228,16 @@ class RunConfig(HardwareConfig):
         return " ".join(words) + (f"{' and '.join(unknown)} that it was trained with" if unknown else "")
 
     def settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The settings that stand for arguments of the library."""
-        found = dict(arguments)
-        return found | dict.fromkeys(self.data_settings, found.pop("data")) if "data" in found else found
+        """Return the settings that correspond to arguments of the library."""
+        settings = dict(arguments)
+        return settings | dict.fromkeys(self.data_settings, settings.pop("data")) if "data" in settings else settings
 
     def folder(self) -> Path:
-        """The run folder: what the user typed, or runs/<task>/<name> in the project."""
+        """Return the run folder: --out, or runs/<task>/<name> in the project."""
         return Path(self.out) if self.out else PROJECT / "runs" / self.task / self.name
 
     def data_folder(self) -> str:
-        """Where the data are: "synthetic", what the user typed, or the default folder in the project."""
+        """Return --data, or the default folder in the project."""
         return self.data or str(PROJECT / self.default_data)
 
 
@@ -254,7 +254,7 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complain in one line instead of a usage dump, and name the nearest flag or choice."""
+    """Argument parser whose errors are one line and suggest the nearest flag or choice."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"allow_abbrev": False, **options})
@@ -308,7 +308,7 @@ _READERS = {int: whole_number, list[int]: whole_number}
 
 
 def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
-    """A parser with one flag a setting; what is not given on the command line is not in its result."""
+    """Return a parser with a flag per setting. Its result holds only the flags on the command line."""
     hints = typing.get_type_hints(cls)
     parser = Parser(
         prog=cls.program(),
@@ -339,13 +339,13 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
 
 
 def _help(cls: type[RunConfig], field: dataclasses.Field) -> str:
-    """The help text of a setting, with its default unless the text says it."""
+    """Return the help text of a setting, with its default unless the text states it."""
     text = properties_of(cls, field.name).help.format(task=cls.task, default_data=cls.default_data)
     return (text if "default:" in text else f"{text} (default: {default_text(field)})").replace("%", "%%")
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """The default of a setting as it is typed; a switch is on or off."""
+    """Return the default of a setting as a user would type it; a switch is on or off."""
     default = default_of(field)
     if isinstance(default, list):
         default = " ".join(map(str, default))
@@ -355,13 +355,13 @@ def default_text(field: dataclasses.Field) -> str:
 
 
 def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """Settings from a command line.
+    """Read the settings of a command line.
 
     Returns:
-        the settings, validated; and those that were given as flags or in the `--config` file.
+        the validated settings, and those among them that come from flags or the `--config` file.
 
     Raises:
-        UserError: an unknown flag or a value that makes no sense.
+        UserError: an unknown flag or an invalid value.
     """
     flags = vars(build_parser(cls).parse_args(argv))
     given = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
@@ -371,7 +371,7 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
 
 
 def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
-    """`given` over the preset it names (or `default`) over the defaults of `cls`, validated."""
+    """Lay explicit settings over their preset and the defaults of `cls`, and validate the result."""
     preset = cls.preset_of(given)
     if preset not in cls.presets:
         near = did_you_mean(str(preset), cls.presets)
@@ -382,10 +382,10 @@ def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
 
 
 def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
-    """Settings from a JSON object; the config.json of a run, for which its folder may be named, is one.
+    """Read settings from a JSON file, such as the config.json of a run, or from the folder of a run.
 
     Raises:
-        UserError: unreadable, no JSON object, an unknown setting or a value of another type.
+        UserError: the file cannot be read, holds no JSON object, an unknown setting or a value of another type.
     """
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "config.json")
@@ -404,13 +404,17 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: expected a JSON object of settings")
     if task not in (None, cls.task):
         raise UserError(
-            f"--config {path}: is of {shown(task, NAME)}, not of {cls.task}; name the file of a run of this task"
+            f"--config {path}: holds settings of {shown(task, NAME)}, not of {cls.task}; name a run of this task"
         )
     return check_settings(cls, content, f"--config {path}")
 
 
 def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) -> dict[str, Any]:
-    """`content` with every name known and every value of its setting's type, or UserError."""
+    """Return `content` with every value converted to the type of its setting.
+
+    Raises:
+        UserError: an unknown setting, or a value of another type; `where` begins the message.
+    """
     hints = typing.get_type_hints(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     checked = {}
@@ -419,7 +423,7 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             raise UserError(f"{where}: unknown setting {shown(repr(name), NAME)}{did_you_mean(str(name), fields)}")
         properties = properties_of(cls, name)
         if properties.process:
-            raise UserError(f"{where}: {name} says what to do now; give it on the command line")
+            raise UserError(f"{where}: {name} is not stored in files; pass it on the command line")
         kind = hints[name]
         plain = list if isinstance(kind, types.GenericAlias) else kind
         if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
@@ -437,7 +441,7 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
         fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
         if plain is list:
             fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if plain is str:  # most are parts of file names
+        if plain is str:  # most become parts of file names
             fits = fits and _is_text_of_system(value)
         if not fits:
             raise UserError(f"{where}: {name} expects {plain.__name__}, got {shown(repr(value), NAME)}")
@@ -451,7 +455,7 @@ def _whole(value: Any) -> Any:
 
 
 def _is_text_of_system(text: str) -> bool:
-    """Whether the text could be an argument of a command; JSON can hold zero bytes and lone surrogates."""
+    """Whether the text can be a command-line argument; JSON may contain zero bytes and lone surrogates."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -459,7 +463,7 @@ def _is_text_of_system(text: str) -> bool:
 
 
 def to_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run as plain values, for JSON and checkpoints: all but those about this process only."""
+    """Return the settings that are stored in JSON and checkpoints: all but instructions to this process."""
     return {
         name: value for name, value in dataclasses.asdict(config).items() if not properties_of(config, name).process
     }

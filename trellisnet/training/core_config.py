@@ -1,4 +1,4 @@
-"""The settings of the core, TrellisNet or another, which all tasks share."""
+"""Settings of the core, TrellisNet or another, that all tasks share."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from trellisnet.training.settings import properties_of, setting
 
 MOST_LAYERS = 100_000  # far beyond any use; lists with an entry per layer stay small
 
-# Settings that stand for arguments of the library under another name.
+# Arguments of the library → settings, where the names differ.
 SETTINGS = {
     "weight_norm": "wnorm", "embedding_size": "emsize", "output_size": "nout", "hidden_size": "nhid",
     "kernel_size": "ksize", "kernel_groups": "mixed_group", "core": "model",
@@ -25,41 +25,47 @@ SETTINGS = {
 
 @dataclass(kw_only=True)
 class CoreConfig(RunConfig):
-    """Settings of a core, under the authors' names of TrellisNet where they have one.
+    """Settings of a core, under the authors' names where they have one.
 
-    Another `model` has presets of its own: `--model rhn` means the preset `rhn`, and `--model rhn --preset small` the
-    preset `rhn-small`.
+    Cores other than TrellisNet have their own presets: `--model rhn` starts from the preset `rhn`, and `--model rhn
+    --preset small` from `rhn-small`.
     """
 
     model: str = setting(TrellisNet.core_name, "core between embedding and head", group="model", choices=tuple(CORES))
     mc_dropout: int = setting(
-        0, "also score by the mean of N passes with dropout (Monte Carlo); 0: not", group="evaluation", at_least=0
+        0,
+        "also score with probabilities averaged over N passes with dropout (Monte Carlo); 0: off",
+        group="evaluation",
+        at_least=0,
     )
-    nhid: int = setting(1000, "hidden channels without the output channels", group="model", at_least=1)
+    nhid: int = setting(1000, "hidden channels, not counting the output channels", group="model", at_least=1)
     nlevels: int = setting(58, "layers", group="model", at_least=1, at_most=MOST_LAYERS)
     ksize: int = setting(2, "kernel size", group="model", at_least=2)
     dilation: list[int] = setting([1], "dilations, cycled over the layers", group="model", at_least=1)
     wnorm: bool = setting(True, "weight normalisation", group="model")
     dropouth: float = setting(
-        0.0, "hidden dropout, one mask per sequence for all layers", group="regularisation", rate="probability"
+        0.0,
+        "hidden dropout; in TrellisNet one mask per sequence, for all layers",
+        group="regularisation",
+        rate="probability",
     )
     wdrop: float = setting(0.0, "DropConnect on both kernels", group="regularisation", rate="probability")
-    temporalwdrop: bool = setting(True, "DropConnect on the older taps only", group="regularisation")
-    activation: str = setting("lstm", "gates of a layer", group="model", choices=tuple(ops.ACTIVATIONS))
+    temporalwdrop: bool = setting(True, "apply DropConnect to the older taps only", group="regularisation")
+    activation: str = setting("lstm", "activation of a layer", group="model", choices=tuple(ops.ACTIVATIONS))
     mixed_group: int = setting(
-        0, "groups of a mixed group convolution (Theorem 1); 0: a dense kernel", group="model", at_least=0
+        0, "groups of a mixed group convolution (Theorem 1); 0: dense kernel", group="model", at_least=0
     )
     inject_every: int = setting(1, "inject the input every N layers", group="model", at_least=1)
     recompute: bool = setting(
-        False, "compute layers again in the backward pass instead of keeping them: less memory",
+        False, "save memory: recompute layers in the backward pass instead of storing them",
         group="hardware", resumable=True,
     )  # fmt: skip
     recompute_every: int = setting(
-        0, "with --recompute: keep every Nth layer; 0: the root of their number",
+        0, "with --recompute, store every Nth layer; 0: about the square root of --nlevels",
         group="hardware", resumable=True, at_least=0,
     )  # fmt: skip
     init_gain: float = setting(
-        0.0, "draw kernels from N(0, G²/fan-in), forget gates start at bias 1; 0: N(0, 0.01²), as the authors",
+        0.0, "draw kernels from N(0, G²/fan-in) and start forget gates at bias 1; 0: N(0, 0.01²), as the authors do",
         group="model", at_least=0,
     )  # fmt: skip
     gate_bias: float = setting(
@@ -68,16 +74,16 @@ class CoreConfig(RunConfig):
 
     @classmethod
     def preset_names(cls) -> list[str]:
-        """What `--preset` may be: also the names that a model's presets have after its own."""
+        """Return the values that `--preset` takes, including those that follow a core's name, as in `rhn-small`."""
         short = [name.removeprefix(f"{values.get('model')}-") for name, values in cls.presets.items()]
         return list(dict.fromkeys([*cls.presets, *short]))
 
     @classmethod
     def preset_of(cls, given: dict[str, Any]) -> str:
-        """The preset that given settings start from: one of the model's own.
+        """Return the name of the preset that these explicit settings start from, one of the core's own.
 
         Raises:
-            UserError: a preset of another model.
+            UserError: a preset of another core.
         """
         preset, model = given.get("preset", "default"), given.get("model", TrellisNet.core_name)
         if model == TrellisNet.core_name:
@@ -88,12 +94,12 @@ class CoreConfig(RunConfig):
         if cls.presets.get(preset, {}).get("model") == model:
             return preset
         names = [name for name, values in cls.presets.items() if values.get("model") == model]
-        known = f"has {', '.join(names)}" if names else f"has none in {cls.task}"
-        raise UserError(f"--preset {preset}: is no preset of --model {model}, which {known}")
+        expected = f"expected {', '.join(names)}" if names else f"it has none in {cls.task}"
+        raise UserError(f"--preset {preset}: not a preset of --model {model}; {expected}")
 
     @classmethod
     def is_listed(cls, name: str) -> bool:
-        """Whether `--help` lists a setting: not if only cores read it that the task does not offer."""
+        """Whether `--help` lists a setting. It does not if no core of this task reads it."""
         cores = (CORES[core] for core in properties_of(cls, "model").choices)
         is_read = name not in PARTICULAR or any(name in core.reads for core in cores)
         return is_read and super().is_listed(name)
@@ -102,27 +108,27 @@ class CoreConfig(RunConfig):
         super().validate()
         preset = self.presets[self.preset]
         if self.model != preset.get("model", TrellisNet.core_name):
-            raise UserError(f"--model {self.model}: --preset {self.preset} is of {preset['model']}; leave one out")
+            raise UserError(f"--model {self.model}: --preset {self.preset} belongs to {preset['model']}; leave one out")
         for field in dataclasses.fields(self):
             unread = field.name in PARTICULAR - self.core.reads
             if unread and getattr(self, field.name) != self.preset_value(field.name):
-                raise UserError(f"--{field.name}: --model {self.model} has nothing of the kind; leave it out")
+                raise UserError(f"--{field.name}: has no effect on --model {self.model}; leave it out")
         self.core.check(self)
 
     def settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        found = super().settings_of(arguments)
-        if "hidden_size" in found and self.core.adds_output:  # all channels, of which `nhid` leaves out the output's
-            found["hidden_size"] -= found.get("output_size", self.channels() - self.nhid)
-            if found["hidden_size"] == self.nhid:
-                del found["hidden_size"]
-        if "core" in found:
-            found["core"] = found["core"].core_name
-        return {SETTINGS.get(name, name): value for name, value in found.items()}
+        settings = super().settings_of(arguments)
+        if "hidden_size" in settings and self.core.adds_output:  # all channels; `nhid` leaves out those of the output
+            settings["hidden_size"] -= settings.get("output_size", self.channels() - self.nhid)
+            if settings["hidden_size"] == self.nhid:
+                del settings["hidden_size"]
+        if "core" in settings:
+            settings["core"] = settings["core"].core_name
+        return {SETTINGS.get(name, name): value for name, value in settings.items()}
 
     def notices(self, device: torch.device) -> list[str]:
         notices = super().notices(device)
         if self.precision == "bf16" and device.type == "cpu" and not gemm.usable("onednn", device, torch.bfloat16):
-            notices.append("this CPU has no bfloat16 instructions: --precision fp32 is several times faster on it")
+            notices.append("this CPU has no bfloat16 instructions; --precision fp32 is several times faster on it")
         return notices + self.core.notices(self, device)
 
     def no_graph(self, device: torch.device) -> str:
@@ -130,21 +136,21 @@ class CoreConfig(RunConfig):
 
     @property
     def core(self) -> Core:
-        """The core that `model` names."""
+        """The entry of the core that `model` names."""
         return CORES[self.model]
 
     def output_channels(self) -> int:
-        """Channels that the head reads."""
+        """Return the number of channels that the head reads."""
         raise NotImplementedError
 
     def channels(self) -> int:
-        """H, the hidden channels with those of the output; of other cores than TrellisNet all of them are `nhid`."""
+        """Return H, all hidden channels: for a TrellisNet `nhid` and the output channels, for other cores `nhid`."""
         return self.nhid + (self.output_channels() if self.core.adds_output else 0)
 
-    def chosen(self, device: torch.device) -> Self:
-        """These settings with backend, products and gates decided: once, for a continued run must compute the same.
+    def resolved(self, device: torch.device) -> Self:
+        """Return a copy in which backend, products and gates are chosen too; a resumed run keeps these choices.
 
         Raises:
-            UserError: what was asked for cannot run here.
+            UserError: the settings request something that cannot run here.
         """
-        return dataclasses.replace(super().chosen(device), **self.core.choices(self, device))
+        return dataclasses.replace(super().resolved(device), **self.core.resolve(self, device))

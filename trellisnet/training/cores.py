@@ -1,4 +1,4 @@
-"""The cores that `--model` chooses from: what each reads, what it refuses, how it is built and initialised around."""
+"""Registry of cores for `--model`: the settings that each reads and refuses, and how models with it are built."""
 
 import functools
 from collections.abc import Callable
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from trellisnet.training.core_config import CoreConfig
     from trellisnet.training.language_model import LanguageModelConfig
 
-MEASURED = 100  # channels from which on the route of the products is measured
-ROWS = 512  # of the products that are measured
+MEASURED = 100  # channels from which `gemm` auto is decided by a measurement
+ROWS = 512  # rows of the products in that measurement
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Core:
-    """A core for the programs. What this class says holds for the baselines; an entry overrides what differs.
+    """Entry of a core, with defaults that suit a baseline; a subclass overrides what differs.
 
     Class attributes:
-        module: the class of the core.
-        reads: which settings it reads of those that only some cores read.
-        adds_output: whether `nhid` leaves out the output channels, which come on top.
+        module: class of the core.
+        reads: settings that it reads, among those that only some cores read.
+        adds_output: whether the output channels are added to `nhid`.
     """
 
     module: type[nn.Module]
@@ -37,49 +37,49 @@ class Core:
 
     @property
     def name(self) -> str:
-        """The value of `--model`."""
+        """Value of `--model`."""
         return self.module.core_name
 
     def check(self, config: "CoreConfig") -> None:
-        """Raise UserError at settings that the core cannot have."""
+        """Raise UserError if the core cannot run these settings."""
         if config.backend not in ("auto", "reference"):
             raise UserError(
-                f"--backend {config.backend}: is of TrellisNet; --model {self.name} needs auto or reference"
+                f"--backend {config.backend}: only TrellisNet has it; --model {self.name} needs auto or reference"
             )
 
     def check_language_model(self, config: "LanguageModelConfig") -> None:
-        """Raise UserError at settings that a language model with this core cannot have."""
+        """Raise UserError if a language model with this core cannot run these settings."""
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
-        """Keywords for a model: the class of the core, and its own."""
+        """Return keywords for a model: the class of the core, `core`, and options of that class."""
         return {"core": self.module, "hidden_dropout": config.dropouth}
 
     def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
-        """Keywords for a language model."""
+        """Return keywords for a language model."""
         options = self.options(config) | {"input_dropout": config.dropouti}
         mixture = {"prior_bias": False, "dropout_after_tanh": True}
         return options | ({"mixture": mixture} if config.n_experts else {})
 
     def embedding_init(self, token: str) -> Callable[[Tensor], Any] | None:
-        """How the core's authors draw an embedding of words or symbols; None: U(±0.1)."""
+        """Return the initialisation of an embedding of "words" or "symbols" by the core's authors; None: U(±0.1)."""
         return None
 
     def init_head(self, head: nn.Module) -> None:
-        """Initialise the head of a language model where the core's authors differ."""
+        """Initialise the head of a language model as the core's authors do, if they differ from TrellisNet's."""
 
     def no_graph(self) -> str:
-        """Why training steps cannot be a CUDA graph; empty if they can."""
+        """Say why training steps cannot be a CUDA graph; empty if they can."""
         return f"--model {self.name} is not recorded"
 
     def notices(self, config: "CoreConfig", device: torch.device) -> list[str]:
-        """Lines on the kernels chosen for this device that the user should know of."""
+        """Return lines that tell the user which faster kernels cannot run, and why."""
         return []
 
-    def choices(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
-        """The settings `backend`, `gemm` and `gates` for this device, as far as they are not what `config` says.
+    def resolve(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
+        """Return the settings among `backend`, `gemm` and `gates` that are chosen for this device.
 
         Raises:
-            UserError: the settings ask for something that cannot run here.
+            UserError: the settings request something that cannot run here.
         """
         return {"backend": "reference"}  # torch's own operators
 
@@ -95,21 +95,21 @@ class _Trellis(Core):
         pass
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
-        """As there.
+        """Return the keywords, as in :meth:`Core.options`.
 
         Raises:
-            UserError: the channels do not make equal groups, or the input does not reach the output through them.
+            UserError: the channels do not form equal groups, or the input does not reach the output through them.
         """
         groups, hidden_size = config.mixed_group, config.channels()
         if groups and hidden_size % groups:
             raise UserError(
-                f"--mixed_group {groups}: does not divide the {hidden_size} channels, the output's included; "
+                f"--mixed_group {groups}: does not divide the {hidden_size} channels (output included); "
                 f"pass --nhid {config.nhid + -hidden_size % groups}"
             )
         climbs = config.nhid // (hidden_size // groups) if groups else 0
         if climbs >= config.nlevels:
             raise UserError(
-                f"--mixed_group {groups}: the input climbs a group a layer and would not reach the output; "
+                f"--mixed_group {groups}: the input climbs one group per layer and would not reach the output; "
                 f"pass --nlevels {climbs + 1} or more"
             )
         return super().options(config) | {
@@ -142,20 +142,20 @@ class _Trellis(Core):
         reason = ops.slow_gates(device, COMPUTE[config.precision], config.activation)
         return [f"gates eager, {reason}"] if config.gates == "eager" and reason else []
 
-    def choices(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
+    def resolve(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
         dtype = COMPUTE[config.precision]
         try:
             backend = ops.resolve(self._spec(config), ops.Execution(config.backend, recompute=config.recompute))
             if backend == "reference":
                 return {"backend": backend}
-            # A run that goes on elsewhere may have to multiply in another way.
+            # A run that is resumed on another machine takes what this one has.
             moved = config.is_continued() and config.gemm != "auto" and not gemm.usable(config.gemm, device, dtype)
             wanted = "auto" if moved else config.gemm
             route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
             gates = self._gates(config, backend, device)
         except ValueError as e:
             raise UserError(f"--{e}") from e
-        # Small products take no time by any route, and are not worth results that depend on a stopwatch.
+        # Small products are fast by any route, and not worth results that depend on a measurement.
         if wanted == "auto" and config.channels() >= MEASURED and not config.deterministic:
             inputs, outputs = config.ksize * config.channels(), self._spec(config).activation.gates * config.channels()
             route = gemm.fastest(device, dtype, ROWS, inputs, outputs)
@@ -168,7 +168,7 @@ class _Trellis(Core):
 
     @staticmethod
     def _gates(config: "CoreConfig", backend: str, device: torch.device) -> str:
-        """What computes the gates. A run that goes on elsewhere may have to take others."""
+        """Return the gate kernels; a run that is resumed on another machine takes what this one has."""
         settings = (device, COMPUTE[config.precision], config.activation)
         if backend == "triton":
             try:
@@ -198,7 +198,7 @@ class _TCN(Core):
     def check(self, config: "CoreConfig") -> None:
         super().check(config)
         if config.nlevels > 30:
-            raise UserError(f"--nlevels {config.nlevels}: a TCN's dilation doubles with every block; 30 are the most")
+            raise UserError(f"--nlevels {config.nlevels}: expected at most 30, as a TCN doubles its dilation per block")
 
     def check_language_model(self, config: "LanguageModelConfig") -> None:
         if config.repack:
@@ -208,7 +208,7 @@ class _TCN(Core):
         return super().options(config) | {"kernel_size": config.ksize}
 
     def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
-        """As there; a TCN drops single numbers of its input itself, not channels for a whole sequence."""
+        """Return the keywords; a TCN has its own input dropout, of single numbers instead of whole channels."""
         core = functools.partial(TCN, input_dropout=config.dropouti)
         return super().language_model_options(config) | {"core": core, "input_dropout": 0.0}
 
@@ -223,8 +223,8 @@ class _RHN(Core):
     def check_language_model(self, config: "LanguageModelConfig") -> None:
         if config.nout != config.nhid:
             raise UserError(
-                f"--nout {config.nout}: the state of a recurrent highway network is its output; pass --nout "
-                f"{config.nhid}, and when tied --emsize too"
+                f"--nout {config.nout}: the output of a recurrent highway network is its state; pass --nout "
+                f"{config.nhid}, and --emsize {config.nhid} when tied"
             )
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
@@ -247,5 +247,5 @@ class _SparseLSTM(Core):
 
 
 CORES = {core.name: core for core in (_Trellis(), _AWDLSTM(), _TCN(), _RHN(), _SparseLSTM())}
-# Settings that only some cores read. With another value than the preset's the others would ignore them in silence.
+# Settings that only some cores read. Other cores refuse them, lest they be ignored silently.
 PARTICULAR = frozenset().union(*(core.reads for core in CORES.values()))

@@ -1,4 +1,4 @@
-"""What the hardware decides: device, threads, precision, operators, CUDA graphs."""
+"""Settings that depend on the hardware: device, threads, precision, operators, CUDA graphs."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ MOST_THREADS = 1024  # libraries crash where they cannot start as many as they a
 
 @dataclass(kw_only=True)
 class HardwareConfig(Settings):
-    """Settings of where and with which kernels a program computes."""
+    """Where a program computes, in which precision and with which kernels."""
 
     cuda: bool = setting(True, "use a CUDA device if there is one", group="hardware", resumable=True)
     device: str = setting(
@@ -39,7 +39,7 @@ class HardwareConfig(Settings):
         group="hardware", resumable=True, choices=ops.GATE_KERNELS,
     )  # fmt: skip
     precision: str = setting(
-        "fp32", "of products and activations (tf32: CUDA only); sums and losses are in fp32",
+        "fp32", "precision of products and activations (tf32: CUDA only); sums and losses are in fp32",
         group="hardware", choices=PRECISIONS,
     )  # fmt: skip
     cuda_graph: str = setting(
@@ -51,14 +51,14 @@ class HardwareConfig(Settings):
     )
 
     def is_continued(self) -> bool:
-        """Whether the run was started before, perhaps on other hardware."""
+        """Whether this process resumes a run, perhaps on other hardware."""
         return False
 
     def torch_device(self) -> torch.device:
-        """The device to run on.
+        """Return the device to run on.
 
         Raises:
-            UserError: no such device here.
+            UserError: this machine does not have it.
         """
         wanted = self.device
         if wanted == "auto":
@@ -71,24 +71,24 @@ class HardwareConfig(Settings):
         return device
 
     def notices(self, device: torch.device) -> list[str]:
-        """Lines on the choices made for this device that the user should know of."""
+        """Return lines that tell the user which fast path this device cannot take, and why."""
         reason = self.no_graph(device) if device.type == "cuda" else ""
         return [f"no CUDA graph: {reason}"] if reason else []
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context in which models and losses are computed, for `precision`."""
+        """Return the context in which models and losses run in `precision`."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @contextlib.contextmanager
     def float32_products(self) -> Iterator[None]:
-        """Compute single-precision products on CUDA in TF32 if `precision` says so, in full otherwise.
+        """Compute single-precision products on CUDA in TF32 if `precision` is tf32, else in full precision.
 
-        Left alone, torch takes TF32 for convolutions and not for other products.
+        By default torch uses TF32 for convolutions, but not for other products.
         """
 
         def choose(products: str, convolutions: bool) -> tuple[str, bool]:
-            """Returns the settings before."""
-            with warnings.catch_warnings():  # some versions announce names that older ones do not have
+            """Return the previous settings."""
+            with warnings.catch_warnings():  # newer versions of torch recommend names that 2.6 lacks
                 warnings.filterwarnings("ignore", "Please use the new API")
                 before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
                 torch.set_float32_matmul_precision(products)
@@ -102,13 +102,13 @@ class HardwareConfig(Settings):
         finally:
             choose(*before)
 
-    def chosen(self, device: torch.device) -> Self:
-        """These settings with every choice made that was left to the machine.
+    def resolved(self, device: torch.device) -> Self:
+        """Return a copy in which every choice left to the machine is made.
 
         Raises:
-            UserError: the settings ask for something that cannot run here.
+            UserError: the settings request something that cannot run here.
         """
-        moved = self.is_continued()  # then another choice is better than none
+        moved = self.is_continued()  # a run that moves to another machine takes what this one has
         if self.precision == "tf32" and device.type != "cuda" and not moved:
             raise UserError(f"--precision tf32: needs a CUDA device, got {device.type}; pass fp32 or bf16")
         reason = self.no_graph(device)
@@ -118,7 +118,7 @@ class HardwareConfig(Settings):
         return dataclasses.replace(self, threads=torch.get_num_threads(), cuda_graph=cuda_graph)
 
     def no_graph(self, device: torch.device) -> str:
-        """Why a training step cannot be a CUDA graph; empty if it can."""
+        """Say why a training step cannot be a CUDA graph; empty if it can."""
         if device.type != "cuda":
             return f"needs a CUDA device, got {device.type}"
         several = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()

@@ -1,4 +1,4 @@
-"""A setting and its properties: what a field of a configuration is, as a flag, in a file and in a continued run."""
+"""Settings: dataclass fields that carry their own properties as flags, in files and on resume."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ import torch
 
 from trellisnet.errors import UserError
 
-LARGEST = torch.finfo(torch.float32).max  # of a setting that enters single-precision arithmetic
-# Of --help, in this order.
+LARGEST = torch.finfo(torch.float32).max  # settings enter single-precision arithmetic
+# Headings of --help, in this order.
 GROUPS = (
     "data",
     "model",
@@ -29,21 +29,21 @@ class Setting:
     """Properties of a setting.
 
     Args:
-        help: for `--help`; {task} and {default_data} stand for those of the task.
-        group: one of `GROUPS`.
-        flag: if it is spelled otherwise than the field.
-        choices: of a text.
-        at_least: lower bound; of a list, of every number, and there has to be one.
+        help: text for `--help`, where {task} and {default_data} are replaced by those of the task.
+        group: heading in `--help`, one of `GROUPS`.
+        flag: spelling of the flag if it is not `--` and the name of the field.
+        choices: allowed texts; None for any.
+        at_least: lower bound; for a list, of every number, and the list must not be empty.
         at_most: upper bound.
-        above: lower bound that is excluded.
-        special: a number that stands for a default, whatever the bounds.
-        rate: noun for a number in [0, 1); empty if it need not lie there.
-        bits: of the largest whole number.
-        needs: settings of which one must be on for this one to have an effect.
-        step_rule: is a rule of `--schedule step`, without effect on other schedules.
-        process: says what to do now, not what to compute: only on the command line, never kept with a run.
-        resumable: may differ between a run and its continuation.
-        hidden: is not listed by `--help`.
+        above: exclusive lower bound.
+        special: number outside the bounds that is allowed and stands for a default.
+        rate: noun for a number in [0, 1), for the error message; empty for any other number.
+        bits: an integer must be below 2**bits in size.
+        needs: settings of which at least one must be on for this one to have an effect.
+        step_rule: rule of `--schedule step`, without effect on other schedules.
+        process: instruction to this process, such as `--eval`: command line only, not stored with the run.
+        resumable: may change when a run is resumed.
+        hidden: not listed by `--help`.
     """
 
     help: str
@@ -64,11 +64,11 @@ class Setting:
 
     @property
     def may_change(self) -> bool:
-        """Whether a continuation of a run may have another value."""
+        """Whether the value may change when a run is resumed."""
         return self.process or self.resumable
 
     def problem(self, value: Any) -> str:
-        """Say what is wrong with a value; "" if nothing is."""
+        """Say what is wrong with a value; empty if nothing is."""
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 return f"expected a finite number, got {number}"
@@ -95,7 +95,7 @@ class Setting:
 
 
 def setting(default: Any, help: str, **properties: Any) -> Any:
-    """A dataclass field that is also a flag, with the properties of :class:`Setting`."""
+    """Declare a dataclass field that is also a flag, with the properties of :class:`Setting`."""
     return _field(default, Setting(help=help, **properties))
 
 
@@ -108,13 +108,17 @@ def _field(default: Any, properties: Setting) -> Any:
 
 @dataclass(kw_only=True)
 class Settings:
-    """Base of configurations. A subclass may change defaults and help texts of the settings it inherits by tables."""
+    """Base class of configurations.
+
+    Class attributes:
+        defaults, helps: tables by which a subclass changes defaults and help texts of inherited settings.
+    """
 
     defaults: ClassVar[dict[str, Any]] = {}
     helps: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Declare what the tables change, before `dataclass` looks for fields."""
+        """Redeclare the fields in the tables, before `dataclass` collects them."""
         super().__init_subclass__(**options)
         defaults, helps = (cls.__dict__.get(table, {}) for table in ("defaults", "helps"))
         inherited = {field.name: field for field in dataclasses.fields(cls)}
@@ -127,7 +131,11 @@ class Settings:
             setattr(cls, name, _field(defaults.get(name, default_of(field)), properties))
 
     def validate(self) -> None:
-        """Raise UserError at the first setting that makes no sense, naming its flag."""
+        """Check all settings.
+
+        Raises:
+            UserError: a value is out of range or has no effect; the message names its flag.
+        """
         for field in dataclasses.fields(self):
             value, properties = getattr(self, field.name), properties_of(self, field.name)
             if problem := properties.problem(value):
@@ -138,15 +146,15 @@ class Settings:
 
 
 def properties_of(config: type[Settings] | Settings, name: str) -> Setting:
-    """The properties of a setting."""
+    """Return the properties of a setting."""
     return config.__dataclass_fields__[name].metadata["setting"]
 
 
 def flag_of(config: type[Settings] | Settings, name: str) -> str:
-    """The flag of a setting, e.g. `--log-interval`."""
+    """Return the flag of a setting, such as `--log-interval`."""
     return properties_of(config, name).flag or f"--{name}"
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """The default of a field."""
+    """Return the default of a field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
