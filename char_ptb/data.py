@@ -1,9 +1,10 @@
-"""Character-level Penn Treebank, spelled from the three files of words in one of two ways.
+"""Character-level Penn Treebank, spelled from the word-level files in one of two ways.
 
-`authors`: every character is a symbol, the two spaces around a line too, and the line feed is `<eos>`. `standard`: the
-stream of Mikolov's character files, which AWD-LSTM and most of the literature use: lines are stripped, a space is `_`,
-and every line ends with `<eos>`. The two differ by two spaces a line, which carry no information. The Penn Treebank has
-no `_` of its own; that of another text is `<underscore>` in the standard stream, lest it be taken for a space.
+`authors`: every character is a symbol, including the spaces at both ends of a line, and a line feed is `<eos>`.
+`standard`: Mikolov's character files, which AWD-LSTM and most of the literature use. Lines are stripped, a space is `_`
+and every line ends with `<eos>`. The two streams differ by two spaces per line, which carry no information. The Penn
+Treebank contains no `_`; in the standard stream of another text it becomes `<underscore>`, to distinguish it from a
+space.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback; partial downloads are kept
 
 from trellisnet.data import corpus, download, penn
 from trellisnet.data.corpus import EOS, SPLITS, Corpus
@@ -22,42 +23,42 @@ from trellisnet.data.corpus import EOS, SPLITS, Corpus
 SPACE, UNDERSCORE = "_", "<underscore>"
 _AUTHORS = {"\n": EOS}
 _STANDARD = {"\n": EOS, " ": SPACE, SPACE: UNDERSCORE}
-# What the Penn Treebank must come to.
+# Published counts: symbols of train, valid and test, and types.
 ALPHABET = 50
 SYMBOLS = {"authors": (5_101_618, 399_782, 449_945), "standard": (5_017_482, 393_042, 442_423)}
 
 
 def authors(text: str) -> Iterator[str]:
-    """Every character of `text` as it is, `<eos>` for a line feed."""
+    """Yield the characters of `text`, with `<eos>` for a line feed."""
     return map(_AUTHORS.get, text, text)
 
 
 def standard(text: str) -> Iterator[str]:
-    """The characters of every stripped line, `_` for a space and `<underscore>` for a `_`, then `<eos>`."""
+    """Yield the characters of every stripped line, with `_` for a space and `<underscore>` for `_`, then `<eos>`."""
     stripped = "".join(f"{line.strip()}\n" for line in text.removesuffix("\n").split("\n"))
     return map(_STANDARD.get, stripped, stripped)
 
 
 def open_authors(text: str) -> list[str]:
-    """:func:`authors` of a text whose last line goes on."""
+    """Spell a text to be continued as :func:`authors` does."""
     return list(authors(text))
 
 
 def open_standard(text: str) -> list[str]:
-    """:func:`standard` of a text whose last line goes on: the end of that is not stripped."""
+    """Spell a text to be continued as :func:`standard` does, without stripping its end."""
     *lines, last = text.split("\n")
-    whole = standard("\n".join([*lines, ""])) if lines else ()
+    complete = standard("\n".join([*lines, ""])) if lines else ()
     last = last.lstrip()
-    return [*whole, *map(_STANDARD.get, last, last)]
+    return [*complete, *map(_STANDARD.get, last, last)]
 
 
 def _joined(tokens: Iterable[str], characters: dict[str, str]) -> str:
-    """Symbols as text."""
+    """Join symbols to text."""
     return "".join(characters.get(token, token) for token in tokens)
 
 
 STREAMS: dict[str, Callable[[str], Iterator[str]]] = {"authors": authors, "standard": standard}
-# From a prompt to its symbols, and back from what a model of the stream has generated.
+# Prompt → symbols, and generated symbols → text.
 PROMPTS: dict[str, Callable[[str], list[str]]] = {"authors": open_authors, "standard": open_standard}
 TEXTS: dict[str, Callable[[Iterable[str]], str]] = {
     name: functools.partial(_joined, characters={symbol: character for character, symbol in symbols.items()})
@@ -66,7 +67,7 @@ TEXTS: dict[str, Callable[[Iterable[str]], str]] = {
 
 
 def symbols(texts: list[str]) -> dict[str, dict[str, int]]:
-    """In how many symbols each stream spells each split."""
+    """Count the symbols of each split in each stream."""
     return {
         name: {split: len(list(spell(text))) for split, text in zip(SPLITS, texts, strict=True)}
         for name, spell in STREAMS.items()
@@ -78,7 +79,7 @@ def load(folder: str | Path, download: bool = False, stream: str = "authors", or
 
     Args:
         stream: a name in `STREAMS`.
-        order: of the alphabet, see :func:`trellisnet.data.corpus.reordered`.
+        order: order of the alphabet, see :func:`trellisnet.data.corpus.reordered`.
     """
     loaded, texts = penn.load(folder, download, STREAMS[stream])
     if loaded.label == penn.LABEL:

@@ -25,14 +25,14 @@ class Config(AdaptiveConfig):
     token: ClassVar[str] = "symbols"
     presets: ClassVar = {
         "default": {},
-        # Table 5, "Char-PTB"; what it leaves out (dropouti, output size, epochs of decay) is the released script's.
+        # Table 5, "Char-PTB"; the released script decides what the table omits (dropouti, nout, epochs of decay).
         "paper": {
             "name": "paper", "nhid": 1000, "nlevels": 125, "horizon": 125, "aux_freq": 70, "emb_dropout": 0.0,
             "dropouth": 0.3, "wdrop": 0.25, "wdecay": 1e-6,
         },
-        # An hour on two CPU cores with --precision bf16. Without dilation the tied layers are the steps of an LSTM, and
-        # learn faster. The gains of weight normalisation start small: a high rate of Adam and small batches leave the
-        # first plateau.
+        # An hour on two CPU cores with --precision bf16. Without dilation, the tied layers act as the steps of an LSTM
+        # and learn faster. The gains of weight normalisation start small; a high learning rate and small batches get
+        # past the first plateau.
         "small": {
             "name": "small", "emsize": 64, "nhid": 256, "nout": 64, "nlevels": 8, "horizon": 80, "batch_size": 8,
             "lr": 1e-2, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0,
@@ -44,13 +44,13 @@ class Config(AdaptiveConfig):
             "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0,
             "epochs": 2, "when": [1], "lr": 6e-3,
         },
-        # The recipe of AWD-LSTM's README, on the stream that it was published for.
+        # Recipe from the README of AWD-LSTM, for the stream of its published scores.
         "awd-lstm": {
             "name": "awd-lstm", "model": "awd-lstm", "stream": "standard", "nhid": 1000, "nlevels": 3, "dropouth": 0.25,
             "emb_dropout": 0.0, "wdrop": 0.5, "aux": 0.0, "horizon": 150, "random_length": True, "clip": 0.25,
             "wdecay": 1.2e-6, "epochs": 500, "when": [300, 400], "batch_size": 128,
         },
-        # The defaults of its authors' script, which spells `<eos>` as five characters (49 symbols); here it is one.
+        # Defaults of the authors' script, which spells `<eos>` as five characters (49 symbols); here it is one symbol.
         "tcn": {
             "name": "tcn", "model": "tcn", "emsize": 100, "nhid": 450, "nout": 100, "nlevels": 3, "ksize": 3,
             "dropout": 0.0, "dropouti": 0.1, "dropouth": 0.1, "emb_dropout": 0.0, "wdrop": 0.0, "aux": 0.0,
@@ -68,16 +68,19 @@ class Config(AdaptiveConfig):
     helps: ClassVar = {
         "anneal": "no effect without --asgd, as in the authors' script; see --when",
         "emb_dropout": "dropout of whole symbols of the alphabet",
-        "horizon": "length of a window; without --repack its unscored positions",
+        "horizon": "length of a window; without --repack, its unscored positions",
     }
 
-    dataset: str = setting("ptb", "the corpus; it is what --data holds", group="data", choices=("ptb",))
+    dataset: str = setting("ptb", "name of the corpus; --data says where it is", group="data", choices=("ptb",))
     stream: str = setting(
-        "authors", "how the text is spelled: see bits per character", group="data", choices=tuple(STREAMS)
+        "authors",
+        "spelling of the text: of the authors' code, or standard in the literature",
+        group="data",
+        choices=tuple(STREAMS),
     )
 
     def patience(self) -> int:
-        """None without averaging: the authors' script has --anneal and never reads it."""
+        """Return 0 without averaging, because the authors' script never reads its --anneal."""
         return self.anneal if self.asgd else 0
 
     def data_options(self) -> dict[str, Any]:
@@ -90,7 +93,7 @@ class Config(AdaptiveConfig):
         return TEXTS[self.stream](tokens)
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> CharacterModeling:
-        """Bits per character on the denominator of either stream."""
+        """Build the task, scored in bits per character with the denominators of both streams."""
         own = corpus.spelled[self.stream]
         symbols = {name: {split: n / own[split] for split, n in each.items()} for name, each in corpus.spelled.items()}
         return CharacterModeling(model, symbols=symbols, **options)

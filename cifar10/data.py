@@ -1,4 +1,4 @@
-"""CIFAR-10, binary version: records of a label and three planes of bytes, as sequences of 1,024 coloured pixels."""
+"""CIFAR-10, binary version: records of a label and three colour planes, read as sequences of 1,024 pixels."""
 
 import functools
 import signal
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback; partial downloads are kept
 
 import numpy as np
 import torch
@@ -18,16 +18,16 @@ from trellisnet.errors import UserError
 from trellisnet.serialization import open_regular
 
 LABEL = "CIFAR-10"
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # for pixels.normalise
+MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # as in the authors' script, in [0, 1]
 
 SIDE, COLOURS = 32, 3
 RECORD = 1 + COLOURS * SIDE * SIDE  # bytes
 TRAIN_NAMES = [f"data_batch_{number}.bin" for number in range(1, 6)]
 TEST_NAME = "test_batch.bin"
 NAMES = [*TRAIN_NAMES, TEST_NAME]
-# Names in its first line what the images are when they are not the published ones.
+# If the images are not the published ones, the first line of this file names them.
 SOURCE_NAME = "SOURCE.txt"
-# How CIFAR-10 is known, as the files in the archive have no published checksums: images of every class, and in a file.
+# Images per class and per file. They identify CIFAR-10, whose files have no published checksums, unlike the archive.
 TRAIN_EACH, TEST_EACH, IMAGES = 5000, 1000, 10_000
 
 ARCHIVE = Source(
@@ -42,13 +42,13 @@ ARCHIVE = Source(
 
 
 def fetch(folder: str | Path) -> list[Path]:
-    """Fetch the archive if it is missing in `folder`, and extract from it the batches that are missing.
+    """Download the archive into `folder` unless it is there, and extract the missing batches.
 
     Returns:
-        paths of those that were missing.
+        paths of the batches that were missing.
 
     Raises:
-        UserError: batches are missing beside images from elsewhere; or as in `trellisnet.data.download.fetch_all` and
+        UserError: batches are missing from a folder of other images; or as in `trellisnet.data.download.fetch_all` and
             `trellisnet.data.archive.extract`.
         RunError: the disk is full.
     """
@@ -58,8 +58,8 @@ def fetch(folder: str | Path) -> list[Path]:
         return []
     if (folder / SOURCE_NAME).exists():
         raise UserError(
-            f"{folder / SOURCE_NAME}: says that the images there are not the published ones, so nothing is fetched "
-            "into this folder; name another one"
+            f"{folder / SOURCE_NAME}: says that the images there are not the published ones, so nothing is "
+            "downloaded into this folder; name another one"
         )
     path = download.fetch(ARCHIVE, folder)
     members = {f"cifar-10-batches-bin/{name}": name for name in missing}
@@ -70,45 +70,45 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
     """Read the images.
 
     Args:
-        folder: holds the six batches, and SOURCE.txt if they are not the published ones; or "synthetic" for small
-            drawings of our own.
-        download: fetch CIFAR-10 if `folder` holds no batch, or only some beside the archive.
+        folder: folder with the six batches, and SOURCE.txt if they are not the published ones; or "synthetic" for small
+            generated drawings.
+        download: download CIFAR-10 if `folder` holds no batch, or only some batches and the archive.
         validation: hold out the last training images, see :func:`trellisnet.data.pixels.assemble`.
 
     Returns:
-        sequences of three colours: (n, 1024, 3).
+        sequences of three colours, (n, 1024, 3).
 
     Raises:
-        UserError: missing or damaged files; none that could be fetched.
+        UserError: files are missing or corrupt, or cannot be downloaded.
         RunError: the disk is full.
     """
     if str(folder) == SYNTHETIC:
         return pixels.assemble(*pixels.synthetic_strokes(colour=True), validation=validation, label=SYNTHETIC)
     folder = Path(folder)
     there = any((folder / name).exists() for name in NAMES)
-    if download and (not there or (folder / ARCHIVE.name).exists()):  # the archive: to go on where a kill broke it off
+    if download and (not there or (folder / ARCHIVE.name).exists()):  # an archive: continue an interrupted extraction
         fetch(folder)
     pixels.check_folder(folder)
     batches = [read_batch(folder / name) for name in NAMES]
     *train, test = batches
     train = Split(*(torch.cat(parts) for parts in zip(*train, strict=True)))
-    known = (
+    published = (
         all(len(batch.labels) == IMAGES for batch in batches)
         and train.labels.bincount().tolist() == [TRAIN_EACH] * pixels.CLASSES
         and test.labels.bincount().tolist() == [TEST_EACH] * pixels.CLASSES
     )
-    label = _source(folder / SOURCE_NAME) or (LABEL if known else OWN)
+    label = _source(folder / SOURCE_NAME) or (LABEL if published else OWN)
     return pixels.assemble(train, test, validation=validation, label=label)
 
 
 def read_batch(path: Path) -> Split:
-    """One file of records.
+    """Read one file of records.
 
     Returns:
         pixels (n, 1024, 3), any n.
 
     Raises:
-        UserError: missing, unreadable or empty, not made of whole records, or with a label above 9.
+        UserError: the file is missing, unreadable or empty, ends within a record, or has a label above 9.
     """
     try:
         with open_regular(path) as file:
@@ -126,7 +126,7 @@ def read_batch(path: Path) -> Split:
 
 
 def _source(path: Path) -> str | None:
-    """What SOURCE.txt calls the images; None if there is none."""
+    """Return the name of the images in SOURCE.txt; None if there is no such file."""
     try:
         with open_regular(path) as file:
             line = file.readline(200).decode("utf-8-sig").strip()

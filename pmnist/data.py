@@ -1,4 +1,4 @@
-"""MNIST: four IDX files, plain or compressed, as sequences of 784 grey pixels."""
+"""MNIST: four IDX files, plain or compressed, read as sequences of 784 grey pixels."""
 
 import functools
 import signal
@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback; partial downloads are kept
 
 import numpy as np
 
@@ -17,14 +17,14 @@ from trellisnet.data.pixels import OWN, SYNTHETIC, Images, Split
 from trellisnet.errors import UserError
 
 LABEL = "MNIST"
-MEAN, STD = (0.1307,), (0.3081,)  # of the training images, for pixels.normalise
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, in [0, 1]
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "http://yann.lecun.com/exdb/mnist/",
 )
-# Name, number of dimensions, md5 of the content unpacked, md5 and size of the file as it is published.
+# Name, number of dimensions, md5 of the unpacked content, md5 and size of the published file.
 _FILES = [
     ("train-images-idx3-ubyte", 3, "6bbc9ace898e44ae57da46a324031adb", "f68b3c2dcbeaaa9fbdd348bbdeb94873", 9_912_422),
     ("train-labels-idx1-ubyte", 1, "a25bea736e30d166cdddb491f175f624", "d53e105ee54ea40749a09fcbcd1e9432", 28_881),
@@ -40,19 +40,19 @@ SOURCES = {
 
 
 def find(name: str, folder: Path) -> Path | None:
-    """The file of this name, or of this name and `.gz`; None if neither is in `folder`."""
+    """Find the file in `folder`, with or without `.gz`; None if it is missing."""
     paths = (folder / name, folder / f"{name}.gz")
     return next((path for path in paths if path.exists()), None)
 
 
 def fetch(folder: str | Path) -> list[Path]:
-    """Fetch the files of MNIST that are missing in `folder`, compressed as they are published.
+    """Download the missing files of MNIST into `folder`, compressed as published.
 
     Returns:
-        paths of those that were missing.
+        paths of the files that were missing.
 
     Raises:
-        UserError: another file is there under one of the names, and nothing is fetched; or as in
+        UserError: an existing file is not MNIST's, so nothing is downloaded; or as in
             :func:`trellisnet.data.download.fetch_all`.
         RunError: the disk is full.
     """
@@ -62,25 +62,25 @@ def fetch(folder: str | Path) -> list[Path]:
         for name, path in there.items():
             if pixels.idx_md5(pixels.read_idx(path, DIMENSIONS[name])) != MD5[name]:
                 raise UserError(
-                    f"{path}: is not that of MNIST, so the files that are missing beside it are not fetched; put those "
-                    "that belong with it there, or move it away"
+                    f"{path}: not the file of MNIST, so the missing files beside it are not downloaded; add the files "
+                    "that belong to it, or move it away"
                 )
     return download.fetch_all([source for name, source in SOURCES.items() if name not in there], folder)
 
 
 def load(folder: str | Path, download: bool = False, validation: bool = True) -> Images:
-    """Read the images. It warns of files that are not those of MNIST.
+    """Read the images, with a warning if files are not those of MNIST.
 
     Args:
-        folder: holds the four files, each with or without `.gz`; or "synthetic" for small drawings of our own.
-        download: fetch the files of MNIST that are missing, see :func:`fetch`.
+        folder: folder with the four files, each with or without `.gz`; or "synthetic" for small generated drawings.
+        download: download missing files of MNIST, see :func:`fetch`.
         validation: hold out the last training images, see :func:`trellisnet.data.pixels.assemble`.
 
     Returns:
-        sequences of one colour: (n, 784, 1), of another length for images of your own of another size.
+        sequences of one colour, (n, 784, 1); the length of other images is their number of pixels.
 
     Raises:
-        UserError: missing, damaged or unfitting files; none that could be fetched.
+        UserError: files are missing or corrupt, do not belong together, or cannot be downloaded.
         RunError: the disk is full.
     """
     if str(folder) == SYNTHETIC:
@@ -106,22 +106,22 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
 
 
 def _paths(folder: Path) -> dict[str, Path]:
-    """Every file, by name."""
+    """Return the path of every file, by name."""
     pixels.check_folder(folder)
     found = {name: find(name, folder) for name in MD5}
     if missing := [name for name, path in found.items() if path is None]:
         raise UserError(
-            f"{folder}: {', '.join(missing)} (or with .gz) not found there; put what is missing there or name another "
+            f"{folder}: {', '.join(missing)} (or with .gz) not found there; add the missing files or name another "
             "folder with --data"
         )
     return found
 
 
 def _split(images_at: Path, images: np.ndarray, labels_at: Path, labels: np.ndarray) -> tuple[Split, str]:
-    """A split, and the size of its images in words."""
+    """Return a split, and the size of its images in words."""
     if len(images) != len(labels):
         raise UserError(
-            f"{labels_at}: holds {len(labels):,} labels for the {len(images):,} images of {images_at}; put those that "
+            f"{labels_at}: holds {len(labels):,} labels for the {len(images):,} images of {images_at}; put files that "
             "belong together there"
         )
     count, height, width = images.shape

@@ -511,7 +511,7 @@ def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
         ("--eval --cache 9 1 nan", "--cache: expected a finite number, got nan"),
         ("--eval --cache 1234567 1 .1", "--cache 1234567 1 0.1: WINDOW: expected less than the 5930 tokens of a row"),
         ("--eval --cache 9 one .1", "argument --cache: invalid float value: 'one'"),
-        ("--eval --recite --cache 9 1 .1", "--recite: is measured window by window; leave "),
+        ("--eval --recite --cache 9 1 .1", "--recite: is scored window by window; leave out "),
     ],
 )
 def test_what_makes_no_sense_is_one_line(run, argv, message):

@@ -170,7 +170,7 @@ def test_a_model_that_does_not_see_the_whole_image_is_told_of(run):
     with warnings.catch_warnings(action="default"):
         code, _, err, _ = run("--nlevels", "2", "--dilation", "1", "--max_steps", "1")
     assert code == 0
-    assert err == "warning: the model sees only the last 3 of 784 pixels: raise --nlevels\n"
+    assert err == "warning: the model sees only the last 3 of 784 pixels; raise --nlevels\n"
 
 
 @pytest.mark.parametrize(

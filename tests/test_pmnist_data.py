@@ -127,7 +127,7 @@ def test_the_synthetic_images():
 def test_what_does_not_fit_together_is_refused(folder, arrays):
     (folder / TRAIN_LABELS).write_bytes(idx(arrays[TRAIN_LABELS][:29]))
     assert refusal(folder) == (
-        f"{folder}/{TRAIN_LABELS}: holds 29 labels for the 30 images of {folder}/{TRAIN_IMAGES}; put those that belong "
+        f"{folder}/{TRAIN_LABELS}: holds 29 labels for the 30 images of {folder}/{TRAIN_IMAGES}; put files that belong "
         "together there"
     )
     wrong = arrays[TRAIN_LABELS].copy()
@@ -144,7 +144,7 @@ def test_what_does_not_fit_together_is_refused(folder, arrays):
 def test_what_is_missing_is_named(folder):
     (folder / TRAIN_LABELS).unlink()
     (folder / TEST_IMAGES).unlink()
-    assert refusal(folder).startswith(f"{folder}: {TRAIN_LABELS}, {TEST_IMAGES} (or with .gz) not found there; put ")
+    assert refusal(folder).startswith(f"{folder}: {TRAIN_LABELS}, {TEST_IMAGES} (or with .gz) not found there; add ")
     assert refusal(folder / "no").startswith(f"{folder}/no: no such folder; name the folder of the images with --data")
 
 
@@ -165,7 +165,7 @@ def test_ones_own_images_are_not_completed_with_mnist(folder, fetched):
     (folder / TRAIN_IMAGES).write_bytes(idx(contents(train=40)[TRAIN_IMAGES]))
     (folder / TEST_LABELS).unlink()
     message = refusal(folder, download=True)
-    assert message.startswith(f"{folder}/{TRAIN_IMAGES}: is not that of MNIST, so the files that are missing beside it")
+    assert message.startswith(f"{folder}/{TRAIN_IMAGES}: not the file of MNIST, so the missing files beside it")
     (folder / TRAIN_IMAGES).write_bytes(b"broken")
     assert "is not an IDX file" in refusal(folder, download=True)
     assert fetched == []

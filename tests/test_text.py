@@ -289,7 +289,7 @@ def test_a_run_says_and_logs_how_its_text_was_read(run, tmp_path, task):
     unit, counts = {
         "char_ptb": ("symbols", "test 4 (45 occurrences)"),
     }.get(task, ("words", "valid 1 (9 occurrences), test 3 (27 occurrences)"))
-    assert f"{unit} that the training text does not have: {counts}\n" in out
+    assert f"{unit} that the training text lacks: {counts}\n" in out
     log = (tmp_path / "run" / "log.txt").read_text()
     (line,) = [line for line in log.splitlines() if line.startswith("# notice: ")]
     assert "the text is read" in line

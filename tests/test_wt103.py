@@ -293,7 +293,7 @@ def test_weights_of_other_bands_are_refused(run, tmp_path):
         (["--cutoffs", "0", "20"], "error: --cutoffs 0 20: expected increasing numbers above 0"),
         (["--cutoffs", "20", "5000"], "error: --cutoffs 5000: must be less than the "),
         (["--n_experts", "2"], "error: --n_experts 2: a mixture of softmaxes has no bands"),
-        (["--label_smoothing", "0.1"], "error: --label_smoothing: needs the log-probabilities of all classes, and"),
+        (["--label_smoothing", "0.1"], "error: --label_smoothing: needs the log-probabilities of all words, but"),
         (["--data", "nowhere"], "error: nowhere: no such folder"),
         (["--vocab_order", "random"], "error: argument --vocab_order: invalid choice"),
         (["--batch_size", "99999"], "error: the corpus is too short for these settings"),

@@ -1,4 +1,4 @@
-"""Presets of the networks that TrellisNet is compared with: their authors' recipes, and sizes for two CPU cores."""
+"""Presets of the other cores: their authors' recipes, and small versions for two CPU cores."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ _UNREGULARISED = {
     "wdecay": 0.0,
 }  # fmt: skip
 
-# The recipe of AWD-LSTM's README, without its finetuning.
+# Recipe from the README of AWD-LSTM, without finetuning.
 _AWD_LSTM = {
     "model": "awd-lstm", **_CARRIED, "nlevels": 3, "emsize": 400, "nhid": 1150, "nout": 400, "dropout": 0.4,
     "dropouti": 0.4, "dropouth": 0.25, "emb_dropout": 0.1, "wdrop": 0.5, "alpha": 2.0, "beta": 1.0, "wdecay": 1.2e-6,
     "horizon": 70, "random_length": True, "lr": 30.0, "clip": 0.25, "anneal": 0, "nonmono": 5, "epochs": 500,
     "batch_size": 20, "eval_batch_size": 10, "seed": 141,
 }  # fmt: skip
-# Learning to recite: how well is the training text learned by heart, with nothing that would hinder it?
+# Learning to recite: memorise the training text, without regularisation.
 _RECITE = {
     **_UNREGULARISED, "recite": True, "nonmono": 0, "lr": 5.0, "momentum": 0.9, "decay": 1 / 0.97, "epochs": 150,
     "seed": 0,
 }  # fmt: skip
-# As the preset `small` of TrellisNet, where a network has the setting.
+# The settings of TrellisNet's preset `small` that other cores share.
 _SMALL = {
     **_UNREGULARISED, "emsize": 200, "nout": 200, "horizon": 30, "batch_size": 10, "dropout": 0.25, "dropouti": 0.1,
     "dropouth": 0.1, "wdecay": 1.2e-6, "lr": 20.0, "clip": 0.225, "epochs": 9, "when": [6, 8], "anneal": 10, "aux": 0.0,
 }  # fmt: skip
 _SMALL_CARRIED = {**_SMALL, **_CARRIED}
-# `ptb_sota` of the authors' TensorFlow code. Their loss is a sum over the 35 steps of a window, so that their rate 0.2,
-# clip 10 and weight decay 1e-7 are these of a mean.
+# `ptb_sota` of the authors' TensorFlow code. Their loss is a sum over the 35 steps of a window and ours a mean, so
+# their learning rate of 0.2, clip of 10 and weight decay of 1e-7 are rescaled.
 _STEPS = 35
 _RHN = {
     **_UNREGULARISED, "model": "rhn", **_CARRIED, "horizon": _STEPS, "dropout": 0.75, "dropouti": 0.75,
@@ -35,7 +35,7 @@ _RHN = {
     "clip": 10 / _STEPS, "decay": 1.02, "decay_from": 20, "anneal": 0, "epochs": 500, "batch_size": 20,
     "eval_batch_size": 20,
 }  # fmt: skip
-# Width at every depth of the table in the authors' README.
+# Width for each depth, from the table in the authors' README.
 RHN_WIDTHS = {1: 1275, 2: 1180, 3: 1110, 4: 1050, 5: 1000, 6: 960, 7: 920, 8: 890, 9: 860, 10: 830}
 
 
@@ -47,7 +47,7 @@ def _rhn(depth: int) -> dict[str, Any]:
 _SPARSE_LSTM = {**_AWD_LSTM, "model": "sparse-lstm"}
 _PRESETS = {
     "awd-lstm": _AWD_LSTM,
-    # Yang et al., 2018: their recipe for the Penn Treebank, without finetuning and dynamic evaluation.
+    # Recipe of Yang et al. (2018) for the Penn Treebank, without finetuning and dynamic evaluation.
     "awd-lstm-mos": {
         **_AWD_LSTM, "n_experts": 15, "emsize": 280, "nhid": 960, "nout": 620, "dropoutl": 0.29, "dropouth": 0.225,
         "lr": 20.0, "batch_size": 12, "epochs": 1000, "seed": 28,
@@ -65,7 +65,7 @@ _PRESETS = {
     },
     "rhn": _rhn(10),
     **{f"rhn-depth-{depth}": _rhn(depth) for depth in RHN_WIDTHS},
-    # At the loss's mean the authors' rate is 6 for windows of 30.
+    # For the mean over a window of 30, the authors' rate of 0.2 is 6.
     "rhn-small": {
         **_SMALL_CARRIED, "model": "rhn", "nlevels": 5, "emsize": 248, "nhid": 248, "nout": 248, "lr": 6.0,
         "clip": 10 / 30,

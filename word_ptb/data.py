@@ -1,4 +1,4 @@
-"""Word-level Penn Treebank: three files of words, `<eos>` at the end of every line, ids by first appearance."""
+"""Word-level Penn Treebank: three text files, `<eos>` at the end of every line, ids by first appearance."""
 
 import functools
 import signal
@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback; partial downloads are kept
 
 from trellisnet.data import corpus, download, penn
 from trellisnet.data.corpus import Corpus
 
-# What the Penn Treebank must come to.
+# Published counts: tokens of train, valid and test, and types.
 TOKENS = (929_589, 73_760, 82_430)
 VOCABULARY = 10_000
 
@@ -20,7 +20,7 @@ def load(folder: str | Path, download: bool = False, order: str = "appearance") 
     """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.load`.
 
     Args:
-        order: of the vocabulary, see :func:`trellisnet.data.corpus.reordered`.
+        order: order of the vocabulary, see :func:`trellisnet.data.corpus.reordered`.
     """
     loaded, _ = penn.load(folder, download, corpus.words)
     if loaded.label == penn.LABEL:

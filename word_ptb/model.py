@@ -24,7 +24,7 @@ class Config(AdaptiveConfig):
     plateau_floor: ClassVar[float] = 0.02
     presets: ClassVar = {
         "default": {},
-        # Table 5, "Word-PTB (w/o MoS)"; what it leaves out (dropouti, AR, TAR, windows) is the released script's.
+        # Table 5, "Word-PTB (w/o MoS)"; the released script decides what the table omits (dropouti, AR, TAR, windows).
         "paper": {
             "name": "paper", "nlevels": 55, "horizon": 55, "aux_freq": 16, "wdecay": 1e-6,
         },
@@ -33,8 +33,8 @@ class Config(AdaptiveConfig):
             "name": "paper-mos", "n_experts": 15, "emsize": 280, "nout": 480, "nlevels": 55, "horizon": 55,
             "aux_freq": 16, "wdecay": 1e-6, "emb_dropout": 0.05, "dropout": 0.4, "wdrop": 0.45, "clip": 0.2,
         },
-        # Forty minutes on two CPU cores in bf16: shallow and narrow, with carried state (so that all that is computed
-        # is scored), many small updates, and only the regularisation that nine epochs need.
+        # Forty minutes on two CPU cores in bf16: shallow and narrow, with carried state (so that every position is
+        # scored), many small updates, and no more regularisation than nine epochs need.
         "small": {
             "name": "small", "emsize": 200, "nhid": 100, "nout": 200, "nlevels": 8, "repack": True, "seq_len": 0,
             "horizon": 30, "batch_size": 10, "dropout": 0.25, "dropouti": 0.1, "dropouth": 0.1, "emb_dropout": 0.0,
@@ -58,19 +58,19 @@ class Config(AdaptiveConfig):
     helps: ClassVar = {"anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never"}
 
     recite: bool = setting(
-        False, "score by the share of words that the model gives the highest probability", group="evaluation"
+        False, "score by the share of words to which the model gives the highest probability", group="evaluation"
     )
 
     def validate(self) -> None:
         super().validate()
         if self.recite and (self.eval_all or self.mc_dropout or self.cache or self.dynamic_eval):
             others = "--eval_all, --mc_dropout, --cache and --dynamic_eval"
-            raise UserError(f"--recite: is measured window by window; leave {others} out")
+            raise UserError(f"--recite: is scored window by window; leave out {others}")
 
     def task_seq_len(self) -> int:
-        """As it is: this script of the authors overlaps its training windows even while the state is carried."""
+        """Return `seq_len`: the authors' script overlaps its training windows even if the state is carried."""
         return self.seq_len
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> LanguageModeling:
-        """Perplexity; or how well the text is recited."""
+        """Build the task, scored by perplexity or, with `recite`, by accuracy."""
         return (Reciting if self.recite else LanguageModeling)(model, **options)

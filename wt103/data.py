@@ -1,4 +1,4 @@
-"""WikiText-103: three files of words, `<eos>` at the end of every line, blank ones too."""
+"""WikiText-103: three text files, `<eos>` at the end of every line, even of blank ones."""
 
 import functools
 import signal
@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback; what has arrived is kept
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback; partial downloads are kept
 
 from trellisnet.data import archive, corpus, download, encoder, synthetic
 from trellisnet.data.corpus import SPLITS, Corpus, cache_folder
 from trellisnet.data.download import Source
 from trellisnet.data.text import Texts, find
 
-# What the corpus must come to, which is also how it is known: the whole text has no published checksum.
+# Published counts of tokens and types. They identify the corpus, whose text has no published checksum.
 TOKENS = (103_227_021, 217_646, 245_569)
 VOCABULARY = 267_735
 LABEL = "WikiText-103"
-# WikiText's validation text as training text, and the halves of its test text.
+# The sample: WikiText's validation text for training, and the halves of its test text for validation and test.
 SAMPLE_SHA256 = "ee8e179331812a9025fac9f2602faeb12e773d051d55ee6e50ce15da3bc784c1"
 SAMPLE_LABEL = "WikiText sample"
 
@@ -36,10 +36,10 @@ MAX_SIZE = 10**9  # bytes of an extracted file; the training text has 540 millio
 
 
 def fetch(folder: str | Path) -> list[Path]:
-    """Fetch the archive if it is missing in `folder`, and extract from it the texts that are missing.
+    """Download the archive into `folder` unless it is there, and extract the missing texts.
 
     Returns:
-        paths of those that were missing.
+        paths of the texts that were missing.
 
     Raises:
         UserError, RunError: as in `trellisnet.data.download.fetch_all` and `trellisnet.data.archive.extract`.
@@ -53,25 +53,25 @@ def fetch(folder: str | Path) -> list[Path]:
 
 
 def load(folder: str | Path, download: bool = False, order: str = "appearance") -> Corpus:
-    """Read and encode the corpus; its streams are int32 and mapped from a file.
+    """Read and encode the corpus as int32 streams mapped from a file.
 
     Args:
-        folder: holds the three texts, under their published names or as train.txt, valid.txt, test.txt; or a single
-            text file, which is cut into them; or "synthetic" for a small generated corpus.
-        download: fetch WikiText-103 if `folder` holds no text, or only a part of it beside the archive.
-        order: of the vocabulary, see :func:`trellisnet.data.encoder.encode_files`.
+        folder: folder with the three texts, under their published names or as train.txt, valid.txt, test.txt; a single
+            text file, which is divided into them; or "synthetic" for a small generated corpus.
+        download: download WikiText-103 if `folder` holds no text, or only some of its texts and the archive.
+        order: order of the vocabulary, see :func:`trellisnet.data.encoder.encode_files`.
 
     Raises:
-        UserError: missing, empty or unreadable files; none that could be fetched.
+        UserError: files are missing, empty or unreadable, or cannot be downloaded.
         RunError: the disk is full.
     """
     if str(folder) == "synthetic":
         texts = synthetic.texts()
-        made = corpus.encode(map(corpus.words, texts), sha256=corpus.digest(texts), label="synthetic")
-        return corpus.by_frequency(made) if order == "frequency" else made
+        encoded = corpus.encode(map(corpus.words, texts), sha256=corpus.digest(texts), label="synthetic")
+        return corpus.by_frequency(encoded) if order == "frequency" else encoded
     folder = Path(folder)
     there = any((folder / name).exists() for names in LAYOUTS for name in names)
-    if download and (not there or (folder / ARCHIVE.name).exists()):  # the archive: to go on where a kill broke it off
+    if download and (not there or (folder / ARCHIVE.name).exists()):  # an archive: continue an interrupted extraction
         fetch(folder)
     texts = Texts(find(folder, LAYOUTS))
     loaded = texts.describe(encoder.encode_files(texts, cache_folder(), order=order, label="own corpus"))

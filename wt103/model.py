@@ -14,7 +14,7 @@ from trellisnet.training.settings import setting
 
 __all__ = ["Config", "build_model"]
 
-# The authors' bands, for vocabularies that are larger than this.
+# The authors' cut-offs, for larger vocabularies than this.
 LARGE_VOCABULARY = 75_000
 CUTOFFS = (2_800, 20_000, 76_000)
 
@@ -30,19 +30,19 @@ class Config(AdaptiveConfig):
     when_floor: ClassVar[float] = 1e-5
     presets: ClassVar = {
         "default": {},
-        # Table 5, "Word-WT103", whose hidden size of 2000 is that of all channels: 1500 + 512 make the paper's 180M.
+        # Table 5, "Word-WT103"; its hidden size of 2000 counts all channels: 1500 + 512 make the paper's 180M.
         "paper": {
             "name": "paper", "nhid": 1500, "nlevels": 70, "horizon": 70, "wdrop": 0.1, "aux": 0.08, "clip": 0.1,
             "vocab_order": "frequency",
         },
-        # For a sample of some hundred thousand tokens on two CPU cores, which plain SGD learns faster than Adam does.
+        # For a sample of some hundred thousand tokens, on two CPU cores. Here plain SGD learns faster than Adam.
         "small": {
             "name": "small", "emsize": 128, "nhid": 96, "nout": 128, "nlevels": 6, "horizon": 30, "batch_size": 10,
             "wnorm": False, "optim": "SGD", "lr": 20.0, "clip": 0.25, "dropout": 0.4, "dropouti": 0.3, "dropouth": 0.2,
             "emb_dropout": 0.1, "aux": 0.0, "epochs": 9, "when": [6, 8], "anneal": 0, "eval_batch_size": 10,
             "vocab_order": "frequency",
         },
-        # The TCN's authors tell the size of theirs, 150M, and nothing else; these widths, windows and rates are ours.
+        # The TCN's authors publish only its size, 150M; widths, windows and rates are ours.
         "tcn": {
             "name": "tcn", "model": "tcn", "emsize": 400, "nhid": 1000, "nout": 400, "nlevels": 8, "ksize": 3,
             "dropout": 0.0, "dropouti": 0.1, "dropouth": 0.1, "aux": 0.0, "repack": False, "horizon": 160,
@@ -59,31 +59,31 @@ class Config(AdaptiveConfig):
     }  # fmt: skip
     helps: ClassVar = {
         "anneal": "plateau patience in epochs: divide the learning rate by 10; 0: never",
-        "horizon": "length of a window; without --repack its unscored positions",
+        "horizon": "length of a window; without --repack, its unscored positions",
     }
 
     vocab_order: str = setting(
-        "appearance", "order of the words, which decides their bands", group="data", choices=ORDERS
+        "appearance", "order of the vocabulary, which determines the bands", group="data", choices=ORDERS
     )
     cutoffs: list[int] = setting(
-        [], "borders of the softmax's bands; default: the authors' if V > 75,000; 0: none", group="model"
+        [], "cut-offs of the split softmax; default: the authors' if V > 75,000; 0: none", group="model"
     )
     init_tail: bool = setting(
-        False, "go on with weights that lack the vectors of the bands (marks the score)", group="run and checkpoints"
+        False, "accept weights without the vectors of the bands, and mark the score", group="run and checkpoints"
     )
 
     def validate(self) -> None:
         super().validate()
         if self.emb_blocks > 1:
             raise UserError(
-                "--emb_blocks: a sparse embedding needs the rare words first, the bands of this task's softmax the "
-                "frequent ones; use it in word_ptb"
+                "--emb_blocks: a sparse embedding needs rare words first, but the bands of this task's softmax need "
+                "frequent ones first; use it in word_ptb"
             )
         if self.cutoffs not in ([], [0]) and any(low >= high for low, high in pairwise([0, *self.cutoffs])):
             raise UserError(f"--cutoffs {' '.join(map(str, self.cutoffs))}: expected increasing numbers above 0")
 
     def no_graph(self, device: torch.device) -> str:
-        bands = "" if self.cutoffs == [0] else "which words lie in which band of the softmax is found on the CPU"
+        bands = "" if self.cutoffs == [0] else "the bands of the softmax are sorted on the CPU"
         return super().no_graph(device) or bands
 
     def data_options(self) -> dict[str, Any]:
@@ -96,10 +96,10 @@ class Config(AdaptiveConfig):
         return {"init_tail": self.init_tail}
 
     def bands(self, vocab_size: int) -> list[int] | None:
-        """Explicit cut-offs; else the authors' for a large vocabulary.
+        """Return explicit cut-offs, or the authors' for a large vocabulary.
 
         Raises:
-            UserError: cut-offs beyond the vocabulary, or bands in a mixture of softmaxes.
+            UserError: a cut-off lies beyond the vocabulary, or a mixture of softmaxes would have bands.
         """
         if self.cutoffs == [0]:
             return None

@@ -1,6 +1,6 @@
-"""What the programs that classify images pixel by pixel share: settings, presets, and how images become a task.
+"""Settings, presets and program of the tasks that classify images pixel by pixel.
 
-A task folder adds its data, how its pixels are normalised, and whether they are permuted.
+A task folder adds its data, the mean and deviation of its pixels, and whether they are permuted.
 """
 
 import functools
@@ -29,8 +29,7 @@ from trellisnet.training.tasks import Classification, Splits
 
 DILATION = [1, 1, *(2**i for i in range(1, 10))]  # one output sees 1,025 pixels
 PAPER = {"nhid": 100, "nlevels": 16, "lr": 2e-3, "dropout": 0.2, "wdecay": 1e-6}
-# Table 5, "(P)MNIST/CIFAR-10", whose 100 hidden channels are far from the 8M parameters that the text claims: those
-# take 990.
+# Table 5, "(P)MNIST/CIFAR-10". Its 100 hidden channels are far from the 8M parameters of Table 4, which take 990.
 RECIPE = {
     "precision": "bf16", "init_gain": 2.0, "optim": "Adam", "lr": 0.01, "schedule": "onecycle", "epochs": 20,
     "ema": 0.999, "label_smoothing": 0.1, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.1, "wdrop": 0.0,
@@ -39,10 +38,10 @@ PRESETS = {
     "default": {},
     "paper": {"name": "paper", **PAPER},
     "8m": {"name": "8m", **PAPER, "nhid": 990},
-    # The authors' model with more than their regularisation, for two CPU cores; and a larger one for a GPU.
+    # The authors' model with another recipe, for two CPU cores; and a larger one for a GPU.
     "best": {"name": "best", **RECIPE},
     "gpu": {"name": "gpu", **RECIPE, "nhid": 490, "batch_size": 256, "lr": 4e-3},
-    # The defaults of the script of the TCN's authors for MNIST.
+    # Defaults of the TCN authors' script for MNIST.
     "tcn": {
         "name": "tcn", "model": "tcn", "nhid": 25, "nlevels": 8, "ksize": 7, "dropout": 0.0, "dropouti": 0.0,
         "dropouth": 0.05, "wdrop": 0.0, "lr": 2e-3, "clip": 0.0, "epochs": 20, "when": [10],
@@ -52,9 +51,9 @@ PRESETS = {
 
 @dataclass(kw_only=True)
 class ClassificationConfig(CoreConfig):
-    """Settings that the image tasks share, under the authors' names and with the defaults of their script."""
+    """Settings that the image tasks share, with the authors' names and defaults."""
 
-    mean: ClassVar[tuple[float, ...]]  # of the pixels, colour by colour, on the scale from 0 to 1
+    mean: ClassVar[tuple[float, ...]]  # of each colour, in [0, 1]
     std: ClassVar[tuple[float, ...]]
     classes: ClassVar[int] = 10
     data_settings: ClassVar = ("permute", "permutation_seed")
@@ -66,10 +65,10 @@ class ClassificationConfig(CoreConfig):
         "wdrop": 0.1,
     }  # fmt: skip
     helps: ClassVar = {
-        "batch_size": "images of a training batch",
+        "batch_size": "images in a training batch",
         "eval_batch_size": "images evaluated at a time",
         "anneal": "no effect, as in the authors' script; see --when",
-        "nhid": "hidden channels without the ten output channels",
+        "nhid": "hidden channels, not counting the ten output channels",
     }
 
     model: str = setting(
@@ -81,22 +80,20 @@ class ClassificationConfig(CoreConfig):
     dropout: float = setting(0.1, "dropout of single logits", group="regularisation", rate="probability")
     dropouti: float = setting(0.2, "dropout of single pixels", group="regularisation", rate="probability")
     aux: float = setting(
-        0.0, "no effect: the authors' script computes auxiliary outputs here and never uses them",
+        0.0, "no effect: the authors' script computes auxiliary outputs but never uses them",
         group="regularisation",
     )  # fmt: skip
     aux_freq: int = setting(10_000, "no effect, see --aux", group="regularisation")
 
-    permute: bool = setting(True, "permute the pixels, all images alike", group="data")
-    permutation_seed: int = setting(0, "which permutation; independent of --seed", group="data", at_least=0)
+    permute: bool = setting(True, "permute the pixels, in the same order for all images", group="data")
+    permutation_seed: int = setting(0, "seed of the permutation, independent of --seed", group="data", at_least=0)
     augment: bool = setting(
-        False, "vary training images at random, before they are permuted; each task in its own way", group="data"
+        False, "vary training images at random before they are permuted, each task in its own way", group="data"
     )
-    validation: bool = setting(
-        True, "hold out the last 5,000 training images and choose the epoch by them", group="data"
-    )
+    validation: bool = setting(True, "hold out the last 5,000 training images to choose the best epoch", group="data")
 
     def output_channels(self) -> int:
-        """As in the authors' code as many as there are classes."""
+        """Return the number of classes, as the authors' code has it."""
         return self.classes
 
     def recipe(self) -> dict[str, Any]:
@@ -104,7 +101,7 @@ class ClassificationConfig(CoreConfig):
 
 
 def build_model(config: ClassificationConfig, channels: int, num_classes: int) -> TrellisClassifier:
-    """The classifier of a configuration; as in the authors' code it reads as many channels as there are classes."""
+    """Build the classifier of a configuration; as in the authors' code, TrellisNet has one output channel per class."""
     return TrellisClassifier(
         channels,
         num_classes,
@@ -118,7 +115,7 @@ def build_model(config: ClassificationConfig, channels: int, num_classes: int) -
 
 
 class ClassificationProgram(Program):
-    """The program of a classifier. `load(folder, download, validation)` returns an :class:`Images`."""
+    """Program of a classifier; `load(folder, download, validation)` returns an :class:`Images`."""
 
     build_model = staticmethod(build_model)
 
@@ -126,17 +123,17 @@ class ClassificationProgram(Program):
         self, config: ClassificationConfig, device: torch.device, ranks: Ranks | None = None
     ) -> tuple[Classification, Splits, Schedule, dict[str, Any]]:
         if device.type == "cpu":
-            keep_freed_memory()  # saves about a third of a step here, and nothing in language models: larger products
+            keep_freed_memory()  # saves about a third of a step; language models have larger products and gain nothing
         download = config.download and not config.data
         images = self.load(config.data_folder(), download=download, validation=config.validation)
         length, channels = images.train.pixels.shape[1:]
         order = permutation(length, config.permutation_seed) if config.permute else torch.arange(length)
         if config.augment and math.isqrt(length) ** 2 != length:
-            raise UserError(f"--augment: needs square images, and these have {length} pixels; leave it out")
+            raise UserError(f"--augment: needs square images, but these have {length} pixels; leave it out")
         model = build_model(config, channels, images.n_classes).to(device)
         if (seen := model.core.receptive_field) < length:
-            warnings.warn(f"the model sees only the last {seen} of {length} pixels: raise --nlevels", stacklevel=2)
-        # On the device once and for all: a copy for every batch would make it wait for the device.
+            warnings.warn(f"the model sees only the last {seen} of {length} pixels; raise --nlevels", stacklevel=2)
+        # Copied to the device once: a copy per batch would synchronise with it.
         places = order.to(device)
         mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
 

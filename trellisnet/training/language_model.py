@@ -1,7 +1,4 @@
-"""What the programs of the language models share: settings, model, and how a corpus becomes a task and its data.
-
-A task folder adds its data, its defaults and its presets.
-"""
+"""Settings and program that all language models share; a task folder adds data, defaults and presets."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -23,7 +20,7 @@ from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling, Splits
 from trellisnet.training.tasks.windows import no_window
 
-# Scores to report: name → how to evaluate, and what.
+# Scores to report: name → (evaluation, data).
 Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
 
 
@@ -32,8 +29,8 @@ class LanguageModelConfig(CoreConfig):
     """Settings that the language models share, under the authors' names."""
 
     data_settings: ClassVar = ("data", "vocab_order")
-    token: ClassVar[str] = "words"  # what the vocabulary holds
-    # The authors' rules for the learning rate differ in these, see trellisnet.training.optim.Schedule.
+    token: ClassVar[str] = "words"  # noun for the entries of the vocabulary
+    # In these the authors' rules for the learning rate differ; see trellisnet.training.optim.Schedule.
     plateau_factor: ClassVar[float] = 4.0
     plateau_floor: ClassVar[float] = 0.0
     when_floor: ClassVar[float] = 0.0
@@ -47,38 +44,38 @@ class LanguageModelConfig(CoreConfig):
     emsize: int = setting(400, "embedding width", group="model", at_least=1)
     nout: int = setting(400, "output channels; equal to --emsize when tied", group="model", at_least=1)
     sparse_mode: str = setting(
-        "direct", "layers of a sparse LSTM that are reduced", group="settings of other cores", choices=sparse.MODES
+        "direct", "layers of a sparse LSTM that are made sparse", group="settings of other cores", choices=sparse.MODES
     )
     sparse_fract: float = setting(
-        1.0, "fraction of their inputs or outputs that is left", group="settings of other cores", above=0, at_most=1
+        1.0, "fraction of their inputs or outputs that is kept", group="settings of other cores", above=0, at_most=1
     )
     emb_blocks: int = setting(
         1, "column blocks of a sparse embedding, shorter for words with low ids; 1: dense", group="model", at_least=1
     )
-    emb_density: float = setting(1.0, "share of a sparse embedding's numbers that are there", group="model")
+    emb_density: float = setting(1.0, "fraction of a sparse embedding's entries that is kept", group="model")
     vocab_order: str = setting(
-        "auto", "order of the ids; auto: frequency_up with --emb_blocks, else appearance",
+        "auto", "order of the vocabulary; auto: frequency_up with --emb_blocks, else appearance",
         group="data", choices=("auto", *ALL_ORDERS),
     )  # fmt: skip
-    tied: bool = setting(True, "tie the output to the input embedding", group="model")
-    n_experts: int = setting(0, "softmaxes in a mixture; 0: one plain softmax", group="model", at_least=0)
+    tied: bool = setting(True, "share the embedding matrix with the softmax", group="model")
+    n_experts: int = setting(0, "number of softmaxes in a mixture; 0: a plain softmax", group="model", at_least=0)
     mos_epsilon: float = setting(
-        -1.0, "added to the mixture's probabilities; -1: 1e-8 to score loaded weights, else 0", group="model"
+        -1.0, "added to a mixture's probabilities; -1: 1e-8 when scoring loaded weights, else 0", group="model"
     )
 
     asgd: bool = setting(
         False, "switch to averaged SGD on the first plateau instead of annealing", group="optimisation", step_rule=True
     )
     nonmono: int = setting(
-        0, "the same with a patience of N epochs, whatever --anneal is; 0: not",
+        0, "the same with a patience of N epochs, whatever --anneal is; 0: off",
         group="optimisation", step_rule=True, at_least=0,
     )  # fmt: skip
     anneal_by: float = setting(
-        0.0, "divide the learning rate by this on a plateau; 0: the task's own divisor",
+        0.0, "divide the learning rate by this on a plateau; 0: the divisor of the authors' script",
         group="optimisation", step_rule=True, at_least=1, special=0,
     )  # fmt: skip
     anneal_recent: int = setting(
-        0, "a plateau is a loss not below the worst of the N epochs before; 0: by --anneal",
+        0, "define a plateau as a loss not below the worst of the previous N epochs; 0: by --anneal",
         group="optimisation", step_rule=True, at_least=0,
     )  # fmt: skip
 
@@ -91,19 +88,21 @@ class LanguageModelConfig(CoreConfig):
     emb_dropout: float = setting(
         0.0, "dropout of whole words of the vocabulary", group="regularisation", rate="probability"
     )
-    emb_dropout_rows: bool = setting(False, "drop words in every row of a batch on its own", group="regularisation")
+    emb_dropout_rows: bool = setting(False, "draw the dropped words anew for each row", group="regularisation")
 
     horizon: int = setting(
-        58, "unscored positions of a window; length of a window when the state is carried", group="data", at_least=1
+        58, "unscored positions at the start of a window; with --repack, length of a window", group="data", at_least=1
     )
-    seq_len: int = setting(0, "length of a window, the unscored positions included", group="data", at_least=0)
-    repack: bool = setting(False, "carry the state from window to window", group="data")
-    random_length: bool = setting(False, "train on carried windows of random length about --horizon", group="data")
+    seq_len: int = setting(0, "length of a window, unscored positions included", group="data", at_least=0)
+    repack: bool = setting(False, "carry the state from window to window (history repackaging)", group="data")
+    random_length: bool = setting(
+        False, "with --repack, train on windows of random length around --horizon", group="data"
+    )
     aux: float = setting(0.0, "weight of the auxiliary losses; 0: none", group="regularisation")
-    aux_freq: int = setting(20, "auxiliary loss after every N layers", group="regularisation")
+    aux_freq: int = setting(20, "auxiliary loss after every Nth layer", group="regularisation")
     alpha: float = setting(0.0, "activation regularisation (AR)", group="regularisation", at_least=0)
     beta: float = setting(0.0, "temporal activation regularisation (TAR)", group="regularisation", at_least=0)
-    eval_all: bool = setting(False, "also score every token, those without a whole history too", group="evaluation")
+    eval_all: bool = setting(False, "also score every token, even without a full history", group="evaluation")
 
     def validate(self) -> None:
         super().validate()
@@ -115,12 +114,12 @@ class LanguageModelConfig(CoreConfig):
             raise UserError(f"--ema: {flag} averages the weights as well; leave one of the two out")
         if self.label_smoothing and self.n_experts:
             raise UserError(
-                "--label_smoothing: needs the log-probabilities of all classes, which the loss of a mixture never has "
-                "at once; leave it out or pass --n_experts 0"
+                "--label_smoothing: needs the log-probabilities of all words, which the loss of a mixture never "
+                "computes at once; leave it out or pass --n_experts 0"
             )
         self.core.check_language_model(self)
         if self.random_length and (not self.repack or self.task_seq_len()):
-            raise UserError("--random_length: needs windows that lie end to end: pass --repack --seq_len 0")
+            raise UserError("--random_length: needs windows that lie end to end; pass --repack --seq_len 0")
         if self.tied and not self.n_experts and self.nout != self.emsize:
             raise UserError(
                 f"--nout {self.nout}: tied weights need --nout equal to --emsize {self.emsize}; "
@@ -131,14 +130,14 @@ class LanguageModelConfig(CoreConfig):
                 raise UserError(f"--aux_freq: expected at least 1, got {self.aux_freq}")
             if self.aux_freq > self.nlevels:
                 raise UserError(
-                    f"--aux_freq {self.aux_freq}: larger than --nlevels {self.nlevels}, so no layer would have an "
-                    "auxiliary loss; lower it or pass --aux 0"
+                    f"--aux_freq {self.aux_freq}: larger than --nlevels {self.nlevels}, so no layer has an auxiliary "
+                    "loss; lower it or pass --aux 0"
                 )
         seq_len = self.task_seq_len()
         if not self.eval and not self.repack and seq_len <= self.horizon:
             raise UserError(
                 f"--seq_len {self.seq_len}: must be larger than --horizon {self.horizon}, or nothing is scored; "
-                "make it longer or pass --repack --seq_len 0"
+                "increase it or pass --repack --seq_len 0"
             )
         if not self.eval and self.repack and 0 < seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
@@ -147,55 +146,55 @@ class LanguageModelConfig(CoreConfig):
         return self.nout
 
     def order(self) -> str:
-        """The order of the ids: a sparse embedding needs the rare words first."""
+        """Return the order of the vocabulary; a sparse embedding needs rare words first."""
         if self.vocab_order != "auto":
             return self.vocab_order
         return "frequency_up" if self.emb_blocks > 1 else "appearance"
 
     def log_epsilon(self) -> float:
-        """What is added to a mixture's probabilities: the authors' 1e-8 to score loaded weights, else nothing."""
+        """Return what is added to a mixture's probabilities: the authors' 1e-8 when scoring loaded weights, else 0."""
         if self.mos_epsilon >= 0:
             return self.mos_epsilon
         return 1e-8 if self.eval and self.load_weight else 0.0
 
     def task_seq_len(self) -> int:
-        """`seq_len` for the task: none while the state is carried, as in two of the authors' three scripts."""
+        """Return `seq_len` for the task: 0 if the state is carried, as in two of the authors' three scripts."""
         return 0 if self.repack else self.seq_len
 
     def no_graph(self, device: torch.device) -> str:
-        return super().no_graph(device) or ("with --random_length no two windows are alike" * self.random_length)
+        return super().no_graph(device) or ("--random_length makes windows of many shapes" * self.random_length)
 
     def patience(self) -> int:
-        """Epochs without gain that make a plateau; 0: there are none."""
+        """Return the plateau patience in epochs; 0 for no annealing on plateaus."""
         return self.anneal
 
     def data_options(self) -> dict[str, Any]:
-        """What the task's `data.load` is told beyond the folder."""
+        """Return the arguments of the task's `data.load` besides the folder."""
         return {"order": self.order()}
 
     def bands(self, vocab_size: int) -> list[int] | None:
-        """Cut-offs of the split softmax for a vocabulary; None for a plain one."""
+        """Return the cut-offs of a split softmax for this vocabulary; None for another head."""
         return None
 
     def spell(self, text: str) -> list[str]:
-        """The tokens of a text whose last line goes on, such as a prompt."""
+        """Split a text to be continued, such as a prompt, into tokens."""
         return open_words(text)
 
     def text(self, tokens: Iterable[str]) -> str:
-        """Tokens as text, a line feed for `<eos>`."""
+        """Join tokens to text, with a line feed for `<eos>`."""
         return joined_words(tokens)
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> LanguageModeling:
-        """The task, with `options` of :class:`LanguageModeling`."""
+        """Build the task; `options` are those of :class:`LanguageModeling`."""
         return LanguageModeling(model, **options)
 
     def extra_evaluations(self, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]) -> Scores:
-        """The scores to report at the end beside those of the windows.
+        """Return the scores to report after training in addition to the perplexity of the windows.
 
         Args:
-            task: how to score.
+            task: the task.
             corpus: the text.
-            rows: its splits, (N, length), on the device.
+            rows: its splits as rows (N, length), on the device.
         """
         score_all = functools.partial(task.evaluate_all, batch_size=self.eval_batch_size)
         score_mc = functools.partial(task.evaluate_mc, passes=self.mc_dropout)
@@ -209,10 +208,10 @@ class LanguageModelConfig(CoreConfig):
 
 
 def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel:
-    """The language model of a configuration.
+    """Build the language model of a configuration.
 
     Raises:
-        UserError: sizes that the core cannot have.
+        UserError: sizes that the core does not support.
     """
     try:
         model = _build(config, vocab_size)
@@ -249,26 +248,26 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
 
 
 def _only_held_out(corpus: Corpus, token: str) -> list[str]:
-    """A notice of what valid and test have and the training text does not: a model cannot learn it."""
-    found = only_held_out(corpus)
-    counts = [f"{split} {types:,} ({counted(tokens, 'occurrences')})" for split, (types, tokens) in found.items()]
-    return [f"{token} that the training text does not have: {', '.join(counts)}"] if found else []
+    """Return a notice that counts the words that only valid and test have, which the model cannot learn."""
+    held_out = only_held_out(corpus)
+    counts = [f"{split} {types:,} ({counted(tokens, 'occurrences')})" for split, (types, tokens) in held_out.items()]
+    return [f"{token} that the training text lacks: {', '.join(counts)}"] if held_out else []
 
 
 class LanguageModelProgram(Program):
-    """The program of a language model. `load(folder, download, **config.data_options())` returns a :class:`Corpus`."""
+    """Program of a language model; `load(folder, download, **config.data_options())` returns a :class:`Corpus`."""
 
     build_model = staticmethod(build_model)
 
     def setup(
         self, config: LanguageModelConfig, device: torch.device, ranks: Ranks | None = None
     ) -> tuple[LanguageModeling, Splits, Schedule, dict[str, Any]]:
-        # Only the project's own folder is filled by itself; a folder that the user names is theirs.
+        # Only the project's own folder is filled with downloads; a folder that the user names is left alone.
         corpus = self.load(config.data_folder(), download=config.download and not config.data, **config.data_options())
         model = build_model(config, len(corpus.vocabulary)).to(device)
         if config.label_smoothing and config.bands(len(corpus.vocabulary)):
             raise UserError(
-                "--label_smoothing: needs the log-probabilities of all classes, and a split softmax computes only "
+                "--label_smoothing: needs the log-probabilities of all words, but a split softmax computes only "
                 "those of the target's band; leave it out or pass --cutoffs 0"
             )
         task = config.make_task(

@@ -1,4 +1,4 @@
-"""The programs of the tasks: one list, and each by its name."""
+"""List of the tasks, and their programs by name."""
 
 import importlib
 from collections.abc import Callable, Sequence
