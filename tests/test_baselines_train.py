@@ -1,4 +1,4 @@
-"""The baselines from the command line: training, scoring, resuming, their weights, and what is refused."""
+"""Baselines from the command line: training, scoring, resuming, weights and error messages."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def _threads():
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs a main; gives exit code, standard output, standard error and the metrics (or None)."""
+    """Return a function that runs a program: exit code, standard output, standard error, metrics (or None)."""
 
     def call(*argv, main=word_ptb.train.main, base=WORDS, out="run"):
         metrics = tmp_path / "metrics.json"
@@ -49,12 +49,12 @@ def run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_network_learns_and_its_weights_score_the_same(run, tmp_path, name):
+def test_every_core_learns_and_its_weights_score_the_same(run, tmp_path, name):
     flags = MODELS[name].split()
     code, out, err, metrics = run(*flags, "--mc_dropout", "2")
     assert (code, err) == (0, "")
     assert (metrics["preset"].startswith(name), metrics["backend"]) == (True, "reference")
-    assert metrics["valid"]["ppl"] < 130 < metrics["corpus"].count("") * 1e3  # 154 words, untrained
+    assert metrics["valid"]["ppl"] < 130 < metrics["corpus"].count("") * 1e3  # 154 at first
     assert metrics["test_mc"]["passes"] == 2
     assert re.search(r"^test_mc ppl [\d.]+ ", out, re.M)
     weights = ("--load_weight", tmp_path / "run" / "weights.pkl", "--eval")
@@ -72,7 +72,7 @@ def test_every_network_learns_and_its_weights_score_the_same(run, tmp_path, name
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_stopped_within_an_epoch_and_continued_it_ends_bit_equal(run, tmp_path, name):
+def test_resumed_within_an_epoch_it_ends_bit_equal(run, tmp_path, name):
     flags = MODELS[name].split()
     assert run(*flags, out="whole")[0] == 0
     whole = outcome(tmp_path / "whole")
@@ -163,14 +163,14 @@ def test_invalid_settings_are_named(argv, message):
     assert "\n" not in str(e.value)
 
 
-def test_sizes_that_leave_nothing_are_one_line(run):
+def test_sizes_that_leave_nothing_give_one_line(run):
     code, _, err, _ = run("--model", "sparse-lstm", "--sparse_fract", "0.01")
     assert code == 2
     assert err.startswith("error: --model sparse-lstm: reduce_in, reduce_out: ")
     assert err.count("\n") == 1
 
 
-def test_a_models_presets_have_two_names(tmp_path):
+def test_presets_of_a_core_have_two_names(tmp_path):
     short, long = (parse(Config, argv.split())[0] for argv in ("--model rhn --preset small", "--preset rhn-small"))
     assert short == long
     assert (short.model, short.preset, short.name) == ("rhn", "rhn-small", "rhn-small")

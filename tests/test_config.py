@@ -1,4 +1,4 @@
-"""Settings: flags, presets, files, and what is refused."""
+"""Settings: flags, presets, files and error messages."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def config(*argv):
     return parse(Config, argv)[0]
 
 
-def test_defaults_are_the_authors_released_ones():
+def test_defaults_are_those_of_the_authors_script():
     c = config()
     released = {
         "emsize": 400, "nhid": 1000, "nout": 400, "lr": 20, "clip": 0.225, "epochs": 500, "batch_size": 16,
@@ -34,7 +34,7 @@ def test_defaults_are_the_authors_released_ones():
     assert {name: getattr(c, name) for name in released} == released
 
 
-def test_every_flag_is_spelled_as_theirs():
+def test_flags_are_spelled_as_in_the_authors_script():
     flags = {flag for action in build_parser(Config)._actions for flag in action.option_strings}
     theirs = """data name emsize nhid nout lr clip epochs batch_size nlevels horizon dropout dropouti wdrop emb_dropout
     dropouth wdecay tied seed anneal cuda wnorm temporalwdrop optim repack eval alpha beta aux aux_freq seq_len
@@ -43,7 +43,7 @@ def test_every_flag_is_spelled_as_theirs():
     assert flag_of(Config, "log_interval") == "--log-interval"
 
 
-def test_values_of_every_kind():
+def test_values_of_every_type():
     c = config(
         "--nhid", "7", "--wnorm", "--no-tied", "--dilation", "1", "2", "4", "--when", "-1", "--aux_freq", "12.0",
         "--log-interval", "5", "--optim", "Adam", "--lr=2e-3", "--resume",
@@ -52,7 +52,7 @@ def test_values_of_every_kind():
     assert (c.aux_freq, c.log_interval, c.optim, c.lr, c.resume) == (12, 5, "Adam", 2e-3, RUN_FOLDER)
 
 
-def test_flag_over_file_over_preset_over_default(tmp_path):
+def test_flags_override_files_override_presets_override_defaults(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"settings": {"preset": "tiny", "nlevels": 9, "epochs": 3}}))
     c = config("--config", str(path), "--epochs", "4")
@@ -72,7 +72,7 @@ def test_lists_are_not_shared_between_configurations():
     assert config().dilation == [1]
 
 
-def test_relative_defaults_lie_in_the_project_and_typed_paths_where_one_is(monkeypatch, tmp_path):
+def test_defaults_are_relative_to_the_project_and_typed_paths_to_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert config().data_folder() == str(PROJECT / "data" / "penn")
     assert config("--data", "mine").data_folder() == "mine"
@@ -168,7 +168,7 @@ def test_invalid_settings_are_named(argv, message):
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_bad_files_are_named(tmp_path, content, message):
+def test_invalid_files_are_named(tmp_path, content, message):
     path = tmp_path / "c.json"
     path.write_text(content)
     with pytest.raises(UserError) as e:
@@ -176,7 +176,7 @@ def test_bad_files_are_named(tmp_path, content, message):
     assert message in str(e.value)
 
 
-def test_integers_pass_for_floats_in_files(tmp_path):
+def test_files_may_hold_integers_for_floats(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"lr": 5}')
     assert config("--config", str(path)).lr == 5.0
@@ -192,7 +192,7 @@ def test_whole_numbers_may_be_spelled_as_floats(tmp_path):
     assert {type(n) for n in (from_file.aux_freq, *from_file.dilation)} == {int}
 
 
-def test_a_gap_that_only_training_minds_is_allowed_for_scoring():
+def test_windows_that_cannot_be_trained_may_be_scored():
     assert config("--eval", "--seq_len", "0").seq_len == 0
     assert config("--aux", "0", "--aux_freq", "1e4").aux_freq == 1e4
 
@@ -208,11 +208,11 @@ def test_a_gap_that_only_training_minds_is_allowed_for_scoring():
         (["--mos_epsilon", "1e-6"], 1e-6),
     ],
 )
-def test_the_authors_epsilon_is_on_to_score_loaded_weights_only(argv, epsilon):
+def test_the_authors_epsilon_is_used_only_to_score_loaded_weights(argv, epsilon):
     assert config("--n_experts", "2", *argv).log_epsilon() == epsilon
 
 
-def test_a_runs_folder_stands_for_its_settings(tmp_path):
+def test_the_folder_of_a_run_is_a_config(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "word_ptb", "settings": {"nlevels": 9, "aux": 0.0}}')
     assert config("--config", str(tmp_path)).nlevels == 9
     (tmp_path / "config.json").unlink()
@@ -237,7 +237,7 @@ class Child(Parent):
     helps: ClassVar = {"rows": "images of a batch"}
 
 
-def test_tables_change_defaults_and_help_texts_and_nothing_else():
+def test_tables_change_only_defaults_and_help_texts():
     assert dataclasses.asdict(Child()) == {"rows": 4, "steps": [5, 6], "factor": 0.0, "share": 0.5, "extra": 0}
     assert dataclasses.asdict(Parent())["steps"] == [3]
     assert properties_of(Child, "rows") == dataclasses.replace(properties_of(Parent, "rows"), help="images of a batch")
@@ -279,14 +279,14 @@ def test_a_setting_is_checked_by_its_properties(values, message):
         (["--adapt_rows", "2"], "--adapt_rows: has no effect without --cache or --dynamic_eval"),
     ],
 )
-def test_a_setting_without_the_one_it_is_for_is_refused(flags, message):
+def test_a_setting_without_the_one_it_needs_is_refused(flags, message):
     with pytest.raises(UserError) as e:
         config(*flags)
     assert str(e.value) == message
 
 
 @pytest.mark.parametrize("cls", [Config, CharConfig, PixelConfig], ids=lambda cls: cls.task)
-def test_help_is_grouped_and_says_every_default(cls):
+def test_help_is_grouped_and_states_every_default(cls):
     shown = build_parser(cls).format_help()
     titles = [line[:-1] for line in shown.splitlines() if line[:-1] in GROUPS]
     assert titles == [title for title in GROUPS if title in titles]
@@ -306,7 +306,7 @@ def test_flags_of_other_cores_have_a_group_of_their_own():
     assert unlisted == [["load"], ["load", "gate_bias"]]  # no core of PixelConfig reads it
 
 
-def test_help_shows_the_tasks_own_texts_and_defaults():
+def test_help_shows_the_texts_and_defaults_of_the_task():
     shown = " ".join(build_parser(CharConfig).format_help().split())
     assert "dropout of whole symbols of the alphabet (default: 0.02)" in shown
     assert "default: data/penn in the project" in shown

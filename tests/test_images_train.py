@@ -1,4 +1,4 @@
-"""pmnist and cifar10 from the command line, on drawings."""
+"""pmnist and cifar10 from the command line, on synthetic images."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ def test_train_resume_and_score(run, tmp_path, task):
     assert again["test"]["accuracy"] == pytest.approx(whole["test"]["accuracy"], abs=0.1)  # of 203 examples, not 256
 
 
-def test_weights_of_another_order_of_the_pixels_are_refused(run, tmp_path):
+def test_weights_of_another_permutation_are_refused(run, tmp_path):
     run("--max_steps", "2")
     weights = tmp_path / "run" / "weights.pkl"
     for other in (["--no-permute"], ["--permutation_seed", "7"]):
@@ -91,18 +91,18 @@ def test_weights_of_another_order_of_the_pixels_are_refused(run, tmp_path):
     code, _, err, _ = run("--resume", "--permutation_seed", "7")
     assert code == 2
     assert "--permutation_seed 7: the run in" in err
-    assert run("--eval", "--load_weight", weights, "--seed", "5")[0] == 0  # the order is that of its own seed
+    assert run("--eval", "--load_weight", weights, "--seed", "5")[0] == 0  # --seed does not determine the permutation
 
 
-def test_more_slices_than_the_last_batch_has_rows(run):
-    """2,700 images leave a last batch of one."""
+def test_more_slices_than_rows_in_the_last_batch(run):
+    """With 2,700 images the last batch has one."""
     flags = ("--batch_size", "2699", "--accumulate", "8", "--max_steps", "2", "--nlevels", "2", "--dilation", "400")
     code, _, err, metrics = run(*flags)
     assert (code, err) == (0, "")
     assert metrics["steps"] == 2
 
 
-def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
+def test_files_of_another_task_are_refused_by_name(run, tmp_path, capsys):
     run("--max_steps", "1")
     folder = tmp_path / "run"
     weights, last = str(folder / "weights.pkl"), folder / "last.pt"
@@ -122,8 +122,8 @@ def test_a_file_of_another_task_is_told_as_that(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("augment", [False, True], ids=["plain", "augment"])
 @pytest.mark.parametrize("task", TASKS)
-def test_batches_are_made_without_constants(task, augment):
-    """A tensor made of Python's numbers would be copied to the device, which waits for it, in every step."""
+def test_batches_need_no_copy_to_the_device(task, augment):
+    """A tensor made from Python numbers would be copied to the device, and synchronise with it, in every step."""
     config, _ = parse(TASKS[task].config_class, [*SMALL[:10], *(["--augment"] if augment else [])])
     task, splits, *_ = TASKS[task].setup(config, torch.device("cpu"))
     batches = task.batches(splits.train)
@@ -166,7 +166,7 @@ def test_without_validation_the_last_epoch_is_scored(run, tmp_path):
     assert scored["test"]["examples"] == 20
 
 
-def test_a_model_that_does_not_see_the_whole_image_is_told_of(run):
+def test_a_model_that_does_not_see_the_whole_image_gives_a_warning(run):
     with warnings.catch_warnings(action="default"):
         code, _, err, _ = run("--nlevels", "2", "--dilation", "1", "--max_steps", "1")
     assert code == 0
@@ -201,7 +201,7 @@ def test_sizes_and_layer_steps(task, preset, size, steps):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_defaults_are_the_authors_released_ones(task):
+def test_defaults_are_those_of_the_authors_script(task):
     config = TASKS[task].config_class
     c = parse(config, [])[0]
     released = {
@@ -232,7 +232,7 @@ def test_defaults_are_the_authors_released_ones(task):
         (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
+def test_bad_input_gives_one_line_and_exit_code_2(run, argv, message):
     code, _, err, _ = run(*argv)
     assert code == 2
     assert err.startswith(message)
@@ -261,8 +261,8 @@ RECIPES = {
 
 
 @pytest.mark.parametrize(("task", "name"), [("pmnist", "step"), ("cifar10", "cosine"), ("pmnist", "onecycle")])
-def test_recipes_and_augmentation_are_continued_bit_equal(run, tmp_path, monkeypatch, task, name):
-    """Interrupted within an epoch of three batches and after one."""
+def test_resumed_recipes_and_augmentation_are_bit_equal(run, tmp_path, monkeypatch, task, name):
+    """Stop within an epoch of three batches, and after an epoch."""
     monkeypatch.setattr(pixels, "TRAIN_IMAGES", 33)
     flags = [*RECIPES[name].split(), "--augment", "--batch_size", "10", "--epochs", "3", "--max_steps", "0"]
     flags += ["--max_eval_tokens", "64", "--eval_batch_size", "64"]
@@ -303,7 +303,7 @@ def test_recipes_and_augmentation_are_continued_bit_equal(run, tmp_path, monkeyp
             assert reason in err
 
 
-def test_augmentation_makes_another_run_and_needs_square_images(run, tmp_path):
+def test_augmentation_changes_the_run_and_needs_square_images(run, tmp_path):
     plain = run("--max_steps", "3", out="plain")[3]
     varied = run("--max_steps", "3", "--augment", out="varied")[3]
     assert (plain["augment"], varied["augment"]) == (False, True)

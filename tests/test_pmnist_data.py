@@ -1,4 +1,4 @@
-"""pmnist's files: packed or not, MNIST's or one's own, fetched or not, and what is refused."""
+"""Files of pmnist: compressed or not, MNIST or other images, downloads and errors."""
 
 import gzip
 import warnings
@@ -23,7 +23,7 @@ def idx(array):
 
 
 def contents(train=30, test=10, side=(28, 28)):
-    """Arrays as those of MNIST, fewer."""
+    """Return arrays like those of MNIST, with fewer images."""
     draw = np.random.default_rng(train).integers
     return {
         TRAIN_IMAGES: draw(0, 256, (train, *side), np.uint8),
@@ -35,7 +35,7 @@ def contents(train=30, test=10, side=(28, 28)):
 
 @pytest.fixture
 def arrays(monkeypatch):
-    """A small set in the place of MNIST."""
+    """Write a small data set that passes for MNIST."""
     arrays = contents()
     monkeypatch.setattr(data, "MD5", {name: pixels.idx_md5(array) for name, array in arrays.items()})
     return arrays
@@ -50,7 +50,7 @@ def folder(tmp_path, arrays):
 
 @pytest.fixture
 def fetched(arrays, monkeypatch):
-    """What was asked of the net, which has the set, packed."""
+    """Serve the compressed files, and return the names of those that were downloaded."""
     asked = []
 
     def fetch_all(sources, folder):
@@ -65,7 +65,7 @@ def fetched(arrays, monkeypatch):
 
 
 def refusal(folder, **options):
-    """The message, which is one printable line."""
+    """Return the message of the error, which must be one printable line."""
     with pytest.raises(UserError) as caught:
         data.load(folder, **options)
     assert str(caught.value).isprintable()
@@ -91,7 +91,7 @@ def test_images_become_sequences(folder, arrays):
     assert whole.sha256 == images.sha256
 
 
-def test_packed_in_any_way_they_are_the_same(folder, arrays):
+def test_compression_does_not_matter(folder, arrays):
     plain = data.load(folder).sha256
     for name, level in zip(NAMES, (1, 6, 9, 0), strict=True):
         (folder / name).unlink()
@@ -100,7 +100,7 @@ def test_packed_in_any_way_they_are_the_same(folder, arrays):
     assert (packed.label, packed.sha256) == ("MNIST", plain)
 
 
-def test_other_images_are_ones_own(folder):
+def test_other_images_are_labelled_as_such(folder):
     other = contents(train=40)
     (folder / TRAIN_IMAGES).write_bytes(idx(other[TRAIN_IMAGES][:30]))
     with warnings.catch_warnings(record=True, action="always") as caught:
@@ -116,7 +116,7 @@ def test_other_images_are_ones_own(folder):
     assert images.label == "own images"
 
 
-def test_the_synthetic_images():
+def test_synthetic_images():
     images = data.load("synthetic", download=True)
     assert images.label == "synthetic"
     assert [len(split.labels) for split in (images.train, images.valid, images.test)] == [2700, 300, 500]
@@ -124,7 +124,7 @@ def test_the_synthetic_images():
     assert data.load("synthetic", validation=False).valid is None
 
 
-def test_what_does_not_fit_together_is_refused(folder, arrays):
+def test_files_that_do_not_belong_together_are_refused(folder, arrays):
     (folder / TRAIN_LABELS).write_bytes(idx(arrays[TRAIN_LABELS][:29]))
     assert refusal(folder) == (
         f"{folder}/{TRAIN_LABELS}: holds 29 labels for the 30 images of {folder}/{TRAIN_IMAGES}; put files that belong "
@@ -141,18 +141,18 @@ def test_what_does_not_fit_together_is_refused(folder, arrays):
     assert f"{TEST_IMAGES}: is not an IDX file of unsigned bytes in 3 dimension(s)" in refusal(folder)
 
 
-def test_what_is_missing_is_named(folder):
+def test_missing_files_are_named(folder):
     (folder / TRAIN_LABELS).unlink()
     (folder / TEST_IMAGES).unlink()
     assert refusal(folder).startswith(f"{folder}: {TRAIN_LABELS}, {TEST_IMAGES} (or with .gz) not found there; add ")
     assert refusal(folder / "no").startswith(f"{folder}/no: no such folder; name the folder of the images with --data")
 
 
-def test_only_what_is_missing_is_fetched(folder, arrays, fetched):
+def test_only_missing_files_are_downloaded(folder, arrays, fetched):
     assert data.load(folder, download=True).label == "MNIST"
     assert fetched == []
     (folder / TRAIN_IMAGES).unlink()
-    (folder / TEST_LABELS).rename(folder / f"{TEST_LABELS}.gz")  # not packed, whatever its name says
+    (folder / TEST_LABELS).rename(folder / f"{TEST_LABELS}.gz")  # not compressed, despite its name
     with pytest.raises(UserError, match="not found there"):
         data.load(folder)
     assert data.load(folder, download=True).label == "MNIST"
@@ -161,7 +161,7 @@ def test_only_what_is_missing_is_fetched(folder, arrays, fetched):
     assert fetched[1:] == [f"{name}.gz" for name in NAMES]
 
 
-def test_ones_own_images_are_not_completed_with_mnist(folder, fetched):
+def test_other_images_are_not_completed_with_mnist(folder, fetched):
     (folder / TRAIN_IMAGES).write_bytes(idx(contents(train=40)[TRAIN_IMAGES]))
     (folder / TEST_LABELS).unlink()
     message = refusal(folder, download=True)
@@ -171,7 +171,7 @@ def test_ones_own_images_are_not_completed_with_mnist(folder, fetched):
     assert fetched == []
 
 
-def test_the_command_says_what_it_did(folder, fetched, capsys, monkeypatch):
+def test_the_command_reports_what_it_did(folder, fetched, capsys, monkeypatch):
     (folder / TRAIN_IMAGES).unlink()
     assert data.main([str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -199,7 +199,7 @@ def test_mnist_has_three_mirrors():
 
 
 @pytest.mark.skipif(any(data.find(name, REAL) is None for name in NAMES), reason="needs data/mnist")
-def test_mnist_is_what_everyone_counts():
+def test_mnist_has_its_published_counts():
     images = data.load(REAL)
     assert images.label == "MNIST"
     assert [len(split.labels) for split in (images.train, images.valid, images.test)] == [55_000, 5_000, 10_000]

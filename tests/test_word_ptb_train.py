@@ -1,4 +1,4 @@
-"""word_ptb from the command line: training, scoring, resuming, and every kind of complaint."""
+"""word_ptb from the command line: training, scoring, resuming and error messages."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, text, capsys):
-    """Runs main; gives exit code, standard output, standard error and the metrics (or None)."""
+    """Return a function that runs main: exit code, standard output, standard error, metrics (or None)."""
 
     def call(*argv, out="run"):
         metrics = tmp_path / "metrics.json"
@@ -54,7 +54,7 @@ def run(tmp_path, text, capsys):
     return call
 
 
-def test_train_score_and_the_files_it_leaves(run, tmp_path):
+def test_train_score_and_the_files_of_a_run(run, tmp_path):
     code, out, err, metrics = run()
     assert (code, err) == (0, "")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
@@ -77,7 +77,7 @@ def test_train_score_and_the_files_it_leaves(run, tmp_path):
     assert not (tmp_path / "unused").exists()  # scoring leaves no run folder
 
 
-def test_resume_goes_on_to_the_same_weights(run, tmp_path):
+def test_resume_ends_with_the_same_weights(run, tmp_path):
     whole = run()
     run("--epochs", "1", out="parts")
     code, _, err, parts = run("--epochs", "2", "--resume", out="parts")
@@ -97,7 +97,7 @@ def test_resume_goes_on_to_the_same_weights(run, tmp_path):
     assert "last.pt: no such file; expected a checkpoint" in err
 
 
-def test_resume_needs_no_flag_but_the_folder(run, tmp_path):
+def test_resume_needs_only_the_folder(run, tmp_path):
     run("--epochs", "1")
     assert main(["--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
     there = tmp_path / "run"
@@ -107,10 +107,10 @@ def test_resume_needs_no_flag_but_the_folder(run, tmp_path):
     assert [json.loads(line)["epoch"] for line in lines if '"event": "epoch"' in line] == [1, 2, 3, 4]
 
 
-def test_resume_takes_the_run_it_was_told_and_no_other(run, tmp_path, monkeypatch, capsys):
+def test_resume_takes_only_the_named_run(run, tmp_path, monkeypatch, capsys):
     run("--epochs", "1", out="a")
     run("--epochs", "1", "--seed", "5", out="b")
-    monkeypatch.chdir(tmp_path / "a")  # where a last.pt lies
+    monkeypatch.chdir(tmp_path / "a")  # this folder holds a last.pt
     assert main(["--out", "../b", "--resume", "--epochs", "2"]) == 0
     assert '"epoch": 2' in (tmp_path / "b" / "metrics.jsonl").read_text()
     assert '"epoch": 2' not in (tmp_path / "a" / "metrics.jsonl").read_text()
@@ -120,19 +120,19 @@ def test_resume_takes_the_run_it_was_told_and_no_other(run, tmp_path, monkeypatc
     assert "--out ../b: --resume last.pt continues in its own folder" in capsys.readouterr().err
 
 
-def test_resume_follows_the_data_wherever_they_moved(run, tmp_path, text):
+def test_resume_accepts_the_same_data_in_another_folder(run, tmp_path, text):
     run("--epochs", "1")
     text.rename(tmp_path / "moved")
     argv = ["--out", str(tmp_path / "run"), "--resume", "--epochs", "2", "--data"]
     assert main([*argv, str(tmp_path / "moved")]) == 0
     train, valid = (tmp_path / "moved" / f"{split}.txt" for split in ("train", "valid"))
-    last = train.read_text().splitlines(keepends=True)[-1]  # the same text with the border of two splits moved
+    last = train.read_text().splitlines(keepends=True)[-1]  # the same text, divided otherwise
     valid.write_text(last + valid.read_text())
     train.write_text(train.read_text()[: -len(last)])
     assert main([*argv, str(tmp_path / "moved")]) == 2
 
 
-def test_resume_refuses_what_is_not_whole(run, tmp_path, capsys):
+def test_resume_refuses_corrupt_files(run, tmp_path, capsys):
     run("--epochs", "1")
     folder = tmp_path / "run"
     whole, best = checkpoint.load(folder / "last.pt"), (folder / "best.pt").read_bytes()
@@ -141,7 +141,7 @@ def test_resume_refuses_what_is_not_whole(run, tmp_path, capsys):
         {"settings": []}, {"model": {}}, {"rng": {}}, {"schedule": {}}, {"epoch": "x"}, {"data": None},
         {"optimizer": {}}, {"best": 7}, {"carry": 5}, {"running": None},
     ):  # fmt: skip
-        for name in ("last.pt", "best.pt"):  # the run would go on from a whole one
+        for name in ("last.pt", "best.pt"):  # an intact one would be used instead
             checkpoint.save(folder / name, whole | change)
         assert main(argv) == 2, change
         err = capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_resume_refuses_what_is_not_whole(run, tmp_path, capsys):
     assert "best.pt: no such file" in capsys.readouterr().err
 
 
-def test_settings_of_a_run_can_be_used_for_another(run, tmp_path):
+def test_settings_of_a_run_can_be_used_for_another_run(run, tmp_path):
     run("--epochs", "1", "--overwrite", "--seed", "9")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     config = str(tmp_path / "run" / "config.json")
@@ -172,7 +172,7 @@ def test_settings_of_a_run_can_be_used_for_another(run, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_overwrite_deletes_nothing_while_something_is_wrong(run, tmp_path):
+def test_overwrite_deletes_nothing_if_the_input_is_bad(run, tmp_path):
     run("--epochs", "1")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     for wrong in (["--optim", "Sgd"], ["--optim", "Rprop"], ["--load_weight", "nothing.pkl"], ["--data", "nowhere"]):
@@ -187,7 +187,7 @@ def test_metrics_beside_the_run_through_links_and_pipes(run, tmp_path):
     assert run("--epochs", "1", "--metrics", tmp_path / "link.json")[0] == 0
     assert (tmp_path / "link.json").is_symlink()
     assert json.loads(target.read_text())["complete"]
-    for _ in range(2):  # in the run's own folder, which is not foreign to --overwrite
+    for _ in range(2):  # in the folder of the run, which --overwrite may delete
         assert run("--epochs", "1", "--overwrite", "--metrics", tmp_path / "run" / "metrics.json")[0] == 0
     assert run("--epochs", "1", "--overwrite", "--metrics", "/dev/null")[0] == 0
     assert not os.path.isfile("/dev/null")
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_outside_the_checkpoints_fails_the_run_in_one_line(
 
 @pytest.mark.parametrize("every", ["0", "1"])
 @pytest.mark.parametrize("fails", ["best.pt", "weights.pkl", "last.pt"])
-def test_a_run_that_dies_between_two_files_ends_as_the_whole_one(run, tmp_path, monkeypatch, fails, every):
+def test_a_run_killed_between_two_files_ends_like_an_uninterrupted_one(run, tmp_path, monkeypatch, fails, every):
     whole = run()[3]
     run("--epochs", "1", out="parts")
     last = checkpoint.load(tmp_path / "parts" / "last.pt")["step"]
@@ -218,7 +218,7 @@ def test_a_run_that_dies_between_two_files_ends_as_the_whole_one(run, tmp_path, 
             raise OSError(28, "No space left on device")
         write(path, content, **options)
 
-    def finished():  # with a checkpoint every step, last.pt is there before the epoch's end
+    def finished():  # with a checkpoint every step, last.pt exists before the end of the epoch
         return every == "0" or checkpoint.load(tmp_path / "parts" / "last.pt")["step"] == 2 * last
 
     with monkeypatch.context() as patch:
@@ -236,7 +236,7 @@ def test_a_run_that_dies_between_two_files_ends_as_the_whole_one(run, tmp_path, 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_seeds_decide_and_nothing_else_does(run, tmp_path):
+def test_only_the_seed_changes_the_result(run, tmp_path):
     results = [run("--seed", seed, out=name)[3]["test"] for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
     assert results[0] == results[1]
     assert results[0] != results[2]
@@ -268,18 +268,18 @@ def test_limits_mark_the_result_partial(run):
 def test_flags_train(run, flags):
     code, _, err, metrics = run("--epochs", "1", *flags.split())
     assert (code, err) == (0, "")
-    assert metrics["test"]["ppl"] < 9  # ten words, so 10 at the start
+    assert metrics["test"]["ppl"] < 9  # 10 at first, with ten words
 
 
-@pytest.mark.filterwarnings("ignore:the text holds <eos>")  # the stream has it in the middle, as the authors' had
-def test_authors_weights_are_scored_as_they_would_be(tmp_path, capsys):
-    """A trajectory's final weights on its own evaluation stream, written out as text."""
+@pytest.mark.filterwarnings("ignore:the text holds <eos>")  # in the middle, as in the authors' stream
+def test_the_authors_weights_get_their_scores(tmp_path, capsys):
+    """Score the final weights of a training fixture on its evaluation stream, written as text."""
     case = cases.load("traj_sgd_history")
     stream, rows = case.arrays["eval_stream"], case.meta["config"]["eval_batch"]
     folder = tmp_path / "text"
     folder.mkdir()
     count = case.config["ntoken"]
-    # The training text names the words in the order of their ids; the stream's last token is the end of its one line.
+    # The training text lists the words by id; the last token of the stream is the end of its only line.
     vocabulary = [f"w{i}" for i in range(count)]
     vocabulary[int(stream[-1])] = "<eos>"
     (folder / "train.txt").write_text(" ".join(vocabulary) + "\n")
@@ -321,7 +321,7 @@ def test_authors_weights_are_scored_as_they_would_be(tmp_path, capsys):
         (["--metrics", "/nowhere/m.json", "--max_steps", "1"], "error: --metrics /nowhere/m.json: cannot be written"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
+def test_bad_input_gives_one_line_and_exit_code_2(run, argv, message):
     code, _, err, _ = run(*argv)
     assert code == 2
     assert err.startswith(message)
@@ -330,7 +330,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
 
 @pytest.mark.parametrize("path", ["a" * 5000, "/".join(["a" * 200] * 40)], ids=["name", "path"])
 @pytest.mark.parametrize("flag", ["--data", "--out", "--load_weight", "--resume", "--metrics", "--config"])
-def test_a_path_that_is_too_long_is_the_users_mistake(run, tmp_path, monkeypatch, flag, path):
+def test_a_path_that_is_too_long_is_bad_input(run, tmp_path, monkeypatch, flag, path):
     monkeypatch.chdir(tmp_path)
     code, _, err, _ = run(flag, path, "--max_steps", "1")
     assert code == 2, err
@@ -356,7 +356,7 @@ def test_weights_that_do_not_fit_name_the_flag(run, tmp_path):
     assert run("--load_weight", tmp_path / "w.pkl", "--eval")[2].endswith("; pass --mixed_group 2\n")
 
 
-def test_scoring_needs_weights_but_on_synthetic_text(run):
+def test_scoring_needs_weights_except_on_synthetic_text(run):
     code, out, _, metrics = run("--eval", "--data", "synthetic", "--max_eval_tokens", "100")
     assert code == 0
     assert "NOTICE: no --load_weight: scoring untrained weights" in out
@@ -368,10 +368,10 @@ def test_scoring_needs_weights_but_on_synthetic_text(run):
     assert (code, config["task"]) == (2, "word_ptb")
 
 
-def test_a_run_stopped_in_its_first_epoch_gives_its_weights(run, tmp_path, text, capsys):
+def test_a_run_stopped_in_its_first_epoch_says_how_to_get_its_weights(run, tmp_path, text, capsys):
     assert run("--max_steps", "3")[0] == 0
     last, file = tmp_path / "run" / "last.pt", tmp_path / "run" / "weights.pkl"
-    file.unlink()  # as if it had been stopped there
+    file.unlink()  # like a run stopped in its first epoch
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "run")
     assert code == 2
     assert err.endswith(f"or now by train.py --resume {last} --max_steps 1\n")
@@ -409,7 +409,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("flags", IMPOSSIBLE)
-def test_an_earlier_run_outlives_settings_that_cannot_be_trained(run, tmp_path, flags):
+def test_settings_that_cannot_be_trained_do_not_delete_an_earlier_run(run, tmp_path, flags):
     assert run("--max_steps", "2")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     code, _, err, _ = run("--overwrite", *flags.split())
@@ -418,7 +418,7 @@ def test_an_earlier_run_outlives_settings_that_cannot_be_trained(run, tmp_path, 
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_an_earlier_run_outlives_a_step_that_does_not_fit_into_memory(run, tmp_path, monkeypatch):
+def test_a_step_that_does_not_fit_into_memory_does_not_delete_an_earlier_run(run, tmp_path, monkeypatch):
     assert run("--max_steps", "2")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
@@ -431,7 +431,7 @@ def test_an_earlier_run_outlives_a_step_that_does_not_fit_into_memory(run, tmp_p
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_run_that_replaces_another_ends_as_it_would_have_in_a_new_folder(run, tmp_path):
+def test_a_run_that_replaces_another_ends_like_one_in_a_new_folder(run, tmp_path):
     for out, flags in (("run", ()), ("run", ("--overwrite",)), ("new", ())):
         assert run("--max_steps", "3", *flags, out=out)[0] == 0
     assert (tmp_path / "run" / "weights.pkl").read_bytes() == (tmp_path / "new" / "weights.pkl").read_bytes()
@@ -443,7 +443,7 @@ def test_a_diverging_run_fails_with_exit_code_one(run):
     assert re.match(r"failed: the (training|valid) loss (became|is) (nan|inf).*no checkpoint had been written yet", err)
     code, _, err, _ = run(
         "--optim", "SGD", "--lr", "1e5", "--overwrite", "--clip", "100"
-    )  # a finite loss of an infinite perplexity
+    )  # the loss is finite, its perplexity is not
     assert code == 1
     assert re.match(r"failed: the (training|valid) loss", err)
 
@@ -456,13 +456,13 @@ def test_sizes_beyond_all_memory_fail_in_one_line(run):
 
 
 @pytest.mark.parametrize("how", [["word_ptb/train.py"], ["-m", "word_ptb.train"]])
-def test_both_ways_to_start_it_from_elsewhere(tmp_path, how):
+def test_both_ways_to_start_it_from_another_folder(tmp_path, how):
     how = [str(PROJECT / how[0])] if len(how) == 1 else how
     done = subprocess.run(
         [sys.executable, *how, *SMALL, "--data", "synthetic", "--out", "here", "--max_steps", "2"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")  # no progress bar where there is no terminal
+    assert (done.returncode, done.stderr) == (0, "")  # no progress bar without a terminal
     assert (tmp_path / "here" / "weights.pkl").is_file()
 
 
@@ -488,7 +488,7 @@ def test_the_synthetic_corpus_loads():
 
 
 @pytest.mark.skipif(not HAS_PENN, reason="needs Penn Treebank in data/penn")
-def test_penn_treebank_is_what_everyone_counts():
+def test_the_penn_treebank_has_its_published_counts():
     corpus = data.load(PENN)
     assert corpus.label == penn.LABEL
     assert [s.numel() for s in (corpus.train, corpus.valid, corpus.test)] == [929_589, 73_760, 82_430]
@@ -534,7 +534,7 @@ def test_tensorboard_gets_the_numbers_of_the_metrics(run, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     expected = [(r["step"], pytest.approx(r["valid_loss"], rel=1e-6)) for r in lines if r["event"] == "epoch"]
     assert [(e.step, e.value) for e in board.Scalars("epoch/valid_loss")] == expected
-    assert run("--tensorboard", "--overwrite")[0] == 0  # its files are the run's own
+    assert run("--tensorboard", "--overwrite")[0] == 0  # which may delete its files
 
 
 def test_tensorboard_is_optional(run, monkeypatch):
@@ -557,7 +557,7 @@ def test_published_mixtures_are_scored_with_their_epsilon(run, tmp_path):
     assert "pass --n_experts 2" in err
 
 
-def test_notes_and_warnings_are_one_line_each(run, text):
+def test_notices_and_warnings_are_one_line_each(run, text):
     with warnings.catch_warnings(action="default"):
         code, out, err, _ = run("--max_steps", "1", "--repack")
     assert code == 0

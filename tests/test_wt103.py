@@ -1,4 +1,4 @@
-"""wt103: its files, the bands of its softmax, weights that lack them, and a run from the command line."""
+"""wt103: files, bands of the softmax, weights without bands, and runs from the command line."""
 
 import json
 import zipfile
@@ -55,7 +55,7 @@ def run(tmp_path, text, capsys):
 
 
 @pytest.mark.parametrize("order", corpus.ORDERS)
-def test_both_layouts_give_what_the_readable_encoder_gives(text, tmp_path, order):
+def test_both_layouts_are_encoded_like_texts_in_memory(text, tmp_path, order):
     texts = [(text / f"wiki.{split}.tokens").read_text() for split in SPLITS]
     expected = encode(map(words, texts), sha256=corpus.digest(texts), label="")
     expected = by_frequency(expected) if order == "frequency" else expected
@@ -82,7 +82,7 @@ def test_synthetic_text_in_either_order():
     assert (counts.diff() <= 0).all()
 
 
-def test_the_known_corpora_are_named(text, monkeypatch):
+def test_published_corpora_are_named(text, monkeypatch):
     loaded = data.load(text)
     monkeypatch.setattr(data, "SAMPLE_SHA256", loaded.sha256)
     assert data.load(text).label == "WikiText sample"
@@ -93,7 +93,7 @@ def test_the_known_corpora_are_named(text, monkeypatch):
 
 
 @pytest.mark.skipif(not (SAMPLE / "test.txt").is_file(), reason="needs the WikiText sample in data/wikitext")
-def test_the_sample_is_what_everyone_counts():
+def test_the_sample_has_its_published_counts():
     loaded = data.load(SAMPLE)
     assert loaded.label == "WikiText sample"
     assert loaded.train.numel() == 217_646  # WikiText's validation text
@@ -104,7 +104,7 @@ def test_the_sample_is_what_everyone_counts():
 
 @pytest.fixture
 def archive(text, tmp_path, monkeypatch):
-    """The text as a zip in the place of the published one."""
+    """Serve the text as a zip instead of the published archive."""
     path = tmp_path / "source.zip"
     with zipfile.ZipFile(path, "w") as file:
         for split in SPLITS:
@@ -119,24 +119,24 @@ def archive(text, tmp_path, monkeypatch):
     return path
 
 
-def test_the_archive_is_fetched_and_extracted_when_there_is_no_text(archive, text, tmp_path, capsys):
+def test_the_archive_is_downloaded_and_extracted_if_there_is_no_text(archive, text, tmp_path, capsys):
     folder = tmp_path / "fresh"
     with pytest.raises(UserError, match="fresh: no such folder"):
         data.load(folder)
     assert data.load(folder, download=True).sha256 == data.load(text).sha256
     (folder / "wiki.valid.tokens").unlink()
-    assert data.load(folder, download=True).sha256 == data.load(text).sha256  # as if a kill had broken it off
+    assert data.load(folder, download=True).sha256 == data.load(text).sha256  # an interrupted extraction
     (folder / "wiki.valid.tokens").unlink()
     (folder / "wikitext-103-v1.zip").unlink()
     with pytest.raises(UserError, match="expected wiki.train.tokens"):
-        data.load(folder, download=True)  # to a part of a text of one's own nothing is added behind one's back
-    assert data.main([str(folder)]) == 0  # unless one asks for it
+        data.load(folder, download=True)  # without an archive nothing is added to the files of a user
+    assert data.main([str(folder)]) == 0  # unless the user asks for it
     out = capsys.readouterr().out.splitlines()
     assert [line.rsplit(": ")[1] for line in out] == ["already there", "fetched", "already there"]
     assert data.main([str(folder)]) == 0
 
 
-def test_an_archive_that_is_not_what_it_should_be_is_refused(archive, tmp_path, capsys):
+def test_a_malicious_archive_is_refused(archive, tmp_path, capsys):
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("../outside.txt", "x")
     assert data.main([str(tmp_path / "fresh")]) == 2
@@ -188,7 +188,7 @@ def test_size_of_the_small_preset_on_the_sample():
     assert count_parameters(model) == 2_995_992
 
 
-def test_defaults_are_the_authors_released_ones():
+def test_defaults_are_those_of_the_authors_script():
     c = config()
     released = {
         "name": "Trellis_wordWT103", "emsize": 512, "nhid": 1600, "nout": 512, "lr": 1e-3, "clip": 0.07, "epochs": 25,
@@ -213,7 +213,7 @@ def test_train_resume_and_score(run, tmp_path):
     assert (code, err) == (0, "")
     assert "softmax split at 20, 50" in out
     assert "softmax: split at 20, 50" in (tmp_path / "run" / "log.txt").read_text()
-    assert whole["test"]["ppl"] < 40  # of a hundred words
+    assert whole["test"]["ppl"] < 40  # 100 at first
     assert whole["peak_memory"] > 10**8
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["vocabulary"] == whole["vocabulary"]
@@ -252,7 +252,7 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
     assert err.endswith("only a split softmax (one with cutoffs) has tail vectors; pass --no-init_tail\n")
 
 
-def test_weights_of_another_order_of_the_words_are_refused(run, tmp_path):
+def test_weights_of_another_vocabulary_order_are_refused(run, tmp_path):
     run("--max_steps", "2")
     weights = tmp_path / "run" / "weights.pkl"
     code, _, err, _ = run("--eval", "--load_weight", weights, "--vocab_order", "frequency")
@@ -264,7 +264,7 @@ def test_weights_of_another_order_of_the_words_are_refused(run, tmp_path):
     assert "--vocab_order frequency: the run in" in err
 
 
-def test_an_unwritable_cache_is_replaced_by_the_users_own(run, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_replaced_by_one_in_the_home_folder(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(corpus, "CACHE", tmp_path / "file" / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
@@ -273,7 +273,7 @@ def test_an_unwritable_cache_is_replaced_by_the_users_own(run, tmp_path, monkeyp
 
 
 def test_weights_of_other_bands_are_refused(run, tmp_path):
-    """As many bands, so that the shapes agree."""
+    """The number of bands, and so all shapes, are the same."""
     run("--max_steps", "2")
     weights = tmp_path / "run" / "weights.pkl"
     code, _, err, _ = run("--eval", "--load_weight", weights, "--cutoffs", "30", "60")
@@ -300,7 +300,7 @@ def test_weights_of_other_bands_are_refused(run, tmp_path):
         (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_two(run, argv, message):
+def test_bad_input_gives_one_line_and_exit_code_2(run, argv, message):
     code, _, err, _ = run(*argv)
     assert code == 2
     assert err.startswith(message)
