@@ -12,7 +12,7 @@ patiently() {
         IFS= read -r -t 4 line || status=$?
         case "$status" in
         0) [[ $line == *"already satisfied"* ]] || echo "  $line" ;;
-        1) cat && break ;; # it has ended
+        1) [ -z "$line" ] || echo "  $line"; cat; break ;; # it has ended
         *) echo "  … $((SECONDS - began)) s" ;;
         esac
     done
