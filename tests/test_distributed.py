@@ -190,7 +190,7 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     resume = ["--resume", str(out["parts"] / "last.pt")]
     way_on = runnable("wt103/train.py", resume, ["torchrun", "--nproc_per_node", "2"])
     assert lines[0].startswith("error: --batch_size 25: its rows cannot be divided among 2 ranks; pass --batch_size 24")
-    assert lines[1] == f"interrupted; the last checkpoint is kept; go on from it with: {way_on}"
+    assert lines[1] == f"interrupted; the last checkpoint is kept; continue with: {way_on}"
     assert lines[2].startswith("failed: the ")
     assert len(lines) == 3
     assert "Traceback" not in err
@@ -278,7 +278,7 @@ def test_a_signal_from_outside_ends_all_ranks_with_a_checkpoint(tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert err.count("interrupted; the last checkpoint is kept; go on from it with: ") == 1
+    assert err.count("interrupted; the last checkpoint is kept; continue with: ") == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] > 0
 
 

@@ -28,10 +28,10 @@ class Regression(Task):
     digits = 2
     unit, count = "pt", "points"
 
-    def __init__(self, spoil_at=(), spoil="loss"):
+    def __init__(self, bad_at=(), fault="loss"):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 1)).double()
-        self.spoil_at, self.spoil, self.calls = spoil_at, spoil, 0
+        self.bad_at, self.fault, self.calls = bad_at, fault, 0
 
     def batches(self, data, epoch):
         return [(data[i : i + 10],) for i in range(0, len(data), 10)]
@@ -46,10 +46,10 @@ class Regression(Task):
         self.calls += torch.is_grad_enabled()  # of training steps
         loss = self._error(x) + (0 if state is None else 0 * state[0].sum())
         carry = x[-1]
-        if self.calls in self.spoil_at:
-            if self.spoil == "loss":
+        if self.calls in self.bad_at:
+            if self.fault == "loss":
                 loss = loss * math.inf
-            elif self.spoil == "gradient":
+            elif self.fault == "gradient":
                 loss = loss + (self.model[0].weight.flatten()[:1] * 0).sqrt().sum()  # 0, of infinite slope
             carry = carry * math.nan
         return {"loss": loss, "raw": loss}, (carry,)
@@ -146,11 +146,11 @@ def test_a_checkpoint_has_the_weights_and_their_average(tmp_path):
 )
 @pytest.mark.parametrize("cut", [3, 8, 12])  # within an epoch before there is a best one, later, and after an epoch
 def test_recipes_are_continued_bit_equal(tmp_path, settings, cut):
-    def start(path, *spoil_at, **more):
+    def start(path, *bad_at, **more):
         """An epoch has six batches, of which one is skipped in all."""
         schedule = make_schedule(Config(lr=0.05, epochs=4, **settings), lambda _: 6)
         options = {"optim": "Adam", "ema": 0.8, "skip_bad_steps": 1}
-        return run(path, task=Regression(spoil_at=spoil_at), schedule=schedule, **options, **more)
+        return run(path, task=Regression(bad_at=bad_at), schedule=schedule, **options, **more)
 
     whole, result, _ = start(tmp_path / "whole", 3)
     start(tmp_path / "parts", 3, max_steps=cut)
@@ -180,7 +180,7 @@ def test_a_moving_average_is_scored_and_saved_and_skipped_steps_are_not_in_it(tm
         return means
 
     monkeypatch.setattr(Trainer, "_step", watched)
-    task, result, _ = run(tmp_path / "run", epochs=1, ema=0.7, task=Regression(spoil_at=[3]), skip_bad_steps=1)
+    task, result, _ = run(tmp_path / "run", epochs=1, ema=0.7, task=Regression(bad_at=[3]), skip_bad_steps=1)
     assert len(seen) == 5
     expected = seen[0]
     for now in seen[1:]:
@@ -242,56 +242,58 @@ def test_resume_on_other_data_is_refused(tmp_path):
         run(tmp_path / "run", resume="last.pt", sha256="xyz")
 
 
-SPOILT = {
-    "loss": "the training loss became inf by step 8",
-    "gradient": "the gradient is not finite by step 8",
-    "carry": "the carried state is not finite by step 8",
+FAULTS = {
+    "loss": "the training loss became inf at step 8",
+    "gradient": "the gradient is not finite at step 8",
+    "carry": "the carried state is not finite at step 8",
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILT)
-def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, spoil):
-    task = Regression(spoil_at=[8], spoil=spoil)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, fault):
+    task = Regression(bad_at=[8], fault=fault)
     with pytest.raises(RunError) as raised:
         run(tmp_path / "run", task=task, log_interval=100)  # whatever is logged: it is found in its step
     said = str(raised.value)
-    assert said.startswith(f"{SPOILT[spoil]} (epoch 2, batch 2), after 10 points of the epoch; the largest gradient ")
-    number = r"[\d.e+-]+" if spoil == "carry" else "(inf|nan)"
-    assert re.search(f"gradient norm is {number}, of [02].(weight|bias); lower --lr or --clip, or let it pass", said)
+    assert said.startswith(f"{FAULTS[fault]} (epoch 2, batch 2), after 10 points of the epoch; the largest gradient ")
+    number = r"[\d.e+-]+" if fault == "carry" else "(inf|nan)"
+    assert re.search(
+        f"gradient norm is {number}, of [02].(weight|bias); lower --lr or --clip, or allow such steps", said
+    )
     kept = checkpoint.load(tmp_path / "run" / "last.pt")
     assert kept["epoch"] == 1
     assert all(torch.isfinite(p).all() for p in (*kept["model"].values(), *task.model.parameters()))
 
 
-@pytest.mark.parametrize("spoil", SPOILT)
-def test_steps_that_are_not_finite_can_be_skipped(tmp_path, spoil):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_steps_that_are_not_finite_can_be_skipped(tmp_path, fault):
     """As if they were not in the data, but for the random numbers; a continued run skips no more than are allowed."""
-    spoilt = lambda *at: Regression(spoil_at=at, spoil=spoil)  # noqa: E731
+    faulty = lambda *at: Regression(bad_at=at, fault=fault)  # noqa: E731
     options = {"skip_bad_steps": 2, "optim": "Adam"}
-    whole, result, said = run(tmp_path / "whole", task=spoilt(3, 8), **options)
+    whole, result, said = run(tmp_path / "whole", task=faulty(3, 8), **options)
     assert (result.steps, result.epochs) == (22, 4)
     assert all(torch.isfinite(p).all() for p in whole.model.parameters())
     skipped = [line for line in said if line.startswith("skipped: ")]
     assert len(skipped) == 2
-    assert skipped[1].startswith(f"skipped: {SPOILT[spoil].replace('step 8', 'step 7')} (epoch 2, batch 2), after 10 ")
+    assert skipped[1].startswith(f"skipped: {FAULTS[fault].replace('step 8', 'step 7')} (epoch 2, batch 2), after 10 ")
     assert skipped[1].endswith("(2 of 2)")
     assert skipped[1] in (tmp_path / "whole" / "log.txt").read_text()
     records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [(r["epoch"], r["batch"], r["step"]) for r in records if r["event"] == "skipped"] == [(1, 3, 2), (2, 2, 6)]
 
-    run(tmp_path / "parts", task=spoilt(3), max_steps=4, **options)  # calls 1 to 5
+    run(tmp_path / "parts", task=faulty(3), max_steps=4, **options)  # calls 1 to 5
     last = checkpoint.load(tmp_path / "parts" / "last.pt")
     assert (last["skipped"], last["step"], last["batch"]) == (1, 4, 5)
     shutil.copytree(tmp_path / "parts", tmp_path / "stopped")
     with pytest.raises(RunError, match=r"1 skipped before it\); lower"):
-        run(tmp_path / "stopped", task=spoilt(3), resume="last.pt", skip_bad_steps=1, optim="Adam")
-    parts, again, _ = run(tmp_path / "parts", task=spoilt(3), resume="last.pt", **options)
+        run(tmp_path / "stopped", task=faulty(3), resume="last.pt", skip_bad_steps=1, optim="Adam")
+    parts, again, _ = run(tmp_path / "parts", task=faulty(3), resume="last.pt", **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
     assert (again.test, again.steps) == (result.test, result.steps)
 
 
 def test_an_epoch_of_nothing_but_skipped_steps_ends(tmp_path):
-    _, result, said = run(tmp_path / "run", task=Regression(spoil_at=range(7, 13)), skip_bad_steps=6)
+    _, result, said = run(tmp_path / "run", task=Regression(bad_at=range(7, 13)), skip_bad_steps=6)
     assert (result.steps, result.epochs) == (18, 4)
     assert len([line for line in said if line.startswith("skipped: ")]) == 6
 
@@ -380,10 +382,10 @@ def test_durations(seconds, shown):
 @pytest.mark.parametrize(
     ("max_steps", "shown"),
     [
-        (0, "about 10m00s an epoch, 3h20m for all, evaluation aside"),
-        (1, "about 10.0s for 1 step, evaluation aside"),
-        (90, "about 15m00s for 90 steps, evaluation aside"),
-        (2000, "about 10m00s an epoch, 3h20m for all, evaluation aside"),
+        (0, "about 10m00s per epoch, 3h20m in all, without evaluation"),
+        (1, "about 10.0s for 1 step, without evaluation"),
+        (90, "about 15m00s for 90 steps, without evaluation"),
+        (2000, "about 10m00s per epoch, 3h20m in all, without evaluation"),
     ],
 )
 def test_the_time_told_is_that_of_the_steps_to_come(max_steps, shown):
@@ -464,7 +466,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, name):
     change, reason = UNFIT[name]
     run(tmp_path / "run", max_steps=8, optim="Adam")
     damage(tmp_path / "run" / "last.pt", change)
-    with pytest.raises(UserError, match=f"the checkpoint does not fit this run, or is damaged .*{reason}") as raised:
+    with pytest.raises(UserError, match=f"the checkpoint does not fit this run, or is corrupt .*{reason}") as raised:
         run(tmp_path / "run", resume="last.pt", optim="Adam")
     assert "\n" not in str(raised.value)
 
@@ -474,7 +476,7 @@ def test_a_best_result_that_cannot_be_compared_is_named(tmp_path, valid):
     run(tmp_path / "run", max_steps=8)
     for name in ("last.pt", "best.pt"):
         damage(tmp_path / "run" / name, lambda content: content["best"].update(valid=valid))
-    with pytest.raises(UserError, match="the checkpoint does not fit this run, or is damaged"):
+    with pytest.raises(UserError, match="the checkpoint does not fit this run, or is corrupt"):
         run(tmp_path / "run", resume="last.pt")
 
 

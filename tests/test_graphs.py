@@ -123,7 +123,7 @@ def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run(counts, tmp_pat
     weights = []
     for graph in ("off", "on"):
         # While it records, the function is called once more.
-        task = Regression(spoil_at=[9 + (graph == "on")])
+        task = Regression(bad_at=[9 + (graph == "on")])
         fit_line(tmp_path / graph, task=task, skip_bad_steps=1, cuda_graph=graph)
         weights.append([p.detach().clone() for p in task.model.parameters()])
     assert counts["replayed"] > 5

@@ -111,7 +111,7 @@ def test_files_of_another_task_are_refused_by_name(run, tmp_path, capsys):
     assert "weights.pkl: holds weights of pmnist, not of cifar10; load them with pmnist/train.py" in err
     before = last.read_bytes()
     assert cifar10.train.main(["--resume", str(last)]) == 2
-    way = f"is of a run of pmnist; continue it with {runnable('pmnist/train.py', ['--resume', str(last)])}"
+    way = f"belongs to a run of pmnist; continue it with {runnable('pmnist/train.py', ['--resume', str(last)])}"
     assert capsys.readouterr().err == f"error: {last}: {way}\n"
     assert last.read_bytes() == before
     assert cifar10.train.main(["--config", str(folder / "config.json"), "--out", str(tmp_path / "new")]) == 2

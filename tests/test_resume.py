@@ -135,7 +135,7 @@ def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, co
     way_on = runnable("word_ptb/train.py", ["--resume", str(last)])
     way_out = f"no epoch is finished; score and save the weights as they are with: {way_on} --max_steps 1"
     assert stopped.stderr.splitlines() == [
-        f"interrupted; the last checkpoint is kept; go on from it with: {way_on}",
+        f"interrupted; the last checkpoint is kept; continue with: {way_on}",
         *([] if (last.parent / "weights.pkl").exists() else [way_out]),
     ]
     assert checkpoint.load(last)["step"] == 13
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(cut, capsys, gone
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTICE: ")]
     instead = "best.pt" if len(gone) == 2 else "last.previous.pt"
     assert line.startswith(f"NOTICE: {folder / 'last.pt'}: ")
-    assert f"; going on from {instead}, step " in line
+    assert f"; continuing from {instead}, step " in line
     assert line in (folder / "log.txt").read_text()
     assert_same(outcome(folder), whole)
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_beside_the_settings_of_another_run_is_refused(cut, capsys)
     assert main(["--resume", str(folder / "last.pt")]) == 2
     assert capsys.readouterr().err == (
         f"error: {folder / 'config.json'}: says seed 7, the checkpoint beside it 1111; put the files of one run "
-        "together, or delete this one if it is damaged\n"
+        "together, or delete this one if it is corrupt\n"
     )
     (folder / "config.json").write_text("{")
     assert main(["--resume", str(folder / "last.pt"), "--max_steps", "1"]) == 0

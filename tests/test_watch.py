@@ -55,7 +55,7 @@ def test_the_first_rank_names_those_that_have_not_arrived(ranks):
     ranks.pass_time(270)
     assert ranks.said == []
     ranks.pass_time(60)
-    who = "rank 1 (node1, pid 101); going on waiting"
+    who = "rank 1 (node1, pid 101); still waiting"
     assert ranks.said == [(0, f"NOTICE: rank 0 has been waiting for 5 minutes for {who}")]
     ranks.pass_time(240)
     assert len(ranks.said) == 1
@@ -68,7 +68,7 @@ def test_the_lowest_of_the_others_speaks_when_the_first_hangs(ranks):
     ranks.arrive(1, 2)
     ranks.pass_time(330)
     assert ranks.said == [
-        (1, "NOTICE: rank 1 has been waiting for 5 minutes for rank 0 (node0, pid 100); going on waiting")
+        (1, "NOTICE: rank 1 has been waiting for 5 minutes for rank 0 (node0, pid 100); still waiting")
     ]
 
 
@@ -76,7 +76,7 @@ def test_several_are_named_in_one_line(ranks):
     ranks.arrive(1)
     ranks.pass_time(330)
     assert [line.split(" for ")[-1] for _, line in ranks.said] == [
-        "rank 0 (node0, pid 100), rank 2 (node2, pid 102); going on waiting"
+        "rank 0 (node0, pid 100), rank 2 (node2, pid 102); still waiting"
     ]
 
 
@@ -95,7 +95,7 @@ def test_a_rank_whose_process_has_stopped_is_named_wherever_that_was(ranks, arri
     ranks.arrive(*[0, 1, 2][: 2 + arrived])
     ranks.pass_time(30)
     ranks.pass_time(300, silent=[2])
-    assert [line.split(" for ")[-1] for _, line in ranks.said] == ["rank 2 (node2, pid 102); going on waiting"]
+    assert [line.split(" for ")[-1] for _, line in ranks.said] == ["rank 2 (node2, pid 102); still waiting"]
 
 
 def test_a_connection_that_hangs_is_no_ranks_fault(ranks):

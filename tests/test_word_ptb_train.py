@@ -153,7 +153,7 @@ def test_resume_refuses_corrupt_files(run, tmp_path, capsys):
     assert "best.pt: not a checkpoint of a run" in capsys.readouterr().err
     checkpoint.save(folder / "best.pt", whole | {"best": whole["best"] | {"epoch": 7}})
     assert main(argv) == 2
-    assert "best.pt: is of epoch 7, last.pt tells of epoch 1; put the files of one run together" in (
+    assert "best.pt: is of epoch 7, last.pt names epoch 1; put the files of one run together" in (
         capsys.readouterr().err
     )
     (folder / "best.pt").unlink()
@@ -227,7 +227,7 @@ def test_a_run_killed_between_two_files_ends_like_an_uninterrupted_one(run, tmp_
         assert code == 1
         assert "could not be written (No space left on device)" in err
         way_on = runnable("word_ptb/train.py", ["--resume", str(tmp_path / "parts" / "last.pt")])
-        assert f"go on from it with: {way_on}" in err
+        assert f"continue with: {way_on}" in err
     again = run("--epochs", "2", "--resume", out="parts")[3]
     assert [again[key] for key in ("valid", "test", "best_epoch")] == [
         whole[key] for key in ("valid", "test", "best_epoch")

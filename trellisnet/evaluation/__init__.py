@@ -1,1 +1,1 @@
-"""What is done with a trained language model beyond scoring it as it is."""
+"""Uses of a trained language model: adaptive scores, loss by length of context, generated text."""

@@ -1,4 +1,4 @@
-"""Cache and dynamic evaluation for language models: their settings, what they score, how it is tuned, what it costs."""
+"""Cache and dynamic evaluation as evaluations of a run: settings, tuning, scores and their cost."""
 
 import functools
 import math
@@ -19,20 +19,19 @@ from trellisnet.training.tasks import LanguageModeling, Progress, Windows
 
 SPLITS = ("valid", "test")
 STATISTICS_ROWS = 100  # of the training data, as in Krause et al.
-TUNING_TOKENS = 30_000  # of the validation data that rate and decay are chosen on
-# Rate and decay for every position of a segment.
-DEFAULTS = {"rms": (1e-5, 4e-4), "sgd": (0.02, 0.0)}
+TUNING_TOKENS = 30_000  # of the validation data, to choose rate and decay
+DEFAULTS = {"rms": (1e-5, 4e-4), "sgd": (0.02, 0.0)}  # rate and decay per position of a segment
 
 Method = Callable[..., dict[str, Any]]
 
-# Properties that settings share.
+# Properties shared by the settings.
 _SCORING = {"group": "evaluation", "process": True}
 _DYNAMIC = _SCORING | {"needs": ["dynamic_eval"]}
 
 
 @dataclass(kw_only=True)
 class AdaptiveConfig(LanguageModelConfig):
-    """Settings of language models that can also be scored with a cache or by dynamic evaluation."""
+    """Settings of a language model, and of its scores with a cache and by dynamic evaluation."""
 
     cache: list[float] = setting([], "with --eval: also score with a cache: WINDOW THETA LAMBDA", **_SCORING)
     cache_tune: bool = setting(
@@ -42,35 +41,29 @@ class AdaptiveConfig(LanguageModelConfig):
     dynamic_eval_tune: bool = setting(
         False, "choose its rate and decay on the validation data: half, once and twice", **_DYNAMIC
     )
-    dynamic_eval_rule: str = setting("rms", "how they learn", **_DYNAMIC, choices=dynamic.RULES)
+    dynamic_eval_rule: str = setting("rms", "update rule of dynamic evaluation", **_DYNAMIC, choices=dynamic.RULES)
     dynamic_eval_lr: float = setting(
-        -1.0, "rate; -1: for every position of a segment 1e-5, with sgd 0.02", **_DYNAMIC, at_least=0, special=-1
+        -1.0, "its rate; -1: 1e-5 per position of a segment, with sgd 0.02", **_DYNAMIC, at_least=0, special=-1
     )
     dynamic_eval_decay: float = setting(
-        -1.0,
-        "decay towards the trained weights; -1: for every position of a segment 4e-4, with sgd 0",
-        **_DYNAMIC,
-        at_least=0,
-        special=-1,
-    )
-    dynamic_eval_epsilon: float = setting(2e-5, "of rms", **_DYNAMIC, above=0)
-    dynamic_eval_segment: int = setting(5, "positions that are scored, then learned from", **_DYNAMIC, at_least=1)
+        -1.0, "its decay towards the trained weights; -1: 4e-4 per position of a segment, with sgd 0",
+        **_DYNAMIC, at_least=0, special=-1,
+    )  # fmt: skip
+    dynamic_eval_epsilon: float = setting(2e-5, "epsilon of the rule rms", **_DYNAMIC, above=0)
+    dynamic_eval_segment: int = setting(5, "positions to score, then learn from", **_DYNAMIC, at_least=1)
     dynamic_eval_stats: int = setting(
-        0, "segments of the training data that rms takes gradients of; 0: all", **_DYNAMIC, at_least=0
+        0, "segments of the training data for the gradient statistics of rms; 0: all", **_DYNAMIC, at_least=0
     )
     adapt_rows: int = setting(
-        1,
-        "rows of text that cache and dynamic evaluation read side by side",
-        **_SCORING,
-        needs=["cache", "dynamic_eval"],
-        at_least=1,
-    )
+        1, "rows of text that cache and dynamic evaluation read side by side",
+        **_SCORING, needs=["cache", "dynamic_eval"], at_least=1,
+    )  # fmt: skip
 
     def validate(self) -> None:
         super().validate()
-        for way, on in (("cache", bool(self.cache)), ("dynamic_eval", self.dynamic_eval)):
+        for flag, on in (("--cache", bool(self.cache)), ("--dynamic_eval", self.dynamic_eval)):
             if on and not self.eval:
-                raise UserError(f"--{way}: is a way of scoring trained weights; pass --eval and --load_weight FILE")
+                raise UserError(f"{flag}: scores trained weights; pass --eval and --load_weight FILE")
         if self.cache:
             given = f"--cache {' '.join(f'{number:.15g}' for number in self.cache)}"
             if len(self.cache) != 3:
@@ -88,12 +81,11 @@ class AdaptiveConfig(LanguageModelConfig):
 
 
 def scores(config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus) -> Scores:
-    """The scores that the settings ask for.
+    """The scores that the settings ask for, of each split in `--adapt_rows` rows.
 
-    All are of the whole split in `--adapt_rows` rows: `<split>_static` by the model as it is and, if the segments of
-    dynamic evaluation are not its windows, `<split>_static_segments` by the same in those; `<split>_cache`,
-    `<split>_dynamic` and, with both, `<split>_dynamic_cache`: a cache of the features, and beside the losses, of
-    dynamic evaluation.
+    `<split>_static` is the score of the model as it is, in its own windows, and `<split>_static_segments` in the
+    segments of dynamic evaluation, if these differ. `<split>_cache` and `<split>_dynamic` are the adaptive ones.
+    `<split>_dynamic_cache` adds a cache to dynamic evaluation, of whose features and losses it is made.
 
     Raises:
         UserError: a text that is too short for the settings.
@@ -105,16 +97,16 @@ def scores(config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus) -> Sc
         rows = {split: batchify(getattr(corpus, split), config.adapt_rows).to(device) for split in SPLITS}
     except ValueError as e:
         raise UserError(f"--adapt_rows {config.adapt_rows}: the text is too short for so many; pass fewer") from e
-    found: Scores = {}
-    adapted = _Adapted(config, task, corpus, rows)
-    for name, method in adapted.methods().items():
-        for split in SPLITS:
-            found[f"{split}_{name}"] = functools.partial(method, split), rows[split]
-    return found
+    methods = _Adapted(config, task, corpus, rows).methods().items()
+    return {
+        f"{split}_{name}": (functools.partial(method, split), rows[split])
+        for name, method in methods
+        for split in SPLITS
+    }
 
 
 class _Adapted:
-    """Scores of one model and what they share: statistics, settings that were tuned, histories."""
+    """Scores of one model; they share gradient statistics, tuned settings and histories."""
 
     def __init__(self, config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]):
         self.config, self.task, self.corpus, self.rows = config, task, corpus, rows
@@ -122,8 +114,8 @@ class _Adapted:
         self.caches: dict[bool, cache.Cache] = {}  # with or without dynamic evaluation
         self.update: dynamic.Update | None = None
         self.statistics: list[Tensor] | None = None
-        self.histories: dict[str, cache.History] = {}  # of dynamic evaluation, if a cache comes on top
-        self.costs: dict[str, dict[str, Any]] = {}  # of these
+        self.histories: dict[str, cache.History] = {}  # of dynamic evaluation, for a cache on top of it
+        self.costs: dict[str, dict[str, Any]] = {}  # of these histories
         if config.dynamic_eval:
             self.segments = task.segments(config.dynamic_eval_segment)
             if not self.segments.starts(self._training_rows().size(1)):
@@ -142,38 +134,38 @@ class _Adapted:
                 raise UserError(f"{given}: WINDOW: expected less than the {text.size(1)} tokens of a row of {split}")
 
     def methods(self) -> dict[str, Method]:
-        """By name: what scores a split, (split, rows, max_tokens=…, progress=…) → result."""
+        """Methods that score a split, by name: (split, rows, max_tokens=…, progress=…) → result."""
         windows = self.task.evaluation_windows
-        ways = {"static": functools.partial(self.static, windows)}
+        methods = {"static": functools.partial(self.static, windows)}
         if self.config.dynamic_eval and self.segments != windows:
-            ways["static_segments"] = functools.partial(self.static, self.segments)
+            methods["static_segments"] = functools.partial(self.static, self.segments)
         if self.config.cache:
-            ways["cache"] = self.cached
+            methods["cache"] = self.cached
         if self.config.dynamic_eval:
-            ways["dynamic"] = self.learning
+            methods["dynamic"] = self.learning
         if self.config.cache and self.config.dynamic_eval:
-            ways["dynamic_cache"] = self.learning_cached
-        return ways
+            methods["dynamic_cache"] = self.learning_cached
+        return methods
 
     def static(self, windows: Windows, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
-        """The model with fixed weights, on the same rows, in `windows`."""
+        """Score with fixed weights, in `windows`."""
         with cost(self.device) as taken:
             result = self.task.evaluate(rows, windows=windows, **how)
         return result | taken
 
     def cached(self, split: str, rows: Tensor, **how: Any) -> dict[str, Any]:
-        """With a cache of its features."""
+        """Score with a cache of the model's features."""
         with cost(self.device) as tuning:
-            chosen, further = self._chosen_cache(False, lambda: cache.collect(self.task, self.rows["valid"], **how))
+            best, details = self._best_cache(False, lambda: cache.collect(self.task, self.rows["valid"], **how))
         with cost(self.device) as taken:
-            result = self._with_cache(cache.collect(self.task, rows, **how), chosen)
-        return result | taken | _told(chosen) | _tuned(further, tuning)
+            result = self._with_cache(cache.collect(self.task, rows, **how), best)
+        return result | taken | _settings(best) | _preparation(details, tuning)
 
     def learning(self, split: str, rows: Tensor, max_tokens: int | None = None, progress: Progress | None = None):
-        """With weights that learn from the text."""
+        """Score with weights that learn from the text."""
         how = {"max_tokens": max_tokens, "progress": progress}
         with cost(self.device) as preparing:
-            further = self._prepare(**how)
+            details = self._prepare(**how)
         pieces: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def visit(output: Tensor, targets: Tensor) -> None:
@@ -193,50 +185,50 @@ class _Adapted:
         settings = {"rule": self.update.rule, "lr": self.update.lr, "decay": self.update.decay}
         settings |= {"epsilon": self.update.epsilon} if self.update.rule == "rms" else {}
         settings["segment"] = self.config.dynamic_eval_segment
-        return result | taken | {"settings": settings} | _tuned(further, preparing)
+        return result | taken | {"settings": settings} | _preparation(details, preparing)
 
     def learning_cached(self, split: str, rows: Tensor, **_: Any) -> dict[str, Any]:
-        """With both: the features and losses are those of :meth:`learning`, whose time and memory are counted in."""
+        """Score with both: a cache of the features and losses of :meth:`learning`, whose time and memory are added."""
         with cost(self.device) as tuning:
-            chosen, further = self._chosen_cache(True, lambda: self.histories["valid"])
+            best, details = self._best_cache(True, lambda: self.histories["valid"])
         with cost(self.device) as taken:
-            result = self._with_cache(self.histories[split], chosen)
+            result = self._with_cache(self.histories[split], best)
         taken["seconds"] += self.costs[split]["seconds"]
         if taken["peak_memory"] is not None:
             taken["peak_memory"] = max(taken["peak_memory"], self.costs[split]["peak_memory"])
-        return result | taken | _told(chosen) | _tuned(further, tuning)
+        return result | taken | _settings(best) | _preparation(details, tuning)
 
     @staticmethod
-    def _with_cache(past: cache.History, chosen: cache.Cache) -> dict[str, Any]:
-        result = cache.evaluate(past, chosen)
+    def _with_cache(past: cache.History, settings: cache.Cache) -> dict[str, Any]:
+        result = cache.evaluate(past, settings)
         if math.isnan(result["loss"]) and not past.losses.isnan().any():
-            raise RunError(f"the loss with --cache is not a number; lower THETA from {chosen.theta:g}")
+            raise RunError(f"the loss with --cache is not a number; lower THETA from {settings.theta:g}")
         return result
 
-    def _chosen_cache(
+    def _best_cache(
         self, is_dynamic: bool, valid: Callable[[], cache.History]
     ) -> tuple[cache.Cache, dict[str, Any] | None]:
-        """The cache to use, and what was tried the first time."""
+        """The cache to use, tuned if asked for, and the first time the grid of its tuning."""
         if is_dynamic in self.caches:
             return self.caches[is_dynamic], None
         window, theta, weight = self.config.cache
-        chosen, further = cache.Cache(int(window), theta, weight), None
+        best, details = cache.Cache(int(window), theta, weight), None
         if self.config.cache_tune:
-            chosen, table = cache.tune(valid(), chosen)
-            further = {"grid": table}
-        self.caches[is_dynamic] = chosen
-        return chosen, further
+            best, table = cache.tune(valid(), best)
+            details = {"grid": table}
+        self.caches[is_dynamic] = best
+        return best, details
 
     def _training_rows(self) -> Tensor:
-        """What the statistics are taken of, (N, L)."""
+        """Training text (N, L) for the gradient statistics."""
         longest = self.corpus.train.numel() // self.segments.length // 2
         return batchify(self.corpus.train, max(1, min(STATISTICS_ROWS, longest)))
 
     def _prepare(self, max_tokens: int | None, progress: Progress | None) -> dict[str, Any] | None:
-        """Take statistics and choose rate and decay, the first time."""
+        """Compute statistics and choose rate and decay, the first time; return details of both."""
         if self.update is not None:
             return None
-        config, further, started = self.config, {}, time.monotonic()
+        config, details, started = self.config, {}, time.monotonic()
         rule, segment = config.dynamic_eval_rule, config.dynamic_eval_segment
         given = (config.dynamic_eval_lr, config.dynamic_eval_decay)
         lr, decay = (
@@ -248,24 +240,24 @@ class _Adapted:
             self.statistics = dynamic.gradient_statistics(
                 self.task, rows, segments=self.segments, limit=config.dynamic_eval_stats, group=group, progress=progress
             )
-            further["statistics_seconds"] = time.monotonic() - started
+            details["statistics_seconds"] = time.monotonic() - started
         if config.dynamic_eval_tune:
-            most = min(TUNING_TOKENS, max_tokens or TUNING_TOKENS)
-            self.update, further["grid"] = dynamic.tune(
-                self.task, self.rows["valid"], self.update, self.statistics, segments=self.segments, max_tokens=most,
+            limit = min(TUNING_TOKENS, max_tokens or TUNING_TOKENS)
+            self.update, details["grid"] = dynamic.tune(
+                self.task, self.rows["valid"], self.update, self.statistics, segments=self.segments, max_tokens=limit,
                 progress=progress,
             )  # fmt: skip
-        return further
+        return details
 
 
-def _told(chosen: cache.Cache) -> dict[str, Any]:
-    return {"settings": {"window": chosen.window, "theta": chosen.theta, "lambda": chosen.weight}}
+def _settings(used: cache.Cache) -> dict[str, Any]:
+    return {"settings": {"window": used.window, "theta": used.theta, "lambda": used.weight}}
 
 
-def _tuned(further: dict[str, Any] | None, taken: dict[str, Any]) -> dict[str, Any]:
-    """What was found out beforehand, the first time, and the seconds and memory for it."""
-    if not further:
+def _preparation(details: dict[str, Any] | None, taken: dict[str, Any]) -> dict[str, Any]:
+    """Details of tuning and statistics, where there are any, with their time and memory."""
+    if not details:
         return {}
-    for tried in further.get("grid", ()):
-        tried["loss"] = tried["loss"] if math.isfinite(tried["loss"]) else None  # there is no infinity in JSON
-    return further | {f"preparation_{key}": value for key, value in taken.items()}
+    for candidate in details.get("grid", ()):
+        candidate["loss"] = candidate["loss"] if math.isfinite(candidate["loss"]) else None  # JSON has no infinity
+    return details | {f"preparation_{key}": value for key, value in taken.items()}

@@ -1,15 +1,15 @@
 r"""The neural cache: words of the recent past are more likely to come again (Grave, Joulin & Usunier, 2017, "Improving
 Neural Language Models with a Continuous Cache", arXiv:1612.04426).
 
-With the features h of a trained model (what its head reads) and the words y that followed, at a position t that has
-more than W positions before it in its row,
+With the features h of a trained model (the input of its head) and the words y that followed, at a position t with more
+than W positions before it in its row,
 
 .. math::
     a_j \propto \exp(\theta\, h_j \cdot h_t), \quad j = t - W, \dots, t - 1, \qquad
     p(w) = \lambda \sum_j a_j\,[y_j = w] + (1 - \lambda)\, p_\mathrm{model}(w),
 
-and elsewhere p is the model's: there is no cache that is only partly filled, as in AWD-LSTM's `pointer`. Nothing is
-learned, and the model is asked once: its features, and the losses of the targets, are all that any W, θ and λ need.
+and elsewhere p is the model's: as in AWD-LSTM's `pointer`, a cache that is only partly filled is not used. Nothing is
+learned, and the model runs once: its features and the losses of the targets serve any W, θ and λ.
 
 Letters: N batch (rows), T scored positions of a row, C channels of the features, B positions of a block.
 """
@@ -24,20 +24,19 @@ from torch import Tensor
 
 from trellisnet.training.tasks import LanguageModeling, Progress, evaluating
 
-# What is tried beside the given numbers.
+# The grid, to which the given values are added.
 THETAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
 LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-# Similarities that are computed at a time, and the shortest block.
-NUMBERS, SHORTEST = 2**22, 32
+NUMBERS, SHORTEST = 2**22, 32  # similarities computed at a time; positions of the shortest block
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache.
+    """Settings of a cache.
 
     Args:
         window: W, positions that it looks back.
-        theta: θ, how sharply it prefers similar positions.
+        theta: θ, sharpness of its preference for similar positions.
         weight: λ, its share of the probability.
 
     Raises:
@@ -58,13 +57,13 @@ class Cache:
 
 
 class History(NamedTuple):
-    """What a model has made of a text.
+    """Features and losses of a model over a text.
 
     Args:
         features: (N, T, C).
         targets: int64 (N, T).
         losses: of the targets, in nats, (N, T).
-        lengths: of the pieces that it was computed in; they add up to T.
+        lengths: of the pieces in which they were computed; they add up to T.
     """
 
     features: Tensor
@@ -74,10 +73,10 @@ class History(NamedTuple):
 
 
 def history(pieces: Iterable[tuple[Tensor, Tensor, Tensor]]) -> History:
-    """Features (N, l, C), targets (N, l) and losses (N, l), piece by piece, as one history.
+    """Join features (N, l, C), targets (N, l) and losses (N, l) of consecutive pieces.
 
     Raises:
-        ValueError: there is nothing.
+        ValueError: there are none.
     """
     pieces = list(pieces)
     if not pieces:
@@ -90,7 +89,7 @@ def history(pieces: Iterable[tuple[Tensor, Tensor, Tensor]]) -> History:
 def collect(
     task: LanguageModeling, rows: Tensor, *, max_tokens: int | None = None, progress: Progress | None = None
 ) -> History:
-    """The history of rows (N, L), by the windows of :meth:`LanguageModeling.evaluate`, whose arguments these are.
+    """Compute the history of rows (N, L); arguments and windows are those of :meth:`LanguageModeling.evaluate`.
 
     Raises:
         ValueError: the rows are shorter than one window.
@@ -103,7 +102,7 @@ def collect(
 
 @torch.no_grad()
 def log_prob(past: History, window: int, theta: float) -> Tensor:
-    """Logarithm of what a cache that is full gives to the targets, Σ_j a_j [y_j = y_t].
+    """Log-probability of the targets under a full cache, log Σ_j a_j [y_j = y_t].
 
     Computed in float32 at least, in blocks of positions.
 
@@ -112,7 +111,7 @@ def log_prob(past: History, window: int, theta: float) -> Tensor:
     """
     h = past.features.to(torch.promote_types(past.features.dtype, torch.float32))
     y, (N, T, _) = past.targets, h.shape
-    found = h.new_empty(N, max(T - window - 1, 0))
+    log_p = h.new_empty(N, max(T - window - 1, 0))
     size = max(SHORTEST, min(window, NUMBERS // (2 * N * window)))
     with torch.autocast(h.device.type, enabled=False):
         for start in range(window + 1, T, size):
@@ -123,8 +122,8 @@ def log_prob(past: History, window: int, theta: float) -> Tensor:
             scores.masked_fill_(~seen, -math.inf)
             same = y[:, start:end, None] == y[:, None, first : end - 1]
             hits = scores.masked_fill(~same, -math.inf).logsumexp(2)  # (N, B)
-            found[:, start - window - 1 : end - window - 1] = hits - scores.logsumexp(2)
-    return found
+            log_p[:, start - window - 1 : end - window - 1] = hits - scores.logsumexp(2)
+    return log_p
 
 
 def _mixed(past: History, log_p: Tensor, window: int, weight: float) -> float:
@@ -142,8 +141,8 @@ def _mixed(past: History, log_p: Tensor, window: int, weight: float) -> float:
 def evaluate(past: History, cache: Cache) -> dict[str, Any]:
     """Mean loss of a text with a cache beside the model.
 
-    With λ = 0 it is that of :meth:`LanguageModeling.evaluate`, bit for bit; with a split softmax, which sums its bands
-    one after the other, up to rounding.
+    With λ = 0 it is bit-equal to :meth:`LanguageModeling.evaluate`, or equal up to rounding with a split softmax, which
+    sums band by band.
 
     Returns:
         `loss`, in nats, and `tokens`.
@@ -156,10 +155,10 @@ def evaluate(past: History, cache: Cache) -> dict[str, Any]:
 def tune(
     past: History, cache: Cache, *, thetas: Sequence[float] = THETAS, weights: Sequence[float] = LAMBDAS
 ) -> tuple[Cache, list[dict[str, float]]]:
-    """The best θ and λ for the history of validation data, among the given ones and those of `cache`; W stays.
+    """Choose θ and λ by the loss of validation data, from a grid and the values of `cache`; W is kept.
 
     Returns:
-        the best cache, and `theta`, `lambda` and `loss` of all.
+        the best cache, and `theta`, `lambda` and `loss` of all candidates.
     """
     table = []
     for theta in sorted({*thetas, cache.theta}):

@@ -1,7 +1,7 @@
-"""How far back a language model looks: the loss of the same tokens, with more and more of what is before them.
+"""How far back a language model looks: the loss of the same tokens, given more and more context.
 
 The protocol of Khandelwal et al., 2018, "Sharp Nearby, Fuzzy Far Away: How Neural Language Models Use Context",
-section 3, without its permutations: a trained model is given the last n tokens before a target and nothing else.
+section 3, without its permutations: a trained model sees only the last n tokens before a target.
 """
 
 import math
@@ -14,15 +14,15 @@ from torch import Tensor
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks
 
-PIECE = 4096  # positions × windows that are computed at a time
+PIECE = 4096  # positions × windows computed at a time
 
 
 def context_lengths(receptive_field: int | None, longest: int = 256) -> list[int]:
-    """Context lengths worth measuring: powers of two, the receptive field, and one beyond it, which changes nothing.
+    """Context lengths to measure: powers of two, the receptive field, and twice that, which changes nothing.
 
     Args:
-        receptive_field: in tokens; None if there is none, as in recurrent networks.
-        longest: in tokens; what is longer is left out.
+        receptive_field: in tokens; None if unlimited, as in recurrent networks.
+        longest: limit in tokens.
     """
     powers = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
     if receptive_field is None:
@@ -35,10 +35,10 @@ def context_lengths(receptive_field: int | None, longest: int = 256) -> list[int
 def loss_by_context(
     model: TrellisLanguageModel, stream: Tensor, lengths: Sequence[int], *, targets: int
 ) -> list[dict[str, Any]]:
-    """Mean loss of fixed targets for every number of tokens that are visible before them.
+    """Mean loss of fixed targets for each length of context.
 
-    The targets lie evenly over the stream, from the first that has the longest context before it to the end. Each is
-    predicted from a zero state by the n tokens before it.
+    The targets are spread evenly over the stream, from the first with the longest context before it to the end. Each is
+    predicted from the n tokens before it, starting from a zero state.
 
     Args:
         model: the language model; nothing is dropped.
@@ -47,9 +47,9 @@ def loss_by_context(
         targets: how many tokens to predict; fewer if the stream is shorter.
 
     Returns:
-        for every length, in increasing order, `context`, `loss` (nats a token), and `error`: the standard error of the
-        mean difference from the loss with the longest context, which is smaller than that of the losses, as the tokens
-        are the same.
+        for every length, in increasing order, `context`, `loss` (nats per token), and `error`: the standard error of
+        the mean difference from the loss with the longest context. It is smaller than that of the losses themselves,
+        because the tokens are the same.
 
     Raises:
         ValueError: no lengths, one below 1, or a stream that is too short for the longest.
@@ -60,7 +60,7 @@ def loss_by_context(
     longest = lengths[-1]
     room = stream.numel() - longest
     if stream.dim() != 1 or room < 1:
-        raise ValueError(f"stream: expected more than {longest} tokens in a row, got {tuple(stream.shape)}")
+        raise ValueError(f"stream: expected 1-D, more than {longest} tokens, got {tuple(stream.shape)}")
     count = min(targets, room)
     places = longest + torch.arange(count, device=stream.device) * room // count
     losses = {n: _losses(model, stream, places, n) for n in lengths}
@@ -75,11 +75,11 @@ def loss_by_context(
 
 
 def _losses(model: TrellisLanguageModel, stream: Tensor, places: Tensor, context: int) -> Tensor:
-    """Losses of the tokens at `places`, each from `context` tokens before it, float64."""
-    found = []
+    """Losses of the tokens at `places`, each predicted from the `context` tokens before it, float64."""
+    losses = []
     for part in places.split(max(1, PIECE // context)):
         windows = stream[part.unsqueeze(1) + torch.arange(-context, 1, device=part.device)].long()  # (N, context + 1)
         out = model(windows[:, :-1], start=context - 1, masks=Masks())
         loss = model.loss(out.output[:, -1:], windows[:, -1:], reduction="none", draw=False)
-        found.append(loss.flatten().double())
-    return torch.cat(found)
+        losses.append(loss.flatten().double())
+    return torch.cat(losses)

@@ -1,22 +1,22 @@
-r"""Dynamic evaluation: a model that learns from the text that it is scored on (Krause, Kahembwe, Murray & Renals, 2018,
+r"""Dynamic evaluation: a model learns from the text that it is scored on (Krause, Kahembwe, Murray & Renals, 2018,
 "Dynamic Evaluation of Neural Sequence Models", arXiv:1709.07432).
 
 The text comes in segments of a few positions. Each is scored first and learned from afterwards, by one step from the
-weights θ that scored it, with the gradient g of its mean loss. With θ₀, the weights as they were trained, the rule
-`sgd` is
+weights θ that scored it, with the gradient g of its mean loss. With the trained weights θ₀ the rule `sgd` is
 
 .. math::
     \theta \leftarrow \theta + \lambda\,(\theta_0 - \theta) - \eta\, g,
 
-and `rms` takes smaller steps, and less decay towards θ₀, where gradients are small by nature: with G, for every weight
-the root mean square of the gradients of segments of the training data, and m, the mean over tensors of the mean of G,
+and `rms` divides each gradient by its usual size and decays less towards θ₀ where that is small: with G, for each
+weight the root mean square of its gradients over segments of the training data, and m, the mean over tensors of the
+mean of G,
 
 .. math::
     \theta \leftarrow \theta + \min(\lambda\, G / m, 1)\,(\theta_0 - \theta) - \eta\, g / (G + \varepsilon).
 
-Dropout is off. The history of a segment is that of the weights of now, as far as `horizon` positions back: in history
-mode they come with the segment; where the state is carried, the segments before that hold them are computed again, from
-the state that lies before those.
+Dropout is off. The history of a segment, up to `horizon` positions back, is computed with the current weights: in
+history mode these positions come with the segment; where the state is carried, the segments that hold them are
+recomputed from the state before them.
 
 Segments come from :meth:`trellisnet.training.tasks.LanguageModeling.segments`. Besides the gradient, `rms` keeps four
 numbers for every weight (θ₀, G, and the two factors), `sgd` one.
@@ -35,13 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trellisnet.errors import counted
 from trellisnet.training.tasks import LanguageModeling, Progress, Windows, evaluating
 from trellisnet.training.tasks.base import tracked
 from trellisnet.training.tasks.windows import no_window, windowed_features
 
 RULES = ("rms", "sgd")
-# What :func:`tune` multiplies rate and decay by.
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (0.5, 1.0, 2.0)  # of rate and decay that :func:`tune` tries
 
 Visit = Callable[[Tensor, Tensor], Any]
 
@@ -76,12 +76,12 @@ class Update:
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    """What is learned: every parameter once, those that several modules share too."""
+    """The trainable parameters; those that several modules share count once."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def _uncached(device: torch.device) -> torch.autocast:
-    """Autocast as it is here, but for its copies of the weights, which would outlive an update."""
+    """The current autocast without its cache of converted weights, which would outlive an update."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
@@ -89,7 +89,7 @@ def _uncached(device: torch.device) -> torch.autocast:
 
 @contextlib.contextmanager
 def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Give the weights as they are, and put them back whatever happens inside."""
+    """Yield copies of the weights, and restore them on exit, after an error too."""
     trained = [p.detach().clone() for p in parameters]
     try:
         yield trained
@@ -113,14 +113,14 @@ def gradient_statistics(
 
     Args:
         task: the model and its losses.
-        rows: of the training data, (N, L). A segment is that of all rows; their number decides how much noise G has.
+        rows: training data (N, L). A segment spans all rows, so that their number decides how noisy G is.
         segments: how rows are cut.
-        limit: use only so many segments from the beginning of the rows; 0: all.
-        group: compute so many rows at a time, for want of memory; 0: all.
+        limit: number of segments to use, from the beginning of the rows; 0: all.
+        group: number of rows to compute at a time, to save memory; 0: all.
         progress: wraps the segments.
 
     Returns:
-        a tensor like every parameter that has gradients, in the order of `model.parameters()`.
+        a tensor for each trainable parameter, in the order of `model.parameters()`.
 
     Raises:
         ValueError: the rows are shorter than one window.
@@ -145,13 +145,13 @@ def gradient_statistics(
 def _factors(
     update: Update, parameters: Sequence[Tensor], statistics: Sequence[Tensor] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For every parameter the rate of its decay, at most 1, and the length of its step."""
+    """Decay rates, at most 1, and step sizes of all parameters."""
     if update.rule == "sgd":
         rates = [p.new_tensor(min(update.decay, 1.0)) for p in parameters]
         return rates, [p.new_tensor(update.lr) for p in parameters]
     if statistics is None or len(statistics) != len(parameters):
-        found = "None" if statistics is None else f"{len(statistics)} of them"
-        raise ValueError(f"statistics: the rule rms expects a tensor for each of {len(parameters)}, got {found}")
+        count = "None" if statistics is None else len(statistics)
+        raise ValueError(f"statistics: the rule rms expects {counted(len(parameters), 'tensors')}, got {count}")
     mean = torch.stack([g.mean() for g in statistics]).mean().item() or 1.0  # 0 if nothing has a gradient
     rates = [(g * (update.decay / mean)).clamp_(max=1) for g in statistics]
     return rates, [update.lr / (g + update.epsilon) for g in statistics]
@@ -168,25 +168,23 @@ def evaluate(
     progress: Progress | None = None,
     visit: Visit | None = None,
 ) -> dict[str, Any]:
-    """Mean loss of rows (N, L), each segment of which is learned from after it has been scored.
+    """Score rows (N, L) segment by segment, learning from each after it has been scored.
 
-    The weights are put back afterwards, whatever happens, and so is the model's mode. With lr = 0 nothing is learned,
-    so no gradients are taken, and the result is that of :meth:`LanguageModeling.evaluate` in the same segments, bit for
-    bit.
+    Restores the weights and the model's mode on exit, after an error too. With lr = 0 nothing is learned, no gradients
+    are computed, and the result is bit-equal to :meth:`LanguageModeling.evaluate` in the same segments.
 
     Args:
         task: the model and its losses; a carried state is recomputed over `task.horizon` positions.
-        rows: int64 (N, L). All rows have one set of weights; one row is what the authors adapt to.
+        rows: int64 (N, L). All rows share one set of weights; the authors adapt to a single row.
         update: how to learn.
-        statistics: of :func:`gradient_statistics`; the rule `sgd` needs none.
+        statistics: from :func:`gradient_statistics`; not needed by the rule `sgd`.
         segments: how rows are cut.
-        max_tokens: stop after the segment in which so many tokens have been scored.
+        max_tokens: stop after the segment in which this many tokens have been scored.
         progress: wraps the segments.
-        visit: called with the features (N, l, output_size) and targets (N, l) of every segment, before it is learned
-            from.
+        visit: called with features (N, l, output_size) and targets (N, l) of each segment before it is learned from.
 
     Returns:
-        `loss`, the token-weighted mean in nats, and `tokens`. A loss that is not finite ends the evaluation.
+        `loss`, the mean in nats per token, and `tokens`. A loss that is not finite ends the evaluation.
 
     Raises:
         ValueError: the rows are shorter than one window, or statistics that do not fit.
@@ -239,12 +237,12 @@ def tune(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Update, list[dict[str, float]]]:
-    """The best of half, once and twice the rate and the decay of `update`, by the loss of rows of validation data.
+    """Choose half, once or twice the rate and the decay of `update` by the loss of rows of validation data.
 
     Arguments and errors as in :func:`evaluate`.
 
     Returns:
-        the best update, and `lr`, `decay` and `loss` of all, infinite where it diverged.
+        the best update, and `lr`, `decay` and `loss` of all candidates; the loss is infinite if one diverged.
     """
     largest = sys.float_info.max
     grid = [

@@ -1,4 +1,4 @@
-"""Text from a language model: what it reads is remembered, so that every further token costs one step.
+"""Text from a language model that remembers what it has read, so that each further token costs one step.
 
 Letters: N batch (texts side by side), T tokens of a piece, V vocabulary.
 """
@@ -16,20 +16,20 @@ from trellisnet.core import TrellisNet
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks
 
-PIECE = 1024  # positions × texts that are read at a time
+PIECE = 1024  # positions × texts read at a time
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from its distribution p; what is set acts in this order.
+    """How the next token is drawn from its distribution p. Settings act in this order.
 
     Args:
-        temperature: draw from p^(1/temperature), normalised; 0: the most probable token, always.
-        top_k: only from the so many most probable tokens; 0: from all.
-        top_p: only from the fewest of the most probable tokens that together have at least this probability ("nucleus",
-            Holtzman et al., 2020, "The Curious Case of Neural Text Degeneration", section 3.1); 1: from all.
+        temperature: draw from p^(1/temperature), normalised; 0: always take the most probable token.
+        top_k: keep the `top_k` most probable tokens; 0: all.
+        top_p: keep the smallest set of most probable tokens with at least this total probability ("nucleus", Holtzman
+            et al., 2020, "The Curious Case of Neural Text Degeneration", section 3.1); 1: all.
 
-    Of tokens that are equally probable the one with the lower id comes first.
+    Of equally probable tokens the one with the lower id comes first.
 
     Raises:
         ValueError: a number out of range.
@@ -48,11 +48,7 @@ class Sampling:
             raise ValueError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
 
     def probabilities(self, log_prob: Tensor) -> Tensor:
-        """What tokens are drawn with, (..., V), float64; zero for those that are left out.
-
-        Args:
-            log_prob: of every token, (..., V).
-        """
+        """Probabilities (..., V) for drawing, float64, from log-probabilities (..., V); zero for excluded tokens."""
         log_prob = log_prob.double()
         if self.temperature == 0:
             best = log_prob.max(dim=-1, keepdim=True).indices  # the first of equals
@@ -66,13 +62,13 @@ class Sampling:
             ranked[..., self.top_k :] = 0
         ranked /= ranked.sum(dim=-1, keepdim=True)
         if self.top_p < 1:
-            before = F.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))  # what the more probable ones have together
+            before = F.pad(ranked.cumsum(dim=-1)[..., :-1], (1, 0))  # total of the more probable tokens
             ranked[before >= self.top_p] = 0
             ranked /= ranked.sum(dim=-1, keepdim=True)
         return torch.zeros_like(p).scatter_(-1, order, ranked)
 
     def draw(self, log_prob: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A token for every text, (N, V) → int64 (N,). It is drawn on the CPU, so that one seed means one text."""
+        """Draw a token for each text: (N, V) → int64 (N,). On the CPU, so that a seed gives the same text anywhere."""
         p = self.probabilities(log_prob)
         if self.temperature == 0:
             return p.argmax(dim=1)
@@ -80,14 +76,14 @@ class Sampling:
 
 
 class Reader:
-    """Reads texts side by side and says what may come next, without dropout and gradients.
+    """Reads texts side by side and predicts their next tokens, without dropout and gradients.
 
-    A TrellisNet reads them as a stream (:mod:`trellisnet.ops.streaming`): every token costs one step, and what it says
-    is what one long forward pass from a zero state says at that position. Recurrent networks carry their state. A TCN
-    computes again, for every token, the window that its output depends on.
+    A TrellisNet reads them as a stream (:mod:`trellisnet.ops.streaming`): each token costs one step, and predictions
+    are those of one long forward pass from a zero state. Recurrent networks carry their state. For each token a TCN
+    recomputes the window that its output depends on.
 
     Args:
-        model: the language model. Within `torch.autocast` it computes in that type.
+        model: the language model, which computes in the type of an enclosing `torch.autocast`.
         batch_size: N ≥ 1.
 
     Raises:
@@ -105,13 +101,13 @@ class Reader:
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
-        """The next tokens of every text.
+        """Read the next tokens of every text.
 
         Args:
-            tokens: int64 (N, T), T ≥ 1; any number, in constant memory.
+            tokens: int64 (N, T), T ≥ 1; any number of tokens takes constant memory.
 
         Returns:
-            log-probabilities of the token after the last, in nats, (N, V).
+            log-probabilities (N, V) of the following token, in nats.
 
         Raises:
             ValueError: another shape.
@@ -151,14 +147,14 @@ def generate(
     *,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Go on with texts: `length` times the next token of each, int64 (N,).
+    """Continue texts: yield the next token of each, int64 (N,), `length` times.
 
     Args:
         model: the language model.
-        prompt: what the texts begin with, int64 (N, T), T ≥ 1, on the model's device.
-        length: tokens to generate for each.
-        sampling: how they are drawn.
-        generator: what draws them, on the CPU; None: torch's own.
+        prompt: beginnings of the texts, int64 (N, T), T ≥ 1, on the model's device.
+        length: number of tokens to generate for each.
+        sampling: how tokens are drawn.
+        generator: on the CPU; None: torch's default generator.
 
     Raises:
         ValueError: a prompt of another shape or a negative length.

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on, in one file that is either whole or not there.
+"""Checkpoints: everything needed to continue a run, in one file that is written atomically.
 
 The file holds `format` (the version of this layout), `content` and `sha256` (the digest of the content). The content is
 a dict of tensors and plain values:
@@ -6,7 +6,7 @@ a dict of tensors and plain values:
     task        the run's task
     settings    all settings of the run
     command     the command line that started the run
-    data        what the data are (`Splits.fingerprint`)
+    data        digest and sizes of the data (`Splits.fingerprint`)
     model       state dict
     average     state dict with the averaged weights in it (--asgd, --ema), or None before averaging starts
     optimizer   state dict
@@ -175,10 +175,10 @@ def load(path: str | os.PathLike, *, mmap: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        mmap: leave the tensors in the file, for content that is only looked at or copied.
+        mmap: leave the tensors in the file, for content that is only inspected or copied.
 
     Raises:
-        UserError: missing, damaged, no checkpoint, or of a later version.
+        UserError: missing, corrupt, no checkpoint, or of another format.
     """
     file = serialization.load(path, WHAT, mmap=mmap)
     if not isinstance(file, dict) or "format" not in file:
@@ -226,11 +226,11 @@ def load_best(path: Path, best: dict[str, Any], model: nn.Module) -> dict[str, A
         content = load(path, mmap=True)
     except UserError as e:
         weights = path.with_name("weights.pkl")
-        raise UserError(f"{e}; put a copy of it back, or begin anew from its weights, {weights}") from e
+        raise UserError(f"{e}; restore a copy of it, or start a new run from its weights, {weights}") from e
     if content["best"] != best:
         epoch = content["best"] and content["best"]["epoch"]
         raise UserError(
-            f"{path}: is of epoch {epoch}, last.pt tells of epoch {best['epoch']}; put the files of one run together"
+            f"{path}: is of epoch {epoch}, last.pt names epoch {best['epoch']}; put the files of one run together"
         )
     # If last.pt and best.pt swapped names, digests would match, but the weights would not be the best.
     if (content["epoch"], content["batch"]) != (best["epoch"], 0):

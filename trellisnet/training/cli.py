@@ -1,4 +1,4 @@
-"""What every train.py does: settings, device, run folder, train or score, metrics file, exit code."""
+"""The program behind every train.py: settings, device, run folder, training or scoring, metrics file, exit code."""
 
 import contextlib
 import functools
@@ -43,7 +43,7 @@ from trellisnet.training.settings import flag_of, properties_of
 from trellisnet.training.tasks import Splits, Task
 
 OURS = (PROJECT, Path(weights.__file__).parent)  # where our warnings come from
-CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # what a run says of how it computes
+CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # settings that records keep of how a run computes
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
 # A task's setup: from settings, device and ranks to the task, its data, its learning-rate schedule, and facts to print.
@@ -60,41 +60,41 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
         argv: command-line arguments; None for those of the process.
 
     Returns:
-        the exit code: 0 done; 2 the input is wrong; 1 the run failed; 129, 130 or 143 interrupted. What is wrong is one
-        line on standard error. Of several ranks one says it, and all return the same code, but where some have died.
+        the exit code: 0 done; 2 the input is wrong; 1 the run failed; 129, 130 or 143 interrupted. An error is one line
+        on standard error, printed by one rank; all ranks return the same code unless some have died.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     ranks = Ranks.of_environment()
     program = _Program(cls, setup, ranks)
-    line, code, known = None, EXIT_OK, True  # known: to all ranks
+    line, code, agreed = None, EXIT_OK, True  # agreed: all ranks end like this
     try:
-        with _heard(ranks), Interrupts() as interrupts, plain_warnings(), program.stack:
+        with _silenced(ranks), Interrupts() as interrupts, plain_warnings(), program.stack:
             ranks.join()
             with ranks.watched():
                 program.run(argv, interrupts)
     except (UserError, RunError) as e:
-        (line, code), known = _verdict(e, program.way_on()), not isinstance(e, LostError)
+        (line, code), agreed = _verdict(e, program.way_on()), not isinstance(e, LostError)
     except OSError as e:
-        (line, code), known = _verdict(from_system(e, program.folder), program.way_on()), False
+        (line, code), agreed = _verdict(from_system(e, program.folder), program.way_on()), False
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         line = f"failed: out of memory; lower --batch_size or the sizes; {program.way_on()}"
-        code, known = EXIT_FAILED, False
+        code, agreed = EXIT_FAILED, False
     except Interrupted as e:
         line, code = f"interrupted; {program.way_on()}{program.way_out()}", 128 + e.signum
     except SystemExit as e:  # --help
         code = e.code or EXIT_OK
-    if line is not None and (ranks.first if known else ranks.claims()):
+    if line is not None and (ranks.first if agreed else ranks.claims()):
         print(line, file=sys.stderr)
-    if known:
+    if agreed:
         ranks.leave()
     return code
 
 
 @console.lenient()
 def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a script's program, which is no run of its own.
+    """Run the program of a script, which has no run folder.
 
     Args:
         function: from command-line arguments to the exit code; None: 0.
@@ -107,7 +107,7 @@ def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         with Interrupts(), plain_warnings():
             code = function(sys.argv[1:] if argv is None else list(argv)) or EXIT_OK
         sys.stdout.flush()
-        # What was printed may be all that was asked for; a reader that stops early has read what it wanted.
+        # The output may be the whole result, so a failed write fails; but a reader may stop early.
         return code if isinstance(sys.stdout.error, BrokenPipeError | None) else EXIT_FAILED
     except (UserError, RunError, OSError) as e:
         line, code = _verdict(from_system(e) if isinstance(e, OSError) else e)
@@ -124,20 +124,20 @@ def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 
 
 def _verdict(e: UserError | RunError, way_on: str = "") -> tuple[str, int]:
-    """The message for an error, with the way on if the run failed, and the exit code."""
+    """The message for an error and the exit code; `way_on`, how to continue, is added if the run failed."""
     if isinstance(e, UserError):
         return f"error: {e}", EXIT_USER
     return "; ".join(filter(None, (f"failed: {e}", way_on))), EXIT_FAILED
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Whether an error says that there is not enough memory; of the CPU's, torch says so in a plain RuntimeError."""
+    """Whether an error reports a lack of memory; for the CPU's, torch raises a plain RuntimeError."""
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e)
 
 
 @contextlib.contextmanager
-def _heard(ranks: Ranks) -> Iterator[None]:
-    """Let only the first rank be heard."""
+def _silenced(ranks: Ranks) -> Iterator[None]:
+    """Discard what all ranks but the first print."""
     if ranks.first:
         yield
         return
@@ -147,9 +147,9 @@ def _heard(ranks: Ranks) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show our warnings as one line without a place in the code."""
+    """Show our own warnings as one line, without file and line number."""
     with warnings.catch_warnings():
-        # DistributedDataParallel, of the strides of dimensions of one entry.
+        # DistributedDataParallel warns of strides that differ only in dimensions of size 1.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         show = warnings.showwarning
 
@@ -177,22 +177,22 @@ class _Program:
         self.setup = setup
         self.ranks = ranks
         self.folder: Path | None = None  # of the run, once there is one
-        self.unfinished, self.scored = "", ""  # of --eval: what was ended, and where what was finished is
-        self.stack = contextlib.ExitStack()  # what the run holds: the lock of its folder
+        self.unfinished, self.scored = "", ""  # of --eval: the evaluation that ended it; where the scores before are
+        self.stack = contextlib.ExitStack()  # holds the lock of the run folder
 
     def way_on(self) -> str:
-        """What is kept and how to go on with it."""
+        """What is kept, and the command that continues it."""
         if self.scored:
             return f"{self.unfinished} was not finished; the scores before it are {self.scored}"
         if self.folder is None:
             return "nothing was written"
         if not self.folder.is_dir():
-            return "there is nothing left to go on from"
+            return "there is nothing left to continue from"
         if not (self.folder / "last.pt").is_file():
             return "no checkpoint had been written yet"
         resume = ["--resume", str(self.folder / "last.pt")]
         command = runnable(self.cls.program(), resume, self.ranks.launcher())
-        return f"the last checkpoint is kept; go on from it with: {shown(command)}"
+        return f"the last checkpoint is kept; continue with: {shown(command)}"
 
     def way_out(self) -> str:
         """How to get the weights of a run that was stopped in its first epoch, or ""."""
@@ -210,17 +210,17 @@ class _Program:
             config, given = parse(self.cls, argv)
         ranks.check_same(lambda: vars(config), "start all ranks with the same flags")
         with ranks.agreed():
-            config, resumed, spoilt = self._start(config, given)
-        config, resumed, spoilt = ranks.share((config, resumed, spoilt))
+            config, resumed, notice = self._start(config, given)
+        config, resumed, notice = ranks.share((config, resumed, notice))
         with ranks.agreed():
             if not config.eval:
                 ranks.check_rows(config.batch_size)
             if config.threads:
                 torch.set_num_threads(config.threads)
-            if config.deterministic:  # what cuBLAS asks for, before it is there
+            if config.deterministic:  # required by cuBLAS, which reads it when it is first used
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             ranks.device(config.device)
-            # What "auto" stood for is part of the run: a continuation makes the same choices.
+            # What "auto" resolves to is part of the run: a continuation makes the same choices.
             device = config.torch_device()
             config = config.resolved(device)
             torch.use_deterministic_algorithms(config.deterministic)
@@ -228,9 +228,9 @@ class _Program:
             lambda: {"device": device.type, "backend": config.backend, "gates": config.gates},
             "build trellisnet everywhere alike, or pass a --device, --backend and --gates that all ranks have",
         )
-        config = ranks.share(config)  # some choices were made by a stopwatch
+        config = ranks.share(config)  # some choices depend on timings
         self.stack.enter_context(config.float32_products())
-        for last in (False, True)[: ranks.size]:  # data are fetched and encoded once on every machine
+        for last in (False, True)[: ranks.size]:  # data are fetched and encoded once per machine
             with ranks.agreed():
                 if last == (ranks.local_rank > 0):
                     (task, splits, schedule, facts), untrained = self._build(config, device, resumed is None)
@@ -248,24 +248,24 @@ class _Program:
             how.append("CUDA graph" if config.cuda_graph == "on" else "no CUDA graph")
         how += [f"{ranks.size} ranks"] if ranks.size > 1 else []
         _say(f"{splits.label}: {summary}; {env['device']} ({env['machine']}), {', '.join(how)}")
-        if device.type == "cpu" and ranks.size == 1 and (notice := busy(env["threads"])):
-            _say(notice)
-        notices = [*splits.notices, *config.notices(device), *([spoilt] if spoilt else [])]
-        for notice in notices:
-            _say(notice)
+        if device.type == "cpu" and ranks.size == 1 and (line := busy(env["threads"])):
+            _say(line)
+        notices = [*splits.notices, *config.notices(device), *([notice] if notice else [])]
+        for line in notices:
+            _say(line)
         command = command_line(config.program(), argv, ranks.launcher())
         first_command = resumed["command"] if resumed else command  # training empties the checkpoint
         if config.eval:
             marks = config.marks() if untrained else {}
-            outcome, most, ended = self._score(task, splits, config, marks, interrupts)
+            outcome, peak, ended = self._score(task, splits, config, marks, interrupts)
             outcome["seconds"] = time.monotonic() - started
         else:
             facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
-            most = peak_memory(device)
+            peak = peak_memory(device)
             outcome = {k: v for k, v in vars(result).items() if k != "extra_evaluations"} | result.extra_evaluations
             ended = None
-        peaks = [most] if ended else ranks.gather(most)  # the other ranks may be gone
+        peaks = [peak] if ended else ranks.gather(peak)  # if ended, the other ranks may be gone
         if config.metrics:
             metrics = {
                 "task": config.task, "preset": config.preset, "command": first_command,
@@ -287,32 +287,36 @@ class _Program:
             raise ended
 
     def _start(self, config: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
-        """Settings, the checkpoint to continue and what to tell of it. Only the first rank looks at files."""
-        resumed, spoilt = None, None
+        """Settings, the checkpoint to continue and a notice on it. Only the first rank reads files."""
+        resumed, notice = None, None
         if not self.ranks.first:
-            return config, resumed, spoilt
+            return config, resumed, notice
         if config.resume:
             path = _checkpoint_path(config)
             self.stack.enter_context(alone(path.parent))
-            config, resumed, spoilt = _resume(self.cls, path, given)
+            config, resumed, notice = _resume(self.cls, path, given)
         if config.eval and not config.load_weight and config.data != "synthetic":
             raise UserError(f"--eval: scores trained weights; pass --load_weight FILE{_shipped(config)}")
         if config.metrics:
             check_metrics_path(config.metrics, None if config.eval else config.folder())
-        return config, resumed, spoilt
+        return config, resumed, notice
 
     def _build(
         self, config: RunConfig, device: torch.device, fresh: bool
     ) -> tuple[tuple[Task, Splits, Schedule, dict[str, Any]], list[str]]:
-        """What the task's setup makes, with `--load_weight` in it unless it goes on; and what these weights lacked."""
+        """Set up the task and, unless a run is resumed, load --load_weight.
+
+        Returns:
+            the results of the setup, and the names of the parameters that the weight file lacked.
+        """
         torch.manual_seed(config.seed)
-        made = task, splits, *_ = self.setup(config, device, self.ranks)
+        parts = task, splits, *_ = self.setup(config, device, self.ranks)
         if not config.load_weight or not fresh:
-            return made, []
+            return parts, []
         options = {"vocabulary": splits.vocabulary, "changed": splits.changed, "task": config.task}
         options |= config.load_options()
         with config.in_flags():
-            return made, weights.load_weights(task.model, config.load_weight, **options)
+            return parts, weights.load_weights(task.model, config.load_weight, **options)
 
     def _train(
         self,
@@ -328,7 +332,7 @@ class _Program:
     ) -> Result:
         replaces = self.ranks.share(config.overwrite and resumed is None and _holds_files(config.folder()))
         with self.ranks.agreed():
-            # Everything that can be wrong with the settings is found before an earlier run is deleted.
+            # Whatever is wrong with the settings is found before an earlier run is deleted.
             optimizer = make_optimizer(task.model.parameters(), config)
             if replaces:
                 rehearse(task, splits, config, self.ranks)
@@ -361,8 +365,8 @@ class _Program:
         """Score all that the settings ask for with the weights as they are; `marks` go into every result.
 
         Returns:
-            the results; the most memory that was held; and what ended the evaluation when something had been scored,
-            which is to be raised when that has been written.
+            the results; peak memory in bytes; and the exception that ended the evaluation after some scores, to be
+            raised when these have been written.
         """
         if not config.load_weight:
             _say("NOTICE: no --load_weight: scoring untrained weights")
@@ -383,7 +387,7 @@ class _Program:
                 self.unfinished, ended = name, e
                 break
             results[name] = result | marks
-            peaks.append(peak_memory(device))  # every time: a method may measure its own anew
+            peaks.append(peak_memory(device))  # after each, because a method may reset the peak
             _say(score_line(task, name, results[name]))
         complete = ended is None and not config.max_eval_tokens
         results |= {"epochs": 0, "steps": 0, "best_epoch": None, "complete": complete}
@@ -404,7 +408,7 @@ def _shipped(config: RunConfig) -> str:
 
 
 def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
-    """What every rank has read from its own disk; `weight_file` is empty if there is none."""
+    """Sizes and digests of the files that every rank has read from its own disk."""
     digests = {"data": splits.sha256, "vocabulary": splits.vocabulary}
     if weight_file:
         digests["weights"] = serialization.sha256_of_file(weights.locate(weight_file))
@@ -415,7 +419,7 @@ def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
 def _holds_files(folder: Path) -> bool:
     try:
         return any(folder.iterdir())
-    except OSError:  # there is none, or it cannot be used, which is reported when it is opened
+    except OSError:  # missing, or unusable, which is reported when it is opened
         return False
 
 
@@ -423,7 +427,7 @@ def _checkpoint_path(config: RunConfig) -> Path:
     """The checkpoint to continue from.
 
     Raises:
-        UserError: it lies in no folder, or not in the one that was named.
+        UserError: its folder is missing, or is not the one that --out names.
     """
     path = config.folder() if config.resume == RUN_FOLDER else Path(config.resume)
     if config.resume == RUN_FOLDER or os.path.isdir(path):
@@ -436,79 +440,79 @@ def _checkpoint_path(config: RunConfig) -> Path:
 
 
 def _newest(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The content of a checkpoint, and what to tell the user of it.
+    """Content of the newest intact checkpoint, and a notice if the one at `path` is corrupt.
 
-    A kill may have left last.pt behind best.pt: then the run goes on from that. In the place of a last.pt that is
-    damaged comes the newest of the others.
+    If a kill has left last.pt older than best.pt, that is best.pt; if last.pt is corrupt, the newer of
+    last.previous.pt and best.pt.
 
     Raises:
         UserError: there is none.
     """
-    content, spoilt, newest, others = None, None, path, []
+    content, error, newest, others = None, None, path, []
     try:
         content = checkpoint.load(path)
     except UserError as e:
-        spoilt = e
+        error = e
     if path.name == "last.pt":
         others = ["best.pt"] if content is not None else ["last.previous.pt", "best.pt"]
     for other in filter(Path.is_file, map(path.with_name, others)):
-        with contextlib.suppress(UserError):  # a damaged best.pt is told of when it is needed
+        with contextlib.suppress(UserError):  # a corrupt best.pt is reported when it is needed
             later = checkpoint.load(other, mmap=True)
             if content is None or _is_ahead(later, content):
                 content, newest = later, other
     if content is None:
-        raise spoilt
+        raise error
     if newest != path:
-        content.clear()  # both would not fit where one just does
+        content.clear()  # where memory is short, one fits and two do not
         content = checkpoint.load(newest)
-    notice = f"NOTICE: {spoilt}; going on from {newest.name}, step {content['step']}" if spoilt else None
+    notice = f"NOTICE: {error}; continuing from {newest.name}, step {content['step']}" if error else None
     return content, notice
 
 
 def _is_ahead(later: dict[str, Any], content: dict[str, Any]) -> bool:
-    """Whether the one checkpoint was written after the other."""
+    """Whether `later` was written after `content`."""
     return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
 
 
 def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) -> None:
-    """Refuse a checkpoint that lies beside the config.json of another run; an unreadable or missing one says nothing.
+    """Refuse a checkpoint beside the config.json of another run; one that is missing or unreadable is ignored.
 
     Raises:
-        UserError: they differ in what a continued run keeps.
+        UserError: they differ in a setting that a continued run keeps.
     """
     try:
-        told = json.loads(serialization.read_regular(path))["settings"]
-        differ = [name for name in settings if name in told and told[name] != settings[name]]
+        stored = json.loads(serialization.read_regular(path))["settings"]
+        differ = [name for name in settings if name in stored and stored[name] != settings[name]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     differ = [name for name in differ if not properties_of(cls, name).may_change]
     if differ:
         name = differ[0]
         raise UserError(
-            f"{path}: says {name} {shown(told[name], NAME)}, the checkpoint beside it {settings[name]}; put the files "
-            "of one run together, or delete this one if it is damaged"
+            f"{path}: says {name} {shown(stored[name], NAME)}, the checkpoint beside it {settings[name]}; put the "
+            "files of one run together, or delete this one if it is corrupt"
         )
 
 
 def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any], str | None]:
-    """Settings and content of the checkpoint to continue, and what to tell of it; given flags must agree with it.
+    """Settings and content of the checkpoint to continue, and a notice on it; flags must agree with its settings.
 
     Raises:
         UserError: no checkpoint, or a flag that would change what the run computes.
     """
-    content, spoilt = _newest(path)
+    content, notice = _newest(path)
     if content["task"] != cls.task:
         owner = content["task"]
         command = runnable(f"{owner}/train.py", ["--resume", str(path)])
-        raise UserError(f"{path}: is of a run of {owner}; continue it with {command}")
+        raise UserError(f"{path}: belongs to a run of {owner}; continue it with {command}")
     settings = check_settings(cls, content["settings"], f"{path}")
     _check_config(path.with_name("config.json"), settings, cls)
-    kept = from_settings(cls, settings)  # with today's defaults for what an earlier version did not know
+    stored = from_settings(cls, settings)  # with today's defaults for settings that an earlier version did not have
     for name, value in given.items():
-        if (reason := kept.fixed(name)) and value != getattr(kept, name):
+        if (reason := stored.fixed(name)) and value != getattr(stored, name):
             raise UserError(
-                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {getattr(kept, name)}, and "
-                f"{reason}: leave the flag out, or start a new run with another --out"
+                f"{flag_of(cls, name)} {value}: the run in {path.parent} was started with {getattr(stored, name)}, "
+                f"and {reason}: leave the flag out, or start a new run with another --out"
             )
     changed = {name: v for name, v in given.items() if properties_of(cls, name).may_change and name != "config"}
-    return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, spoilt
+    return from_settings(cls, {**settings, **changed, "out": str(path.parent)}), content, notice

@@ -1,6 +1,6 @@
 """Several processes that train together, started by torchrun, or one that is alone.
 
-Each process is a *rank* and has the whole model. Of every batch a rank computes its own rows; DistributedDataParallel
+Each process is a *rank* and has the whole model. Each computes its own rows of a batch, and DistributedDataParallel
 sums the gradients over the ranks during the backward pass, so that all ranks make the same update. One small all-reduce
 per step then combines its status: whether all numbers are finite, whether a checkpoint is due, whether a signal came.
 """
@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from trellisnet.errors import LINE, NAME, RunError, UserError, from_system, shown
+from trellisnet.errors import LINE, NAME, RunError, UserError, counted, from_system, shown
 from trellisnet.training.interrupts import SIGNALS, Interrupted
 from trellisnet.training.watch import Progress, Watch
 
-# A rank that has died is noticed by its connections; where NCCL does not, by torchrun, which then ends all. This is
-# only for how long one may have nothing to tell: where a text is scored in one row all others wait for the first.
+# A dead rank is noticed by its broken connections or, where NCCL does not notice, by torchrun, which ends the others.
+# This only limits how long a rank may work alone: while text is scored in one row, all others wait for the first.
 PATIENCE = datetime.timedelta(days=2)
 _LOST = re.compile("gloo|nccl|connection|socket|broken pipe|recvvalue failed", re.IGNORECASE)
 
@@ -41,7 +41,7 @@ class LostError(RunError):
 
 @contextlib.contextmanager
 def reaching(progress: Progress | None = None) -> Iterator[None]:
-    """Raise as LostError what a broken connection raises; with `progress`, mark a collective call in it."""
+    """Turn errors of a broken connection into LostError; with `progress`, mark a collective call."""
     try:
         with progress.meeting() if progress is not None else contextlib.nullcontext():
             yield
@@ -52,7 +52,7 @@ def reaching(progress: Progress | None = None) -> Iterator[None]:
 
 
 class _Place(NamedTuple):
-    """Where a tensor was, in a value that is sent."""
+    """Placeholder of a tensor in a value that is sent."""
 
     index: int
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class _Place(NamedTuple):
 
 
 def _mapped(value: Any, function: Any, kind: type) -> Any:
-    """`value` with `function` applied to everything of a kind in its dicts, lists and tuples."""
+    """Apply `function` to every instance of `kind` in nested dicts, lists and tuples."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, dict):
@@ -95,12 +95,12 @@ class StepStatus:
 class Ranks:
     """This process among those that train together; by default it is alone, and nothing is communicated.
 
-    Whatever communicates (:meth:`gather`, :meth:`sum`, :meth:`share`, :meth:`agreed`, …) is called by all ranks, in the
+    All ranks call the methods that communicate (:meth:`gather`, :meth:`sum`, :meth:`share`, :meth:`agreed`, …) in the
     same order.
 
     Args:
-        rank, size: which one this is, of how many.
-        local_rank, local_size: the same on this machine.
+        rank, size: number of this process, from 0, and of all processes.
+        local_rank, local_size: the same among those of this machine.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
@@ -109,17 +109,17 @@ class Ranks:
         self.progress = Progress()
         self._store: dist.Store | None = None
         self._prefix = ""  # of its keys
-        self._console = sys.stderr  # which may be silenced later
+        self._console = sys.stderr  # redirected later on all ranks but the first
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """This process as torchrun's environment describes it; alone if torchrun did not start it."""
+        """This process as torchrun's environment variables describe it; alone if torchrun did not start it."""
         if not dist.is_available() or not dist.is_torchelastic_launched():
             return cls()
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
     def join(self) -> None:
-        """Meet the other ranks: gloo for what is on the CPU, NCCL for what is on CUDA devices.
+        """Connect to the other ranks: by gloo for tensors on the CPU, by NCCL for those on CUDA devices.
 
         Raises:
             RunError: they cannot be reached.
@@ -142,7 +142,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While inside, say on standard error which rank the others have been waiting for for minutes."""
+        """Name the rank on standard error that the others have been waiting for for minutes."""
         if self.size == 1:
             yield
             return
@@ -162,7 +162,7 @@ class Ranks:
             yield
 
     def leave(self) -> None:
-        """Part from the other ranks, when all are here. From now on torchrun cannot end one for another's exit code."""
+        """Disconnect once all ranks are here. From now on torchrun cannot end one because another failed."""
         if self.size == 1 or not dist.is_initialized():
             return
         for signum in SIGNALS:
@@ -173,11 +173,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes and speaks for all."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     def claims(self) -> bool:
-        """Whether this rank is the one that says what only some ranks know: the first to ask."""
+        """Whether this rank prints an error that the others may not know of: the first one to ask does."""
         if self._store is None:
             return True
         try:
@@ -186,38 +186,39 @@ class Ranks:
             return True
 
     def launcher(self) -> list[str]:
-        """How a program is started on as many ranks."""
+        """The command that starts a program on this number of ranks."""
         if self.size == 1:
             return ["python"]
         nodes = self.size // self.local_size
         return ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc_per_node", str(self.local_size)]
 
-    # -- whose is what ---------------------------------------------------------------------------------------------
+    # -- division of work ------------------------------------------------------------------------------------------
 
     def part(self, items: Any) -> Any:
-        """This rank's share of a sequence, or of a tensor's rows: one stretch, the shares of all in their order."""
+        """This rank's share of a sequence or of a tensor's rows; the shares are contiguous, in the order of ranks."""
         each, more = divmod(len(items), self.size)
         start = self.rank * each + min(self.rank, more)
         return items[start : start + each + (self.rank < more)]
 
     def device(self, wanted: str) -> None:
-        """Make this rank's own CUDA device the one that "cuda" means.
+        """Make this rank's own CUDA device the current one, which "cuda" stands for.
 
         Raises:
-            UserError: there are too few, or all ranks are to share one.
+            UserError: there are fewer devices than ranks, or `wanted` is one device for all.
         """
         if self.size == 1 or not wanted.startswith(("auto", "cuda")) or not torch.cuda.is_available():
             return
         if wanted.startswith("cuda:"):
-            raise UserError(f"--device {wanted}: every rank takes a device of its own; pass --device cuda")
+            raise UserError(f"--device {wanted}: every rank needs a device of its own; pass --device cuda")
         if self.local_rank >= (count := torch.cuda.device_count()):
             raise UserError(
-                f"--nproc_per_node {self.local_size}: there are {count} CUDA devices; start as many, or --device cpu"
+                f"--nproc_per_node {self.local_size}: there are {counted(count, 'CUDA devices')}; start no more "
+                "processes, or pass --device cpu"
             )
         torch.cuda.set_device(self.local_rank)
 
     def check_rows(self, batch_size: int) -> None:
-        """Raise UserError unless a batch of so many rows, which is that of all ranks, can be divided among them."""
+        """Raise UserError unless the rows of a batch can be divided evenly among the ranks."""
         if batch_size % self.size:
             near = max(round(batch_size / self.size), 1) * self.size
             raise UserError(
@@ -226,14 +227,14 @@ class Ranks:
             )
 
     def seed(self, seed: int, step: int = 0) -> None:
-        """Give every rank but the first random numbers of its own; the first goes on with those that it has."""
+        """Seed every rank but the first with numbers of its own; the first keeps its generators as they are."""
         if not self.first:
             torch.manual_seed(int(np.random.SeedSequence([seed, self.rank, step]).generate_state(1, np.uint64)[0]))
 
     # -- communication -----------------------------------------------------------------------------------------------
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, in their order."""
+        """The values of all ranks, in order."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -242,34 +243,34 @@ class Ranks:
         return values
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """Sums over the ranks, equal to the bit on all of them."""
+        """Sums over the ranks, bit-equal on all of them."""
         return values if self.size == 1 else tuple(map(sum, zip(*self.gather(values), strict=True)))
 
     def share(self, value: Any) -> Any:
-        """The first rank's value. Its tensors are sent one by one: there is never a second copy of all of them."""
+        """The first rank's value. Tensors are sent one by one, so that there is never a second copy of all of them."""
         if self.size == 1:
             return value
         tensors: list[Tensor] = []
 
-        def taken(tensor: Tensor) -> _Place:
+        def take(tensor: Tensor) -> _Place:
             tensors.append(tensor)
             return _Place(len(tensors) - 1, tuple(tensor.shape), tensor.dtype)
 
-        def made(place: _Place) -> Tensor:
+        def fill(place: _Place) -> Tensor:
             if not self.first:
                 tensors.append(torch.empty(place.shape, dtype=place.dtype))
             return tensors[place.index]
 
-        sent = [_mapped(value, taken, Tensor) if self.first else None]
+        sent = [_mapped(value, take, Tensor) if self.first else None]
         with reaching(self.progress):
             dist.broadcast_object_list(sent, src=0)
-            value = _mapped(sent[0], made, _Place)
+            value = _mapped(sent[0], fill, _Place)
             for tensor in filter(Tensor.numel, tensors):
                 dist.broadcast(tensor.contiguous().view(-1).view(torch.uint8), src=0)
         return value
 
     def copy(self, model: nn.Module) -> None:
-        """Give all ranks the first one's weights."""
+        """Copy the first rank's weights to all ranks."""
         if self.size > 1:
             with reaching(self.progress):
                 for tensor in model.state_dict().values():
@@ -277,7 +278,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """Go on only if no rank fails inside, where nothing is communicated; else raise on all what one has raised."""
+        """Run a body that does not communicate; if it fails on any rank, raise its error on all of them."""
         if self.size == 1:
             yield
             return
@@ -290,35 +291,33 @@ class Ranks:
             error = e
         if isinstance(error, OSError):
             error = from_system(error)
-        told = self.gather(None if error is None else (isinstance(error, UserError), error.args))
+        errors = self.gather(None if error is None else (isinstance(error, UserError), error.args))
         if error is not None:
             raise error
-        for rank, said in enumerate(told):
-            if said is not None:
-                wrong, (line, *more) = said
-                raise (UserError if wrong else RunError)(f"rank {rank}: {line}" if rank else line, *more)
+        for rank, other in enumerate(errors):
+            if other is not None:
+                is_users, (line, *more) = other
+                raise (UserError if is_users else RunError)(f"rank {rank}: {line}" if rank else line, *more)
 
     def check_same(self, facts: Callable[[], dict[str, Any]], advice: str) -> None:
         """Raise UserError on all ranks if they differ; it names a rank, its host and both values.
 
         Args:
-            facts: gives what must be equal on all ranks, by name; not called where there is one rank.
-            advice: what to do about a difference.
+            facts: returns values by name, which must be equal on all ranks; not called if there is one rank.
+            advice: how to remove a difference.
         """
         if self.size == 1:
             return
-        told = self.gather((platform.node(), {name: str(value) for name, value in facts().items()}))
-        host, first = told[0]
-        differ = [rank for rank, (_, other) in enumerate(told) if other != first]
+        reports = self.gather((platform.node(), {name: str(value) for name, value in facts().items()}))
+        hosts, values = zip(*reports, strict=True)
+        first, differ = values[0], [rank for rank, other in enumerate(values) if other != values[0]]
         if not differ:
             return
-        there, other = told[differ[0]]
-        names = [name for name in first.keys() | other.keys() if first.get(name) != other.get(name)]
-        theirs, ours = (
-            ", ".join(f"{name} {shown(values.get(name), NAME)}" for name in sorted(names)) for values in (other, first)
-        )
+        rank, other = differ[0], values[differ[0]]
+        names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
+        theirs, ours = (", ".join(f"{n} {shown(each.get(n), NAME)}" for n in names) for each in (other, first))
         more = f" (ranks that differ from rank 0: {', '.join(map(str, differ))})" if len(differ) > 1 else ""
-        raise UserError(f"rank {differ[0]} on {there} has {theirs}; rank 0 on {host} has {ours}{more}; {advice}")
+        raise UserError(f"rank {rank} on {hosts[rank]} has {theirs}; rank 0 on {hosts[0]} has {ours}{more}; {advice}")
 
     def reduce_status(self, finite: Tensor, *, late: bool, signum: int) -> StepStatus:
         """Copy the status of a step to the host (synchronises), combined over the ranks.
@@ -339,6 +338,6 @@ class Ranks:
         return StepStatus(loss, gradient, all(state), bool(late), signum)
 
     def heed(self, signum: int) -> None:
-        """Raise Interrupted on all ranks if one of them has been told to end, by the signal `signum` (0: has not)."""
+        """Raise Interrupted on all ranks if any of them has received a signal: this one `signum`, or 0 for none."""
         if self.size > 1 and (signum := max(self.gather(signum))):
             raise Interrupted(signum)

@@ -64,9 +64,9 @@ class Trainer:
         schedule: the learning rate.
         save_weights: writes a model's weights to a path, in a task-independent layout (weights.pkl).
         command: the command line that started the run, stored in checkpoints.
-        interrupts: entered by the caller, it lets a signal end the run with a checkpoint, never within a step.
+        interrupts: if the caller has entered it, a signal ends the run with a checkpoint, never within a step.
         say: prints a line for the user; the default keeps clear of the progress bar.
-        ranks: the processes that train together; by default this one is alone. The first one writes.
+        ranks: the processes that train together, of which the first writes files; by default this one is alone.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Trainer:
         self.ema = EMA(task.model.parameters(), config.ema) if config.ema else None
         self.best: dict[str, Any] | None = None
         self.skipped = 0  # steps, see --skip_bad_steps
-        # Of this epoch, up to the last log line; and since then.
+        # Sums of this epoch up to the last log line; the meter has those since.
         self.running = {**dict.fromkeys(task.measured, 0.0), "count": 0, "seconds": 0.0}
         self.meter = Meter(task.measured, self.ranks)
         self.seconds_before = 0.0
@@ -112,7 +112,7 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def checkpoint(self) -> dict[str, Any]:
-        """Everything needed to go on. Its tensors are those of the model and the optimizer, not copies."""
+        """Everything needed to continue the run. Its tensors are those of the model and the optimizer, not copies."""
         carry, rng, others = self.carry, checkpoint.rng_state(), []
         if self.ranks.size > 1:
             own = carry if carry is None else tuple(part.cpu() for part in carry)
@@ -145,10 +145,10 @@ class Trainer:
         return {name: value + since[name] for name, value in self.running.items()}
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Put back what :meth:`checkpoint` returned; `content` is emptied, lest callers keep a second set of weights.
+        """Restore what :meth:`checkpoint` returned; empty `content`, so that no second set of weights stays in memory.
 
         Raises:
-            UserError: the data are not those of the run, the content is damaged, or best.pt is missing or damaged.
+            UserError: the data are not those of the run, the content is corrupt, or best.pt is missing or corrupt.
         """
         try:
             self._restore(content)
@@ -156,7 +156,7 @@ class Trainer:
             if isinstance(e, UserError):
                 raise
             reason = str(e).strip().splitlines()[-1][:120] if str(e).strip() else type(e).__name__
-            raise UserError(f"the checkpoint does not fit this run, or is damaged ({reason})") from e
+            raise UserError(f"the checkpoint does not fit this run, or is corrupt ({reason})") from e
         content.clear()
 
     def _restore(self, content: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ class Trainer:
         self.best = content["best"]
         if self.best is not None and self.ranks.first:
             self._load_best()
-            if (valid := self.best["valid"]) is not None:  # what will be asked of it
+            if (valid := self.best["valid"]) is not None:  # a result that these cannot read is corrupt
                 score_line(self.task, "valid", valid)
                 self.task.is_better(valid, valid)
         checkpoint.check_weights(self.task.model, content["model"])
@@ -206,7 +206,7 @@ class Trainer:
         if ranks.size != len(states):
             line = (
                 f"NOTICE: the checkpoint is of {counted(len(states), 'ranks')}, this run has {ranks.size}: the first "
-                "goes on with its random numbers, others begin new ones"
+                "continues its random numbers, others start new ones"
             )
             self._announce(line)
 
@@ -223,7 +223,7 @@ class Trainer:
 
         Raises:
             UserError: settings or data that do not fit.
-            RunError: a loss that is not finite, or a checkpoint that could not be written; another rank has died.
+            RunError: a loss is not finite, a checkpoint could not be written, or another rank has died.
             Interrupted: a signal came; the checkpoint is written.
         """
         if resume_from is not None:
@@ -248,12 +248,12 @@ class Trainer:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
 
     def _end(self, batches: int) -> int:
-        """The last batch of this epoch, of `batches`, before `max_steps` ends the run."""
+        """Number of batches, out of `batches`, after which the epoch or the run (by `max_steps`) ends."""
         limit = self.config.max_steps
         return min(batches, self.batch + max(0, limit - self.step)) if limit else batches
 
     def _train_epoch(self, batches: Sequence[Any]) -> bool:
-        """Train on what is left of the epoch; False if it was cut short by `max_steps`."""
+        """Train on the rest of an epoch; False if `max_steps` cut it short."""
         task, model, config = self.task, self.task.model, self.config
         model.train()
         self.meter, self.saved = Meter(task.measured, self.ranks), time.monotonic()
@@ -297,13 +297,13 @@ class Trainer:
         return bool(minutes) and time.monotonic() - self.saved > 60 * minutes
 
     def _step(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
-        """Make one update from a batch, of which every rank computes its own rows.
+        """Make one update from a batch; each rank computes its own rows.
 
         Returns:
             this rank's shares of the means of `measured`; None for a skipped step.
 
         Raises:
-            RunError: the loss or the gradient is not finite, and no more steps may be skipped; nothing was updated.
+            RunError: loss, gradient or state are not finite, and no more steps may be skipped; nothing was updated.
         """
         config, model = self.config, self.task.model
         finite, total, norm, *rest = self.compute_gradients(batch, self.carry)
@@ -329,23 +329,23 @@ class Trainer:
         return means
 
     def _skip(self, loss: float, other: str) -> None:
-        """Skip a step whose loss, or the `other`, is not finite: weights, optimizer and carried state stay.
+        """Skip a step whose loss, or else the `other` quantity, is not finite, keeping weights, optimizer and state.
 
         Raises:
-            RunError: as many steps as `skip_bad_steps` allows have been left out already.
+            RunError: `skip_bad_steps` steps have been skipped already.
         """
         config, task = self.config, self.task
-        before = int(self._running()["count"])  # what the epoch has been trained on, which is a place in its stream
+        before = int(self._running()["count"])  # units trained on, to find the batch in the data
         norms = {name: p.grad.norm().item() for name, p in task.model.named_parameters() if p.grad is not None}
         worst = max(norms, key=lambda name: (math.isnan(norms[name]), norms[name]))
-        what = f"training loss became {loss}" if not math.isfinite(loss) else f"{other} is not finite"
+        fault = f"training loss became {loss}" if not math.isfinite(loss) else f"{other} is not finite"
         line = (
-            f"the {what} by step {self.step + 1} (epoch {self.epoch + 1}, {task.batch_name} {self.batch}), after "
+            f"the {fault} at step {self.step + 1} (epoch {self.epoch + 1}, {task.batch_name} {self.batch}), after "
             f"{counted(before, task.count)} of the epoch; the largest gradient norm is {norms[worst]:.3g}, of {worst}"
         )
         if self.skipped >= config.skip_bad_steps:
             skipped = f" ({self.skipped} skipped before it)" if self.skipped else ""
-            raise RunError(f"{line}{skipped}; lower --lr or --clip, or let it pass with --skip_bad_steps")
+            raise RunError(f"{line}{skipped}; lower --lr or --clip, or allow such steps with --skip_bad_steps")
         self.skipped += 1
         line = f"skipped: {line} ({self.skipped} of {config.skip_bad_steps})"
         self._announce(line)
@@ -372,8 +372,8 @@ class Trainer:
 
         A run that is killed before the checkpoint logs the epoch again; one killed after it has nothing left to log.
 
-        An epoch cut short by `max_steps` is validated for information only, so that a continued run is not changed by
-        where it had been stopped.
+        An epoch cut short by `max_steps` is validated for information only, so that where a run was stopped does not
+        change how it continues.
         """
         with averaged(averages(self.optimizer, self.ema), self.interrupts.held):
             valid = self._evaluate(self.splits.valid, "valid")
@@ -391,7 +391,7 @@ class Trainer:
         train = {key: self.running[key] / max(self.running["count"], 1) for key in self.task.measured}
         train_score = self.task.training_score(train)
         count = int(self.running["count"])
-        # Without validation data the last epoch counts.
+        # Without validation data the last epoch is the best.
         better = finished and (None in (self.best, valid) or self.task.is_better(valid, self.best["valid"]))
         if better:
             self.best = {"epoch": epoch, "valid": valid}
@@ -418,9 +418,9 @@ class Trainer:
     def _save(self, best: bool) -> None:
         """Write last.pt, and before it best.pt and weights.pkl if these weights are the best.
 
-        In this order best.pt is never behind what last.pt tells of; if a run is killed in between, best.pt is a whole
-        checkpoint of the later state and the run is continued from it. The last.pt before this one is kept until all
-        epochs are done, in case the disk spoils it.
+        In this order best.pt is never older than last.pt says; if a run is killed in between, best.pt is an intact
+        checkpoint of the later state, and the run continues from it. The previous last.pt is kept until all epochs are
+        done, in case the new one is found corrupt.
         """
         if not all(serialization.all_finite(p) for p in self.task.model.parameters()):
             raise RunError(f"the weights are no longer finite numbers at step {self.step}; lower --lr or --clip")
@@ -440,23 +440,23 @@ class Trainer:
                 checkpoint.save(self.folder.file("last.pt"), content)
 
     @contextlib.contextmanager
-    def _writing(self, what: str = "the checkpoint") -> Iterator[None]:
-        """The first rank writes, the others wait; if it cannot, that ends them all."""
+    def _writing(self, name: str = "the checkpoint") -> Iterator[None]:
+        """Let the first rank write while the others wait; if it cannot, all of them end."""
         with self.ranks.agreed():
             try:
                 yield
             except OSError as e:
                 self.folder.check_present()
-                raise RunError(f"{what} could not be written ({e.strerror}); make room and continue") from e
+                raise RunError(f"{name} could not be written ({e.strerror}); make room and continue") from e
 
     def _take_best(self) -> None:
-        """The weights of best.pt, on the first rank."""
+        """Load the weights of best.pt on the first rank."""
         if not self.ranks.first:
             return
         self.folder.check_present()
         try:
             best = self._load_best()
-        except UserError as e:  # it was whole when the run began
+        except UserError as e:  # it was intact when the run began
             raise RunError(str(e)) from e
         self.task.model.load_state_dict(best["average"] or best["model"])
 
@@ -475,7 +475,7 @@ class Trainer:
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = self._evaluate(self.splits.test, "test")
-        if not self.best:  # what was loaded has hardly been trained
+        if not self.best:  # in part of an epoch, what a weight file lacked has hardly been trained
             valid, test = valid and valid | self.config.marks(), test | self.config.marks()
         if valid is not None:
             self._announce(score_line(self.task, "valid", valid))

@@ -1,11 +1,11 @@
 """A part of a training step as one CUDA graph: its kernels are launched all at once instead of one by one.
 
 A step of a deep network is hundreds of short kernels, which a GPU may compute faster than Python can launch them. A
-graph is what they are when they are recorded: it reads and writes the same memory every time. So inputs are copied to
-where the recorded ones were, and gradients lie where they lay then. The numbers are those of a step that is not
-recorded, dropout masks too: CUDA's random numbers go on from replay to replay as they do from kernel to kernel.
+recorded graph reads and writes the same memory every time, so inputs are copied to where the recorded ones were, and
+gradients stay where they were. The numbers are those of a step that is not recorded, dropout masks included: CUDA's
+random numbers advance from replay to replay as they do from kernel to kernel.
 
-What is recorded must not look at a number on the device (`.item()`, `.nonzero()`), nor copy from the CPU.
+A recorded function must neither read numbers from the device (`.item()`, `.nonzero()`) nor copy from the CPU.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ class Recorder(Protocol):
     """How a device records."""
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, work is done where it will be recorded."""
+        """Run the body where calls are recorded, without recording."""
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
-        """Call `function` once: its results, which hold nothing yet, and what fills them, and .grad, every time."""
+        """Record a call of `function`: its results, which are empty, and a function that fills them and `.grad`."""
 
 
 class CUDARecorder:
-    """Records on a stream of its own, on which it also works before: autograd remembers streams."""
+    """Records on a stream of its own, which runs the calls before, too, because autograd remembers streams."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -55,14 +55,12 @@ class CUDARecorder:
 
 
 class Recorded:
-    """`function`, of which the calls of one shape are recorded and replayed; all others are made as they are.
-
-    The shape is that which is the first to come more than `WARM_UP` times.
+    """A function whose calls of one shape are recorded and replayed: the first shape to come more than WARM_UP times.
 
     Args:
-        function: (batch, carry) → results, tensors all. It makes the gradients of `parameters` from nothing, and may
-            return a tensor that knows its graph: that lives as long as the recording, with what it was made from.
-        parameters: what is trained.
+        function: (batch, carry) → tensors. It computes the gradients of `parameters` anew. Results may require
+            gradients: their graph, with the tensors it has saved, then lives as long as the recording.
+        parameters: the trained parameters.
         recorder: of the device.
     """
 
@@ -76,10 +74,10 @@ class Recorded:
         self._replay: Callable[[], None]
 
     def __call__(self, batch: Tensors, carry: Tensors | None) -> Tensors:
-        """As the function; the results are the caller's to keep, without their graph. The gradients are in `.grad`.
+        """Call the function. Results are detached and the caller's to keep; gradients are in `.grad`.
 
         Raises:
-            RunError: it cannot be recorded.
+            RunError: the call cannot be recorded.
         """
         shape = tuple((t.shape, t.dtype) for t in batch), None if carry is None else tuple(t.shape for t in carry)
         if shape != self._shape:
@@ -101,7 +99,7 @@ class Recorded:
         try:
             self._results, self._replay = self._recorder.record(lambda: self._function(*self._inputs))
         except RuntimeError as e:
-            first = e  # a recording that breaks off complains too
+            first = e  # ending a broken recording raises errors of its own
             while not isinstance(first, torch.OutOfMemoryError) and isinstance(first.__context__, RuntimeError):
                 first = first.__context__
             if isinstance(first, torch.OutOfMemoryError):

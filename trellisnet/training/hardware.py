@@ -15,7 +15,7 @@ from trellisnet.training.settings import Settings, setting
 
 GRAPHS = ("auto", "on", "off")
 PRECISIONS = ("fp32", "tf32", "bf16")
-MOST_THREADS = 1024  # libraries crash where they cannot start as many as they are asked for
+MOST_THREADS = 1024  # libraries crash if they cannot start as many as they are asked for
 
 
 @dataclass(kw_only=True)

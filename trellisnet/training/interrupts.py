@@ -18,11 +18,12 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, the first of SIGNALS raises :class:`Interrupted`; inside :meth:`held` only at its end.
+    """While entered, raise :class:`Interrupted` at the first of SIGNALS, or at the end of :meth:`held` if inside it.
 
-    Those that follow change nothing: what is then written is written wholly. Only the main thread can take signals;
-    elsewhere, and if it is never entered, nothing changes. After :meth:`note` nothing is raised any more: who runs with
-    others asks for `pending` and agrees with them when to end. A SIGHUP that is ignored, as under nohup, stays ignored.
+    Signals that follow are ignored, so that the last checkpoint is complete. Only the main thread can handle signals;
+    in other threads, and if never entered, this has no effect. After :meth:`note` nothing is raised: a process that
+    trains with others reads `pending` and agrees with them when to end. A SIGHUP that is ignored, as under nohup, stays
+    ignored.
     """
 
     def __init__(self) -> None:
@@ -50,16 +51,16 @@ class Interrupts:
 
     @property
     def pending(self) -> int:
-        """The signal that has come and was not raised yet; 0: none."""
+        """The signal that has come and was not raised yet; 0 if none has."""
         return self._pending or 0
 
     def note(self) -> None:
-        """From here on only note the signals that come, until the end."""
+        """From now on only record signals."""
         self._held = True
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What is done inside is done wholly."""
+        """Delay signals until the body is done."""
         if self._held:  # already inside one
             yield
             return

@@ -15,16 +15,16 @@ from trellisnet.errors import UserError
 from trellisnet.serialization import all_finite
 from trellisnet.training.config import RunConfig
 
-FIRST_PLATEAU = 5  # epochs before the first that can be one by `recent`
-_UNUSABLE = {"LBFGS": "needs to evaluate the loss several times a step", "SparseAdam": "needs sparse gradients"}
+FIRST_PLATEAU = 5  # epochs before the first that `recent` can call a plateau
+_UNUSABLE = {"LBFGS": "needs to evaluate the loss several times per step", "SparseAdam": "needs sparse gradients"}
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """The class of torch.optim that `--optim` names, with `--lr`, `--wdecay` and, unless it is 0, `--momentum`.
+    """Make the optimiser of torch.optim that `--optim` names, with `--lr`, `--wdecay` and, unless 0, `--momentum`.
 
     Raises:
-        UserError: no such class, one that needs a closure or sparse gradients, or one that makes no step with these
-            settings.
+        UserError: no such class, one that needs a closure or sparse gradients, or one that cannot make a step with
+            these settings.
     """
     options = {"lr": config.lr, "weight_decay": config.wdecay}
     options |= {"momentum": config.momentum} if config.momentum else {}
@@ -38,14 +38,14 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
     try:
         _try(cls, parameters[0].dtype, options)
         return cls(parameters, **options)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:  # some numbers are only refused by a step
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:  # some settings fail only in a step
         values = ", ".join(f"{key} {value:g}" for key, value in options.items())
         raise UserError(f"--optim {name}: does not work with {values} ({e}); lower these or change --optim") from e
 
 
 def _try(cls: type[torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, float]) -> None:
-    """Make one step from 1 with gradient 1. Raises whatever the optimiser does, ValueError if it leads to infinity."""
-    probe = nn.Parameter(torch.ones(1, 1, dtype=dtype))  # on the CPU, which nothing has to wait for
+    """Make one step from 1 with gradient 1; raise what the optimiser raises, or ValueError if it is not finite."""
+    probe = nn.Parameter(torch.ones(1, 1, dtype=dtype))  # on the CPU, so that no device is waited for
     probe.grad = torch.ones_like(probe)
     cls([probe], **options).step()
     if not probe.isfinite().all():
@@ -53,10 +53,10 @@ def _try(cls: type[torch.optim.Optimizer], dtype: torch.dtype, options: dict[str
 
 
 def check_state(optimizer: torch.optim.Optimizer, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
-    """Compare settings and state that were loaded into an optimiser with those of a new one after a step.
+    """Compare the settings and state loaded into an optimiser with those of a new one after a step.
 
     Args:
-        optimizer: the one that was loaded.
+        optimizer: the loaded one.
         make: makes a new one of the same kind for given parameters.
 
     Raises:
@@ -110,7 +110,7 @@ class EMA:
         self._average = get_ema_multi_avg_fn(decay)  # AveragedModel would wait for the device in every update
 
     def update(self) -> None:
-        """Take the weights of now into the average."""
+        """Include the current weights in the average."""
         if self._averages:
             self._average(self._averages, [p.detach() for p in self._parameters], None)
         else:
@@ -122,7 +122,7 @@ class EMA:
 
 
 def averages(optimizer: torch.optim.Optimizer, ema: EMA | None = None) -> list[tuple[nn.Parameter, Tensor]]:
-    """Every weight that has an average, with it: that of `ema`, or else the one that ASGD keeps in its state."""
+    """Pairs of weight and average: the average of `ema`, or else the one that ASGD keeps in its state."""
     if ema is not None:
         return ema.pairs()
     return [(p, state["ax"]) for p, state in optimizer.state.items() if "ax" in state]
@@ -140,11 +140,11 @@ def averaged(
     pairs: list[tuple[nn.Parameter, Tensor]],
     held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[None]:
-    """Put averages in place of the weights for a while; nothing happens without averages.
+    """Replace the weights by their averages in the body; without averages do nothing.
 
     Args:
-        pairs: of :func:`averages`.
-        held: keeps signals out while weights are exchanged.
+        pairs: from :func:`averages`.
+        held: delays signals while weights are exchanged.
     """
     raw = [(p, p.detach().clone()) for p, _ in pairs]
     try:
@@ -159,15 +159,15 @@ def averaged(
 class Curve:
     """Factor of the learning rate in every update, from torch's own schedulers.
 
-    It depends on nothing but the number of updates made, so that a continued run has it from there. The schedulers
-    drive an optimiser of their own: the one that trains may be replaced (ASGD), and tasks scale its rate per batch.
+    It depends only on the number of updates made, so that a resumed run needs nothing else. The schedulers drive an
+    optimiser of their own: the one that trains may be replaced (ASGD), and tasks scale its rate per batch.
 
     Args:
         schedule: "step": 1. "cosine": from 1 along half a cosine to 0 (CosineAnnealingLR). "onecycle": from 1/25 up
             to 1 and down to 1/250,000, each along half a cosine (OneCycleLR; momentum is left alone).
-        warmup: updates before 1 is reached, in which the factor rises linearly (LinearLR), of "onecycle" along its
-            first half cosine; 0: none, of "onecycle" 30 % of all.
-        updates: of the whole run; "step" does not look at it.
+        warmup: updates before 1 is reached, in which the factor rises linearly (LinearLR), or for "onecycle" along its
+            first half cosine; 0: none, or for "onecycle" 30 % of all.
+        updates: of the whole run; "step" ignores it.
 
     Raises:
         UserError: the warm-up fills the run.
@@ -193,7 +193,7 @@ class Curve:
             self._scheduler = lr_scheduler.SequentialLR(optimizer, parts, [warmup] * (len(parts) - 1))
 
     def factor(self, update: int) -> float:
-        """Factor of the update after `update` others, which must not be asked for in falling order."""
+        """Factor of the update after `update` others, which must not decrease from call to call."""
         while self._scheduler is not None and self._update < update:
             self._optimizer.step()  # first, or torch warns; there is nothing to update
             self._scheduler.step()
@@ -203,7 +203,7 @@ class Curve:
 
 @dataclass
 class Schedule:
-    """The learning rate: the authors' rules for all their tasks, and those of the networks it is compared with.
+    """The learning rate: the authors' rules for all their tasks, and those of the baselines.
 
     After an epoch the rate is divided by `factor` if the validation loss exceeds the best one older than `anneal`
     epochs, as long as the rate is above `floor`; otherwise by 10 if the epoch is one of `when`, as long as the rate is
@@ -212,15 +212,15 @@ class Schedule:
     Args:
         lr: current rate.
         anneal: patience in epochs; 0: no annealing on plateaus.
-        recent: instead of `anneal`: a plateau is a loss not below the worst of so many epochs before, from the sixth
-            epoch on (the rule of the TCN's authors); 0: by `anneal`.
+        recent: instead of `anneal`: a plateau is a loss not below the worst of the `recent` epochs before, from the
+            sixth epoch on (the rule of the TCN's authors); 0: use `anneal`.
         factor: divisor on a plateau.
         floor: no annealing on plateaus at or below this rate.
         when: epochs, counted from 1, after which the rate is divided by 10.
-        when_floor: no division at them at or below this rate.
-        decay, decay_from: see above; with 1 nothing happens.
+        when_floor: no division after these epochs at or below this rate.
+        decay, decay_from: see above; a `decay` of 1 changes nothing.
         asgd: at the first plateau switch to averaged SGD instead, at the initial rate, and never anneal after it.
-        averaging: whether that has happened.
+        averaging: whether averaged SGD has begun.
         curve: factor of the rate in every update; None: 1.
         history: validation losses of the epochs so far.
     """
@@ -243,7 +243,7 @@ class Schedule:
         self.initial = self.lr
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes during a run."""
+        """The values that change during a run."""
         return {"lr": self.lr, "history": list(self.history), "averaging": self.averaging}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -251,11 +251,11 @@ class Schedule:
         self.lr, self.history, self.averaging = state["lr"], list(state["history"]), bool(state["averaging"])
 
     def rate(self, update: int) -> float:
-        """The rate of the update after `update` others, which must not be asked for in falling order."""
+        """Rate of the update after `update` others, which must not decrease from call to call."""
         return self.lr if self.curve is None else self.lr * self.curve.factor(update)
 
     def step(self, epoch: int, loss: float) -> float:
-        """Take the validation loss of `epoch`; returns the rate for the next one."""
+        """Record the validation loss of `epoch`, and return the rate for the next one."""
         if not self.averaging:
             if self._is_plateau(loss) and self.lr > self.floor:
                 if self.asgd:
@@ -281,8 +281,8 @@ def make_schedule(config: RunConfig, updates: Callable[[int], int], **plateaus: 
 
     Args:
         config: the settings.
-        updates: of an epoch, counted from 0.
-        plateaus: the task's rules on plateaus, arguments of :class:`Schedule`; --schedule step alone has rules.
+        updates: number of updates of an epoch, given its number from 0.
+        plateaus: the task's rules on plateaus, arguments of :class:`Schedule`; only --schedule step has plateaus.
 
     Raises:
         UserError: the warm-up fills the run.

@@ -1,4 +1,4 @@
-"""What a run prints and logs: progress bar, log lines, averages since the last line."""
+"""Output of a run: progress bar, means since the last log line, and the lines themselves."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,13 @@ from trellisnet.training.tasks import Task
 
 
 class Bar(tqdm):
-    """A progress bar that drops figures which do not fit a narrow terminal, but never the speed.
+    """A progress bar that drops figures if the terminal is narrow, the speed last of all.
 
     tqdm would cut the line within a number, which then reads as another number.
     """
 
     def show(self, figures: list[str]) -> None:
-        """Show figures after the bar, the last of them, the speed, first."""
+        """Show figures after the bar; the last of them, the speed, comes first."""
         self.set_postfix_str("  ".join([*figures[-1:], *figures[:-1]]))
 
     @staticmethod
@@ -40,7 +40,7 @@ def bar(iterable: Iterable | None = None, total: int | None = None, **options: A
 
 
 class Meter:
-    """Sums of what is measured, with their count and time, since its creation; they stay on the device until read."""
+    """Sums of the measured quantities since its creation, with count and time; they stay on the device until read."""
 
     def __init__(self, measured: Sequence[str], ranks: Ranks) -> None:
         self.ranks = ranks
@@ -71,7 +71,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in two units that suit their size."""
+    """Seconds as text, in the two units that suit their size."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     if hours >= 48:
@@ -86,8 +86,8 @@ def duration_line(step: float, batches: int, config: RunConfig) -> str:
     """
     steps, limit = batches * config.epochs, config.max_steps
     if limit and limit < steps:
-        return f"about {duration(step * limit)} for {counted(limit, 'steps')}, evaluation aside"
-    return f"about {duration(step * batches)} an epoch, {duration(step * steps)} for all, evaluation aside"
+        return f"about {duration(step * limit)} for {counted(limit, 'steps')}, without evaluation"
+    return f"about {duration(step * batches)} per epoch, {duration(step * steps)} in all, without evaluation"
 
 
 def score_text(task: Task, score: float) -> str:

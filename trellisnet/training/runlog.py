@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, log, metrics, and where they came from."""
+"""The folder of a run, its log and metrics, and the commands and versions that they name."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ from trellisnet.errors import RunError, UserError, counted, shown
 from trellisnet.serialization import atomic_write, lock, read_regular, sha256_of_file, stands_for, sync_file
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
-METRICS = ("task", "command", "valid", "test")  # a metrics file is recognised by
+METRICS = ("task", "command", "valid", "test")  # keys that identify a metrics file
 
 try:
     import resource
@@ -35,10 +35,10 @@ except ImportError:  # Windows
 
 
 def command_line(program: str, argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
-    """The command as one would type it from the project's folder: what lies in there is named from there.
+    """The command as typed in the project's folder, with relative paths to what lies inside.
 
-    Outside a checkout that folder is the working directory. This is what records keep, the same on every machine;
-    :func:`runnable` is what to show a user.
+    Outside a checkout that folder is the working directory. Records keep this form, which is the same on every machine;
+    :func:`runnable` gives the form to show a user.
     """
     here = re.compile(rf"(^|=){re.escape(f'{PROJECT}{os.sep}')}(?=.)")
     return shlex.join([*launcher, program, *(here.sub(r"\1", argument) for argument in argv)])
@@ -67,13 +67,13 @@ def pip_install(package: str) -> str:
 
 
 def _is_on_path(name: str) -> bool:
-    """Whether a name typed into a shell starts what lies beside this Python; environments share one interpreter."""
+    """Whether the shell finds the program beside this Python; environments may share one interpreter."""
     found = shutil.which(name)
     return found is not None and os.path.dirname(found) == os.path.dirname(sys.executable)
 
 
 def _from_here(path: Path) -> str:
-    """The path from the working directory if it lies in there, else the whole one."""
+    """The path relative to the working directory if it lies inside, else as it is."""
     try:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):  # elsewhere, or the working directory has been deleted
@@ -108,7 +108,7 @@ def machine(device: torch.device) -> str:
 
 
 def busy(threads: int) -> str:
-    """A notice if other processes leave clearly fewer cores than `threads`, by the load of the last minute, or "".
+    """A notice if, by the load of the last minute, other processes leave clearly fewer cores than `threads`; else "".
 
     Threads that wait for one another make no progress while any of them has no core: two can be nine times slower than
     one.
@@ -152,13 +152,13 @@ def software(cls: type[RunConfig]) -> dict[str, str]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory this process has held so far, in bytes: of the device, or resident memory; None if unknown.
+    """Peak memory of this process in bytes: of the device, or resident memory; None if unknown.
 
-    What a CUDA graph keeps for its replays beside its results is not counted in.
+    It leaves out what a CUDA graph keeps for its replays besides the results.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, StopIteration):  # Linux; what follows there counts a large parent process too
+    with contextlib.suppress(OSError, StopIteration):  # Linux, where getrusage counts a large parent process too
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     if resource is None:
@@ -169,24 +169,23 @@ def peak_memory(device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def cost(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Measure what is done inside.
+    """Measure the time and the memory of the body.
 
-    Fills the dict that it gives with `seconds`, and with `peak_memory` as that function says, but of this time alone,
-    from what the process held at its beginning on; None where the system cannot begin anew (it can on Linux and CUDA).
-    :func:`peak_memory` is that of this time afterwards.
+    On exit the dict holds `seconds`, and `peak_memory`: the peak during the body, including what was held before it, or
+    None where the system cannot reset its peak (Linux and CUDA can). The reset also acts on :func:`peak_memory`.
     """
-    told: dict[str, Any] = {}
-    fresh = _forget_peak(device)
+    measured: dict[str, Any] = {}
+    fresh = _reset_peak(device)
     started = time.monotonic()
-    yield told
+    yield measured
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    told["seconds"] = time.monotonic() - started
-    told["peak_memory"] = peak_memory(device) if fresh else None
+    measured["seconds"] = time.monotonic() - started
+    measured["peak_memory"] = peak_memory(device) if fresh else None
 
 
-def _forget_peak(device: torch.device) -> bool:
-    """Let :func:`peak_memory` begin anew; False if it cannot."""
+def _reset_peak(device: torch.device) -> bool:
+    """Reset the peak that :func:`peak_memory` returns to what is held now; False if it cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -200,7 +199,7 @@ def _forget_peak(device: torch.device) -> bool:
 def check_metrics_path(path: str, run_folder: Path | None) -> None:
     """Raise UserError now rather than after hours of training if the metrics file cannot or must not be written."""
     real = Path(os.path.realpath(path))
-    own = run_folder is not None and real.parent == Path(os.path.realpath(run_folder))  # made with the run
+    own = run_folder is not None and real.parent == Path(os.path.realpath(run_folder))  # created with the run
     if own and real.name != "metrics.json":
         raise UserError(f"--metrics {path}: in the run's own folder the file is called metrics.json")
     if real.name in RunFolder.FILES and real.name != "metrics.json":
@@ -209,18 +208,18 @@ def check_metrics_path(path: str, run_folder: Path | None) -> None:
 
 
 def check_json_path(path: str | os.PathLike, flag: str, keys: Collection[str], *, later: bool = False) -> None:
-    """:func:`check_output` of a JSON object, recognised by certain keys."""
+    """Apply :func:`check_output` to a JSON object, identified by certain keys."""
     check_output(path, flag, lambda real: _holds(real, keys), later=later)
 
 
 def check_output(path: str | os.PathLike, flag: str, is_ours: Callable[[str], bool], *, later: bool = False) -> None:
-    """Check before the work that its result can be written to a file, and replaces nothing else there.
+    """Check before the work that its result can be written to a file and replaces nothing but an earlier result.
 
     Args:
-        path: a new or empty file, an earlier result, or no regular file at all (a device, a pipe).
-        flag: that named it.
+        path: a new or empty file, an earlier result, or a special file (a device, a pipe).
+        flag: the flag that named it.
         is_ours: whether the file at a path, which is not empty, is an earlier result.
-        later: its folder will be made.
+        later: its folder will be created by then.
 
     Raises:
         UserError: it cannot be written, or holds something else.
@@ -275,10 +274,10 @@ def write_json(path: str | os.PathLike, flag: str, content: dict[str, Any]) -> N
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder for a while; one that dies lets them in.
+    """Lock a run folder against other processes; a process that dies leaves no lock behind.
 
     Raises:
-        UserError: another process is at work there, or it is no folder that can be used.
+        UserError: another process is at work there, or the folder cannot be used.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -301,16 +300,16 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 class RunFolder:
     """The folder of a run: config.json, log.txt, metrics.jsonl, last.pt, best.pt, weights.pkl.
 
-    While a run has epochs before it, last.previous.pt is the last.pt before this one.
+    Until all epochs are done, last.previous.pt is the previous last.pt.
 
     Args:
-        path: the folder; it is made if missing.
+        path: the folder, which is created if missing.
         fresh: a new run (True) or the continuation of one (False).
-        overwrite: delete what an earlier run left in it.
+        overwrite: delete the files of an earlier run.
         tensorboard: write the numbers of metrics.jsonl for TensorBoard too.
 
     Raises:
-        UserError: the folder holds something and neither was asked for, or it cannot be written.
+        UserError: a fresh run may not overwrite what the folder holds, or the folder cannot be written.
     """
 
     FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json")
@@ -335,10 +334,10 @@ class RunFolder:
                 self._clear()
             for left in self._left():
                 left.unlink(missing_ok=True)
-            tempfile.TemporaryFile(dir=path).close()  # its files may be writable where no checkpoint can be made
+            tempfile.TemporaryFile(dir=path).close()  # old files may be writable where no checkpoint can be created
             self._stat = path.stat()
             _mend(path / "log.txt")
-            _mend(path / "metrics.jsonl", whole=_is_json)
+            _mend(path / "metrics.jsonl", is_complete=_is_json)
             self._log = (path / "log.txt").open("a", encoding="utf-8", buffering=1)
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         except OSError as e:
@@ -386,7 +385,7 @@ class RunFolder:
             raise RunError(f"{self.path}: the run folder was deleted or moved during the run")
 
     def sync(self) -> None:
-        """Put log.txt and metrics.jsonl on the disk, so that they never lag behind a checkpoint.
+        """Flush log.txt and metrics.jsonl to the disk, so that they never lag behind a checkpoint.
 
         Raises:
             RunError: the folder was deleted or moved.
@@ -404,22 +403,22 @@ class RunFolder:
             file.write((json.dumps(content, indent=1) + "\n").encode())
 
     def log_head(self, command: str, env: dict[str, Any], facts: dict[str, Any]) -> None:
-        """The head of log.txt: when, what and on what."""
+        """Write the head of log.txt: time, command, environment and facts of the run."""
         self.log(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}  {command}")
         for key, value in {**env, **facts}.items():
             self.log(f"# {key}: {value}")
 
     def close(self) -> None:
-        with contextlib.ExitStack() as stack:  # one that fails, on a full disk, does not leave the others open
+        with contextlib.ExitStack() as stack:  # if one fails, on a full disk, the others are closed all the same
             for file in filter(None, (self._board, self._metrics, self._log)):
                 stack.callback(file.close)
 
 
-def _mend(path: Path, whole: Callable[[bytes], bool] = bytes.__len__) -> None:
-    """End the last line of a file if a kill has torn it, or cut it off unless it is `whole`: more will be appended."""
+def _mend(path: Path, is_complete: Callable[[bytes], bool] = bytes.__len__) -> None:
+    """Before lines are appended, end a last line that a kill has torn, or cut it off unless it is complete."""
     if path.is_file():
         *_, torn = path.read_bytes().rpartition(b"\n")
-        if torn and whole(torn):
+        if torn and is_complete(torn):
             with path.open("ab") as file:
                 file.write(b"\n")
         elif torn:
@@ -435,7 +434,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl. A last line that was torn, by a kill say, is left out.
+    """Read a metrics.jsonl, leaving out a last line that a kill has torn.
 
     Raises:
         OSError: it cannot be read.
@@ -456,7 +455,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class NoFolder:
-    """In the place of a run's folder where another rank writes: takes what that takes, and leaves nothing behind."""
+    """Stand-in for :class:`RunFolder` on ranks that write nothing: the same methods, without effect."""
 
     def __init__(self, path: Path):
         self.path = path

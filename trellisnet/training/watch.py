@@ -1,8 +1,8 @@
 """Say which rank the others are waiting for when one hangs.
 
 All ranks make the same collective calls in the same order, so a rank that has made fewer than another is the one that
-the other waits for. A thread of each rank publishes its count through the store of torchrun; the threads communicate by
-nothing else, and a thread that cannot reach the store ends: dead ranks are noticed by the collectives themselves.
+the other waits for. A thread of each rank publishes its count through the store of torchrun; the threads communicate in
+no other way, and a thread that cannot reach the store ends: dead ranks are noticed by the collectives themselves.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-LIMIT = 300.0  # seconds of waiting until a line says so; from then on after twice as long each time
+LIMIT = 300.0  # seconds of waiting until a line reports it; the time doubles with every further line
 
 
 class Progress:
-    """How far a rank has come, kept by its main thread.
+    """Progress of a rank, recorded by its main thread.
 
     Attributes:
         calls: collective calls so far, the present one included.
@@ -43,7 +43,7 @@ class Progress:
 
 
 class _Report(NamedTuple):
-    """What a rank has published last; beats count its reports."""
+    """The last report of a rank; `beats` is the number of its reports."""
 
     calls: int = 0
     work: int = 0
@@ -51,11 +51,11 @@ class _Report(NamedTuple):
 
 
 class Watch:
-    """The thread that publishes a rank's progress and says for whom the rank is waiting.
+    """The thread that publishes a rank's progress and reports for whom the rank is waiting.
 
     Args:
-        connect: gives a connection to the store that no other thread uses.
-        rank, size: which rank this is, of how many.
+        connect: opens a connection to the store that no other thread uses.
+        rank, size: number of this rank and of all ranks.
         progress: of this rank.
         say: prints a line.
     """
@@ -66,7 +66,7 @@ class Watch:
         self.rank, self.size = rank, size
         self._connect, self._progress, self._say = connect, progress, say
         self._beats = 0
-        self._since: float | None = None  # of the call that is looked at
+        self._since: float | None = None  # start of the call that the last look saw
         self._due = LIMIT
         self._before: list[_Report] | None = None
         self._over = threading.Event()
@@ -109,7 +109,7 @@ class Watch:
         return _Report(*map(int, store.get(key).split())) if store.check([key]) else _Report()
 
     def _compare(self, store: dist.Store, reports: list[_Report], before: list[_Report], waited: float) -> None:
-        """Say which ranks have neither arrived nor moved since the reports before, unless a lower rank will."""
+        """Name the ranks that have neither arrived nor moved since the reports before, unless a lower rank will."""
         calls = self._progress.calls
         late = [rank for rank in range(self.size) if reports[rank].calls < calls]
         hanging = [
@@ -123,11 +123,11 @@ class Watch:
         time_ = f"{waited / 60:.0f} minutes" if waited >= 120 else f"{waited:.1f} seconds"
         if hanging:
             names = ", ".join(self._name(store, rank) for rank in hanging)
-            self._say(f"NOTICE: rank {self.rank} has been waiting for {time_} for {names}; going on waiting")
+            self._say(f"NOTICE: rank {self.rank} has been waiting for {time_} for {names}; still waiting")
         elif not late:
             self._say(
                 f"NOTICE: rank {self.rank} has been waiting for {time_} although all ranks have arrived; their devices "
-                "or the connections between them may hang; going on waiting"
+                "or the connections between them may hang; still waiting"
             )
 
     def _name(self, store: dist.Store, rank: int) -> str:
