@@ -226,8 +226,9 @@ class TrellisNet(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD)
             elif name == "bias":
                 nn.init.zeros_(parameter)
-                if self.activation == "lstm":  # rows run group by group, then i, o, g, f
-                    parameter.view(self.kernel_groups or 1, 4, -1)[:, 3] = 1.0
+                activation = self.spec.activation
+                if activation.forget_gate is not None:  # rows run group by group, then gate by gate
+                    parameter.view(self.kernel_groups or 1, activation.gates, -1)[:, activation.forget_gate] = 1.0
             else:  # a row of a grouped kernel reads one group's past taps and one group's current tap
                 inputs = (
                     self.input_size if name.startswith("weight_x") else self.hidden_size // (self.kernel_groups or 1)

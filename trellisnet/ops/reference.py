@@ -58,7 +58,7 @@ def tanh(z_x: Tensor, z_h: Tensor, c_shifted: Tensor, dim: int = 1) -> tuple[Ten
 
 
 ACTIVATIONS = {
-    "lstm": Activation("lstm", gates=4, has_cell=True, additive=True, function=lstm),
+    "lstm": Activation("lstm", gates=4, has_cell=True, additive=True, function=lstm, forget_gate=3),
     "gru": Activation("gru", gates=3, has_cell=False, additive=False, function=gru),
     "tanh": Activation("tanh", gates=1, has_cell=False, additive=True, function=tanh),
 }

@@ -24,6 +24,7 @@ class Activation:
         has_cell: whether c is a separate tensor; otherwise c is h.
         additive: whether x̃ and Conv1D(h) enter only as their sum.
         function: (z_x = x̃, z_h = Conv1D(h), c_shifted, dim) → (h, c), with the channels along `dim`.
+        forget_gate: index of the gate that scales c_{t−d}; None if there is none.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Activation:
     has_cell: bool
     additive: bool
     function: Callable[..., tuple[Tensor, Tensor]]
+    forget_gate: int | None = None
 
 
 def _positive(name: str, value: object) -> int:

@@ -85,17 +85,19 @@ class CoreConfig(RunConfig):
         Raises:
             UserError: a preset of another core.
         """
-        preset, model = given.get("preset", "default"), given.get("model", TrellisNet.core_name)
-        if model == TrellisNet.core_name:
-            return preset
+        preset, model = given.get("preset", "default"), given.get("model")
         own = model if preset == "default" else f"{model}-{preset}"
         if own in cls.presets:
             return own
-        if cls.presets.get(preset, {}).get("model") == model:
+        if model in (None, cls._model_of(preset)):
             return preset
-        names = [name for name, values in cls.presets.items() if values.get("model") == model]
+        names = [name for name in cls.presets if cls._model_of(name) == model]
         expected = f"expected {', '.join(names)}" if names else f"it has none in {cls.task}"
         raise UserError(f"--preset {preset}: not a preset of --model {model}; {expected}")
+
+    @classmethod
+    def _model_of(cls, preset: str) -> str:
+        return cls.presets.get(preset, {}).get("model", TrellisNet.core_name)
 
     @classmethod
     def is_listed(cls, name: str) -> bool:
@@ -106,9 +108,8 @@ class CoreConfig(RunConfig):
 
     def validate(self) -> None:
         super().validate()
-        preset = self.presets[self.preset]
-        if self.model != preset.get("model", TrellisNet.core_name):
-            raise UserError(f"--model {self.model}: --preset {self.preset} belongs to {preset['model']}; leave one out")
+        if self.model != (owner := self._model_of(self.preset)):
+            raise UserError(f"--model {self.model}: --preset {self.preset} belongs to {owner}; leave one out")
         for field in dataclasses.fields(self):
             unread = field.name in PARTICULAR - self.core.reads
             if unread and getattr(self, field.name) != self.preset_value(field.name):
