@@ -108,13 +108,13 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
 def _paths(folder: Path) -> dict[str, Path]:
     """Return the path of every file, by name."""
     pixels.check_folder(folder)
-    found = {name: find(name, folder) for name in MD5}
-    if missing := [name for name, path in found.items() if path is None]:
+    paths = {name: find(name, folder) for name in MD5}
+    if missing := [name for name, path in paths.items() if path is None]:
         raise UserError(
             f"{folder}: {', '.join(missing)} (or with .gz) not found there; add the missing files or name another "
             "folder with --data"
         )
-    return found
+    return paths
 
 
 def _split(images_at: Path, images: np.ndarray, labels_at: Path, labels: np.ndarray) -> tuple[Split, str]:

@@ -92,7 +92,7 @@ class RunConfig(HardwareConfig):
         0.0, "share of each training target spread evenly over all classes", group="regularisation", rate="share"
     )
     schedule: str = setting(
-        "step", "learning rate: step follows --when, --decay and --anneal; the others span the whole run",
+        "step", "learning rate: step follows --when, --decay and --anneal; the others span the run (momentum is kept)",
         group=OPTIMISATION, choices=SCHEDULES,
     )  # fmt: skip
     warmup: int = setting(
@@ -114,7 +114,7 @@ class RunConfig(HardwareConfig):
         0, "skip up to N steps with a non-finite loss or gradient", group=OPTIMISATION, resumable=True, at_least=0
     )
     accumulate: int = setting(
-        1, "compute each batch in N slices of rows, with a single update", group=OPTIMISATION, at_least=1
+        1, "save memory: compute each batch in N slices of rows, with a single update", group=OPTIMISATION, at_least=1
     )
     checkpoint_minutes: float = setting(
         10.0, "also write last.pt every N minutes within an epoch; 0: never", group=RUN, resumable=True, at_least=0
@@ -140,9 +140,9 @@ class RunConfig(HardwareConfig):
         return list(cls.presets)
 
     @classmethod
-    def preset_of(cls, given: dict[str, Any]) -> str:
+    def preset_of(cls, explicit: dict[str, Any]) -> str:
         """Return the name of the preset that these explicit settings start from."""
-        return given.get("preset", "default")
+        return explicit.get("preset", "default")
 
     @classmethod
     def is_listed(cls, name: str) -> bool:
@@ -244,9 +244,9 @@ class RunConfig(HardwareConfig):
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def did_you_mean(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean X?" with the name that resembles `word` and those that contain it, or "" if none does."""
-    names = {name.lower(): name for name in known}
+    names = {name.lower(): name for name in candidates}
     near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
     if word.lower() not in names and len(word) >= 3:
         near += [name for name in names if word.lower() in name and name not in near]
@@ -260,12 +260,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = did_you_mean(unknown[0].split("=")[0], flags, cutoff=0.8)
             raise UserError(f"unknown argument {unknown[0]}{near or '; --help lists the flags'}")
-        return found
+        return parsed
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
@@ -273,11 +273,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         args = sys.argv[1:] if args is None else list(args)
         switches = {flag: action for action in self._actions if action.nargs == 0 for flag in action.option_strings}
-        if any(not action.option_strings for action in self._actions):  # what follows a flag may be one of those
+        if any(not action.option_strings for action in self._actions):  # the next argument may be positional
             switches = {}
         for argument, following in itertools.zip_longest(args, args[1:], fillvalue=""):
-            flag, given, value = argument.partition("=")
-            value = value if given else following
+            flag, equals, value = argument.partition("=")
+            value = value if equals else following
             if flag in switches and value.lower() in SWITCHED:
                 on = SWITCHED[value.lower()] != flag.startswith("--no-")
                 wanted = [f for f in switches[flag].option_strings if f.startswith("--no-") != on]
@@ -364,19 +364,19 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
         UserError: an unknown flag or an invalid value.
     """
     flags = vars(build_parser(cls).parse_args(argv))
-    given = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
-    if "preset" in given:
-        given["preset"] = cls.preset_of(given)
-    return from_settings(cls, given), given
+    explicit = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
+    if "preset" in explicit:
+        explicit["preset"] = cls.preset_of(explicit)
+    return from_settings(cls, explicit), explicit
 
 
-def from_settings(cls: type[Config], given: dict[str, Any]) -> Config:
+def from_settings(cls: type[Config], explicit: dict[str, Any]) -> Config:
     """Lay explicit settings over their preset and the defaults of `cls`, and validate the result."""
-    preset = cls.preset_of(given)
+    preset = cls.preset_of(explicit)
     if preset not in cls.presets:
         near = did_you_mean(str(preset), cls.presets)
         raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {shown(repr(preset), NAME)}{near}")
-    config = cls(**{**cls.presets[preset], **given, "preset": preset})
+    config = cls(**{**cls.presets[preset], **explicit, "preset": preset})
     config.validate()
     return config
 

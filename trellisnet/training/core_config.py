@@ -79,13 +79,13 @@ class CoreConfig(RunConfig):
         return list(dict.fromkeys([*cls.presets, *short]))
 
     @classmethod
-    def preset_of(cls, given: dict[str, Any]) -> str:
+    def preset_of(cls, explicit: dict[str, Any]) -> str:
         """Return the name of the preset that these explicit settings start from, one of the core's own.
 
         Raises:
             UserError: a preset of another core.
         """
-        preset, model = given.get("preset", "default"), given.get("model")
+        preset, model = explicit.get("preset", "default"), explicit.get("model")
         own = model if preset == "default" else f"{model}-{preset}"
         if own in cls.presets:
             return own
