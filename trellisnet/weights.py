@@ -43,12 +43,12 @@ WHAT = "weights in the authors' layout (a state dict)"
 def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     """Map the authors' names to the parameters of `model`, each exactly once, in the order of their model.
 
-    With another core than TrellisNet, parameters keep their own names.
+    With another core than TrellisNet, and in modules without a core, parameters keep their own names.
 
     Raises:
-        ValueError: another kind of module, whose parameters have no names in this layout.
+        ValueError: a TrellisNet, or another kind of module around one, which has no names in this layout.
     """
-    if not isinstance(model, Model):
+    if not isinstance(model, Model) and any(isinstance(m, TrellisNet) for m in (model, getattr(model, "core", None))):
         expected = "expected a TrellisLanguageModel or a TrellisClassifier"
         advice = "save other modules with torch.save(model.state_dict(), FILE)"
         raise ValueError(f"model: {expected}, got {type(model).__name__}; {advice}")
@@ -70,13 +70,13 @@ def parameter_map(model: Model) -> dict[str, nn.Parameter]:
     return names | {f"head.{name}": p for name, p in model.head.named_parameters() if id(p) not in named}
 
 
-def _is_trellis(model: Model) -> bool:
-    return isinstance(model.core, TrellisNet)
+def _is_trellis(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "core", None), TrellisNet)
 
 
-def _core_of(model: Model) -> str:
+def _core_of(model: nn.Module) -> str:
     """Return the name of the core, a value of `--model`."""
-    return getattr(model.core, "core_name", TrellisNet.core_name)
+    return getattr(getattr(model, "core", None), "core_name", TrellisNet.core_name)
 
 
 def _prefix(model: Model) -> str:
