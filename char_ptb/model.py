@@ -1,11 +1,10 @@
 """Settings and model of character-level PTB. Defaults are those of the authors' released script."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from char_ptb.data import PROMPTS, STREAMS, TEXTS
 from trellisnet.data.corpus import Corpus
+from trellisnet.data.spelling import STREAMS, Spelling
 from trellisnet.evaluation.adaptation import AdaptiveConfig
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.language_model import build_model
@@ -22,7 +21,6 @@ class Config(AdaptiveConfig):
     task: ClassVar[str] = "char_ptb"
     data_settings: ClassVar = ("data", "stream")
     default_data: ClassVar[str] = "data/penn"
-    token: ClassVar[str] = "symbols"
     presets: ClassVar = {
         "default": {},
         # Table 5, "Char-PTB"; the released script decides what the table omits (dropouti, nout, epochs of decay).
@@ -86,11 +84,9 @@ class Config(AdaptiveConfig):
     def data_options(self) -> dict[str, Any]:
         return {**super().data_options(), "stream": self.stream}
 
-    def spell(self, text: str) -> list[str]:
-        return PROMPTS[self.stream](text)
-
-    def text(self, tokens: Iterable[str]) -> str:
-        return TEXTS[self.stream](tokens)
+    @property
+    def spelling(self) -> Spelling:
+        return STREAMS[self.stream]
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> CharacterModeling:
         """Build the task, scored in bits per character with the denominators of both streams."""

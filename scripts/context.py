@@ -38,11 +38,11 @@ def run(argv: Sequence[str]) -> None:
     check_bounds(args, lengths=1, longest=1, targets=1)
     if args.json:
         check_json_path(args.json, "--json", ("task", "receptive_field", "records"))
-    model = trained.load(args, flags)
+    model, corpus = trained.load_with_data(args, flags)
     field = getattr(model.model.core, "receptive_field", None)
-    stream, lengths = getattr(model.corpus, args.split), args.lengths or context_lengths(field, args.longest)
+    stream, lengths = getattr(corpus, args.split), args.lengths or context_lengths(field, args.longest)
     if stream.numel() <= max(lengths):
-        has = f"{stream.numel():,} {model.config.token}"
+        has = f"{stream.numel():,} {model.config.spelling.noun}"
         raise UserError(f"--lengths {max(lengths)}: the {args.split} text has only {has}")
     count = min(args.targets, stream.numel() - max(lengths))
     with model.config.autocast(model.device):
@@ -56,8 +56,8 @@ def run(argv: Sequence[str]) -> None:
         config = model.config
         record = {
             "task": config.task, "model": config.model, "preset": config.preset, "name": config.name,
-            "params": count_parameters(model.model), "receptive_field": field, "token": config.token,
-            "corpus": model.corpus.label, "data": model.corpus.sha256, "split": args.split, "targets": count,
+            "params": count_parameters(model.model), "receptive_field": field, "token": config.spelling.noun,
+            "corpus": corpus.label, "data": corpus.sha256, "split": args.split, "targets": count,
             "precision": config.precision, "machine": env["machine"], "torch": env["torch"], "commit": env["commit"],
             "records": records,
         }  # fmt: skip

@@ -7,10 +7,14 @@ The second folder receives:
     weights.pkl     the weights in the authors' layout, rounded to float16; a model in float32 loads them as they are
     config.json     the settings of the run, without those that belong to one machine
     weights.json    checksum and scores of the file, measured after rounding on all of the data and on their beginning
+    vocabulary.json of a language model: its words or symbols with their ids
     log.txt, metrics.jsonl, metrics.json    if the run's folder has them
 
 An earlier export there stays intact until the new one is complete. Further flags, such as `--data`, `--device` and
-`--eval_batch_size`, go to the task's train.py.
+`--eval_batch_size`, go to the task's train.py. `--vocabulary` alone writes vocabulary.json into a folder that lacks it,
+from the data of its run:
+
+    python scripts/export.py --vocabulary results/my_words
 """
 
 import argparse
@@ -33,16 +37,18 @@ import torch
 from scripts import trained
 from scripts.reports.records import read_events, refusing
 from trellisnet import weights
-from trellisnet.errors import RunError, UserError
+from trellisnet.data import vocabulary
+from trellisnet.errors import RunError, UserError, counted
 from trellisnet.serialization import atomic_folder, atomic_write
 from trellisnet.training import programs
 from trellisnet.training.cli import guarded
-from trellisnet.training.config import PROJECT, Parser, check_settings
+from trellisnet.training.config import AUTOMATIC, PROJECT, Parser, check_settings, read_run_config
 
 PARTIAL = {"tokens": 5000, "examples": 256}  # size of the short score
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 10  # MB
-WRITTEN = ("weights.pkl", "config.json", "weights.json")
+WRITTEN = ("weights.pkl", "config.json", "weights.json", vocabulary.FILE)
+CARD = "README.md"  # by scripts/collect.py
 COPIED = ("log.txt", "metrics.jsonl", "metrics.json")
 # Keys of a run's config.json that describe its machine.
 OF_THE_MACHINE = ("command", "device", "threads")
@@ -50,8 +56,7 @@ OF_THE_MACHINE = ("command", "device", "threads")
 
 def portable(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config.json without traces of its machine; folders of data are relative to the project."""
-    settings = config["settings"] | dict.fromkeys(("device", "backend", "gemm", "gates", "cuda_graph"), "auto")
-    settings |= {"threads": 0, "load_weight": "", "max_eval_tokens": 0}
+    settings = config["settings"] | AUTOMATIC | {"load_weight": "", "max_eval_tokens": 0}
     data = Path(settings.get("data", "")).absolute()
     if settings.get("data", "") not in ("", "synthetic") and data.is_relative_to(PROJECT):
         default = PROJECT / programs.get(config["task"]).config_class.default_data
@@ -69,8 +74,7 @@ def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict
     """
     with tempfile.TemporaryDirectory() as temporary:
         metrics = Path(temporary) / "metrics.json"
-        command = ["--config", folder / "config.json", "--load_weight", folder / "weights.pkl", "--eval"]
-        command += [*flags, "--max_eval_tokens", limit, "--metrics", metrics]
+        command = ["--run", folder, "--eval", *flags, "--max_eval_tokens", limit, "--metrics", metrics]
         code = programs.get(task).main([str(part) for part in command])
         if code > 128:
             raise SystemExit(code)
@@ -108,7 +112,7 @@ def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
     if out.resolve() == run.resolve():
         raise UserError(f"{out}: is the folder of the run itself; name another, such as results/NAME")
     there = {path.name for path in out.iterdir()} if out.exists() else set()
-    if foreign := sorted(there - {*WRITTEN, *COPIED}):
+    if foreign := sorted(there - {*WRITTEN, *COPIED, CARD}):
         raise UserError(f"{out}: holds {foreign[0]}, which no export wrote; name another folder")
     present = {name for name in COPIED if (run / name).is_file()}
     other = [name for name in sorted(present & there) if (out / name).read_bytes() != (run / name).read_bytes()]
@@ -124,16 +128,23 @@ def run(argv: Sequence[str]) -> None:
     """Parse, round, score, write."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("out", type=Path, help="folder to write, such as results/NAME")
+    parser.add_argument("out", type=Path, nargs="?", help="folder to write, such as results/NAME")
+    parser.add_argument(
+        "--vocabulary", action="store_true", help="only write vocabulary.json into the folder of the run"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="(default: float16)")
     parser.add_argument("--max_mb", type=float, default=LARGEST, help=f"refuse a larger file (default: {LARGEST})")
     parser.add_argument("--partial", type=int, default=0, help="tokens or images of the short score")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args, flags = parser.parse_known_args(argv)
-    config = trained.read_config(args.run)
+    config = read_run_config(args.run)
     if config["task"] not in programs.TASKS:
         raise UserError(f"{args.run}: is a run of {config['task']}; expected one of {', '.join(programs.TASKS)}")
-    out = args.out
+    if args.vocabulary:
+        add_vocabulary(args.run, config["task"], flags)
+        return
+    if (out := args.out) is None:
+        parser.error("the following arguments are required: out")
     check_settings(programs.get(config["task"]).config_class, config["settings"], str(args.run / "config.json"))
     with atomic_folder(out) as new:
         size = fill(new, config, args, flags)
@@ -145,6 +156,24 @@ def run(argv: Sequence[str]) -> None:
     print(f"{out / 'weights.pkl'}: {size / 1e6:.2f} MB, {args.dtype}; scores in {out / 'weights.json'}")
 
 
+def vocabulary_of(run: Path, flags: Sequence[str]) -> vocabulary.Vocabulary:
+    """The vocabulary of a language model: that in its folder, else that of its data."""
+    return trained.load(argparse.Namespace(run=str(run), task=None), flags).vocabulary
+
+
+def add_vocabulary(run: Path, task: str, flags: Sequence[str]) -> None:
+    """Write vocabulary.json into a folder; it must be that of the weights there.
+
+    Raises:
+        UserError: no language model, no data, or data of another run.
+    """
+    if task not in trained.PROGRAMS:
+        raise UserError(f"{run}: is a run of {task}, which has no vocabulary")
+    made = vocabulary_of(run, flags)
+    made.save(run / vocabulary.FILE)
+    print(f"{run / vocabulary.FILE}: {counted(len(made), made.spelling.noun)}")
+
+
 def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Sequence[str]) -> int:
     """Write all files of an export into an empty folder; return the size of its weights in bytes."""
     task, small = config["task"], new / "weights.pkl"
@@ -153,9 +182,11 @@ def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Seq
     if (size := small.stat().st_size) > args.max_mb * 1e6:
         raise UserError(f"{args.run}: its weights take {size / 1e6:.1f} MB in {args.dtype}; see --max_mb")
     write(new / "config.json", portable(config))
-    measured = score(task, new, [*trained.HERE, *flags])
+    if task in trained.PROGRAMS:
+        vocabulary_of(args.run, flags).save(new / vocabulary.FILE)
+    measured = score(task, new, flags)
     limit = args.partial or next(PARTIAL[count] for count in PARTIAL if count in measured["test"])
-    short = score(task, new, [*trained.HERE, *flags], limit)
+    short = score(task, new, flags, limit)
     splits = ("valid", "test")
     write(
         new / "weights.json",

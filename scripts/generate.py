@@ -5,8 +5,8 @@
 
 The text goes to standard output, with a line feed for each `<eos>`, the speed to standard error. The model reads the
 prompt from a zero state, as the first words (or characters) of a text. A line feed in the prompt is `<eos>`, and an
-empty prompt is a single `<eos>`. All words must be in the vocabulary, which comes from the model's data. The same seed
-gives the same text on the same machine.
+empty prompt is a single `<eos>`. All words must be in the vocabulary, which lies beside the weights; the data are only
+read where it does not. The same seed gives the same text on the same machine.
 """
 
 import functools
@@ -19,38 +19,14 @@ from collections.abc import Sequence
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
-import torch
-
 from scripts import trained
 from scripts.common import check_bounds
-from trellisnet.data.corpus import EOS, unknown_tokens
-from trellisnet.data.text import normalised
-from trellisnet.errors import NAME, UserError, shown
-from trellisnet.evaluation.generate import Sampling, generate
+from trellisnet.data.corpus import EOS
+from trellisnet.errors import UserError, shown
+from trellisnet.evaluation.generate import Sampling
 from trellisnet.models import count_parameters
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import Parser
-
-UNKNOWN = "<unk>"
-
-
-def encode(prompt: str, model: trained.Trained) -> list[int]:
-    """Ids of the tokens of a prompt.
-
-    Raises:
-        UserError: a token is not in the vocabulary.
-    """
-    ids = {token: i for i, token in enumerate(model.corpus.vocabulary)}
-    tokens = model.config.spell(normalised(prompt))
-    if unknown := unknown_tokens(tokens, ids):
-        instead = [token for token in (unknown[0].lower(), UNKNOWN) if token in ids]
-        advice = f"write {' or '.join(instead)} for it" if instead else "leave it out"
-        first, more = repr(model.config.text(unknown[:1])), " (nor are others of it)" * (len(unknown) > 1)
-        raise UserError(
-            f"--prompt: {shown(first, NAME)} is not among the {len(ids):,} {model.config.token} of the "
-            f"vocabulary{more}; {advice}"
-        )
-    return [ids[token] for token in tokens]
 
 
 def wrapped(text: str, width: int) -> str:
@@ -80,29 +56,26 @@ def run(argv: Sequence[str]) -> None:
     except ValueError as e:
         raise UserError(f"--{e}") from e
     model = trained.load(args, flags)
-    prompt = encode(args.prompt, model)
-    start = prompt or [model.corpus.vocabulary.index(EOS)]
+    vocabulary = model.vocabulary
+    try:
+        prompt = vocabulary.encode_prompt(args.prompt)
+    except UserError as e:
+        raise UserError(f"--{e}") from e
     if not prompt:
         print(f"empty prompt: starting from {EOS}, the end of a line", file=sys.stderr)
-
-    tokens = torch.tensor([start] * args.samples, device=model.device)
-    generator = torch.Generator().manual_seed(args.seed)
-    with model.config.autocast(model.device):
-        begin = time.perf_counter()
-        drawn = generate(model.model, tokens, args.length, sampling, generator=generator)
-        texts = torch.stack([token.cpu() for token in drawn], dim=1).tolist()
-        seconds = time.perf_counter() - begin
-    for i, ids in enumerate(texts, 1):
+    begin = time.perf_counter()
+    texts = model.continuations(prompt, args.length, sampling, samples=args.samples, seed=args.seed)
+    seconds = time.perf_counter() - begin
+    for i, text in enumerate(texts, 1):
         if args.samples > 1:
             print(f"--- {i} ---")
-        text = model.config.text(model.corpus.vocabulary[id_] for id_ in [*prompt, *ids])
         if sys.stdout.isatty():  # a word of the vocabulary may be an escape code
             text = "\n".join(map(shown, text.split("\n")))
         print(wrapped(text, args.width))
-    count, parameters = args.length * args.samples, count_parameters(model.model)
+    count, parameters, noun = args.length * args.samples, count_parameters(model.model), vocabulary.spelling.noun
     print(
-        f"{count:,} {model.config.token} in {seconds:.1f} s, {count / seconds:,.0f} {model.config.token}/s, "
-        f"prompt of {len(start):,} included; {model.config.model}, {parameters:,} parameters, {model.device}",
+        f"{count:,} {noun} in {seconds:.1f} s, {count / seconds:,.0f} {noun}/s, "
+        f"prompt of {len(prompt) or 1:,} included; {model.config.model}, {parameters:,} parameters, {model.device}",
         file=sys.stderr,
     )
 

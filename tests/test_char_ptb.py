@@ -10,6 +10,7 @@ from char_ptb.model import Config, build_model
 from char_ptb.train import main
 from trellisnet.data import corpus, penn
 from trellisnet.data.corpus import EOS, SPLITS
+from trellisnet.data.spelling import STREAMS
 from trellisnet.models import count_parameters
 from trellisnet.training.config import PROJECT, build_parser, parse
 
@@ -21,8 +22,8 @@ HAS_PENN = (PENN / "test.txt").is_file()
 
 def test_the_two_spellings():
     text = " a bc \n d <unk> \n"
-    assert list(data.authors(text)) == [*" a bc ", EOS, *" d <unk> ", EOS]
-    assert list(data.standard(text)) == [*"a_bc", EOS, *"d_<unk>", EOS]
+    assert list(STREAMS["authors"].tokens(text)) == [*" a bc ", EOS, *" d <unk> ", EOS]
+    assert list(STREAMS["standard"].tokens(text)) == [*"a_bc", EOS, *"d_<unk>", EOS]
     # Only `standard` ends a last line without a line feed by `<eos>`.
     assert data.symbols([text, "x y", "\n"]) == {
         "authors": {"train": 17, "valid": 3, "test": 1}, "standard": {"train": 13, "valid": 4, "test": 1},
@@ -93,7 +94,7 @@ def test_bits_per_character_with_both_denominators(run, text, tmp_path, stream):
         result = metrics[split]
         assert result["bpc"] == pytest.approx(result["loss"] / math.log(2))
         assert result[f"bpc_{stream}"] == pytest.approx(result["bpc"])
-        bits = {name: result[f"bpc_{name}"] * spelled[name][split] for name in data.STREAMS}
+        bits = {name: result[f"bpc_{name}"] * spelled[name][split] for name in STREAMS}
         assert bits["authors"] == pytest.approx(bits["standard"])  # the same bits, divided by different numbers
     assert metrics["test"]["bpc"] < 3.5  # 3.9 at first, of 15 symbols
     other = {"authors": "standard", "standard": "authors"}[stream]

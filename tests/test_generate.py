@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from char_ptb import data as characters
 from scripts import generate as program
 from trellisnet.baselines import AWDLSTM, RHN, TCN
 from trellisnet.data import corpus
 from trellisnet.data.corpus import EOS
+from trellisnet.data.spelling import SPELLINGS, STREAMS
+from trellisnet.data.vocabulary import Vocabulary
+from trellisnet.evaluation import pretrained
 from trellisnet.evaluation.generate import PIECE, Reader, Sampling, generate
 from trellisnet.models import TrellisLanguageModel
 
@@ -153,14 +155,14 @@ def test_prompts_are_spelled_like_the_text():
     assert corpus.open_words("the cat\n sat ") == ["the", "cat", EOS, "sat"]
     assert corpus.open_words("the cat\n") == ["the", "cat", EOS]
     assert corpus.open_words("") == []
-    assert characters.PROMPTS["authors"](" a b") == [*" a b"]
-    assert characters.PROMPTS["authors"]("a\nb\n") == ["a", EOS, "b", EOS]
-    assert characters.PROMPTS["standard"](" a b ") == [*"a_b_"]  # the last space is meant: the line goes on
-    assert characters.PROMPTS["standard"](" a b \n\n c") == [*"a_b", EOS, EOS, "c"]
+    authors, standard = (STREAMS[name].open_tokens for name in ("authors", "standard"))
+    assert authors(" a b") == [*" a b"]
+    assert authors("a\nb\n") == ["a", EOS, "b", EOS]
+    assert standard(" a b ") == [*"a_b_"]  # the last space is meant: the line goes on
+    assert standard(" a b \n\n c") == [*"a_b", EOS, EOS, "c"]
     for text in ("", "one two", "one\ntwo three\n", "\n\na"):
-        assert corpus.joined_words(corpus.open_words(text)) == text
-        for stream, spell in characters.PROMPTS.items():
-            assert characters.TEXTS[stream](spell(text)) == text
+        for spelling in SPELLINGS.values():
+            assert spelling.text(spelling.open_tokens(text)) == text
 
 
 # --- the program
@@ -192,8 +194,7 @@ def test_text_from_a_run(script, run_folder, sizes):
 
 
 def test_escape_codes_in_a_vocabulary_do_not_reach_a_terminal(script, run_folder, monkeypatch):
-    config = program.trained.PROGRAMS["word_ptb"].config_class
-    monkeypatch.setattr(config, "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
+    monkeypatch.setattr(Vocabulary, "text", lambda *_: "a \x1b[2Jword\nof \x9b31m two")
     assert script("--run", run_folder, "--width", 0)[1] == "a \x1b[2Jword\nof \x9b31m two\n"
     monkeypatch.setattr(program.sys.stdout, "isatty", lambda: True)
     assert script("--run", run_folder, "--width", 0)[1] == "a \\x1b[2Jword\nof \\x9b31m two\n"
@@ -240,11 +241,11 @@ def test_mistakes_are_one_line(script, run_folder, arguments, message):
 
 
 def test_lack_of_memory_is_one_line(script, run_folder, monkeypatch):
-    monkeypatch.setattr(program, "generate", lambda *_, **__: torch.empty(2**50))
+    monkeypatch.setattr(pretrained, "generate", lambda *_, **__: torch.empty(2**50))
     code, text, err = script("--run", run_folder, "--prompt", "the old boat")
     assert (code, text) == (1, "")
     assert err == "failed: out of memory; ask for less at once, or pass another --device\n"
-    monkeypatch.setattr(program, "generate", lambda *_, **__: torch.empty(2) @ torch.empty(3))
+    monkeypatch.setattr(pretrained, "generate", lambda *_, **__: torch.empty(2) @ torch.empty(3))
     with pytest.raises(RuntimeError, match="size"):  # a mistake of the program stays one
         script("--run", run_folder, "--prompt", "the old boat")
 

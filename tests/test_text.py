@@ -18,6 +18,7 @@ from trellisnet import weights
 from trellisnet.data import corpus
 from trellisnet.data import text as text_files
 from trellisnet.data.corpus import EOS, SPLITS
+from trellisnet.data.spelling import STREAMS, UNDERSCORE
 from trellisnet.data.text import Part, Texts, normalised
 from trellisnet.errors import UserError
 from trellisnet.training import checkpoint
@@ -251,14 +252,14 @@ def test_an_end_of_line_in_the_text_is_warned_of(tmp_path, monkeypatch, load, bl
 
 def test_in_the_standard_stream_a_space_is_not_an_underscore(tmp_path):
     text = " a_b c \n_\n"
-    underscore = char_ptb.data.UNDERSCORE
-    assert list(char_ptb.data.standard(text)) == ["a", underscore, "b", "_", "c", EOS, underscore, EOS]
-    assert list(char_ptb.data.authors(text)) == [*" a_b c ", EOS, "_", EOS]
+    underscore, standard, authors = UNDERSCORE, STREAMS["standard"], STREAMS["authors"]
+    assert list(standard.tokens(text)) == ["a", underscore, "b", "_", "c", EOS, underscore, EOS]
+    assert list(authors.tokens(text)) == [*" a_b c ", EOS, "_", EOS]
     for stream, spelled in (("standard", "a_b c\n_\n"), ("authors", text)):
-        tokens = list(char_ptb.data.STREAMS[stream](text))
-        assert char_ptb.data.TEXTS[stream](tokens) == spelled
-        assert char_ptb.data.PROMPTS[stream](text) == tokens
-    assert char_ptb.data.open_standard("a\n b_ ") == ["a", EOS, "b", underscore, "_"]
+        tokens = list(STREAMS[stream].tokens(text))
+        assert STREAMS[stream].text(tokens) == spelled
+        assert STREAMS[stream].open_tokens(text) == tokens
+    assert standard.open_tokens("a\n b_ ") == ["a", EOS, "b", underscore, "_"]
     loads = [char_ptb.data.load(written(tmp_path / t, [f"a{t}b\n", "a b\n", "b\n"]), stream="standard") for t in "_ "]
     assert [load.vocabulary for load in loads] == [["a", underscore, "b", EOS, "_"], ["a", "_", "b", EOS]]
     assert [load.changed for load in loads] == ["with <underscore> for every _ in it", ""]

@@ -58,7 +58,7 @@ def test_train_score_and_the_files_of_a_run(run, tmp_path):
     code, out, err, metrics = run()
     assert (code, err) == (0, "")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl",
+        "config.json", "log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl", "vocabulary.json",
     }  # fmt: skip
     wanted = "task preset command version commit params data epochs steps best_epoch complete valid test seconds"
     assert set(f"{wanted} device threads precision backend seed".split()) <= metrics.keys()
@@ -308,7 +308,7 @@ def test_the_authors_weights_get_their_scores(tmp_path, capsys):
         (["--eval_batch_size", "60"], "error: the corpus is too short for these settings: valid: rows of 4 tokens"),
         (
             ["--eval"],
-            "error: --eval: scores trained weights; pass --load_weight FILE, or weights that come with it: --config",
+            "error: --eval: scores trained weights; pass --run FOLDER or --load_weight; a model that comes with it",
         ),
         (
             ["--eval_batch_size", "60", "--eval", "--load_weight", "x"],
@@ -362,8 +362,7 @@ def test_scoring_needs_weights_except_on_synthetic_text(run):
     assert "NOTICE: no --load_weight: scoring untrained weights" in out
     assert metrics["test"]["ppl"] > 1
     code, _, err, _ = run("--eval")
-    shipped = re.search(r"--config (\S+) --load_weight (\S+)\n", err)
-    assert shipped[1] == shipped[2]
+    shipped = re.search(r"comes with it: --run (\S+)\n", err)
     config = json.loads((Path(shipped[1]) / "config.json").read_text())
     assert (code, config["task"]) == (2, "word_ptb")
 

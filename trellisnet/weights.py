@@ -11,7 +11,8 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from trellisnet import baselines, serialization
 from trellisnet.baselines import SparseEmbedding
 from trellisnet.core import TrellisNet
+from trellisnet.data import PROJECT
 from trellisnet.errors import NAME, ArgumentError, UserError, counted, shown
 from trellisnet.heads import SplitSoftmax
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
@@ -234,6 +236,41 @@ def locate(path: str | os.PathLike) -> str | os.PathLike:
     if os.path.isfile(checkpoint):
         advice = f"it is written after the first epoch, or now by train.py --resume {checkpoint} --max_steps 1"
     raise UserError(f"{path}: the folder holds no {FILE}; {advice}")
+
+
+class Summary(NamedTuple):
+    """What a weight file says of the model that it belongs to.
+
+    Args:
+        vocabulary: digest of its vocabulary; None if the file names none.
+        cutoffs: borders of its softmax's bands.
+        channels: input channels of its first convolution; 0 without one.
+    """
+
+    vocabulary: str | None
+    cutoffs: list[int]
+    channels: int
+
+
+def summarise(path: str | os.PathLike) -> Summary:
+    """Return what a weight file says of its model.
+
+    Raises:
+        UserError: as in :func:`load_weights`.
+    """
+    loaded = serialization.load(path, WHAT)
+    state, metadata = _unique(loaded, path, str), _metadata(loaded)
+    vocabulary, cutoffs = metadata.get("vocabulary"), metadata.get("cutoffs")
+    if not isinstance(cutoffs, list) or not all(type(border) is int for border in cutoffs):
+        cutoffs = []
+    kernels = [tensor for tensor in state.values() if tensor.dim() == 3 and tensor.size(2) > 1]
+    channels = kernels[0].size(1) if kernels else 0
+    return Summary(vocabulary if isinstance(vocabulary, str) else None, cutoffs, channels)
+
+
+def shipped() -> list[Path]:
+    """Return the folders in `results/` of the checkout that hold weights."""
+    return [path.parent for path in sorted((PROJECT / "results").glob(f"*/{FILE}"))]
 
 
 def task_beside(path: str | os.PathLike) -> Any:

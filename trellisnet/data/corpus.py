@@ -54,8 +54,8 @@ class Corpus:
 
     @property
     def vocabulary_sha256(self) -> str:
-        """Digest of the tokens in order of their ids, joined by line feeds."""
-        return hashlib.sha256("\n".join(self.vocabulary).encode("utf-8")).hexdigest()
+        """Digest of the vocabulary."""
+        return digest_of_tokens(self.vocabulary)
 
     def renamed(self, label: str) -> "Corpus":
         """Return the same corpus under another label."""
@@ -183,6 +183,11 @@ def digest(texts: Iterable[str]) -> str:
     for text in texts:
         total.update(text.encode("utf-8"))
     return total.hexdigest()
+
+
+def digest_of_tokens(tokens: Iterable[str]) -> str:
+    """Return the sha256 of a vocabulary in hexadecimal: of its tokens in order of their ids, joined by line feeds."""
+    return hashlib.sha256("\n".join(tokens).encode("utf-8")).hexdigest()
 
 
 def batchify(ids: Tensor, batch_size: int) -> Tensor:

@@ -1,7 +1,6 @@
 """The program behind every train.py: settings, device, run folder, training or scoring, metrics file, exit code."""
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from trellisnet import console, serialization, weights
+from trellisnet.data import vocabulary
 from trellisnet.errors import LINE, NAME, RunError, UserError, counted, from_system, shown
 from trellisnet.models import count_parameters
 from trellisnet.training import checkpoint
@@ -296,7 +297,9 @@ class _Program:
             self.stack.enter_context(alone(path.parent))
             config, resumed, notice = _resume(self.cls, path, given)
         if config.eval and not config.load_weight and config.data != "synthetic":
-            raise UserError(f"--eval: scores trained weights; pass --load_weight FILE{_shipped(config)}")
+            raise UserError(
+                f"--eval: scores trained weights; pass --run FOLDER or --load_weight FILE{_shipped(config)}"
+            )
         if config.metrics:
             check_metrics_path(config.metrics, None if config.eval else config.folder())
         return config, resumed, notice
@@ -346,7 +349,12 @@ class _Program:
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "ranks")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
-            save_weights = functools.partial(weights.save_weights, vocabulary=splits.vocabulary, task=config.task)
+
+            def save_weights(model: nn.Module, path: Path) -> None:
+                if splits.tokens is not None:
+                    splits.tokens.save(path.with_name(vocabulary.FILE))
+                weights.save_weights(model, path, vocabulary=splits.vocabulary, task=config.task)
+
             first_command = resumed["command"] if resumed else command
             result = Trainer(
                 task, splits, config, folder, optimizer, schedule, save_weights, command=first_command,
@@ -401,10 +409,10 @@ class _Program:
 
 def _shipped(config: RunConfig) -> str:
     """How to score the trained models of this task that come with the project; "" if there are none."""
-    folders = [path.parent for path in sorted((PROJECT / "results").glob(f"*/{weights.FILE}"))]
-    ours = [os.path.relpath(folder) for folder in folders if weights.task_beside(folder / weights.FILE) == config.task]
-    others = f" (or those of {', '.join(ours[1:])})" if ours[1:] else ""
-    return f", or weights that come with it: --config {ours[0]} --load_weight {ours[0]}{others}" if ours else ""
+    task = config.task
+    ours = [os.path.relpath(path) for path in weights.shipped() if weights.task_beside(path / weights.FILE) == task]
+    others = f" (or {', '.join(ours[1:])})" if ours[1:] else ""
+    return f"; a model that comes with it: --run {ours[0]}{others}" if ours else ""
 
 
 def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:

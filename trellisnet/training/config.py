@@ -24,11 +24,13 @@ from trellisnet import serialization
 from trellisnet.data import PROJECT
 from trellisnet.errors import NAME, ArgumentError, UserError, shown
 from trellisnet.training.hardware import HardwareConfig
-from trellisnet.training.settings import GROUPS, default_of, flag_of, properties_of, setting
+from trellisnet.training.settings import GROUPS, Settings, default_of, flag_of, properties_of, setting
 
 SWITCHED = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 SCHEDULES = ("step", "cosine", "onecycle")
 RUN_FOLDER = "(last.pt of the run folder)"  # value of --resume without a file
+# What a run chose for its own machine is chosen again for this one.
+AUTOMATIC = dict.fromkeys(("device", "backend", "gemm", "gates", "cuda_graph"), "auto") | {"threads": 0}
 RUN, OPTIMISATION, EVALUATION = "run and checkpoints", "optimisation", "evaluation"
 
 
@@ -59,6 +61,10 @@ class RunConfig(HardwareConfig):
     load_weight: str = setting(
         "", "start from weights in the authors' layout (.pkl), or from a run's folder", group=RUN
     )
+    run: str = setting(
+        "", "with --eval: folder of a run whose settings and weights to take; flags override", group=EVALUATION,
+        process=True,
+    )  # fmt: skip
     eval: bool = setting(False, "score the validation and test data without training", group=EVALUATION, process=True)
     metrics: str = setting("", "write one JSON object with the results to FILE", group=EVALUATION, process=True)
 
@@ -169,7 +175,12 @@ class RunConfig(HardwareConfig):
         if self.schedule == "onecycle" and self.warmup == 1:
             raise UserError("--warmup 1: with --schedule onecycle expected 0 or at least 2 updates")
         if self.eval and self.resume:
-            raise UserError("--eval and --resume exclude each other; to score a run pass --load_weight RUN/weights.pkl")
+            raise UserError("--eval and --resume exclude each other: to score a run pass --run FOLDER --eval")
+        if self.run and not self.eval:
+            raise UserError(
+                f"--run {self.run}: scores a run, with --eval; continue it with --resume {self.run}, or start another "
+                f"one from its weights with --config {self.run} --load_weight {self.run}"
+            )
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other: one continues a run, the other deletes it")
 
@@ -364,7 +375,14 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
         UserError: an unknown flag or an invalid value.
     """
     flags = vars(build_parser(cls).parse_args(argv))
-    explicit = {**(read_config_file(cls, flags["config"]) if "config" in flags else {}), **flags}
+    explicit = {}
+    if flags.get("run"):
+        if doubled := [name for name in ("config", "load_weight", "resume") if flags.get(name)]:
+            raise UserError(f"--run and --{doubled[0]} exclude each other: --run names settings and weights at once")
+        explicit = read_config_file(cls, flags["run"], "--run") | AUTOMATIC | {"load_weight": flags["run"]}
+    elif "config" in flags:
+        explicit = read_config_file(cls, flags["config"])
+    explicit |= flags
     if "preset" in explicit:
         explicit["preset"] = cls.preset_of(explicit)
     return from_settings(cls, explicit), explicit
@@ -381,7 +399,26 @@ def from_settings(cls: type[Config], explicit: dict[str, Any]) -> Config:
     return config
 
 
-def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
+def restored(cls: type[Config], content: dict[str, Any], where: str, changes: dict[str, Any]) -> Config:
+    """Settings of a finished run for a base class of its task's, which lacks some of them and has no presets.
+
+    Args:
+        cls: what to make.
+        content: the settings that the run has stored.
+        where: names their file.
+        changes: settings that replace them.
+
+    Raises:
+        UserError: a value of another type or out of range.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    kept = check_settings(cls, {name: value for name, value in content.items() if name in names}, where)
+    config = cls(**kept | {"preset": "default"} | changes)
+    Settings.validate(config)  # of each setting; those of tasks and presets have been checked before training
+    return config
+
+
+def read_config_file(cls: type[RunConfig], path: str, flag: str = "--config") -> dict[str, Any]:
     """Read settings from a JSON file, such as the config.json of a run, or from the folder of a run.
 
     Raises:
@@ -390,23 +427,43 @@ def read_config_file(cls: type[RunConfig], path: str) -> dict[str, Any]:
     if os.path.isdir(path):
         folder, path = path, os.path.join(path, "config.json")
         if not os.path.isfile(path):
-            raise UserError(f"--config {folder}: the folder holds no config.json; name a run's folder or a JSON file")
-    try:
-        content = json.loads(serialization.read_regular(path))
-    except OSError as e:
-        raise UserError(f"--config {path}: cannot be read ({e.strerror})") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"--config {path}: not JSON ({e})") from e
-    task = None
+            raise UserError(f"{flag} {folder}: the folder holds no config.json; name a run's folder or a JSON file")
+    content, task = _read_json(path, f"{flag} {path}"), None
     if isinstance(content, dict):
         task, content = content.get("task"), content.get("settings", content)
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected a JSON object of settings")
+        raise UserError(f"{flag} {path}: expected a JSON object of settings")
     if task not in (None, cls.task):
         raise UserError(
-            f"--config {path}: holds settings of {shown(task, NAME)}, not of {cls.task}; name a run of this task"
+            f"{flag} {path}: holds settings of {shown(task, NAME)}, not of {cls.task}; name a run of this task"
         )
-    return check_settings(cls, content, f"--config {path}")
+    return check_settings(cls, content, f"{flag} {path}")
+
+
+def read_run_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read the config.json of a run; its "task" is a text and its "settings" are a dict, both not checked further.
+
+    Raises:
+        UserError: it is missing, unreadable or not one of a run.
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file; name the folder of a run")
+    content = _read_json(path, path)
+    if not isinstance(content, dict) or not (
+        isinstance(content.get("task"), str) and isinstance(content.get("settings"), dict)
+    ):
+        raise UserError(f"{path}: names no task and settings; expected the config.json of a run")
+    return content
+
+
+def _read_json(path: str, where: str) -> Any:
+    try:
+        return json.loads(serialization.read_regular(path))
+    except OSError as e:
+        raise UserError(f"{where}: cannot be read ({e.strerror})") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not JSON ({e})") from e
 
 
 def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Settings and program that all language models share; a task folder adds data, defaults and presets."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from trellisnet.baselines import SparseEmbedding, sparse
-from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, joined_words, only_held_out, open_words
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, only_held_out
+from trellisnet.data.spelling import WORDS, Spelling
+from trellisnet.data.vocabulary import Vocabulary
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training.core_config import CoreConfig
@@ -29,7 +31,6 @@ class LanguageModelConfig(CoreConfig):
     """Settings that the language models share, under the authors' names."""
 
     data_settings: ClassVar = ("data", "vocab_order")
-    token: ClassVar[str] = "words"  # noun for the entries of the vocabulary
     # In these the authors' rules for the learning rate differ; see trellisnet.training.optim.Schedule.
     plateau_factor: ClassVar[float] = 4.0
     plateau_floor: ClassVar[float] = 0.0
@@ -176,13 +177,10 @@ class LanguageModelConfig(CoreConfig):
         """Return the cut-offs of a split softmax for this vocabulary; None for another head."""
         return None
 
-    def spell(self, text: str) -> list[str]:
-        """Split a text to be continued, such as a prompt, into tokens."""
-        return open_words(text)
-
-    def text(self, tokens: Iterable[str]) -> str:
-        """Join tokens to text, with a line feed for `<eos>`."""
-        return joined_words(tokens)
+    @property
+    def spelling(self) -> Spelling:
+        """The spelling of text in tokens."""
+        return WORDS
 
     def make_task(self, model: TrellisLanguageModel, corpus: Corpus, **options: Any) -> LanguageModeling:
         """Build the task; `options` are those of :class:`LanguageModeling`."""
@@ -241,7 +239,7 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
         log_epsilon=config.log_epsilon(),
         embedding_dropout=config.emb_dropout,
         embedding_dropout_per_row=config.emb_dropout_rows,
-        embedding_init=config.core.embedding_init(config.token),
+        embedding_init=config.core.embedding_init(config.spelling.noun),
         output_dropout=config.dropout,
         **options,
     )
@@ -311,11 +309,12 @@ class LanguageModelProgram(Program):
             sizes=tokens,
             extra_evaluations=config.extra_evaluations(task, corpus, rows),
             vocabulary=corpus.vocabulary_sha256,
-            notices=(*corpus.notices, *_only_held_out(corpus, config.token)),
+            tokens=Vocabulary(corpus.vocabulary, config.spelling),
+            notices=(*corpus.notices, *_only_held_out(corpus, config.spelling.noun)),
             changed=corpus.changed,
             stored_sha256=corpus.stored_sha256,
         )
-        facts = {"training tokens": tokens[0], config.token: len(corpus.vocabulary)}
+        facts = {"training tokens": tokens[0], config.spelling.noun: len(corpus.vocabulary)}
         if not config.eval:
             facts["steps an epoch"] = steps
         facts["softmax"] = f"mixture of {config.n_experts}" if config.n_experts else "plain"

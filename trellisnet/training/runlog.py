@@ -298,7 +298,7 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 
 class RunFolder:
-    """The folder of a run: config.json, log.txt, metrics.jsonl, last.pt, best.pt, weights.pkl.
+    """The folder of a run: config.json, log.txt, metrics.jsonl, last.pt, best.pt, weights.pkl, vocabulary.json.
 
     Until all epochs are done, last.previous.pt is the previous last.pt.
 
@@ -313,7 +313,7 @@ class RunFolder:
     """
 
     FILES = ("config.json", "log.txt", "metrics.jsonl", "metrics.json")
-    FILES += ("last.pt", "last.previous.pt", "best.pt", "weights.pkl")
+    FILES += ("last.pt", "last.previous.pt", "best.pt", "weights.pkl", "vocabulary.json")
 
     def __init__(self, path: Path, *, fresh: bool, overwrite: bool = False, tensorboard: bool = False):
         self.path = path

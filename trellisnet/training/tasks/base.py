@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from trellisnet.data.vocabulary import Vocabulary
 from trellisnet.errors import UserError
 
 Losses = dict[str, Tensor]
@@ -119,6 +120,7 @@ class Splits:
         sizes: of train, valid and test, in the task's units.
         extra_evaluations: scores to report at the end besides valid and test: name → (method, data).
         vocabulary: digest of the meaning of ids or positions, stored with the weights.
+        tokens: what the ids stand for, written beside the weights; None if the data have no vocabulary.
         choices: facts to store in config.json.
         notices: lines for the user.
         changed: how the data are read now, if version 0.1.0 read them differently.
@@ -133,6 +135,7 @@ class Splits:
     sizes: tuple[int, int, int]
     extra_evaluations: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
     vocabulary: str | None = None
+    tokens: Vocabulary | None = None
     choices: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     changed: str = ""

@@ -296,7 +296,10 @@ class LanguageModeling(Task):
         Args:
             stream: 1-D int64; all but its first token are scored.
             batch_size: windows of history mode scored side by side, unless the stream is read as one row.
-            max_tokens, progress: as in :meth:`evaluate`, which also describes the result and the errors.
+            max_tokens, progress: as in :meth:`evaluate`, which also describes the result.
+
+        Raises:
+            ValueError: the stream has fewer than two tokens.
         """
         rows, windows = stream.unsqueeze(0), self.evaluation_windows
         if not windows.context:

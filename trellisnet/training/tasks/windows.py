@@ -107,11 +107,11 @@ class Windows:
             nothing before it, is a group by itself and scored from its start.
 
         Raises:
-            ValueError: the row is shorter than one window.
+            ValueError: the row has fewer than two tokens.
         """
-        starts = self.starts(length)
-        if not starts:
+        if length < 2:
             raise no_window(length)
+        starts = self.starts(length) or range(1)
         full = [start for start in starts[1:] if start + self.length < length]
         groups = [(0, [0])] + [(self.context, full[i : i + batch_size]) for i in range(0, len(full), batch_size)]
         groups += [(self.context, [start]) for start in starts[1 + len(full) :]]

@@ -1,0 +1,74 @@
+"""From text to tokens and back: words, or characters in one of two streams.
+
+`words`: split at white space, `<eos>` at the end of every line. `authors`: every character is a symbol, the two spaces
+around a line of the Penn Treebank too, and the line feed is `<eos>`. `standard`: the stream of Mikolov's character
+files, which AWD-LSTM and most of the literature use: lines are stripped, a space is `_`, and every line ends with
+`<eos>`. On the Penn Treebank the two streams differ by two spaces per line, which carry no information. It has no `_`
+of its own; that of another text is `<underscore>` in the standard stream, lest it be taken for a space.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from trellisnet.data.corpus import EOS, joined_words, open_words, words
+
+SPACE, UNDERSCORE = "_", "<underscore>"
+_AUTHORS = {"\n": EOS}
+_STANDARD = {"\n": EOS, " ": SPACE, SPACE: UNDERSCORE}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How text is spelled in tokens.
+
+    Args:
+        name: key in `SPELLINGS`.
+        noun: the tokens in the plural.
+        tokens: from whole lines to their tokens; a missing line feed at the end may be added.
+        open_tokens: from a text whose last line goes on, such as a prompt, to its tokens.
+        text: from tokens to text.
+    """
+
+    name: str
+    noun: str
+    tokens: Callable[[str], Iterable[str]]
+    open_tokens: Callable[[str], list[str]]
+    text: Callable[[Iterable[str]], str]
+
+
+def _authors(text: str) -> Iterator[str]:
+    return map(_AUTHORS.get, text, text)
+
+
+def _open_authors(text: str) -> list[str]:
+    return list(_authors(text))
+
+
+def _standard(text: str) -> Iterator[str]:
+    stripped = "".join(f"{line.strip()}\n" for line in text.removesuffix("\n").split("\n"))
+    return map(_STANDARD.get, stripped, stripped)
+
+
+def _open_standard(text: str) -> list[str]:
+    """The end of the last line is not stripped."""
+    *lines, last = text.split("\n")
+    ended = _standard("\n".join([*lines, ""])) if lines else ()
+    last = last.lstrip()
+    return [*ended, *map(_STANDARD.get, last, last)]
+
+
+def _joined(tokens: Iterable[str], characters: dict[str, str]) -> str:
+    return "".join(characters.get(token, token) for token in tokens)
+
+
+def _inverse(symbols: dict[str, str]) -> Callable[[Iterable[str]], str]:
+    return functools.partial(_joined, characters={symbol: character for character, symbol in symbols.items()})
+
+
+WORDS = Spelling("words", "words", words, open_words, joined_words)
+STREAMS = {
+    "authors": Spelling("authors", "symbols", _authors, _open_authors, _inverse(_AUTHORS)),
+    "standard": Spelling("standard", "symbols", _standard, _open_standard, _inverse(_STANDARD)),
+}
+SPELLINGS = {WORDS.name: WORDS, **STREAMS}
