@@ -312,4 +312,4 @@ def test_mistakes_with_run_are_one_line(run_folder, tmp_path, capsys):
         assert main(flags) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
     assert programs.get("char_ptb").main(["--run", folder, "--eval"]) == 2
-    assert "config.json: is of word_ptb, not of char_ptb" in capsys.readouterr().err
+    assert "config.json: holds settings of word_ptb, not of char_ptb" in capsys.readouterr().err
