@@ -143,7 +143,7 @@ class Config(CoreConfig):
     helps: ClassVar = {
         "data": "examples are always generated; 'synthetic' says so",
         "nhid": "hidden channels",
-        "batch_size": "examples of a training batch",
+        "batch_size": "examples in a training batch",
         "eval_batch_size": "examples evaluated at a time",
     }
 

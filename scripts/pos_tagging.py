@@ -65,7 +65,7 @@ class Config(RunConfig):
     }  # fmt: skip
     helps: ClassVar = {
         "data": "'synthetic' for sentences drawn from a chain of tags, instead of files",
-        "batch_size": "sentences of a training batch",
+        "batch_size": "sentences in a training batch",
         "eval_batch_size": "sentences evaluated at a time",
     }
 

@@ -148,7 +148,7 @@ def test_a_broken_triton_counts_as_missing(monkeypatch):
 
 
 def test_products_are_chosen_once(run, tmp_path, monkeypatch):
-    """By measurement where it matters; a continued run keeps the choice, a deterministic one follows a fixed rule."""
+    """By measurement where it matters; a resumed run keeps the choice, a deterministic one follows a fixed rule."""
     monkeypatch.setattr(cores, "MEASURED", 1)
     monkeypatch.setattr(gemm, "fastest", lambda *_: "mm")
     assert run(word_main, *TEXT, "--max_steps", 1)[3]["gemm"] == "mm"
@@ -210,6 +210,6 @@ def test_a_cpu_without_bfloat16_computes_the_same_and_reports_it(run, monkeypatc
     monkeypatch.setattr(ops.gemm, "usable", lambda route, device, dtype: route == "mm")
     code, out, err, metrics = run(word_main, *TEXT, *model, "--precision", "bf16", "--max_steps", 1)
     assert (code, err, metrics["precision"]) == (0, "", "bf16")
-    notice = "this CPU has no bfloat16 instructions: --precision fp32 is several times faster on it"
+    notice = "this CPU has no bfloat16 instructions; --precision fp32 is several times faster on it"
     assert notice in out.splitlines()
     assert notice not in run(word_main, *TEXT, *model, "--max_steps", 1, out="fp32")[1]

@@ -317,7 +317,7 @@ def test_the_authors_weights_get_their_scores(tmp_path, capsys):
         (["--load_weight", "/"], "error: /: the folder holds no weights.pkl; name weights in the authors' layout"),
         (["--seq_len", "400", "--horizon", "399", "--batch_size", "8"], "error: the corpus is too short"),
         (["--load_weight", "nothing.pkl"], "error: nothing.pkl: no such file"),
-        (["--load", "model.pt"], "error: --load model.pt: a pickled whole model"),
+        (["--load", "model.pt"], "error: --load model.pt: refused, because a pickled model"),
         (["--metrics", "/nowhere/m.json", "--max_steps", "1"], "error: --metrics /nowhere/m.json: cannot be written"),
     ],
 )
@@ -399,7 +399,7 @@ IMPOSSIBLE = {
     "--clip -1": (2, "error: --clip: expected at least 0, got -1.0"),
     "--threads 2147483647": (2, "error: --threads: expected at most 1,024, got 2,147,483,647"),
     "--optim Adam --momentum 0.5": (2, "error: --optim Adam: does not work with lr 0.03, weight_decay"),
-    "--optim LBFGS": (2, "error: --optim LBFGS: needs to evaluate the loss several times a step"),
+    "--optim LBFGS": (2, "error: --optim LBFGS: needs to evaluate the loss several times per step"),
     "--alpha 1e38": (1, "failed: the first batch has loss "),
     "--beta 1e38": (1, "failed: the first batch has loss "),
     "--metrics last.pt": (2, "error: --metrics last.pt: runs keep something else under this name"),
