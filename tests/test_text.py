@@ -321,7 +321,7 @@ def test_a_checkpoint_of_a_text_that_was_read_otherwise_is_refused_with_this_rea
     written(folder, LONG, STORED["CR LF"])
     assert run("word_ptb", "--resume", last, "--max_steps", 5)[0] == 0  # it is the same text
     stored = b"".join((folder / f"{split}.txt").read_bytes() for split in SPLITS)
-    started_by_an_earlier_version(last, hashlib.sha256(stored).hexdigest())
+    started_by_an_earlier_version(last, hashlib.sha256(stored).hexdigest(), "0" * 64)
     (tmp_path / "run" / "best.pt").unlink(missing_ok=True)
     code, _, err = run("word_ptb", "--resume", last, "--max_steps", 6)
     assert code == 2
@@ -332,6 +332,21 @@ def test_a_checkpoint_of_a_text_that_was_read_otherwise_is_refused_with_this_rea
     )
     started_by_an_earlier_version(last, "0" * 64)
     assert "the data differ from those the run was started on" in run("word_ptb", "--resume", last)[2]
+
+
+@pytest.mark.parametrize("stream", ["standard", "authors"])
+def test_a_checkpoint_of_the_same_symbols_from_other_files_is_continued(run, tmp_path, stream):
+    """An earlier version dropped CR at the end of a line with the spaces of the standard stream; to the authors' stream
+    it was a symbol of its own."""
+    folder, last = written(tmp_path / "text", LONG, STORED["CR LF"]), tmp_path / "run" / "last.pt"
+    assert run("char_ptb", *SMALL, "--stream", stream, "--data", folder, "--out", tmp_path / "run")[0] == 0
+    stored = b"".join((folder / f"{split}.txt").read_bytes() for split in SPLITS)
+    old = [*char_ptb.data.load(folder, stream=stream).vocabulary]
+    old += ["\r"] * (stream == "authors")
+    sha256, vocabulary = (hashlib.sha256(content).hexdigest() for content in (stored, "\n".join(old).encode()))
+    started_by_an_earlier_version(last, sha256, vocabulary)
+    code, _, err = run("char_ptb", "--resume", last, "--max_steps", 6)
+    assert (code, "now they are read without" in err) == ((2, True) if stream == "authors" else (0, False))
 
 
 def test_a_checkpoint_of_a_stream_without_underscores_is_refused_with_this_reason(run, tmp_path):

@@ -151,6 +151,8 @@ class Splits:
         if fingerprint == self.fingerprint:
             return
         if self.changed and fingerprint[0] in (self.sha256, self.stored_sha256):
+            if fingerprint[1:] == self.fingerprint[1:]:  # the change shows in the files, but in no id
+                return
             raise UserError(
                 f"the run was started by a version that read these data differently: now they are read {self.changed}; "
                 "start a new run, or continue it with that version (see its log.txt)"
