@@ -13,7 +13,7 @@ from trellisnet.training.tasks import LanguageModeling
 
 
 def by_hand(task, rows, window, theta, weight):
-    """Grave et al. as AWD-LSTM's `pointer` has it: whole distributions, a position at a time."""
+    """Grave et al. as in AWD-LSTM's `pointer`: full distributions, position by position."""
     model, total, tokens = task.model.eval(), 0.0, 0
     windows = task.evaluation_windows
     skip = windows.context
@@ -54,7 +54,7 @@ def test_the_definition(head, core, repackage):
 
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
 @pytest.mark.parametrize(("head", "core"), MODELS)
-def test_with_no_share_it_is_static(head, core, repackage):
+def test_with_a_share_of_zero_the_score_is_static(head, core, repackage):
     task, rows = make(head, core, repackage, torch.float32), text(3, 50)
     task.model.train()
     static = task.evaluate(rows)
@@ -97,7 +97,7 @@ def test_a_text_that_repeats_itself_is_remembered(head, core):
     assert evaluate(past, Cache(20, 1.0, 0.3))["loss"] < evaluate(past, Cache(20, 1.0, 0.0))["loss"] - 0.15
 
 
-def test_a_word_that_is_not_there_keeps_its_share_of_the_model():
+def test_a_word_outside_the_cache_keeps_its_share_of_the_model():
     task, rows = make(), torch.zeros(1, 40, dtype=torch.int64)
     rows[0, -1] = 5
     past = collect(task, rows)
@@ -107,7 +107,7 @@ def test_a_word_that_is_not_there_keeps_its_share_of_the_model():
     assert with_it < without
 
 
-def test_no_table_over_the_vocabulary_or_the_text_is_made(monkeypatch):
+def test_no_table_over_the_vocabulary_or_the_text_is_built(monkeypatch):
     model, largest = make(dtype=torch.float32).model, []
     past = collect(LanguageModeling(model, horizon=500, repackage=True), text(1, 6000))
     logsumexp = torch.Tensor.logsumexp
@@ -143,7 +143,7 @@ def test_the_best_of_the_grid_is_chosen():
         ((1, 1.0, 1.0), "lambda: expected a share in"),
     ],
 )
-def test_what_cannot_be_is_named(settings, message):
+def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Cache(*settings)
 

@@ -17,7 +17,7 @@ def events(folder, kind):
     return [record for record in records if record["event"] == kind]
 
 
-def test_a_run_goes_on_from_small_files(tmp_path, capsys):
+def test_a_run_continues_from_small_files(tmp_path, capsys):
     whole, run, small, again = (tmp_path / name for name in ("whole", "run", "small", "again"))
     assert main([*MODEL, "--epochs", "3", "--out", str(whole)]) == 0
     assert main([*MODEL, "--epochs", "1", "--out", str(run)]) == 0
@@ -39,7 +39,7 @@ def test_a_run_goes_on_from_small_files(tmp_path, capsys):
 
     before, ours, theirs = events(small, "epoch"), events(again, "epoch"), events(whole, "epoch")
     assert [e["valid_loss"] for e in before] == [e["valid_loss"] for e in theirs[:1]]
-    assert ours[0]["train_loss"] < before[0]["train_loss"] - 0.1  # it does not begin anew
+    assert ours[0]["train_loss"] < before[0]["train_loss"] - 0.1  # it does not start over
     for ours_, theirs_ in zip(ours, theirs[1:], strict=True):
         assert ours_["train_loss"] == pytest.approx(theirs_["train_loss"], rel=0.02)
         assert ours_["valid_loss"] == pytest.approx(theirs_["valid_loss"], rel=0.02)

@@ -1,4 +1,4 @@
-"""Several ranks: what one process would compute, one message, and an end for all."""
+"""Several ranks compute what one process would, print one message and end together."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def _threads():
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Call mains on so many ranks: exit codes, a list for each rank; what was printed, and written on stderr."""
+    """Call mains on `size` ranks: a list of exit codes for each rank, standard output and standard error."""
 
     def call(size, *plan, flags=(), timeout=200):
         (tmp_path / "driver.py").write_text(DRIVER)
@@ -83,7 +83,7 @@ def torchrun(tmp_path):
 
 
 def assert_same(ours, theirs):
-    """Weights, optimiser, carried state and all random numbers."""
+    """Compare weights, optimiser, carried state and all random numbers."""
     a, b = (checkpoint.load(folder / "last.pt") for folder in (ours, theirs))
     for key in ("model", "optimizer", "carry", "rng", "rng_others", "step", "epoch", "schedule", "best"):
         assert checkpoint.sha256_of(a[key]) == checkpoint.sha256_of(b[key]), key
@@ -131,8 +131,8 @@ def test_every_rank_but_the_first_has_random_numbers_of_its_own():
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_the_status_of_a_step_says_what_is_not_finite(index):
-    """Loss, gradient, and a carried state of two tensors; either of them counts."""
+def test_the_status_of_a_step_names_what_is_not_finite(index):
+    """Of the loss, the gradient, and the two tensors of a carried state."""
     finite = torch.ones(4, dtype=torch.bool)
     assert Ranks().reduce_status(finite, late=False, signum=0) == StepStatus(True, True, True, False, 0)
     finite[index] = False
@@ -169,7 +169,7 @@ def test_ranks_compute_what_one_does(tmp_path):
 
 
 def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
-    """Wrong settings, a whole run, one that a signal to one rank stops, its continuation, one that fails, a score."""
+    """Bad settings, a full run, one that a signal to one rank stops, its continuation, one that fails, a score."""
     capsys.readouterr()
     short, bands = [*MODEL, "--max_steps", "100"], ["--cutoffs", 20, 50]
     to = lambda name: ["--metrics", tmp_path / f"{name}.json"]  # noqa: E731
@@ -209,7 +209,7 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     assert "peak memory: rank 0 0." in log
     assert json.loads((out["whole"] / "config.json").read_text())["ranks"] == 2
 
-    # One process goes on with what two have begun, and two have gone on with what one had.
+    # One process continues the run of two, and two have continued the run of one.
     last = checkpoint.load(out["whole"] / "last.pt")
     assert last["carry"][0].size(0) == 24
     assert len(last["rng_others"]) == 1
@@ -255,7 +255,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-def test_torchrun_ends_when_a_rank_dies_and_goes_on_with_three(tmp_path, torchrun, dies):
+def test_torchrun_ends_when_a_rank_dies_and_three_continue(tmp_path, torchrun, dies):
     flags = [*MODEL, "--checkpoint_steps", "20", "--max_steps", "90"]
     codes, _, err = torchrun(3, ["word_ptb", "kill", dies, 50, *flags, "--out", tmp_path / "parts"], timeout=120)
     assert codes == [[1], [1]]
@@ -313,7 +313,7 @@ ranks.leave()
 """
 
 
-def test_what_ranks_tell_each_other(tmp_path):
+def test_values_that_ranks_exchange(tmp_path):
     said = [process.communicate(timeout=100)[1].splitlines() for process in started(tmp_path, 2, code=TALK)]
     assert said[0][:2] == ["UserError rank 1: nothing there", "RunError rank 1: full (x)"]
     assert said[1][:2] == ["UserError nothing there", "RunError full (x)"]
@@ -338,7 +338,7 @@ def test_two_machines_are_one_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_the_first_ranks_folder_is_told_once(tmp_path, torchrun):
+def test_an_error_of_the_first_ranks_folder_is_printed_once(tmp_path, torchrun):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "foreign").write_text("x")
     codes, _, err = torchrun(2, ["word_ptb", *MODEL, "--out", tmp_path / "run"])
@@ -346,7 +346,7 @@ def test_an_error_of_the_first_ranks_folder_is_told_once(tmp_path, torchrun):
     assert err.count("error: ") == 1
 
 
-# Every rank has a working directory of its own, as on machines of their own, and rank 1 other versions if asked.
+# Each rank has its own working directory, as on a machine of its own, and rank 1 differs as the plan says.
 DIFFERENT = """
 import json, os, sys
 import torch, trellisnet, numpy, word_ptb.train

@@ -64,7 +64,7 @@ def static_result(task, rows, segment=3, **options):
 
 
 def make(head="softmax", core="trellis", repackage=True, dtype=torch.float64):
-    """A task; dropout is set everywhere, and must not act."""
+    """A task with all dropouts set, which must not act."""
     torch.manual_seed(3)
     options = {"output_dropout": 0.4, "input_dropout": 0.3, "embedding_dropout": 0.2} | HEADS[head] | CORES[core]
     width = E if core == "rhn" else 8
@@ -166,7 +166,7 @@ def test_segments_shorter_than_the_horizon(core, repackage):
         assert abs(evaluate(task, rows, Update("sgd", 0.3, 0.01), segment=1)["loss"] - loss) > 1e-6
 
 
-def test_without_a_step_a_stream_is_static_to_the_bit():
+def test_with_a_rate_of_zero_a_stream_is_bit_equal_to_static():
     task, rows = make(repackage=False, dtype=torch.float32), text(3, 60)
     long = LanguageModeling(task.model, horizon=3, seq_len=20)
     assert long.streams(long.segments(4))
@@ -180,7 +180,7 @@ def test_without_a_step_a_stream_is_static_to_the_bit():
 
 @pytest.mark.parametrize("repackage", [True, False], ids=["carried", "history"])
 @pytest.mark.parametrize(("head", "core"), MODELS)
-def test_without_steps_it_is_static_to_the_bit_and_leaves_nothing(head, core, repackage):
+def test_with_a_rate_of_zero_the_score_is_bit_equal_to_static_and_leaves_nothing(head, core, repackage):
     # With gradients, torch's LSTMs in single precision have other last digits on a CPU.
     dtype = torch.float64 if "lstm" in core else torch.float32
     task, rows = make(head, core, repackage, dtype), text(3, 30)
@@ -226,7 +226,7 @@ def test_a_segment_is_scored_before_it_is_learned_from():
         assert torch.equal(a[0], b[0]) == (HORIZON + 3 * (i + 1) <= 30), i
 
 
-def test_the_history_is_that_of_the_weights_of_now():
+def test_the_history_is_computed_with_the_current_weights():
     # A context of two positions, under weights that have taken steps: its features differ from what was scored before.
     task, rows = make(repackage=False), text(1, 20)
     model, update, trained = task.model.eval(), Update("sgd", 0.5, 0.0), weights_of(make(repackage=False).model)
@@ -242,7 +242,7 @@ def test_the_history_is_that_of_the_weights_of_now():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out"), KeyboardInterrupt(), Interrupted(15)])
-def test_weights_are_put_back_whatever_happens(error):
+def test_weights_are_restored_even_after_an_error(error):
     task = make()
     before, calls = weights_of(task.model), []
 
@@ -259,7 +259,7 @@ def test_weights_are_put_back_whatever_happens(error):
 
 
 @pytest.mark.parametrize("core", ["awd-lstm", "sparse-lstm"])
-def test_without_a_rate_nothing_is_learned_and_no_gradient_taken(core):
+def test_with_a_rate_of_zero_no_gradient_is_computed(core):
     task, rows = make(core=core, dtype=torch.float32), text(3, 30)
     kept = []
     found = evaluate(task, rows, Update("sgd", 0.0, 0.1), visit=lambda *_: kept.append(task.model.head.bias.clone()))
@@ -267,7 +267,7 @@ def test_without_a_rate_nothing_is_learned_and_no_gradient_taken(core):
     assert all(torch.equal(bias, kept[0]) for bias in kept)
 
 
-def test_a_loss_that_is_not_finite_ends_it_and_the_weights_return():
+def test_a_loss_that_is_not_finite_ends_the_evaluation_and_restores_the_weights():
     task = make(dtype=torch.float32)
     before = weights_of(task.model)
     result = evaluate(task, text(1, 200), Update("sgd", 1e30, 0.0))
@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_ends_it_and_the_weights_return():
     assert all(torch.equal(before[name], value) for name, value in task.model.state_dict().items())
 
 
-def test_tied_weights_are_one_and_frozen_ones_stay():
+def test_tied_weights_are_updated_once_and_frozen_ones_stay():
     task = make()
     assert len(gradient_statistics(task, text())) == len(list(task.model.parameters()))
     task.model.core.bias.requires_grad_(False)
@@ -298,7 +298,7 @@ def test_statistics_of_a_part_and_in_groups_of_rows():
     assert not torch.equal(whole[0], gradient_statistics(task, rows)[0])
 
 
-def test_in_bfloat16_every_segment_has_the_weights_of_now():
+def test_in_bfloat16_every_segment_sees_the_current_weights():
     rows = text(1, 5).repeat(1, 30)
     for core in ("trellis", "reference", "awd-lstm"):
         task = make(core=core, dtype=torch.float32)
@@ -341,7 +341,7 @@ def test_the_best_of_the_grid_is_chosen():
         (lambda: make().segments(0), "length: expected at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_is_named(call, message):
+def test_impossible_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -361,7 +361,7 @@ COMMANDS = {
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs a main; gives exit code, standard output, standard error and the metrics (or None)."""
+    """Run a main: exit code, standard output, standard error and the metrics (or None)."""
     threads = torch.get_num_threads()
 
     def call(main, *argv, base=SMALL):
@@ -452,7 +452,7 @@ def test_without_steps_the_program_reports_the_static_score(run, tmp_path):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_finished_scores_outlive_what_is_ended_after_them(run, tmp_path, monkeypatch, capsys, signum, code):
+def test_finished_scores_survive_a_later_one_that_is_ended(run, tmp_path, monkeypatch, capsys, signum, code):
     main, flags = word_ptb.train.main, "--repack --seq_len 0 --optim Adam --lr 0.01".split()
     assert run(main, *flags, "--max_steps", 5, "--out", tmp_path / "run")[0] == 0
     there = [*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl", "--cache", 30, 1, 0.1]
@@ -471,7 +471,7 @@ def test_finished_scores_outlive_what_is_ended_after_them(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("way", ["--cache 5 1 0.1", "--dynamic_eval", "--dynamic_eval --dynamic_eval_tune"])
-def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
+def test_a_rank_that_receives_a_signal_ends_the_others(way, monkeypatch):
     config, _ = parse(
         word_ptb.train.Config, [*SMALL, *"--repack --seq_len 0 --eval --load_weight x".split(), *way.split()]
     )
@@ -514,20 +514,20 @@ def test_a_rank_that_is_told_to_end_takes_the_others_with_it(way, monkeypatch):
         ("--eval --recite --cache 9 1 .1", "--recite: is scored window by window; leave out "),
     ],
 )
-def test_what_makes_no_sense_is_one_line(run, argv, message):
+def test_settings_that_make_no_sense_are_one_line(run, argv, message):
     code, _, err, _ = run(word_ptb.train.main, *argv.split(), "--seq_len", 12)
     assert code == 2
     assert message in err
     assert (err.startswith("error: "), err.count("\n")) == (True, 1)
 
 
-def test_images_have_neither(run):
+def test_images_have_no_adaptive_scores(run):
     for flag in ("--cache", "--dynamic_eval"):
         code, _, err, _ = run(pmnist.train.main, flag, base=["--data", "synthetic"])
         assert (code, err) == (2, f"error: unknown argument {flag}; --help lists the flags\n")
 
 
-def test_a_settings_file_says_nothing_of_it(run, tmp_path):
+def test_a_settings_file_leaves_them_out(run, tmp_path):
     (tmp_path / "c.json").write_text('{"dynamic_eval": true}')
     code, _, err, _ = run(word_ptb.train.main, "--config", tmp_path / "c.json", "--eval")
     assert code == 2

@@ -1,4 +1,4 @@
-"""The engine, driven with a task of its own: it must not know language models."""
+"""The engine, driven by a task of this file: it must not depend on language models."""
 
 import json
 import math
@@ -116,7 +116,7 @@ def test_resumed_within_an_epoch_it_ends_bit_equal(tmp_path):
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def test_a_resumed_run_lets_go_of_the_checkpoint_and_copies_nothing(tmp_path, monkeypatch):
+def test_a_resumed_run_frees_the_checkpoint_and_copies_nothing(tmp_path, monkeypatch):
     run(tmp_path / "run", epochs=1, optim="Adam")
     written, read = [], []
     save, load = checkpoint.save, checkpoint.load
@@ -147,7 +147,7 @@ def test_a_checkpoint_has_the_weights_and_their_average(tmp_path):
 @pytest.mark.parametrize("cut", [3, 8, 12])  # within an epoch before there is a best one, later, and after an epoch
 def test_recipes_are_continued_bit_equal(tmp_path, settings, cut):
     def start(path, *bad_at, **more):
-        """An epoch has six batches, of which one is skipped in all."""
+        """Train on epochs of six batches; one batch of the run is skipped."""
         schedule = make_schedule(Config(lr=0.05, epochs=4, **settings), lambda _: 6)
         options = {"optim": "Adam", "ema": 0.8, "skip_bad_steps": 1}
         return run(path, task=Regression(bad_at=bad_at), schedule=schedule, **options, **more)
@@ -203,7 +203,7 @@ def test_a_moving_average_is_scored_and_saved_and_skipped_steps_are_not_in_it(tm
     assert result.test["loss"] == cut.evaluate(splits().test)["loss"]
 
 
-def test_what_a_run_leaves_and_says(tmp_path):
+def test_files_and_lines_of_a_run(tmp_path):
     task, result, said = run(tmp_path / "run")
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert files == {"log.txt", "metrics.jsonl", "last.pt", "best.pt", "weights.pkl"}
@@ -220,7 +220,7 @@ def test_what_a_run_leaves_and_says(tmp_path):
 
 
 def test_the_model_ends_with_the_best_weights(tmp_path):
-    # A rate that grows every epoch spoils what was learned: the best epoch is not the last.
+    # A rate that grows every epoch undoes what was learned: the best epoch is not the last.
     schedule = Schedule(0.05, anneal=1, factor=0.02)
     task, result, _ = run(tmp_path / "run", epochs=8, schedule=schedule, optim="Adam")
     history = checkpoint.load(tmp_path / "run" / "last.pt")["schedule"]["history"]
@@ -267,7 +267,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_steps_that_are_not_finite_can_be_skipped(tmp_path, fault):
-    """As if they were not in the data, but for the random numbers; a continued run skips no more than are allowed."""
+    """They act as if missing from the data, random numbers aside; a continued run skips no more than allowed."""
     faulty = lambda *at: Regression(bad_at=at, fault=fault)  # noqa: E731
     options = {"skip_bad_steps": 2, "optim": "Adam"}
     whole, result, said = run(tmp_path / "whole", task=faulty(3, 8), **options)
@@ -298,7 +298,7 @@ def test_an_epoch_of_nothing_but_skipped_steps_ends(tmp_path):
     assert len([line for line in said if line.startswith("skipped: ")]) == 6
 
 
-def test_the_checkpoint_before_the_last_is_kept_until_all_is_done(tmp_path):
+def test_the_previous_checkpoint_is_kept_until_the_run_is_done(tmp_path):
     run(tmp_path / "run", max_steps=8)
     assert checkpoint.load(tmp_path / "run" / "last.previous.pt")["step"] == 6
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 8
@@ -306,7 +306,7 @@ def test_the_checkpoint_before_the_last_is_kept_until_all_is_done(tmp_path):
     assert not (tmp_path / "run" / "last.previous.pt").exists()
 
 
-def test_best_and_last_exchanged_are_told_apart(tmp_path):
+def test_exchanged_best_and_last_are_detected(tmp_path):
     run(tmp_path / "run", max_steps=8)
     last, best = (tmp_path / "run" / name for name in ("last.pt", "best.pt"))
     last.rename(tmp_path / "x")
@@ -341,7 +341,7 @@ def test_a_run_cut_short_in_its_first_epoch_scores_what_it_has(tmp_path):
 
 
 def test_the_log_is_never_behind_a_checkpoint(tmp_path, monkeypatch):
-    """Whenever last.pt takes its name, the records of all that it holds are on the disk."""
+    """Whenever last.pt appears, the records of everything in it are on the disk."""
     save, behind = checkpoint.save, []
 
     def saved(path, content):
@@ -388,7 +388,7 @@ def test_durations(seconds, shown):
         (2000, "about 10m00s per epoch, 3h20m in all, without evaluation"),
     ],
 )
-def test_the_time_told_is_that_of_the_steps_to_come(max_steps, shown):
+def test_the_estimated_time_is_that_of_the_steps_to_come(max_steps, shown):
     assert duration_line(10.0, 60, Config(epochs=20, max_steps=max_steps)) == shown
 
 
@@ -428,7 +428,7 @@ def test_numbers_have_their_nouns():
 
 
 def damage(path, change):
-    """Change a checkpoint, whose sum is right afterwards."""
+    """Change a checkpoint and its digest with it."""
     content = checkpoint.load(path)
     change(content)
     checkpoint.save(path, content)

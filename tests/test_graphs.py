@@ -1,5 +1,5 @@
-"""Steps that are recorded and replayed. No device here records, so that what stands for one calls the function again
-and copies what it makes to where the recorded results and gradients lie: all but CUDA's own part is what runs there."""
+"""Steps that are recorded and replayed. No device here records, so a stand-in calls the function again and copies its
+results and gradients to where the recorded ones lie: everything but CUDA's own part runs as it does there."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ CUDA = torch.device("cuda")
 
 
 class Player:
-    """A recorder whose recordings are calls. While it records, nothing is computed: random numbers are put back."""
+    """A recorder whose replays are calls. Recording computes nothing, so it restores the random numbers."""
 
     def __init__(self, parameters, counts):
         self.parameters, self.counts = parameters, counts
@@ -56,7 +56,7 @@ class Player:
 
 @pytest.fixture
 def counts(monkeypatch):
-    """What was recorded and replayed, of runs on the CPU with --cuda_graph on."""
+    """Numbers of recordings and replays of runs on the CPU with --cuda_graph on."""
     found = Counter()
     monkeypatch.setattr(RunConfig, "no_graph", lambda *_: "")
     monkeypatch.setattr(engine, "CUDARecorder", lambda device: None)
@@ -65,7 +65,7 @@ def counts(monkeypatch):
 
 
 def kept(folder):
-    """Everything a run has computed: the last weights and optimizer, and the losses on the way."""
+    """The results of a run: its last weights and optimiser state, and all losses."""
     content = torch.load(folder / "last.pt", weights_only=True)["content"]
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     content["settings"].pop("cuda_graph", None)
@@ -98,7 +98,7 @@ IMAGES = """--data synthetic --preset small --nhid 8 --batch_size 4 --max_eval_t
     ],
     ids=["carried", "accumulate", "history", "images", "recipe"],
 )
-def test_a_replayed_run_is_the_run(main, flags, counts, tmp_path, capsys):
+def test_a_replayed_run_equals_the_run(main, flags, counts, tmp_path, capsys):
     for graph in ("off", "on"):
         assert main([*flags, "--out", str(tmp_path / graph), "--cuda_graph", graph]) == 0, capsys.readouterr().err
     assert_same(kept(tmp_path / "on"), kept(tmp_path / "off"))
@@ -119,7 +119,7 @@ def test_a_replayed_run_is_continued(counts, tmp_path, capsys):
     assert_same((ours[0], [], ours[2]), (theirs[0], [], theirs[2]))
 
 
-def test_a_step_that_is_not_finite_is_left_out_of_a_replayed_run(counts, tmp_path):
+def test_a_replayed_run_skips_a_step_that_is_not_finite(counts, tmp_path):
     weights = []
     for graph in ("off", "on"):
         # While it records, the function is called once more.
@@ -213,7 +213,7 @@ def test_where_steps_are_recorded(config, flags, reason, monkeypatch):
     assert settings.no_graph(torch.device("cpu")) == "needs a CUDA device, got cpu"
 
 
-def test_it_is_refused_where_there_is_no_such_device(tmp_path, capsys):
+def test_graphs_are_refused_without_a_cuda_device(tmp_path, capsys):
     assert word_main([*TEXT, "--out", str(tmp_path / "run"), "--device", "cpu", "--cuda_graph", "on"]) == 2
     error = "error: --cuda_graph on: needs a CUDA device, got cpu; pass auto or off\n"
     assert capsys.readouterr().err == error

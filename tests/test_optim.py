@@ -86,7 +86,7 @@ def test_schedule_switches_to_averaging_at_the_first_plateau_and_never_anneals_a
     assert rates == [(2.0, False), (2.0, False), (20.0, True), (20.0, True), (20.0, True)]
 
 
-def test_averaged_swaps_and_puts_back_also_after_an_error():
+def test_averaged_swaps_and_restores_even_after_an_error():
     p = nn.Parameter(torch.tensor([1.0]))
     optimizer = make_averaging([p], RunConfig(lr=1.0))
     seen = []
@@ -108,7 +108,7 @@ def test_averaged_swaps_and_puts_back_also_after_an_error():
 
 
 def rates_of_torch(make, updates, lr):
-    """What a scheduler of torch sets in the optimiser that trains."""
+    """The rates that a scheduler of torch sets in the optimiser it drives."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler, rates = make(optimizer), []
     for _ in range(updates):
@@ -144,7 +144,7 @@ def test_schedules_over_the_run_are_those_of_torch():
 
 
 @pytest.mark.parametrize(("name", "warmup"), [("step", 5), ("cosine", 0), ("cosine", 5), ("onecycle", 5)])
-def test_a_curve_goes_on_from_any_update_bit_equal(name, warmup):
+def test_a_curve_continues_from_any_update_bit_equal(name, warmup):
     whole = Curve(name, warmup, 30)
     factors = [whole.factor(n) for n in range(30)]
     assert len(set(factors)) > 5
@@ -153,7 +153,7 @@ def test_a_curve_goes_on_from_any_update_bit_equal(name, warmup):
         assert [curve.factor(n) for n in range(start, 30)] == factors[start:]
 
 
-def test_rules_after_epochs_are_of_step_alone():
+def test_rules_after_epochs_belong_to_step_alone():
     config = RunConfig(schedule="onecycle", lr=1.0, epochs=2)
     schedule = make_schedule(config, lambda _: 10, anneal=1, asgd=True)
     for epoch in (1, 2, 3):
@@ -186,7 +186,7 @@ def test_recipes_that_make_no_sense_are_refused(settings, message):
         RunConfig(**settings).validate()
 
 
-def test_a_moving_average_is_that_by_hand():
+def test_a_moving_average_equals_one_computed_by_hand():
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(3, dtype=torch.float64)), nn.Parameter(torch.randn(2, 2, dtype=torch.float64))]
     ema, optimizer, expected = EMA(weights, 0.9), torch.optim.SGD(weights, lr=0.3), None

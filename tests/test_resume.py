@@ -1,4 +1,4 @@
-"""Runs that are killed or interrupted, and continued: to the bit what they would have been."""
+"""Runs that are killed or interrupted and continued end bit-equal to uninterrupted ones."""
 
 import json
 import random
@@ -89,7 +89,7 @@ def assert_same(ours, theirs):
 
 
 def text_to_get_worse_at(folder):
-    """Validation lines read backwards: the better the training text is known, the worse they are predicted."""
+    """Validation lines read backwards: the better the training text is learned, the worse they are predicted."""
     folder.mkdir()
     lines = synthetic.texts()[0].splitlines()[:2000]
     (folder / "train.txt").write_text("\n".join(lines) + "\n")
@@ -127,7 +127,7 @@ def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, code):
+def test_a_signal_writes_a_checkpoint_and_prints_how_to_continue(tmp_path, signum, code):
     argv = [*MODEL, "--lr", "5"]
     stopped = interrupted(13, signum, *argv, "--out", tmp_path / "parts")
     assert stopped.returncode == code
@@ -146,7 +146,7 @@ def test_a_signal_writes_a_checkpoint_and_prints_the_way_on(tmp_path, signum, co
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_signal_from_outside_at_any_moment_is_taken(tmp_path):
+def test_a_signal_from_outside_is_handled_at_any_moment(tmp_path):
     command = [sys.executable, str(PROJECT / "word_ptb" / "train.py"), *MODEL, "--epochs", "99", "--out", "run"]
     options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, **options) as process:
@@ -170,7 +170,7 @@ def test_checkpoints_come_by_steps_and_by_minutes(tmp_path, flags):
 
 @pytest.mark.parametrize("windows", ["--max_steps 1", "--max_steps 3 --repack --seq_len 0 --horizon 7"])
 def test_slices_of_a_batch_give_its_gradient(tmp_path, windows):
-    """Updates in three slices are those of whole batches; dropout is off, for every slice draws masks of its own."""
+    """Updates in three slices equal those of undivided batches; without dropout, whose masks each slice draws anew."""
     argv = [*MODEL, *windows.split(), *"--lr 5 --clip 0".split()]
     argv += "--dropout 0 --dropouti 0 --dropouth 0 --emb_dropout 0 --wdrop 0".split()
     for slices in ("1", "3"):
@@ -190,7 +190,7 @@ def test_a_second_signal_does_not_interrupt_the_checkpoint(tmp_path):
 
 @pytest.fixture
 def cut(tmp_path):
-    """A run that was cut short in its second epoch, with best.pt, last.previous.pt and last.pt; and the whole one."""
+    """A run cut short in its second epoch, with best.pt, last.previous.pt and last.pt; and the uninterrupted run."""
     argv = [*MODEL, "--lr", "5", "--checkpoint_steps", "7"]
     assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
     steps = checkpoint.load(tmp_path / "whole" / "last.pt")["step"] // 3
@@ -199,8 +199,8 @@ def cut(tmp_path):
 
 
 @pytest.mark.parametrize("gone", [["last.pt"], ["last.pt", "last.previous.pt"]])
-@pytest.mark.parametrize("damage", ["spoilt", "cut", "missing"])
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(cut, capsys, gone, damage):
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_corrupt_checkpoint_is_replaced_by_the_previous_one(cut, capsys, gone, damage):
     folder, whole = cut
     assert len({checkpoint.load(folder / name)["step"] for name in ("last.pt", "last.previous.pt", "best.pt")}) == 3
     for name in gone:
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(cut, capsys, gone
         content[len(content) // 2] ^= 4
         (folder / name).unlink()  # the names may stand for one file
         if damage != "missing":
-            (folder / name).write_bytes(content if damage == "spoilt" else content[:1000])
+            (folder / name).write_bytes(content if damage == "changed" else content[:1000])
     capsys.readouterr()
     assert main(["--resume", str(folder / "last.pt"), "--max_steps", "0"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTICE: ")]
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(cut, capsys, gone
     assert_same(outcome(folder), whole)
 
 
-def test_nothing_whole_is_told_in_one_line(cut, capsys):
+def test_lack_of_an_intact_checkpoint_is_one_line(cut, capsys):
     folder, _ = cut
     for name in ("last.pt", "last.previous.pt", "best.pt"):
         (folder / name).unlink()
@@ -246,7 +246,7 @@ def test_a_checkpoint_beside_the_settings_of_another_run_is_refused(cut, capsys)
     assert main(["--resume", str(folder / "last.pt"), "--max_steps", "1"]) == 0
 
 
-def test_one_process_a_folder(tmp_path, capsys):
+def test_one_process_per_folder(tmp_path, capsys):
     argv = [*MODEL, "--lr", "5", "--max_steps", "3", "--out", str(tmp_path / "run")]
     assert main(argv) == 0
     capsys.readouterr()
@@ -260,7 +260,7 @@ def test_one_process_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_deterministic_runs_are_equal_to_the_bit(tmp_path, threads):
+def test_deterministic_runs_are_bit_equal(tmp_path, threads):
     argv = [*MODEL, "--lr", "5", "--max_steps", "12", "--deterministic", "--threads", threads]
     for out in ("a", "b"):
         code = f"import sys; from word_ptb.train import main; sys.exit(main({[*argv, '--out', str(tmp_path / out)]}))"

@@ -55,7 +55,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         write_json(tmp_path / "nowhere" / "m.json", "--metrics", {})
 
 
-def test_what_is_written(tmp_path):
+def test_config_log_and_records_of_a_run(tmp_path):
     folder = RunFolder(tmp_path / "run", fresh=True)
     folder.write_config(Config(), {"data": "abc"})
     folder.record("epoch", loss=1.5)
@@ -187,7 +187,7 @@ def test_metrics_go_to_standard_output_whatever_that_is(tmp_path):
 
 
 @pytest.mark.parametrize(("torn", "kept"), [('{"event": "epo', ""), ('{"event": "epoch"}', '{"event": "epoch"}\n')])
-def test_a_torn_last_line_does_not_spoil_the_next(tmp_path, torn, kept):
+def test_a_torn_last_line_does_not_corrupt_the_next(tmp_path, torn, kept):
     folder = RunFolder(tmp_path, fresh=True)
     folder.record("train", loss=1.5)
     folder.close()
@@ -234,7 +234,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path):
         (30.5, 64, 64, 33),
     ],
 )
-def test_a_busy_machine_is_told_of(monkeypatch, load, cores, threads, free):
+def test_a_busy_machine_is_reported(monkeypatch, load, cores, threads, free):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
     found = busy(threads)

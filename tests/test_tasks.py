@@ -106,7 +106,7 @@ def test_windows_begin_where_something_is_left_to_score(windows, stride, length,
 
 
 @pytest.mark.parametrize(("max_tokens", "count"), [(None, 3), (1, 1), (14, 1), (15, 2), (28, 2), (29, 3), (999, 3)])
-def test_windows_to_score_end_with_the_one_that_has_the_last_token_asked_for(max_tokens, count):
+def test_windows_to_score_end_with_the_one_that_reaches_max_tokens(max_tokens, count):
     assert len(Windows(5, 7).starts_to_score(rows(2, 21), max_tokens)) == count
     with pytest.raises(ValueError, match="rows of 6 tokens hold no window"):
         Windows(5, 7).starts_to_score(rows(2, 6), max_tokens)
@@ -186,7 +186,7 @@ def test_loss_terms():
 
 
 @pytest.mark.parametrize("aux_weight", [0.0, -1.0])
-def test_terms_that_are_off_are_zero_but_there(aux_weight):
+def test_terms_that_are_off_are_zero(aux_weight):
     data = rows(length=13)
     losses, _ = task(aux_weight=aux_weight, aux_every=2).loss(data[:, :-1], data[:, 1:])
     assert [losses[k].item() for k in ("aux", "alpha", "beta")] == [0, 0, 0]
@@ -221,7 +221,7 @@ def test_repackaging_carries_a_detached_state():
     assert losses["loss"] != fresh["loss"]
 
 
-def test_evaluate_is_the_token_weighted_mean_and_puts_the_mode_back():
+def test_evaluate_is_the_token_weighted_mean_and_restores_the_mode():
     t, data = task(seq_len=0, repackage=True, horizon=16, dropout=0.5), rows()
     t.model.train()
     result = t.evaluate(data)
@@ -362,8 +362,8 @@ def test_masks_without_a_latent_one_drop_no_latent():
     assert dropped != losses[0]
 
 
-def test_label_smoothing_is_that_of_cross_entropy_in_every_loss():
-    """Training losses of the last layer and of auxiliary ones; what is reported and scored stays as it is."""
+def test_every_loss_is_smoothed_as_by_cross_entropy():
+    """In training, auxiliary losses included; reported and evaluated losses stay as they are."""
     options = {"aux_weight": 0.3, "aux_every": 1}
     plain, smooth = task(**options), task(**options, label_smoothing=0.2)
     _, inputs, targets = next(plain.windows(rows()))

@@ -1,4 +1,4 @@
-"""A rank that hangs is named, one that works is not, and one rank speaks for all."""
+"""A rank that hangs is named, one that works is not, and only one rank reports."""
 
 import itertools
 
@@ -24,7 +24,7 @@ class Ranks:
             self.store.set(f"who {rank}", f"node{rank}, pid {100 + rank}")
 
     def arrive(self, *ranks):
-        """These ranks come to their next collective call, and wait there."""
+        """Let these ranks enter their next collective call and wait there."""
         for rank in ranks:
             self.progress[rank].calls += 1
             self.progress[rank].since = self.time
@@ -64,7 +64,7 @@ def test_the_first_rank_names_those_that_have_not_arrived(ranks):
     assert {rank for rank, _ in ranks.said} == {0}
 
 
-def test_the_lowest_of_the_others_speaks_when_the_first_hangs(ranks):
+def test_the_lowest_of_the_others_reports_when_the_first_hangs(ranks):
     ranks.arrive(1, 2)
     ranks.pass_time(330)
     assert ranks.said == [
@@ -98,7 +98,7 @@ def test_a_rank_whose_process_has_stopped_is_named_wherever_that_was(ranks, arri
     assert [line.split(" for ")[-1] for _, line in ranks.said] == ["rank 2 (node2, pid 102); still waiting"]
 
 
-def test_a_connection_that_hangs_is_no_ranks_fault(ranks):
+def test_a_connection_that_hangs_is_blamed_on_no_rank(ranks):
     ranks.arrive(0, 1, 2)
     ranks.pass_time(330)
     assert [rank for rank, _ in ranks.said] == [0]

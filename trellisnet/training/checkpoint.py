@@ -114,7 +114,7 @@ def _is_rng_state(value: Any) -> bool:
         return False
 
 
-# What a value of the layout must be like.
+# Checks of the values, by key of the layout.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "task": lambda v: isinstance(v, str),
     "settings": _is_table,
@@ -146,7 +146,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`rng_state` returned; CUDA states only where there are as many devices."""
+    """Restore what :func:`rng_state` returned; CUDA states only if there are as many devices."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -57,7 +57,7 @@ def main(cls: type[RunConfig], setup: Setup, argv: Sequence[str] | None = None) 
 
     Args:
         cls: the task's settings.
-        setup: builds what is to be trained.
+        setup: builds the task.
         argv: command-line arguments; None for those of the process.
 
     Returns:
@@ -138,7 +138,7 @@ def is_out_of_memory(e: Exception) -> bool:
 
 @contextlib.contextmanager
 def _silenced(ranks: Ranks) -> Iterator[None]:
-    """Discard what all ranks but the first print."""
+    """Discard the output of all ranks but the first."""
     if ranks.first:
         yield
         return
@@ -335,7 +335,7 @@ class _Program:
     ) -> Result:
         replaces = self.ranks.share(config.overwrite and resumed is None and _holds_files(config.folder()))
         with self.ranks.agreed():
-            # Whatever is wrong with the settings is found before an earlier run is deleted.
+            # Fail on bad settings before an earlier run is deleted.
             optimizer = make_optimizer(task.model.parameters(), config)
             if replaces:
                 rehearse(task, splits, config, self.ranks)

@@ -475,7 +475,7 @@ class Trainer:
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = self._evaluate(self.splits.test, "test")
-        if not self.best:  # in part of an epoch, what a weight file lacked has hardly been trained
+        if not self.best:  # less than an epoch has hardly trained what a weight file lacked
             valid, test = valid and valid | self.config.marks(), test | self.config.marks()
         if valid is not None:
             self._announce(score_line(self.task, "valid", valid))

@@ -68,8 +68,8 @@ def pip_install(package: str) -> str:
 
 def _is_on_path(name: str) -> bool:
     """Whether the shell finds the program beside this Python; environments may share one interpreter."""
-    found = shutil.which(name)
-    return found is not None and os.path.dirname(found) == os.path.dirname(sys.executable)
+    path = shutil.which(name)
+    return path is not None and os.path.dirname(path) == os.path.dirname(sys.executable)
 
 
 def _from_here(path: Path) -> str:

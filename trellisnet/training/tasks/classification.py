@@ -1,4 +1,4 @@
-"""Classification of whole sequences.
+"""Classification of sequences.
 
 Letters: n sequences, N batch, L length of a sequence, C channels.
 """
