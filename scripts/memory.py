@@ -120,7 +120,8 @@ class Config(CoreConfig):
         "default": {},
         "copy": {},
         "adding": {
-            "problem": "adding", "name": "adding", "nlevels": 10, "nhid": 93, "dilation": [2**i for i in range(10)],
+            "problem": "adding", "name": "adding", "nlevels": 5, "nhid": 66, "ksize": 4, "epochs": 8,
+            "dilation": [4**i for i in range(5)],
         },
         "awd-lstm": {"model": "awd-lstm", "name": "copy-lstm", "nlevels": 1, "nhid": 59},
         "awd-lstm-adding": {

@@ -10,7 +10,7 @@ copy_tcn() { train memory --preset tcn; }
 copy_awd_lstm() { train memory --preset awd-lstm; }
 copy_rhn() { train memory --preset rhn; }
 adding_trellisnet() { train memory --preset adding; }
-adding_trellisnet_short() { train memory --preset adding --nlevels 8; }
+adding_trellisnet_short() { train memory --preset adding --nlevels 4; }
 adding_tcn() { train memory --preset tcn-adding; }
 adding_awd_lstm() { train memory --preset awd-lstm-adding; }
 adding_rhn() { train memory --preset rhn-adding; }
