@@ -18,7 +18,7 @@ from trellisnet import weights
 from trellisnet.data.corpus import Corpus
 from trellisnet.data.vocabulary import FILE, Vocabulary
 from trellisnet.errors import NAME, UserError, shown
-from trellisnet.evaluation.pretrained import Pretrained, read_vocabulary, restore
+from trellisnet.evaluation.pretrained import Pretrained, read_vocabulary, restore, without_emulation
 from trellisnet.training import programs
 from trellisnet.training.config import parse, read_run_config
 from trellisnet.training.language_model import LanguageModelConfig, LanguageModelProgram
@@ -78,6 +78,8 @@ def _settings(args: argparse.Namespace, flags: Sequence[str]) -> LanguageModelCo
     config, _ = parse(PROGRAMS[task].config_class, [*run, *flags, "--eval"])
     if not config.load_weight:
         raise UserError(f"no weights: pass --load_weight FILE, or the folder of a run with --run (task {task})")
+    if not any(flag.startswith("--precision") for flag in flags):
+        config = without_emulation(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     return config

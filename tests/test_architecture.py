@@ -14,6 +14,7 @@ from trellisnet.training.programs import TASKS
 # Each layer may import from those after it.
 LAYERS = [
     "tasks",
+    "__main__",
     "evaluation",
     "training",
     "weights",

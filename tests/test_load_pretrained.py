@@ -188,8 +188,8 @@ def test_the_score_of_a_text_is_that_of_the_program_on_it_as_data(tmp_path):
         (tmp_path / f"{split}.txt").write_text(text)
     (tmp_path / "train.txt").symlink_to(PENN / "train.txt")  # the vocabulary is that of the whole corpus
     folder = PROJECT / "results" / "word_ptb_small"
-    expected = metrics_of(folder, tmp_path, "--data", tmp_path, "--eval_batch_size", 1)["test"]
-    result = load_pretrained("word_ptb_small").score(text)
+    expected = metrics_of(folder, tmp_path, "--data", tmp_path, "--eval_batch_size", 1, "--precision", "fp32")["test"]
+    result = load_pretrained("word_ptb_small", precision="fp32").score(text)
     assert math.isclose(result["loss"], expected["loss"], abs_tol=1e-6)
     assert (result["tokens"], result["unknown"]) == (expected["tokens"], {})
     assert 50 < result["ppl"] < 200

@@ -1,9 +1,10 @@
 """Trained models from the folders of their runs, without the data and the program that they were trained with."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -18,9 +19,12 @@ from trellisnet.training import classification, language_model
 from trellisnet.training.classification import ClassificationConfig
 from trellisnet.training.config import AUTOMATIC, did_you_mean, read_run_config, restored
 from trellisnet.training.core_config import CoreConfig
+from trellisnet.training.hardware import PRECISIONS
 from trellisnet.training.language_model import LanguageModelConfig
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import CharacterModeling, LanguageModeling
+
+Config = TypeVar("Config", bound=CoreConfig)
 
 
 @dataclass(kw_only=True)
@@ -142,11 +146,14 @@ def load_pretrained(
     Args:
         run: the folder, or the name of a model in `results/` of the checkout, such as "word_ptb_small".
         device: any torch device; "auto": CUDA if there is a device, else the CPU.
-        precision: of products and activations, fp32, tf32 or bf16; None: that of the training.
+        precision: of products and activations, fp32, tf32 or bf16; None: that of the training, but fp32 instead of
+            bf16 on a CPU without bfloat16 instructions.
 
     Raises:
         UserError: no such folder, a file of it is missing or corrupt, or files of different runs.
     """
+    if precision not in (None, *PRECISIONS):
+        raise UserError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     folder = _find(run)
     content, file = read_run_config(folder), weights.locate(folder)
     summary = weights.summarise(file)
@@ -160,7 +167,14 @@ def load_pretrained(
         vocabulary, kind = None, _ClassificationConfig
     else:
         raise UserError(f"{folder}: is a run of {shown(content['task'], NAME)}, not of a language or image model")
-    return restore(restored(kind, content["settings"], f"{folder / 'config.json'}", changes), vocabulary)
+    config = restored(kind, content["settings"], f"{folder / 'config.json'}", changes)
+    return restore(config if precision else without_emulation(config), vocabulary)
+
+
+def without_emulation(config: Config) -> Config:
+    """Replace bf16 by fp32 on a CPU without bfloat16 instructions, where it is several times slower."""
+    emulated = config.emulates_bf16(config.torch_device())
+    return dataclasses.replace(config, precision="fp32") if emulated else config
 
 
 def restore(config: CoreConfig, vocabulary: Vocabulary | None, changed: str = "") -> Pretrained:

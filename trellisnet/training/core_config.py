@@ -126,9 +126,13 @@ class CoreConfig(RunConfig):
             settings["core"] = settings["core"].core_name
         return {SETTINGS.get(name, name): value for name, value in settings.items()}
 
+    def emulates_bf16(self, device: torch.device) -> bool:
+        """Whether this device lacks the bfloat16 instructions that `precision` asks for."""
+        return self.precision == "bf16" and device.type == "cpu" and not gemm.usable("onednn", device, torch.bfloat16)
+
     def notices(self, device: torch.device) -> list[str]:
         notices = super().notices(device)
-        if self.precision == "bf16" and device.type == "cpu" and not gemm.usable("onednn", device, torch.bfloat16):
+        if self.emulates_bf16(device):
             notices.append("this CPU has no bfloat16 instructions; --precision fp32 is several times faster on it")
         return notices + self.core.notices(self, device)
 
