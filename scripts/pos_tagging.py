@@ -1,10 +1,11 @@
-"""Part-of-speech tagging by a bidirectional LSTM with a sparse embedding.
+"""Part-of-speech tagging by a bidirectional LSTM or TrellisNet with a sparse embedding.
 
 The model is that of Demeester et al. (2018), "Predefined Sparseness in Recurrent Sequence Models", section 4.3.
 
     python scripts/pos_tagging.py --train train.conll --valid dev.conll --test test.conll --emsize 20 --nhid 10 \\
         --emb_blocks 20 --emb_density 0.25 --epochs 50 --dropouti 0.2 --wdrop 0.2
     python scripts/pos_tagging.py --data synthetic --epochs 5
+    python scripts/pos_tagging.py --data synthetic --epochs 5 --model trellisnet --nlevels 4
 
 A line of a file has a word in its first column and the tag in its last; a blank line ends a sentence. The paper's text
 is licensed (LDC99T42) and not included; the synthetic text is drawn from a chain of tags. The flags of the training
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 from trellisnet.baselines import SparseEmbedding
 from trellisnet.baselines.lstm import WeightDropLSTM
-from trellisnet.core import check_lengths, check_tensor
+from trellisnet.core import TrellisNet, check_lengths, check_tensor
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS
 from trellisnet.data.text import Texts
 from trellisnet.errors import UserError
@@ -48,6 +49,7 @@ from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import AccuracyTask, Splits, evaluating
 from trellisnet.training.tasks.base import tracked
+from trellisnet.wrappers import both_ways
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # cross_entropy ignores the last
 COLUMN = re.compile(r"\S+", re.ASCII)  # words may contain other white space, such as a no-break space
@@ -56,7 +58,7 @@ Sentence = list[tuple[str, str]]
 
 @dataclass(kw_only=True)
 class Config(RunConfig):
-    """Tag parts of speech with a bidirectional LSTM on a sparse embedding."""
+    """Tag parts of speech with a bidirectional LSTM or TrellisNet on a sparse embedding."""
 
     task: ClassVar[str] = "pos_tagging"
 
@@ -73,7 +75,9 @@ class Config(RunConfig):
     valid: str = setting("", "file of tagged sentences", group="data")
     test: str = setting("", "file of tagged sentences", group="data")
     emsize: int = setting(100, "embedding width", group="model", at_least=1)
+    model: str = setting("lstm", "core of either direction", group="model", choices=("lstm", TrellisNet.core_name))
     nhid: int = setting(50, "hidden width of either direction", group="model", at_least=1)
+    nlevels: int = setting(8, "layers of a TrellisNet", group="model", at_least=1)
     emb_blocks: int = setting(
         1, "column blocks of the embedding, shorter for rarer words; 1: dense", group="model", at_least=1
     )
@@ -89,7 +93,7 @@ class Config(RunConfig):
         0.0, "dropout of whole words of the vocabulary", group="regularisation", rate="probability"
     )
     wdrop: float = setting(
-        0.0, "DropConnect on the recurrent matrix of either direction", group="regularisation", rate="probability"
+        0.0, "DropConnect on the recurrent weights of either direction", group="regularisation", rate="probability"
     )
 
     @classmethod
@@ -188,13 +192,14 @@ def encode(data: list[Sentence], words: dict[str, int], tags: dict[str, int], de
 
 
 class Tagger(nn.Module):
-    """Embedding, an LSTM in each direction, linear map, tanh, linear map.
+    """Embedding, an LSTM or TrellisNet in each direction, linear map, tanh, linear map.
 
     Args:
         vocab_size: V.
         n_tags: number of tags.
         embedding_size: E.
         hidden_size: H.
+        num_layers: layers of a TrellisNet; None for an LSTM.
         emb_blocks, emb_density: blocks and density of the :class:`trellisnet.baselines.sparse.SparseEmbedding`.
         dropout, input_dropout, embedding_dropout, weight_dropout: rates, see the flags of :class:`Config`.
     """
@@ -206,6 +211,7 @@ class Tagger(nn.Module):
         embedding_size: int,
         hidden_size: int,
         *,
+        num_layers: int | None = None,
         emb_blocks: int = 1,
         emb_density: float = 1.0,
         dropout: float = 0.0,
@@ -216,9 +222,11 @@ class Tagger(nn.Module):
         super().__init__()
         self.dropout, self.input_dropout, self.embedding_dropout = dropout, input_dropout, embedding_dropout
         self.embedding = SparseEmbedding(vocab_size, embedding_size, blocks=emb_blocks, density=emb_density)
-        self.forwards, self.backwards = (
-            WeightDropLSTM(embedding_size, hidden_size, weight_dropout=weight_dropout) for _ in range(2)
-        )
+        if num_layers is None:
+            core = functools.partial(WeightDropLSTM, embedding_size, hidden_size)
+        else:
+            core = functools.partial(TrellisNet, embedding_size, hidden_size, num_layers, init_gain=2.0)
+        self.forwards, self.backwards = (core(weight_dropout=weight_dropout) for _ in range(2))
         self.hidden = nn.Linear(2 * hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, n_tags)
 
@@ -236,12 +244,7 @@ class Tagger(nn.Module):
         x = x if kept is None else x * F.embedding(words, kept)
         channels = (x.size(0), 1, x.size(2))
         x = scaled(x, dropout_scale(x, channels, self.input_dropout, self.training, None, "input"))
-        # Sentences are reversed from their own ends, so that padding comes last in either direction.
-        at = torch.arange(x.size(1), device=x.device).expand(x.shape[:2])
-        back = torch.where(at < lengths[:, None], lengths[:, None] - 1 - at, at).unsqueeze(2)
-        ahead, _ = self.forwards(x)
-        behind, _ = self.backwards(x.gather(1, back.expand_as(x)))
-        y = torch.cat([ahead, behind.gather(1, back.expand_as(behind))], dim=2)  # (N, L, 2H)
+        y = both_ways(self.forwards, self.backwards, x, lengths=lengths).output  # (N, L, 2H)
         drop = functools.partial(F.dropout, p=self.dropout, training=self.training)
         return self.head(drop(self.hidden(drop(y)).tanh()))
 
@@ -315,9 +318,10 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     words = {word: i for i, word in enumerate(ordered(counts, config.vocab_order))}
     tags = {tag: i for i, tag in enumerate(dict.fromkeys(tag for sentence in parts[0] for _, tag in sentence))}
     model = Tagger(
-        len(words), len(tags), config.emsize, config.nhid, emb_blocks=config.emb_blocks, emb_density=config.emb_density,
-        dropout=config.dropout, input_dropout=config.dropouti, embedding_dropout=config.emb_dropout,
-        weight_dropout=config.wdrop,
+        len(words), len(tags), config.emsize, config.nhid,
+        num_layers=config.nlevels if config.model == TrellisNet.core_name else None,
+        emb_blocks=config.emb_blocks, emb_density=config.emb_density, dropout=config.dropout,
+        input_dropout=config.dropouti, embedding_dropout=config.emb_dropout, weight_dropout=config.wdrop,
     ).to(device)  # fmt: skip
     task = Tagging(
         model, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,

@@ -21,6 +21,7 @@ LAYERS = [
     "models",
     "heads",
     "theorem1",
+    "wrappers",
     "baselines",
     "core",
     "regularization",

@@ -36,9 +36,10 @@ def test_the_papers_sizes(emsize, blocks, density, others):
     assert count_parameters(model) == 5_000 + others
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("num_layers", [None, 3])
+def test_padding_changes_nothing(num_layers):
     torch.manual_seed(0)
-    model, words = pos.Tagger(30, 4, 6, 5), torch.randint(30, (3, 9))
+    model, words = pos.Tagger(30, 4, 6, 5, num_layers=num_layers), torch.randint(30, (3, 9))
     lengths = torch.tensor([9, 4, 1])
     together = model(words, lengths)
     for i, n in enumerate(lengths.tolist()):
@@ -78,6 +79,16 @@ def test_it_learns_and_its_weights_score_the_same(run, tmp_path):
     scored = run(*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")[3]
     assert scored["test"] == metrics["test"]
     assert run("--resume", "--epochs", "3", base=())[3]["epochs"] == 3
+
+
+def test_a_trellisnet_reads_both_ways(run, tmp_path):
+    flags = "--model trellisnet --nlevels 3 --epochs 1".split()
+    code, _, err, metrics = run(*flags)
+    assert (code, err) == (0, "")
+    assert metrics["test"]["accuracy"] > 0.5
+    names = torch.load(tmp_path / "run" / "weights.pkl", weights_only=True)
+    assert {"forwards.weight_h_v", "backwards.weight_h_v"} <= names.keys()
+    assert run(*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")[3]["test"] == metrics["test"]
 
 
 def test_files_from_the_command_line(run, tmp_path):

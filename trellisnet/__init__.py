@@ -5,11 +5,12 @@ __version__ = "0.2.0"
 from typing import TYPE_CHECKING, Any
 
 from trellisnet.core import TrellisNet, TrellisOutput
+from trellisnet.wrappers import Bidirectional, TrellisLSTM
 
 if TYPE_CHECKING:
     from trellisnet.evaluation.pretrained import load_pretrained
 
-__all__ = ["TrellisNet", "TrellisOutput", "__version__", "load_pretrained"]
+__all__ = ["Bidirectional", "TrellisLSTM", "TrellisNet", "TrellisOutput", "__version__", "load_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
