@@ -490,8 +490,8 @@ def test_a_rank_that_receives_a_signal_ends_the_others(way, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--dynamic_eval", "--dynamic_eval: is a way of scoring trained weights; pass --eval and --load_weight FILE"),
-        ("--cache 9 1 .1", "--cache: is a way of scoring trained weights; pass --eval and --load_weight FILE"),
+        ("--dynamic_eval", "--dynamic_eval: scores trained weights; pass --eval and --load_weight FILE"),
+        ("--cache 9 1 .1", "--cache: scores trained weights; pass --eval and --load_weight FILE"),
         ("--eval --dynamic_eval_tune", "--dynamic_eval_tune: has no effect without --dynamic_eval"),
         ("--eval --dynamic_eval_lr 1", "--dynamic_eval_lr: has no effect without --dynamic_eval"),
         ("--eval --cache_tune", "--cache_tune: has no effect without --cache"),
