@@ -475,16 +475,16 @@ def test_a_rank_that_receives_a_signal_ends_the_others(way, monkeypatch):
     config, _ = parse(
         word_ptb.train.Config, [*SMALL, *"--repack --seq_len 0 --eval --load_weight x".split(), *way.split()]
     )
-    task, told = make(dtype=torch.float32), Interrupts()
+    task, interrupts = make(dtype=torch.float32), Interrupts()
     splits = [torch.arange(V).repeat(n) for n in (90, 30, 30)]
     corpus = Corpus(list(map(str, range(V))), *splits, sha256="", label="")
-    every, ranks = adaptation.scores(config, task, corpus), Ranks(rank=0, size=2)
-    monkeypatch.setattr(told, "_pending", 15)
+    evaluations, ranks = adaptation.scores(config, task, corpus), Ranks(rank=0, size=2)
+    monkeypatch.setattr(interrupts, "_pending", 15)
     monkeypatch.setattr(Ranks, "gather", lambda _, signum: [signum, 0])
-    for name, (method, rows) in every.items():
+    for name, (method, rows) in evaluations.items():
         if not name.endswith(("static", "static_segments")):  # these are divided among the ranks
             with pytest.raises(Interrupted):
-                scoring.evaluate(task, rows, name, config, method, ranks, told)
+                scoring.evaluate(task, rows, name, config, method, ranks, interrupts)
 
 
 @pytest.mark.parametrize(

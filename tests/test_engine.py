@@ -427,7 +427,7 @@ def test_numbers_have_their_nouns():
     assert counted(1234, "tokens") == "1,234 tokens"
 
 
-def damage(path, change):
+def change_checkpoint(path, change):
     """Change a checkpoint and its digest with it."""
     content = checkpoint.load(path)
     change(content)
@@ -465,7 +465,7 @@ UNFIT = {
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, name):
     change, reason = UNFIT[name]
     run(tmp_path / "run", max_steps=8, optim="Adam")
-    damage(tmp_path / "run" / "last.pt", change)
+    change_checkpoint(tmp_path / "run" / "last.pt", change)
     with pytest.raises(UserError, match=f"the checkpoint does not fit this run, or is corrupt .*{reason}") as raised:
         run(tmp_path / "run", resume="last.pt", optim="Adam")
     assert "\n" not in str(raised.value)
@@ -475,13 +475,13 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, name):
 def test_a_best_result_that_cannot_be_compared_is_named(tmp_path, valid):
     run(tmp_path / "run", max_steps=8)
     for name in ("last.pt", "best.pt"):
-        damage(tmp_path / "run" / name, lambda content: content["best"].update(valid=valid))
+        change_checkpoint(tmp_path / "run" / name, lambda content: content["best"].update(valid=valid))
     with pytest.raises(UserError, match="the checkpoint does not fit this run, or is corrupt"):
         run(tmp_path / "run", resume="last.pt")
 
 
 def test_best_weights_that_do_not_fit_are_named_before_training(tmp_path):
     run(tmp_path / "run", max_steps=8)
-    damage(tmp_path / "run" / "best.pt", lambda content: content.update(average={"w": torch.ones(1)}))
+    change_checkpoint(tmp_path / "run" / "best.pt", lambda content: content.update(average={"w": torch.ones(1)}))
     with pytest.raises(UserError, match=r"best.pt: a corrupt checkpoint \(other weights than this model's: 0.bias\)"):
         run(tmp_path / "run", resume="last.pt")

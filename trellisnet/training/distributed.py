@@ -52,7 +52,7 @@ def reaching(progress: Progress | None = None) -> Iterator[None]:
 
 
 class _Place(NamedTuple):
-    """Placeholder of a tensor in a value that is sent."""
+    """Placeholder for a tensor in a value that is sent."""
 
     index: int
     shape: tuple[int, ...]
@@ -142,7 +142,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Name the rank on standard error that the others have been waiting for for minutes."""
+        """Report on standard error which rank has kept the others waiting for minutes."""
         if self.size == 1:
             yield
             return
@@ -338,6 +338,6 @@ class Ranks:
         return StepStatus(loss, gradient, all(state), bool(late), signum)
 
     def heed(self, signum: int) -> None:
-        """Raise Interrupted on all ranks if any of them has received a signal: this one `signum`, or 0 for none."""
+        """Raise Interrupted on all ranks if any has received a signal; `signum` is this rank's, 0 for none."""
         if self.size > 1 and (signum := max(self.gather(signum))):
             raise Interrupted(signum)
