@@ -17,7 +17,8 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     torture                     what scripts/torture.py and, as ranks.json, scripts/compare_ranks.py have written
 
 A page receives a block between `<!-- NAME: begin -->` and `<!-- NAME: end -->`: `output of RESULT`, `speed`, `memory`,
-`shipped` (models with weights in results/) or `flags`. RESULTS.md quotes the block `not comparable` of whichever page
+`shipped` (models with weights in results/), `card of RESULT` (one of these, on a page of its own that is made if it is
+missing) or `flags`. RESULTS.md quotes the block `not comparable` of whichever page
 has it; the rest of RESULTS.md is not written by hand.
 """
 
@@ -35,7 +36,7 @@ if __name__ == "__main__":
 from scripts.reports import results
 from scripts.reports.markdown import comparisons, paper_table
 from scripts.reports.pages import PAGES, blocks
-from scripts.reports.records import is_result, place, read_run
+from scripts.reports.records import is_result, place, read_run, read_shipped
 from scripts.reports.tables import TABLES
 from trellisnet.serialization import atomic_write
 from trellisnet.training.cli import guarded
@@ -87,8 +88,14 @@ def run(argv: Sequence[str]) -> int:
     if args.table:
         print(comparisons(args.root) if args.table == "compare" else paper_table(args.table, args.root))
         return 0
-    pages = [path for pattern in PAGES for path in sorted(args.root.glob(pattern))]
-    texts = {path: blocks(path.read_text(encoding="utf-8"), args.root) for path in pages}
+    texts = {}
+    for name in read_shipped(args.root):
+        texts[args.root / "results" / name / "README.md"] = (
+            f"<!-- card of {name}: begin -->\n<!-- card of {name}: end -->\n"
+        )
+    for path in (path for pattern in PAGES for path in sorted(args.root.glob(pattern))):
+        texts[path] = path.read_text(encoding="utf-8")
+    texts = {path: blocks(text, args.root) for path, text in texts.items()}
     stale = []
     for path, content in {args.root / "RESULTS.md": report(args.root, texts.values()), **texts}.items():
         if not path.exists() or path.read_text(encoding="utf-8") != content:

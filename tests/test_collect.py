@@ -21,6 +21,11 @@ METRICS = {
     "machine": "CPU, 2 cores", "threads": 2, "precision": "fp32", "backend": "reference", "seed": 1111,
     "torch": "2.13.0", "train": {"tokens": 5000}, "load_weight": "",
 }  # fmt: skip
+EXPORTED = {
+    "task": "word_ptb", "preset": "small", "params": 123456, "dtype": "float16", "bytes": 250_000, "commit": "0123",
+    "valid": METRICS["valid"], "test": METRICS["test"], "precision": "fp32", "corpus": "Penn Treebank",
+    "data": "f" * 64,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -131,12 +136,25 @@ def test_a_block_that_results_quotes_may_stand_on_any_page(root):
 def test_shipped_models(root):
     folder = root(load_weight="results/zero/weights.pkl")
     (folder / "README.md").write_text("a\n<!-- shipped: begin -->\n<!-- shipped: end -->\nb\n")
-    exported = {"task": "word_ptb", "params": 123456, "bytes": 250_000, "commit": "0123", "test": METRICS["test"]}
+    exported = EXPORTED
     path = folder / "results" / "one" / "weights.json"
     path.write_text(json.dumps(exported))
     assert collect.main(["--root", str(folder)]) == 0
     row = "| `one` | word_ptb | 123,456 | 109.95 ppl | 56.97 | CPU, 2 cores | 60 after `zero` | 0.2 MB |"
     assert f"|--:|\n{row}\n<!-- shipped: end -->\nb\n" in (folder / "README.md").read_text()
+    page = (folder / "results" / "one" / "README.md").read_text()
+    for part in (
+        "| perplexity | 121.51 | 109.95 | 56.97 (24M parameters, preset `paper`) |",
+        'load_pretrained("one")', "python word_ptb/train.py --run results/one --eval\n", f"\n{METRICS['command']}\n",
+        "It continues [`zero`](../zero/README.md). Training took 60 minutes on CPU, 2 cores, commit `0123456789ab`.",
+        "licensed by the Linguistic Data Consortium (LDC99T42). The data (SHA-256 `fff",
+    ):  # fmt: skip
+        assert part in page
+    assert collect.main(["--check", "--root", str(folder)]) == 0
+    (folder / "results" / "one" / "README.md").write_text(f"mine\n{page.replace('109.95', '99')}mine\n")
+    assert collect.main(["--check", "--root", str(folder)]) == 1
+    assert collect.main(["--root", str(folder)]) == 0
+    assert (folder / "results" / "one" / "README.md").read_text() == f"mine\n{page}mine\n"
     path.write_text(json.dumps(exported | {"commit": "0123-dirty"}))
     assert collect.main(["--root", str(folder)]) == 2
 

@@ -8,7 +8,9 @@ from scripts.reports import records
 from scripts.reports.flags import flags
 from scripts.reports.markdown import HERE_ONLY, table, threads
 from scripts.reports.records import refusing, score_of, without
-from scripts.reports.tables import PUBLISHED
+from scripts.reports.tables import LICENCES, PUBLISHED
+from trellisnet.training import programs
+from trellisnet.training.language_model import LanguageModelConfig
 from trellisnet.training.reporting import epoch_line, score_line
 
 # The front page, and one for each folder that has something to say.
@@ -71,21 +73,95 @@ def shipped(root: Path) -> list[str]:
     rows = []
     for name, (weights, metrics) in records.read_shipped(root).items():
         with refusing(root / "results" / name):
-            score, published = score_of(weights["test"]), PUBLISHED[weights["task"]]
-            paper, order = published.score, ""
-            if "permute" in metrics and published.not_permuted:
-                order = ", permuted" if metrics["permute"] else ", sequential"
-                paper = published.score if metrics["permute"] else published.not_permuted
-            ours = f"{100 * score.value:.2f} %" if score.score_name == "accuracy" else f"{score} {score.score_name}"
+            paper, order = _published(metrics)
             start = Path(metrics["load_weight"]).parent.name
             minutes = f"{metrics['seconds'] / 60:.0f}" + (f" after `{start}`" if start else "")
+            score, text = score_of(weights["test"]), _score_text(weights["test"])
             rows.append(
                 (
-                    f"`{name}`", weights["task"] + order, f"{weights['params']:,}", ours, paper,
+                    f"`{name}`", weights["task"] + (f", {order}" if order else ""), f"{weights['params']:,}",
+                    text if text.endswith("%") else f"{text} {score.score_name}", paper,
                     metrics["machine"], minutes, f"{weights['bytes'] / 1e6:.1f} MB",
                 )
             )  # fmt: skip
     return table("name in `results/`|task|parameters:|test:|paper:|trained on|minutes:|file:".split("|"), rows)
+
+
+def _published(metrics: records.Record) -> tuple[str, str]:
+    """The paper's score for the task of a run, and the order of its pixels if there are scores of two orders."""
+    published = PUBLISHED[metrics["task"]]
+    if "permute" not in metrics or not published.not_permuted:
+        return published.score, ""
+    return (published.score, "permuted") if metrics["permute"] else (published.not_permuted, "sequential")
+
+
+def _score_text(result: records.Record) -> str:
+    """The score of a split, an accuracy in percent."""
+    score = score_of(result)
+    return f"{100 * score.value:.2f} %" if score.score_name == "accuracy" else str(score)
+
+
+_LANGUAGE = """from trellisnet import load_pretrained
+
+model = load_pretrained("{name}")
+print(model.score("the company said"))  # {{'loss': …}}
+text = model.generate("the company said", length=50)"""
+_IMAGES = """import torch
+from trellisnet import load_pretrained
+
+model = load_pretrained("{name}").model
+print(model(torch.zeros(1, {pixels}, {colours})).logits.shape)  # torch.Size([1, {classes}])"""
+
+
+def card(folder: Path) -> list[str]:
+    """A shipped model: its scores, how to load it, how it was trained, its data and their licence."""
+    name, root = folder.name, folder.parent.parent
+    weights, metrics = records.read_shipped(root)[name]
+    task, (paper, order) = weights["task"], _published(metrics)
+    scores = [_score_text(weights[split]) if weights[split] else "" for split in ("valid", "test")]
+    reference = f"{paper} ({PUBLISHED[task].setting})"
+    start = Path(metrics["load_weight"]).parent.name
+    begun = f"It continues [`{start}`](../{start}/README.md)." if start else "It started from random weights."
+    licence = LICENCES.get(weights["corpus"], "see their source")
+    config = programs.get(task).config_class
+    commands = [f"python {task}/train.py --run results/{name} --eval"]
+    if issubclass(config, LanguageModelConfig):
+        example, pixels = _LANGUAGE.format(name=name), []
+        commands.append(f"python scripts/generate.py --run results/{name}")
+    else:
+        size = records.read_json(folder / "config.json")["pixels"]
+        example = _IMAGES.format(name=name, pixels=size, colours=len(config.mean), classes=config.classes)
+        mean, std = (", ".join(map(str, values)) for values in (config.mean, config.std))
+        place = "row by row" if order == "sequential" else "in the order of `permutation` in [config.json](config.json)"
+        scaling = f"scaled to [0, 1] and normalised by the mean {mean} and the standard deviation {std}"
+        pixels = [f"Pixels are read {place}, {scaling}.", ""]
+    return [
+        f"# {name}",
+        "",
+        f"Preset `{weights['preset']}` of [`{task}`](../../{task}/README.md), {weights['params']:,} parameters in "
+        f"{weights['dtype']} ({weights['bytes'] / 1e6:.1f} MB).",
+        "",
+        *table(
+            ["", "validation:", "test:", "test in the paper:"],
+            [(score_of(weights["test"]).title, *scores, reference)],
+        ),
+        "",
+        f"The scores are those of this file with `--precision {weights['precision']}`; "
+        "[RESULTS.md](../../RESULTS.md) has those of the run.",
+        "",
+        "## Load",
+        "",
+        *["```python", *example.splitlines(), "```", "", *pixels, "```bash", *commands, "```", ""],
+        "## Training",
+        "",
+        *["```bash", metrics["command"], "```", ""],
+        f"{begun} Training took {metrics['seconds'] / 60:.0f} minutes on {metrics['machine']}, commit "
+        f"`{metrics['commit']}`.",
+        "",
+        "## Data",
+        "",
+        f"{weights['corpus']}: {licence}. The data (SHA-256 `{weights['data']}`) are not part of this repository.",
+    ]
 
 
 def blocks(text: str, root: Path) -> str:
@@ -95,13 +171,17 @@ def blocks(text: str, root: Path) -> str:
         name = found[1]
         if name.startswith("output of "):
             lines = output(root / "results" / name.removeprefix("output of "))
+        elif name.startswith("card of "):
+            folder = root / "results" / name.removeprefix("card of ")
+            with refusing(folder):
+                lines = card(folder)
         elif name in BLOCKS:
             lines = BLOCKS[name](root)
         else:
             return found[0]
         return "\n".join([f"<!-- {name}: begin -->", *lines, f"<!-- {name}: end -->"])
 
-    return re.sub(r"<!-- ([\w ]+): begin -->\n.*?<!-- \1: end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([\w .-]+): begin -->\n.*?<!-- \1: end -->", block, text, flags=re.DOTALL)
 
 
 BLOCKS = {"speed": speed, "memory": memory, "shipped": shipped, "flags": lambda root: flags()}

@@ -22,6 +22,19 @@ PUBLISHED = {
 }
 
 
+# Licences of data, by the label of the corpus.
+_WIKIPEDIA = "articles of Wikipedia, under the Creative Commons Attribution-ShareAlike License"
+LICENCES = {
+    "Penn Treebank": "articles of the Wall Street Journal as Mikolov prepared them, licensed by the Linguistic Data "
+    "Consortium (LDC99T42)",
+    "WikiText-103": _WIKIPEDIA,
+    "WikiText sample": _WIKIPEDIA,
+    "MNIST": "copyright Yann LeCun and Corinna Cortes, under the Creative Commons Attribution-Share Alike 3.0 License",
+    "CIFAR-10": "its authors state no licence and ask for a citation: Krizhevsky (2009), Learning Multiple Layers of "
+    "Features from Tiny Images",
+}
+
+
 class Row(NamedTuple):
     """A row of a table.
 
