@@ -140,7 +140,7 @@ def test_shipped_models(root):
     path = folder / "results" / "one" / "weights.json"
     path.write_text(json.dumps(exported))
     assert collect.main(["--root", str(folder)]) == 0
-    row = "| `one` | word_ptb | 123,456 | 109.95 ppl | 56.97 | CPU, 2 cores | 60 after `zero` | 0.2 MB |"
+    row = "| [`one`](results/one) | word_ptb | 123,456 | 109.95 ppl | 56.97 | CPU, 2 cores | 60 after `zero` | 0.2 MB |"
     assert f"|--:|\n{row}\n<!-- shipped: end -->\nb\n" in (folder / "README.md").read_text()
     page = (folder / "results" / "one" / "README.md").read_text()
     for part in (
