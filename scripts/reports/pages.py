@@ -79,7 +79,8 @@ def shipped(root: Path) -> list[str]:
             score, text = score_of(weights["test"]), _score_text(weights["test"])
             rows.append(
                 (
-                    f"`{name}`", weights["task"] + (f", {order}" if order else ""), f"{weights['params']:,}",
+                    f"[`{name}`](results/{name})", weights["task"] + (f", {order}" if order else ""),
+                    f"{weights['params']:,}",
                     text if text.endswith("%") else f"{text} {score.score_name}", paper,
                     metrics["machine"], minutes, f"{weights['bytes'] / 1e6:.1f} MB",
                 )
