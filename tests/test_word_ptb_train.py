@@ -308,7 +308,7 @@ def test_the_authors_weights_get_their_scores(tmp_path, capsys):
         (["--eval_batch_size", "60"], "error: the corpus is too short for these settings: valid: rows of 4 tokens"),
         (
             ["--eval"],
-            "error: --eval: scores trained weights; pass --run FOLDER or --load_weight; a model that comes with it",
+            "error: --eval: scores trained weights; pass --run FOLDER or --load_weight FILE, for example --run ",
         ),
         (
             ["--eval_batch_size", "60", "--eval", "--load_weight", "x"],
@@ -362,7 +362,7 @@ def test_scoring_needs_weights_except_on_synthetic_text(run):
     assert "NOTICE: no --load_weight: scoring untrained weights" in out
     assert metrics["test"]["ppl"] > 1
     code, _, err, _ = run("--eval")
-    shipped = re.search(r"comes with it: --run (\S+)\n", err)
+    shipped = re.search(r"for example --run (\S+)\n", err)
     config = json.loads((Path(shipped[1]) / "config.json").read_text())
     assert (code, config["task"]) == (2, "word_ptb")
 

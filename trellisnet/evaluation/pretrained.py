@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,7 +17,7 @@ from trellisnet.evaluation.generate import Sampling, generate
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.training import classification, language_model
 from trellisnet.training.classification import ClassificationConfig
-from trellisnet.training.config import AUTOMATIC, did_you_mean, read_run_config, restored
+from trellisnet.training.config import AUTOMATIC, did_you_mean, from_run, read_run_config
 from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.hardware import PRECISIONS
 from trellisnet.training.language_model import LanguageModelConfig
@@ -57,9 +57,9 @@ class Pretrained:
     """
 
     model: TrellisLanguageModel | TrellisClassifier
-    config: CoreConfig
+    config: CoreConfig = field(repr=False)
     device: torch.device
-    vocabulary: Vocabulary | None = None
+    vocabulary: Vocabulary | None = field(default=None, repr=False)
 
     def score(self, text: str) -> dict[str, Any]:
         """Score every token of a text but the first, each with the text before it as its history.
@@ -80,8 +80,9 @@ class Pretrained:
         if len(ids) < 2:
             raise UserError(f"text: expected at least 2 {vocabulary.spelling.noun}, <eos> included, got {len(ids)}")
         windows = {"horizon": config.horizon, "seq_len": config.task_seq_len(), "repackage": config.repack}
+        stream = torch.tensor(ids, device=self.device)
         with config.autocast(self.device):
-            result = LanguageModeling(self.model, **windows).evaluate_all(torch.tensor(ids, device=self.device))
+            result = LanguageModeling(self.model, **windows).evaluate_all(stream, batch_size=config.eval_batch_size)
         kind = LanguageModeling if vocabulary.spelling is WORDS else CharacterModeling
         scores = {"loss": result["loss"], kind.score_name: kind.score(result["loss"])}
         return scores | {"tokens": result["tokens"], "unknown": unknown}
@@ -167,7 +168,7 @@ def load_pretrained(
         vocabulary, kind = None, _ClassificationConfig
     else:
         raise UserError(f"{folder}: is a run of {shown(content['task'], NAME)}, not of a language or image model")
-    config = restored(kind, content["settings"], f"{folder / 'config.json'}", changes)
+    config = from_run(kind, content["settings"], f"{folder / 'config.json'}", changes)
     return restore(config if precision else without_emulation(config), vocabulary)
 
 

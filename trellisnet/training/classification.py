@@ -158,7 +158,7 @@ class ClassificationProgram(Program):
             label=images.label,
             sha256=images.sha256,
             sizes=tuple(len(part[1]) if part else 0 for part in parts.values()),
-            vocabulary=hashlib.sha256(order.numpy()).hexdigest(),
+            vocabulary_sha256=hashlib.sha256(order.numpy()).hexdigest(),
             extra_evaluations={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
             choices={"permutation": order.tolist()} if config.permute else {},
         )

@@ -272,7 +272,7 @@ class _Program:
                 "task": config.task, "preset": config.preset, "command": first_command,
                 "resumed_with": None if resumed is None else command, "version": env["version"],
                 "commit": env["commit"], "params": facts["parameters"], "data": splits.sha256,
-                "corpus": splits.label, "vocabulary": splits.vocabulary, "train": {task.count: splits.sizes[0]},
+                "corpus": splits.label, "vocabulary": splits.vocabulary_sha256, "train": {task.count: splits.sizes[0]},
                 **outcome,
                 "peak_memory": peaks[0] if None in peaks else max(peaks), "peak_memory_ranks": peaks,
                 **{key: env[key] for key in ("device", "machine", "threads", "ranks")},
@@ -316,7 +316,7 @@ class _Program:
         parts = task, splits, *_ = self.setup(config, device, self.ranks)
         if not config.load_weight or not fresh:
             return parts, []
-        options = {"vocabulary": splits.vocabulary, "changed": splits.changed, "task": config.task}
+        options = {"vocabulary": splits.vocabulary_sha256, "changed": splits.changed, "task": config.task}
         options |= config.load_options()
         with config.in_flags():
             return parts, weights.load_weights(task.model, config.load_weight, **options)
@@ -345,15 +345,15 @@ class _Program:
         with contextlib.closing(folder):
             _say(f"run folder: {folder.path}")
             if resumed is None:
-                data = {"data": splits.sha256, "vocabulary": splits.vocabulary}
+                data = {"data": splits.sha256, "vocabulary": splits.vocabulary_sha256}
                 chosen = {key: env[key] for key in ("version", "commit", "device", "threads", "ranks")}
                 folder.write_config(config, {"command": command, **data, **facts, **chosen, **splits.choices})
             folder.log_head(command, env, {**facts, "data": f"{splits.label}, sha256 {splits.sha256}"})
 
             def save_weights(model: nn.Module, path: Path) -> None:
-                if splits.tokens is not None:
-                    splits.tokens.save(path.with_name(vocabulary.FILE))
-                weights.save_weights(model, path, vocabulary=splits.vocabulary, task=config.task)
+                if splits.vocabulary is not None:
+                    splits.vocabulary.save(path.with_name(vocabulary.FILE))
+                weights.save_weights(model, path, vocabulary=splits.vocabulary_sha256, task=config.task)
 
             first_command = resumed["command"] if resumed else command
             result = Trainer(
@@ -408,16 +408,16 @@ class _Program:
 
 
 def _shipped(config: RunConfig) -> str:
-    """How to score the trained models of this task that come with the project; "" if there are none."""
+    """The flag that scores a shipped model of this task, as an example; "" if there are none."""
     task = config.task
     ours = [os.path.relpath(path) for path in weights.shipped() if weights.task_beside(path / weights.FILE) == task]
     others = f" (or {', '.join(ours[1:])})" if ours[1:] else ""
-    return f"; a model that comes with it: --run {ours[0]}{others}" if ours else ""
+    return f", for example --run {ours[0]}{others}" if ours else ""
 
 
 def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
     """Sizes and digests of the files that every rank has read from its own disk."""
-    digests = {"data": splits.sha256, "vocabulary": splits.vocabulary}
+    digests = {"data": splits.sha256, "vocabulary": splits.vocabulary_sha256}
     if weight_file:
         digests["weights"] = serialization.sha256_of_file(weights.locate(weight_file))
     facts = {f"{name} sha256": f"{digest[:16]}…" for name, digest in digests.items() if digest}

@@ -399,20 +399,20 @@ def from_settings(cls: type[Config], explicit: dict[str, Any]) -> Config:
     return config
 
 
-def restored(cls: type[Config], content: dict[str, Any], where: str, changes: dict[str, Any]) -> Config:
-    """Settings of a finished run for a base class of its task's, which lacks some of them and has no presets.
+def from_run(cls: type[Config], stored: dict[str, Any], where: str, changes: dict[str, Any]) -> Config:
+    """Read the stored settings of a run into a base class of its own, which lacks some of them and has no presets.
 
     Args:
-        cls: what to make.
-        content: the settings that the run has stored.
-        where: names their file.
-        changes: settings that replace them.
+        cls: the class of the result.
+        stored: the settings of the run.
+        where: name of their file.
+        changes: settings that replace stored ones.
 
     Raises:
         UserError: a value of another type or out of range.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    kept = check_settings(cls, {name: value for name, value in content.items() if name in names}, where)
+    kept = check_settings(cls, {name: value for name, value in stored.items() if name in names}, where)
     config = cls(**kept | {"preset": "default"} | changes)
     Settings.validate(config)  # of each setting; those of tasks and presets have been checked before training
     return config

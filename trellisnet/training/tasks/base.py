@@ -119,8 +119,8 @@ class Splits:
         sha256: digest of the data.
         sizes: of train, valid and test, in the task's units.
         extra_evaluations: scores to report at the end besides valid and test: name → (method, data).
-        vocabulary: digest of the meaning of ids or positions, stored with the weights.
-        tokens: what the ids stand for, written beside the weights; None if the data have no vocabulary.
+        vocabulary_sha256: digest of the meaning of ids or positions, stored with the weights.
+        vocabulary: what ids stand for, written beside the weights; None for data without ids.
         choices: facts to store in config.json.
         notices: lines for the user.
         changed: how the data are read now, if version 0.1.0 read them differently.
@@ -134,8 +134,8 @@ class Splits:
     sha256: str
     sizes: tuple[int, int, int]
     extra_evaluations: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = field(default_factory=dict)
-    vocabulary: str | None = None
-    tokens: Vocabulary | None = None
+    vocabulary_sha256: str | None = None
+    vocabulary: Vocabulary | None = None
     choices: dict[str, Any] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     changed: str = ""
@@ -144,7 +144,7 @@ class Splits:
     @property
     def fingerprint(self) -> list[Any]:
         """Equal for equal data; the digest alone does not show where one split ends and the next begins."""
-        return [self.sha256, *self.sizes, self.vocabulary]
+        return [self.sha256, *self.sizes, self.vocabulary_sha256]
 
     def check_same(self, fingerprint: list[Any]) -> None:
         """Raise UserError unless a run's fingerprint is that of these data."""
