@@ -22,6 +22,7 @@ from trellisnet.data.vocabulary import FILE, Vocabulary
 from trellisnet.errors import UserError
 from trellisnet.evaluation.pretrained import read_vocabulary
 from trellisnet.models import TrellisClassifier
+from trellisnet.ops import gemm
 from trellisnet.training import programs
 from trellisnet.training.config import PROJECT, read_run_config
 
@@ -261,6 +262,27 @@ def test_settings_that_make_no_sense_are_refused(copied):
     path.write_text("{")
     with pytest.raises(UserError, match=r"config.json: not JSON"):
         load_pretrained(copied)
+
+
+def test_arguments_that_make_no_sense_are_refused(run_folder):
+    with pytest.raises(UserError, match="^precision: expected one of fp32, tf32, bf16, got 'fp16'"):
+        load_pretrained(run_folder, precision="fp16")
+    with pytest.raises(UserError, match="--precision tf32: needs a CUDA device, got cpu"):
+        load_pretrained(run_folder, device="cpu", precision="tf32")
+    with pytest.raises(UserError, match="--device warp: not usable here"):
+        load_pretrained(run_folder, device="warp")
+
+
+def test_bf16_is_not_emulated_unless_asked_for(copied, monkeypatch):
+    path = copied / "config.json"
+    path.write_text(path.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    usable = gemm.usable
+    for native, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(
+            gemm, "usable", lambda *args, native=native: native if args[2] == torch.bfloat16 else usable(*args)
+        )
+        assert load_pretrained(copied, device="cpu").config.precision == precision
+    assert load_pretrained(copied, device="cpu", precision="bf16").config.precision == "bf16"
 
 
 def test_unknown_names_are_refused():

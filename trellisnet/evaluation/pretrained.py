@@ -81,7 +81,7 @@ class Pretrained:
             raise UserError(f"text: expected at least 2 {vocabulary.spelling.noun}, <eos> included, got {len(ids)}")
         windows = {"horizon": config.horizon, "seq_len": config.task_seq_len(), "repackage": config.repack}
         stream = torch.tensor(ids, device=self.device)
-        with config.autocast(self.device):
+        with config.float32_products(), config.autocast(self.device):
             result = LanguageModeling(self.model, **windows).evaluate_all(stream, batch_size=config.eval_batch_size)
         kind = LanguageModeling if vocabulary.spelling is WORDS else CharacterModeling
         scores = {"loss": result["loss"], kind.score_name: kind.score(result["loss"])}
@@ -129,7 +129,7 @@ class Pretrained:
         vocabulary = self._language("generate")
         start = torch.tensor([prompt or [vocabulary.ids[EOS]]] * samples, device=self.device)
         generator = torch.Generator().manual_seed(seed)
-        with self.config.autocast(self.device):
+        with self.config.float32_products(), self.config.autocast(self.device):
             drawn = [token.cpu() for token in generate(self.model, start, length, sampling, generator=generator)]
         return [vocabulary.text([*prompt, *(token[i].item() for token in drawn)]) for i in range(samples)]
 
@@ -222,7 +222,7 @@ def _find(run: str | os.PathLike) -> Path:
     if (folder := Path(run)).is_dir():
         return folder
     shipped = {path.name: path for path in weights.shipped()}
-    if run in shipped:
-        return shipped[run]
+    if str(run) in shipped:
+        return shipped[str(run)]
     advice = f"name the folder of a run, or one of {', '.join(shipped)}" if shipped else "name the folder of a run"
     raise UserError(f"{run}: no such folder{did_you_mean(str(run), shipped) or f'; {advice}'}")
