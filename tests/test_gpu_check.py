@@ -46,6 +46,11 @@ echo done
 """
 
 
+def default_signals():
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
     stub = tmp_path / "python"
@@ -58,7 +63,8 @@ def start(tmp_path):
             "CALLS": str(tmp_path / "calls"), **environment,
         }  # fmt: skip
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(["bash", str(SCRIPT), *parts], env=environment, **streams)
+        # bash cannot trap what was ignored when it started, as SIGHUP is under nohup and SIGINT in a background job.
+        return subprocess.Popen(["bash", str(SCRIPT), *parts], env=environment, preexec_fn=default_signals, **streams)
 
     return call
 
