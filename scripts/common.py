@@ -1,4 +1,4 @@
-"""What several programs need: bounds of flags, and the origin of a record."""
+"""Shared by several programs: bounds of flags, and the origin of a record."""
 
 import argparse
 import platform

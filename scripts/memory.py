@@ -233,7 +233,7 @@ class MemoryTask(Classification):
 
     @staticmethod
     def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
-        """Whether a validation result beats the best one so far."""
+        """Return whether a validation result beats the best one so far."""
         return result["loss"] < best["loss"]
 
 

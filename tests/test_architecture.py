@@ -90,8 +90,8 @@ def test_no_function_is_duplicated_in_the_task_folders():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
-                told = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
-                body = "".join(ast.dump(statement) for statement in node.body[told:])
+                documented = isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
+                body = "".join(ast.dump(statement) for statement in node.body[documented:])
                 other = seen.setdefault(body, path.parent.name)
                 assert other == path.parent.name, f"{path.parent.name} and {other} both have {node.name}"
     assert len(seen) > 5

@@ -148,9 +148,9 @@ def test_numbers_that_are_not_finite_are_found_anywhere(value):
     tensor = torch.zeros(3, serialization._PART // 2)
     assert serialization.all_finite(tensor)
     for i in (0, -1):
-        spoilt = tensor.clone()
-        spoilt[i, i] = value
-        assert not serialization.all_finite(spoilt)
+        corrupted = tensor.clone()
+        corrupted[i, i] = value
+        assert not serialization.all_finite(corrupted)
 
 
 MEMORY = """

@@ -188,19 +188,31 @@ def write_long_memory(root, row, **changes):
     (folder / "log.txt").write_text("")
 
 
-def test_problems_of_memory(root, capsys):
+def test_problems_of_memory(root):
     folder = root()
     write_long_memory(folder, "adding_awd_lstm", receptive_field=None)
     write_long_memory(folder, "copy_trellisnet")
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
-    rows = ["copy | 400 | TrellisNet | 123,456 | 452 | 2 | 60 | 2.0e-05 | 0.5000 | 5.0e-02 |"]
-    rows += ["adding | 400 | LSTM | 123,456 | all | 2 | 60 | 3.0e-05 |  | 5.0e-02 |"]
+    rows = ["copy | 400 | TrellisNet | 123,456 | 452 | 2 | 60 | 2.0e-05 | 0.5000 | 5.0e-02 | `0123456789ab` |"]
+    rows += ["adding | 400 | LSTM | 123,456 | all | 2 | 60 | 3.0e-05 |  | 5.0e-02 | `0123456789ab` |"]
     assert "\n".join(f"| {row}" for row in rows) in text
-    write_long_memory(folder, "copy_rhn", problem="adding")
-    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ("copy_rhn", {"problem": "adding"}, "copy_rhn: a run of the problem adding"),
+        ("copy_gru", {}, "copy_gru: expected a row of scripts/memory.sh, such as copy_trellisnet"),
+        ("copy_rhn", {"seed": 2}, "long_memory: the runs differ in seed; keep those of one kind"),
+    ],
+)
+def test_what_is_no_row_of_the_problems_of_memory_is_refused(root, capsys, row, changes, message):
+    folder = root()
+    write_long_memory(folder, "copy_trellisnet")
+    write_long_memory(folder, row, **changes)
     assert collect.main(["--root", str(folder)]) == 2
-    assert capsys.readouterr().err.endswith("copy_rhn: a run of the problem adding\n")
+    assert capsys.readouterr().err.endswith(f"{message}\n")
 
 
 def test_bits_per_character_are_given_for_both_streams(root):

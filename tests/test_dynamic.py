@@ -219,7 +219,7 @@ def test_a_segment_is_scored_before_it_is_learned_from():
     seen = []
     evaluate(task, rows, update, statistics, visit=lambda output, targets: seen.append((output, targets)))
     other = rows.clone()
-    other[0, 30:] = (other[0, 30:] + 1) % V  # what comes later changes nothing of what was before
+    other[0, 30:] = (other[0, 30:] + 1) % V  # later tokens leave earlier losses alone
     changed = []
     evaluate(task, other, update, statistics, visit=lambda output, targets: changed.append((output, targets)))
     for i, (a, b) in enumerate(zip(seen, changed, strict=True)):

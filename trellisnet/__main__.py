@@ -1,4 +1,4 @@
-"""What a bug report needs: `python -m trellisnet` prints versions, hardware, kernels, and where data and models lie."""
+"""Report for bugs: `python -m trellisnet` prints versions, hardware, kernels, and the folders of data and models."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def version() -> str:
 
 
 def software() -> str:
-    """Versions of what it runs on."""
+    """Versions of Python, torch and numpy."""
     return f"Python {platform.python_version()}, torch {torch.__version__}, numpy {numpy.__version__}"
 
 
@@ -79,7 +79,7 @@ def _folders(parent: os.PathLike) -> str:
 
 
 def _listed(choices: Iterable[tuple[str, str]]) -> str:
-    """What can run, then what cannot and why."""
+    """List the choices that can run, then the others with the reason against each."""
     usable, others = [], []
     for name, reason in choices:
         (others if reason else usable).append(f"{name}: {reason}" if reason else name)

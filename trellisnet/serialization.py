@@ -406,7 +406,7 @@ def _reason(error: Exception) -> str:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is infinite or NaN, checked part by part because torch.isfinite copies its input."""
+    """Return whether no element is infinite or NaN, checked part by part because torch.isfinite copies its input."""
     return all(part.isfinite().all() for part in tensor.detach().flatten().split(_PART))
 
 

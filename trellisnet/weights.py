@@ -239,7 +239,7 @@ def locate(path: str | os.PathLike) -> str | os.PathLike:
 
 
 class Summary(NamedTuple):
-    """What a weight file says of the model that it belongs to.
+    """Metadata of a weight file: the model that it belongs to.
 
     Args:
         vocabulary: digest of its vocabulary; None if the file names none.
@@ -371,7 +371,7 @@ def _kind(model: Model) -> dict[str, Any]:
 
 
 def _is_kind(kind: dict[str, Any]) -> bool:
-    """Whether a file's metadata has all these settings; the authors' files have none, only names and shapes."""
+    """Return whether a file's metadata has all these settings; the authors' files have none, only names and shapes."""
     return (
         bool(kind)
         and kind["activation"] in tuple(ACTIVATIONS)

@@ -1,1 +1,1 @@
-"""What is reported of runs and measurements: their records, tables, markdown and pictures."""
+"""Reports of runs and measurements: records, tables, markdown and pictures."""

@@ -1,4 +1,4 @@
-"""What pictures show: learning curves, tables of scores, losses by context length. Read here, drawn by pictures.py."""
+"""Data of the pictures: learning curves, tables of scores, losses by context length. pictures.py draws them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -156,7 +156,7 @@ def read_charts(root: Path) -> list[Chart]:
 
 
 def read_contexts(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:
-    """What scripts/context.py has written, each with a name.
+    """Read the files of scripts/context.py, each with a name.
 
     Raises:
         UserError: another file, or losses per word beside losses per character.

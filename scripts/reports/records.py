@@ -41,7 +41,7 @@ RATES = ("evaluation", "generation")  # parts of a benchmark that are measured i
 
 @contextlib.contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Turn whatever a corrupt record raises into a UserError that names the file."""
+    """Turn any error that a corrupt record raises into a UserError that names the file."""
     try:
         yield
     except UserError:
@@ -219,7 +219,7 @@ def read_shipped(root: Path) -> dict[str, tuple[Record, Record]]:
 
 
 def is_result(folder: Path) -> bool:
-    """Whether a folder holds the files of one run, whatever it is called."""
+    """Return whether a folder holds the files of one run, whatever it is called."""
     return any((folder / name).is_file() for name in ("metrics.json", "metrics.jsonl", "config.json"))
 
 
@@ -326,15 +326,22 @@ def read_equal_time(folder: Path) -> tuple[str, list[tuple[str, Run]]]:
 def read_long_memory(root: Path) -> dict[str, list[tuple[str, Run]]]:
     """By problem, networks with their runs, from results/long_memory/<problem>_<row>."""
     folder, runs = root / "results" / "long_memory", {}
-    for path in sorted(folder.glob("[!.]*"), key=lambda path: list(MEMORY).index(path.name.partition("_")[2])):
+    for path in sorted(folder.glob("[!.]*")):
+        problem, _, row = path.name.partition("_")
+        if row not in MEMORY:
+            raise UserError(f"{path}: expected a row of scripts/memory.sh, such as copy_{next(iter(MEMORY))}")
         run = read_run(path, "out", "metrics", "threads", "overwrite")
         with refusing(path):
-            problem, _, row = path.name.partition("_")
             if run.metrics["problem"] != problem:
                 raise UserError(f"{path}: a run of the problem {run.metrics['problem']}")
             [float(run.metrics[key]) for key in ("length", "chance")], run.metrics["receptive_field"]
-            runs.setdefault(problem, []).append((MEMORY[row], run))
-    return dict(sorted(runs.items(), reverse=True))
+            runs.setdefault(problem, {})[row] = run
+    if runs:
+        with refusing(folder):
+            everything = [run.metrics for by_row in runs.values() for run in by_row.values()]
+            check_alike(folder, everything, "machine threads torch seed")
+    ordered = sorted(runs.items(), reverse=True)  # copy first
+    return {problem: [(MEMORY[row], rows[row]) for row in MEMORY if row in rows] for problem, rows in ordered}
 
 
 def read_adapted(path: Path) -> tuple[Record, dict[str, tuple[Record, Record]]]:

@@ -220,11 +220,12 @@ def long_memory(root: Path) -> str:
                     (
                         problem, f"{m['length']:,}", network, f"{m['params']:,}", seen, m["epochs"],
                         minutes(m["seconds"]), f"{m['test']['loss']:.1e}", score, f"{m['chance']:.1e}",
+                        f"`{m['commit']}`",
                     )
                 )  # fmt: skip
         columns = (
             "problem", "T:", "network", "parameters:", "receptive field:", "epochs:", "minutes:", "test loss:",
-            "digits right:", "loss by chance:",
+            "digits right:", "loss by chance:", "commit",
         )  # fmt: skip
         return _text(
             [
@@ -232,8 +233,8 @@ def long_memory(root: Path) -> str:
                 "",
                 "The copy task and the adding problem of "
                 "[Bai, Kolter & Koltun (2018)](https://arxiv.org/abs/1803.01271): `bash scripts/memory.sh`. "
-                f"{first['machine']}, {threads(first)}, torch {first['torch']}, commit `{first['commit']}`, seed "
-                f"{first['seed']}. The loss of copying is the cross-entropy in nats per step, that of adding the mean "
+                f"{first['machine']}, {threads(first)}, torch {first['torch']}, seed {first['seed']}. "
+                "The loss of copying is the cross-entropy in nats per step, that of adding the mean "
                 "squared error. A network that sees too little stays at chance, as it must: see "
                 "[the curves](results/figures/long_memory.svg).",
                 "",
@@ -270,7 +271,7 @@ def adapted(path: Path) -> str:
 
 
 def faults(path: Path) -> str:
-    """What runs and files have survived, from what scripts/torture.py has written."""
+    """Faults that runs and files have survived, from the record of scripts/torture.py."""
     found = records.read_measurement(path)
     with refusing(path):
         kills, disk, hostile, soak = *(found[part] for part in ("kills", "disk", "payloads")), found.get("soak")

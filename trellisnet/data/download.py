@@ -124,7 +124,7 @@ def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
 
 
 def is_there(source: Source, folder: Path) -> bool:
-    """Whether the file is in `folder`.
+    """Return whether the file is in `folder`.
 
     Raises:
         UserError: a file of this name is there, but cannot be read or has another checksum.

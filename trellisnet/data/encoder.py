@@ -92,7 +92,7 @@ def _load(folder: Path, texts: Texts, order: str) -> tuple[list[str], list[Tenso
 
 
 def _are_ids_of(texts: Texts, vocabulary: list[str], streams: list[Tensor]) -> bool:
-    """Whether the streams can be the ids of these texts; the digests only prove that the cache is as it was written.
+    """Return whether the streams can be the ids of these texts; digests only prove that the cache is as it was written.
 
     Every id must have its own word, there must be one `<eos>` per line, and the first words of each text must be right.
     A cache that was forged further on, with digests to match, passes: noticing that would take decoding the whole text,

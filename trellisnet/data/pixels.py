@@ -46,7 +46,7 @@ class Images:
     Args:
         train, valid, test: the splits; valid is None if nothing is held out.
         n_classes: number of classes; labels are below it.
-        sha256: digest of the content, independent of what is held out.
+        sha256: digest of the content, the same for every validation split.
         label: name of the data set in logs and results.
     """
 

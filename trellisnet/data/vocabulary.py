@@ -19,7 +19,7 @@ UNKNOWN = "<unk>"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the ids of a language model stand for.
+    """The tokens that the ids of a language model stand for.
 
     Args:
         tokens: token of every id.

@@ -55,7 +55,7 @@ class Trellis(NamedTuple):
 
 
 def _traced() -> bool:
-    """Whether torch is compiling, exporting or tracing this code."""
+    """Return whether torch is compiling, exporting or tracing this code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -30,14 +30,14 @@ GEMMS = ("auto", *ROUTES)
 
 
 def usable(route: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a route works on this device for this dtype."""
+    """Return whether a route works on this device for this dtype."""
     return route == "mm" or (device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _works(route, dtype))
 
 
 @lru_cache
 @torch.inference_mode(False)
 def _works(route: str, dtype: torch.dtype) -> bool:
-    """Whether the route multiplies a small matrix correctly on the CPU."""
+    """Return whether the route multiplies a small matrix correctly on the CPU."""
     a = torch.arange(6.0, dtype=dtype).view(2, 3)
     try:
         return torch.equal(ROUTES[route](a, a), a @ a.t())
@@ -84,7 +84,7 @@ def _wide(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 @lru_cache
 @torch.inference_mode(False)
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of a 16-bit `dtype` can be returned in float32: on CUDA, by recent versions of torch."""
+    """Return whether products of a 16-bit `dtype` can be returned in float32: on CUDA, by recent versions of torch."""
     if device.type != "cuda" or dtype.itemsize >= 4:
         return False
     a = torch.ones(16, 16, device=device, dtype=dtype)

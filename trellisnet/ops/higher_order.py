@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def transformed() -> bool:
-    """Whether this code runs under a transform of `torch.func`, which supports only torch's own operations."""
+    """Return whether this code runs under a transform of `torch.func`, which supports only torch's own operations."""
     return torch._C._are_functorch_transforms_active()
 
 
 def needed(grads: Sequence[Tensor | None]) -> bool:
-    """Whether this backward pass must consist of torch's own operations.
+    """Return whether this backward pass must consist of torch's own operations.
 
     It must if autograd records it (`create_graph=True`, which turns gradient mode on within `backward`), or if vmap
     runs it for many gradients at once (`is_grads_batched=True`): vmap's tensors have no memory to point to.

@@ -1,4 +1,4 @@
-"""What a trellis computes, :class:`TrellisSpec`, and how, :class:`Execution`. Both validate themselves when built."""
+"""Description of a trellis, :class:`TrellisSpec`, and of its computation, :class:`Execution`. Both check themselves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class TrellisSpec:
-    """What a trellis computes. Its weights fix neither depth nor dilations, so both are here.
+    """Definition of a trellis. Its weights fix neither depth nor dilations, so both are here.
 
     Args:
         num_layers: number of times the one layer is applied.
@@ -93,7 +93,7 @@ class TrellisSpec:
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def injected(self, layer: int) -> bool:
-        """Whether x enters this layer, counted from 0."""
+        """Return whether x enters this layer, counted from 0."""
         return layer % self.inject_every == 0
 
 

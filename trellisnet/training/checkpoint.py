@@ -97,7 +97,7 @@ def _is_best(value: Any) -> bool:
 
 
 def _is_rng_state(value: Any) -> bool:
-    """Whether :func:`set_rng_state` can take it; tried on other generators."""
+    """Return whether :func:`set_rng_state` can take it; tried on other generators."""
     if not _is_table(value):  # a tensor would warn of its index
         return False
     try:

@@ -132,7 +132,7 @@ def _verdict(e: UserError | RunError, way_on: str = "") -> tuple[str, int]:
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """Whether an error reports a lack of memory; for the CPU's, torch raises a plain RuntimeError."""
+    """Return whether an error reports a lack of memory; for the CPU's, torch raises a plain RuntimeError."""
     return isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e)
 
 
@@ -182,7 +182,7 @@ class _Program:
         self.stack = contextlib.ExitStack()  # holds the lock of the run folder
 
     def way_on(self) -> str:
-        """What is kept, and the command that continues it."""
+        """Name the checkpoint that is left, and the command that continues from it."""
         if self.scored:
             return f"{self.unfinished} was not finished; the scores before it are {self.scored}"
         if self.folder is None:
@@ -478,7 +478,7 @@ def _newest(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _is_ahead(later: dict[str, Any], content: dict[str, Any]) -> bool:
-    """Whether `later` was written after `content`."""
+    """Return whether `later` was written after `content`."""
     return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
 
 

@@ -152,7 +152,7 @@ class RunConfig(HardwareConfig):
 
     @classmethod
     def is_listed(cls, name: str) -> bool:
-        """Whether `--help` lists a setting."""
+        """Return whether `--help` lists a setting."""
         return not properties_of(cls, name).hidden
 
     def validate(self) -> None:
@@ -512,7 +512,7 @@ def _whole(value: Any) -> Any:
 
 
 def _is_text_of_system(text: str) -> bool:
-    """Whether the text can be a command-line argument; JSON may contain zero bytes and lone surrogates."""
+    """Return whether the text can be a command-line argument; JSON may contain zero bytes and lone surrogates."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

@@ -101,7 +101,7 @@ class CoreConfig(RunConfig):
 
     @classmethod
     def is_listed(cls, name: str) -> bool:
-        """Whether `--help` lists a setting. It does not if no core of this task reads it."""
+        """Return whether `--help` lists a setting. It does not if no core of this task reads it."""
         cores = (CORES[core] for core in properties_of(cls, "model").choices)
         is_read = name not in PARTICULAR or any(name in core.reads for core in cores)
         return is_read and super().is_listed(name)
@@ -127,7 +127,7 @@ class CoreConfig(RunConfig):
         return {SETTINGS.get(name, name): value for name, value in settings.items()}
 
     def emulates_bf16(self, device: torch.device) -> bool:
-        """Whether this device lacks the bfloat16 instructions that `precision` asks for."""
+        """Return whether this device lacks the bfloat16 instructions that `precision` asks for."""
         return self.precision == "bf16" and device.type == "cpu" and not gemm.usable("onednn", device, torch.bfloat16)
 
     def notices(self, device: torch.device) -> list[str]:

@@ -177,7 +177,7 @@ class Ranks:
         return self.rank == 0
 
     def claims(self) -> bool:
-        """Whether this rank prints an error that the others may not know of: the first one to ask does."""
+        """Return whether this rank prints an error that the others may not know of: the first one to ask does."""
         if self._store is None:
             return True
         try:

@@ -292,7 +292,7 @@ class Trainer:
         return self.batch == len(batches)
 
     def _is_late(self) -> bool:
-        """Whether `checkpoint_minutes` have passed since the epoch's last checkpoint, or its start."""
+        """Return whether `checkpoint_minutes` have passed since the epoch's last checkpoint, or its start."""
         minutes = self.config.checkpoint_minutes
         return bool(minutes) and time.monotonic() - self.saved > 60 * minutes
 

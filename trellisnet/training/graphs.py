@@ -67,7 +67,7 @@ class Recorded:
     def __init__(self, function: Function, parameters: Iterable[nn.Parameter], recorder: Recorder):
         self._function, self._parameters, self._recorder = function, list(parameters), recorder
         self._calls: dict[tuple, int] = {}
-        self._shape: tuple | None = None  # of what is recorded
+        self._shape: tuple | None = None  # of the recorded call
         self._inputs: tuple[Tensors, Tensors | None]
         self._results: Tensors
         self._gradients: list[Tensor | None]

@@ -51,7 +51,7 @@ class HardwareConfig(Settings):
     )
 
     def is_continued(self) -> bool:
-        """Whether this process resumes a run, perhaps on other hardware."""
+        """Return whether this process resumes a run, perhaps on other hardware."""
         return False
 
     def torch_device(self) -> torch.device:

@@ -67,7 +67,7 @@ def pip_install(package: str) -> str:
 
 
 def _is_on_path(name: str) -> bool:
-    """Whether the shell finds the program beside this Python; environments may share one interpreter."""
+    """Return whether the shell finds the program beside this Python; environments may share one interpreter."""
     path = shutil.which(name)
     return path is not None and os.path.dirname(path) == os.path.dirname(sys.executable)
 
@@ -238,7 +238,7 @@ def check_output(path: str | os.PathLike, flag: str, is_ours: Callable[[str], bo
 
 
 def _can_replace(path: str) -> bool:
-    """Whether :func:`atomic_write` can make its temporary file beside a path: in an existing folder, of such a name."""
+    """Return whether :func:`atomic_write` can make its temporary file beside a path, in its folder, of its name."""
     folder, name = os.path.split(path)
     try:
         tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", suffix=".tmp").close()
@@ -248,7 +248,7 @@ def _can_replace(path: str) -> bool:
 
 
 def _holds(path: str, keys: Collection[str]) -> bool:
-    """Whether a file holds a JSON object with certain keys."""
+    """Return whether a file holds a JSON object with certain keys."""
     try:
         with open(path, "rb") as file:
             if file.read(1) != b"{":  # such as a checkpoint, which may be large

@@ -85,7 +85,7 @@ class Task:
 
     @staticmethod
     def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
-        """Whether a validation result beats the best one so far."""
+        """Return whether a validation result beats the best one so far."""
         return result["loss"] < best["loss"]
 
 
@@ -105,7 +105,7 @@ class AccuracyTask(Task):
 
     @staticmethod
     def is_better(result: dict[str, Any], best: dict[str, Any]) -> bool:
-        """Whether a validation result beats the best one so far."""
+        """Return whether a validation result beats the best one so far."""
         return (result["accuracy"], -result["loss"]) > (best["accuracy"], -best["loss"])
 
 

@@ -210,7 +210,7 @@ class LanguageModeling(Task):
         return {}
 
     def streams(self, windows: Windows) -> bool:
-        """Whether :meth:`evaluate` streams every row instead of cutting it into these windows.
+        """Return whether :meth:`evaluate` streams every row instead of cutting it into these windows.
 
         It does where that is exact: where no score depends on positions before its window.
         """
