@@ -45,6 +45,7 @@ setup(
             "hypothesis>=6.100",
             "setuptools>=64",
         ],
+        "notebook": ["ipykernel>=6", "matplotlib>=3.7", "nbclient>=0.8"],
         "plot": ["matplotlib>=3.7"],
         "tensorboard": ["tensorboard>=2.14"],
         "triton": ["triton>=3"],
