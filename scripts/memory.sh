@@ -5,7 +5,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 copy_trellisnet() { train memory --preset copy; }
-copy_trellisnet_short() { train memory --preset copy --nlevels 9; }
+copy_trellisnet_short() { train memory --preset copy --nlevels 2 --dilation 200; }
 copy_tcn() { train memory --preset tcn; }
 copy_awd_lstm() { train memory --preset awd-lstm; }
 copy_rhn() { train memory --preset rhn; }

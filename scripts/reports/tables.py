@@ -158,6 +158,6 @@ COMPARED = {
 }  # fmt: skip
 # What scripts/memory.sh trains: the name of a row, less its problem, and of its network.
 MEMORY = {
-    "trellisnet": "TrellisNet", "trellisnet_short": "TrellisNet, too few layers", "tcn": COMPARED["tcn"],
+    "trellisnet": "TrellisNet", "trellisnet_short": "TrellisNet, field too short", "tcn": COMPARED["tcn"],
     "awd_lstm": "LSTM", "rhn": COMPARED["rhn"],
 }  # fmt: skip
