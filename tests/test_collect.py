@@ -465,6 +465,31 @@ def test_every_row_of_a_table_is_in_its_script(number):
     assert functions == listed == {row.name for row in TABLES[number].rows}
 
 
+def test_parts_of_the_recipe_are_compared(root):
+    folder = root()
+    (folder / "results" / "recipe").mkdir()
+
+    def write(row, accuracy, flags, **more):
+        command = f"python pmnist/train.py --preset best --epochs 2 {flags} --seed 1111 --threads 1 --out runs/x"
+        split = {"loss": 0.5, "accuracy": accuracy, "examples": 100}
+        metrics = METRICS | {"task": "pmnist", "preset": "best", "command": command, "permute": True, "epochs": 2}
+        metrics |= {"valid": split, "test": split} | more
+        (folder / "results" / "recipe" / f"{row}.json").write_text(json.dumps(metrics))
+
+    write("ema", 0.935, "--label_smoothing 0")
+    write("gain", 0.91, "--schedule step --label_smoothing 0 --ema 0")
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "`python pmnist/train.py --preset best --label_smoothing 0 --seed 1111 --epochs 2` and the flags" in text
+    rows = [line for line in text.splitlines() if line.startswith("| + ")]
+    assert rows[0].startswith("| + `--init_gain` | `--schedule step --ema 0` | 0.9100 |  |")
+    assert rows[1].startswith("| + averaged weights |  | 0.9350 | +0.0250 |")
+    write("gain", 0.91, "--ema 0", machine="another")
+    assert collect.main(["--root", str(folder)]) == 2
+    (folder / "results" / "recipe" / "gain.json").rename(folder / "results" / "recipe" / "other.json")
+    assert collect.main(["--root", str(folder)]) == 2
+
+
 def test_precisions_are_compared(root):
     folder = root()
     (folder / "results" / "precision").mkdir()

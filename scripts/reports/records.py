@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.reports.tables import COMPARED, MEMORY, PUBLISHED, TABLES, Row
+from scripts.reports.tables import COMPARED, MEMORY, PUBLISHED, RECIPE, TABLES, Row
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.serialization import read_regular
 from trellisnet.training.runlog import read_records
@@ -300,6 +300,18 @@ def read_precisions(folder: Path) -> list[Record]:
     with refusing(folder):
         check_alike(folder, runs, "task preset epochs steps data commit machine torch corpus backend")
         return sorted(runs, key=lambda run: (run["precision"], run["seed"]), reverse=True)
+
+
+def read_recipe(folder: Path) -> list[tuple[str, Record]]:
+    """Rows of scripts/recipe.sh, labelled, from results/recipe/<row>.json."""
+    runs = {path.stem: read_metrics(path) for path in sorted(folder.glob("*.json"))}
+    if strange := sorted(runs.keys() - RECIPE.keys()):
+        raise UserError(f"{folder}: {strange[0]} is no row of scripts/recipe.sh: {', '.join(RECIPE)}")
+    if not runs:
+        raise UserError(f"{folder}: has no runs")
+    with refusing(folder):
+        check_alike(folder, runs.values(), "task preset epochs steps seed data machine torch corpus precision permute")
+        return [(label, runs[row]) for row, label in RECIPE.items() if row in runs]
 
 
 def read_equal_time(folder: Path) -> tuple[str, list[tuple[str, Run]]]:

@@ -181,6 +181,38 @@ def ablations(folder: Path) -> str:
         )
 
 
+def recipe(folder: Path) -> str:
+    """What each part of a recipe gives on validation data, from results/recipe."""
+    runs = records.read_recipe(folder)
+    with refusing(folder):
+        one, commands = runs[0][1], [options(without(m["command"], *HERE_ONLY, "threads")) for _, m in runs]
+        common = [words for words in commands[0] if all(words in command for command in commands)]
+        rows, before = [], None
+        for (label, metrics), command in zip(runs, commands, strict=True):
+            own = " ".join(word for words in command if words not in common for word in words)
+            score = score_of(metrics["valid"])
+            difference = "" if before is None else f"{score.value - before:+.{score.digits}f}"
+            rows.append(
+                (
+                    label, f"`{own}`" if own else "", score, difference, f"`{metrics['commit']}`",
+                )
+            )  # fmt: skip
+            before = score.value
+        name = score_of(one["valid"]).score_name
+        return _text(
+            [
+                f"## Parts of the recipe, {one['task']}, preset `{one['preset']}`, {one['epochs']} epochs each",
+                "",
+                f"`{' '.join(word for words in common for word in words)} --epochs {one['epochs']}` and the flags of "
+                "the row, which adds one part to the row above it: `bash scripts/recipe.sh`. Scores are those of the "
+                f"validation images. {one['machine']}, {one['precision']}, torch {one['torch']}, {one['corpus']}, seed "
+                f"{one['seed']} alone.",
+                "",
+                *table(["row", "flags", f"valid {name}:", "difference:", "commit"], rows),
+            ]
+        )
+
+
 def precisions(folder: Path) -> str:
     """Runs that differ in precision and seed only, from results/precision."""
     runs = records.read_precisions(folder)

@@ -161,3 +161,8 @@ MEMORY = {
     "trellisnet": "TrellisNet", "trellisnet_short": "TrellisNet, field too short", "tcn": COMPARED["tcn"],
     "awd_lstm": "LSTM", "rhn": COMPARED["rhn"],
 }  # fmt: skip
+# What scripts/recipe.sh trains.
+RECIPE = {
+    "authors": "constant rate, authors' initial weights", "gain": "+ `--init_gain`", "onecycle": "+ one-cycle rate",
+    "ema": "+ averaged weights", "smoothing": "+ label smoothing", "augment": "+ augmentation",
+}  # fmt: skip

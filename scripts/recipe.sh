@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The parts of the recipe behind the presets `best` and `gpu`, on permuted MNIST: each row adds one, down to the last two,
+# for a fifth of the epochs of `best`. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
+. "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
+
+short() { ROW_NAME="${FUNCNAME[1]}" train pmnist --preset best --epochs 2 "$@"; }
+authors() { short --init_gain 0 --schedule step --lr 0.004 --ema 0 --label_smoothing 0; }
+gain() { short --schedule step --lr 0.004 --ema 0 --label_smoothing 0; }
+onecycle() { short --ema 0 --label_smoothing 0; }
+ema() { short --label_smoothing 0; }
+smoothing() { short; }
+augment() { short --augment; }
+
+rows authors gain onecycle ema smoothing augment
