@@ -271,6 +271,35 @@ def test_bad_inputs_are_named(arguments, message):
         net(dtype=torch.float32)(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_dtypes_and_layouts_are_named(backend):
+    module, x, state = net(dtype=torch.float32, backend=backend), torch.randn(2, 7, 3), torch.zeros(2, 5)
+    stream = module.init_stream(2)
+    weights = "expected float32, the dtype of the weights, got"
+    for call, message in (
+        (lambda: module(x.long()), rf"^x: {weights} int64; convert it with x.to\(torch.float32\), or embed ids first$"),
+        (lambda: module(x.double()), rf"^x: {weights} float64; convert it with x.to\(torch.float32\), or the module"),
+        (lambda: module(x.bfloat16()), rf"^x: {weights} bfloat16; "),
+        (lambda: module(x, (state.double(), state)), rf"^state h: {weights} float64; "),
+        (lambda: module.stream(x.double(), stream), rf"^x: {weights} float64; "),
+        (lambda: module.step(x[:, 0].long(), stream), rf"^x_t: {weights} int64; "),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.bfloat16()).output.isfinite().all()
+        with pytest.raises(TypeError, match=f"^x: {weights} float64"):
+            module(x.double())
+    for call, message in (
+        (lambda: module(x.mT), r"got \(2, 3, 7\); if that is \(N, channels, L\), pass x.transpose\(1, 2\)$"),
+        (lambda: module(x[0]), r"got \(7, 3\); if that is a single sequence, pass x.unsqueeze\(0\)$"),
+        (lambda: module(x.transpose(0, 1), (state, state)), r"x looks like \(L, N, …\), pass x.transpose\(0, 1\)$"),
+        (lambda: module(x.transpose(0, 1), lengths=[3, 7]), r"x looks like \(L, N, …\), pass x.transpose\(0, 1\)$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_low_precision_runs_and_stays_in_its_dtype():
     module, x = net(dtype=torch.float32, weight_norm=True), x_of(dtype=torch.float32)
     exact = module(x).output

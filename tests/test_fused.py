@@ -383,19 +383,6 @@ def test_the_equation_can_be_compiled_and_exported(backend, options):
     assert all(p.grad is not None for p in module.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_the_fused_operator_says_that_it_cannot_be_compiled_or_exported():
-    module = TrellisNet(3, 4, 4, backend="fused").eval()
-    message = "fused cannot run this, torch cannot compile, export or trace it; expected auto or reference"
-    hidden = f"{message}|Observed exception"  # torch 2.6 does not name the exception
-    with pytest.raises(Exception, match=hidden):
-        torch.export.export(module, (torch.randn(2, 9, 3),))
-    with pytest.raises(Exception, match=hidden):
-        torch.compile(module, backend="eager", fullgraph=True)(torch.randn(2, 9, 3))
-    with pytest.raises(Exception, match=message):
-        torch.jit.trace(module, (torch.randn(2, 9, 3),))
-
-
 @pytest.mark.parametrize("arena", [1 << 30, 20_000, 0])
 @pytest.mark.parametrize("carried", [False, True])
 def test_the_gradient_of_the_kernel_is_one_product_if_it_fits_into_the_arena(arena, carried, monkeypatch):

@@ -344,6 +344,55 @@ def test_torch_func(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_gradients_per_sequence(kind):
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(5, 2, 4, 3, output_size=2, dtype=torch.float64, **kind)
+    tokens, targets = torch.randint(5, (2, 3, 4))
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, targets):
+            return self.model.loss(self.model(tokens[None]).output, targets[None])
+
+    parameters = dict(Loss().named_parameters())
+
+    def loss(parameters, *batch):
+        return torch.func.functional_call(Loss(), parameters, batch)
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, tokens, targets)
+    for i in range(3):
+        one = torch.autograd.grad(Loss()(tokens[i], targets[i]), list(parameters.values()))
+        assert_close([gradient[i] for gradient in each.values()], list(one), **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"last_only": True}, {"start": 1}, {"lengths": [1, 3]}, {"aux_every": 2}])
+def test_transforms_of_a_core(options):
+    net, _ = trellisnet("auto")
+    x = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    expected = torch.stack([net(one, **options).output for one in x])
+    assert_close(torch.func.vmap(lambda one: net(one, **options).output)(x), expected, **EXACT)
+    value, tangent = torch.func.jvp(lambda one: net(one, **options).output, (x[0],), (x[1],))
+    jacobian = torch.autograd.functional.jacobian(lambda one: net(one, **options).output, x[0])
+    assert_close((value, tangent), (expected[0], (jacobian * x[1]).sum((-3, -2, -1))), **EXACT)
+
+
+def test_a_transform_that_cannot_be_says_so_in_one_sentence():
+    net, x = trellisnet("auto")
+    stream = net.init_stream(1)
+    for call in (lambda z: net.stream(z, stream)[0], lambda z: net.step(z[:, 0], stream)[0]):
+        with pytest.raises(ValueError, match="^stream: torch.func cannot transform it; call the network on whole"):
+            torch.func.vmap(call)(x[None])
+    net, x = trellisnet("auto", recompute=True)
+    with pytest.raises(ValueError, match="torch.func cannot transform it; pass recompute=False"):
+        torch.func.grad(lambda z: net(z).output.sum())(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_missing_kinds_of_derivatives_name_the_reference():
     net, x = trellisnet("fused")
     with pytest.raises(ValueError, match="fused cannot run this, torch.func cannot transform it; expected auto or ref"):

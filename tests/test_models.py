@@ -144,3 +144,16 @@ def test_losses_take_one_latent_mask_per_output():
     plain = TrellisLanguageModel(7, 4, 8, 3, output_size=4)
     with pytest.raises(ValueError, match="latent_mask: only a mixture"):
         plain.losses(outputs, target, [1.0, 1.0, 1.0], latent_masks=masks)
+
+
+def test_ids_and_targets_are_integers():
+    model, tokens = TrellisLanguageModel(7, 4, 6, 2, output_size=4), torch.randint(7, (2, 5))
+    with pytest.raises(TypeError, match="^tokens: expected ids in int64, got float32$"):
+        model(tokens.float())
+    output = model(tokens).output
+    assert torch.equal(output, model(tokens.int()).output)
+    for target in (tokens.float(), tokens.int()):
+        with pytest.raises(TypeError, match="^target: expected class ids in int64, got "):
+            model.loss(output, target)
+        with pytest.raises(TypeError, match="^target: expected class ids in int64, got "):
+            model.losses([output], target, [1.0])

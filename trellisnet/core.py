@@ -39,16 +39,48 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def check_sequence(x: Tensor, input_size: int) -> None:
-    """Check that x is a tensor (N, L ≥ 1, input_size).
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(name: str, value: Tensor, weight: Tensor | None = None) -> None:
+    """Raise TypeError unless the argument `name` is real, and in the dtype of `weight`, if any.
+
+    Within `torch.autocast`, float64 alone has to match.
+    """
+    expected = "floating-point numbers" if weight is None else f"{_name(weight.dtype)}, the dtype of the weights"
+    if not value.is_floating_point():
+        advice = f"convert it with {name}.to({'torch.float32' if weight is None else weight.dtype}), or embed ids first"
+        raise TypeError(f"{name}: expected {expected}, got {_name(value.dtype)}; {advice}")
+    if weight is None or value.dtype == weight.dtype:
+        return
+    if torch.float64 in (value.dtype, weight.dtype) or not torch.is_autocast_enabled(value.device.type):
+        advice = f"convert it with {name}.to({weight.dtype}), or the module with .to({value.dtype})"
+        raise TypeError(f"{name}: expected {expected}, got {_name(value.dtype)}; {advice}")
+
+
+def check_sequence(x: Tensor, input_size: int, weight: Tensor | None = None) -> None:
+    """Check that x is a real tensor (N, L ≥ 1, input_size), in the dtype of `weight`, if any.
 
     Raises:
-        TypeError: x is not a tensor.
+        TypeError: x is not a tensor, or has another dtype.
         ValueError: x has another shape.
     """
     check_tensor("x", x)
     if x.dim() != 3 or x.size(2) != input_size or x.size(1) < 1:
-        raise ValueError(f"x: expected (N, L ≥ 1, {input_size}), got {tuple(x.shape)}")
+        advice = ""
+        if x.dim() == 3 and x.size(1) == input_size:
+            advice = "; if that is (N, channels, L), pass x.transpose(1, 2)"
+        elif x.dim() == 2 and x.size(1) == input_size:
+            advice = "; if that is a single sequence, pass x.unsqueeze(0)"
+        raise ValueError(f"x: expected (N, L ≥ 1, {input_size}), got {tuple(x.shape)}{advice}")
+    check_dtype("x", x, weight)
+
+
+def _time_first(x: Tensor, batch_size: int) -> str:
+    """Return advice for an x that is (L, N, …), judging by the batch size of another argument."""
+    L, N = x.shape[:2]
+    return "; x looks like (L, N, …), pass x.transpose(0, 1)" if N == batch_size != L else ""
 
 
 def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
@@ -60,8 +92,12 @@ def check_lengths(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
     N, L = x.shape[:2]
     lengths = torch.as_tensor(lengths)
     if lengths.shape != (N,):
-        raise ValueError(f"lengths: expected shape ({N},), got {tuple(lengths.shape)}")
-    if lengths.is_floating_point() or lengths.dtype == torch.bool or not ((lengths >= 1) & (lengths <= L)).all():
+        advice = _time_first(x, lengths.size(0)) if lengths.dim() == 1 else ""
+        raise ValueError(f"lengths: expected shape ({N},), got {tuple(lengths.shape)}{advice}")
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths: expected integers from 1 to {L}, got {lengths.tolist()}")
+    # Neither a program that is being compiled nor a function under vmap may depend on values.
+    if not ops.traced() and not ops.transformed() and not ((lengths >= 1) & (lengths <= L)).all():
         raise ValueError(f"lengths: expected integers from 1 to {L}, got {lengths.tolist()}")
     return lengths.to(x.device, torch.int64)
 
@@ -352,10 +388,10 @@ class TrellisNet(nn.Module):
             masks: explicit dropout masks, of which `weight_x`, `weight_h` and `hidden` are read.
 
         Raises:
-            TypeError: x is not a tensor.
+            TypeError: x is not a tensor, or x or the state is not in the dtype of the weights.
             ValueError: a shape or setting does not fit.
         """
-        check_sequence(x, self.input_size)
+        check_sequence(x, self.input_size, self.bias)
         if aux_every is not None and aux_every < 1:
             raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
         if not 0 <= start < x.size(1):
@@ -371,7 +407,9 @@ class TrellisNet(nn.Module):
             raise ValueError(f"state: expected (h, c), got {len(state)} parts")
         for name, part in () if state is None else zip("hc", state, strict=True):
             if tuple(part.shape) != expected:
-                raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}")
+                advice = _time_first(x, part.size(0)) if part.dim() == 2 and part.size(1) == self.hidden_size else ""
+                raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}{advice}")
+            check_dtype(f"state {name}", part, self.bias)
         out = ops.trellis(
             x,
             (self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias),
@@ -416,7 +454,7 @@ class TrellisNet(nn.Module):
             outputs (N, T, output_size), and the stream after these steps.
 
         Raises:
-            TypeError: x is not a tensor.
+            TypeError: x is not a tensor, or has another dtype than the weights.
             ValueError: x has another shape.
         """
         self._check_piece(x, stream, 3)
@@ -434,7 +472,7 @@ class TrellisNet(nn.Module):
             output (N, output_size), and the stream after this step.
 
         Raises:
-            TypeError: x_t is not a tensor.
+            TypeError: x_t is not a tensor, or has another dtype than the weights.
             ValueError: x_t has another shape.
         """
         self._check_piece(x_t, stream, 2)
@@ -443,7 +481,10 @@ class TrellisNet(nn.Module):
 
     def _check_piece(self, x: Tensor, stream: Stream, dimensions: int) -> None:
         check_tensor(name := "x" if dimensions == 3 else "x_t", x)
+        if ops.transformed():
+            raise ValueError("stream: torch.func cannot transform it; call the network on whole sequences")
         N = stream.x.size(1)
         expected = f"({N}, {'T ≥ 1, ' * (dimensions - 2)}{self.input_size})"
         if x.dim() != dimensions or x.size(0) != N or x.size(-1) != self.input_size or not x.size(1):
             raise ValueError(f"{name}: expected {expected}, got {tuple(x.shape)}")
+        check_dtype(name, x, self.bias)

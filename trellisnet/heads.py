@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trellisnet.ops import transformed
 from trellisnet.ops.cross_entropy import cross_entropy
 from trellisnet.regularization import check_rate, scaled
 
@@ -20,6 +21,12 @@ INIT_RANGE = 0.1
 REDUCTIONS = ("mean", "sum", "none")
 # Logits computed at a time by a mixture's log_prob (16 MB in fp32; the backward pass holds a few such tensors).
 CHUNK_LOGITS = 2**22
+
+
+def check_target(target: Tensor) -> None:
+    """Raise TypeError unless target holds class ids, int64."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected class ids in int64, got {str(target.dtype).removeprefix('torch.')}")
 
 
 class _Head(nn.Module):
@@ -42,12 +49,14 @@ class _Head(nn.Module):
             latent: for a mixture, the keywords of :meth:`MixtureOfSoftmaxes.log_prob`.
 
         Raises:
+            TypeError: target is not int64.
             ValueError: unknown reduction, or shapes that do not fit.
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if x.shape[:-1] != target.shape:
             raise ValueError(f"target: expected shape {tuple(x.shape[:-1])}, got {tuple(target.shape)}")
+        check_target(target)
         if reduction == "none":
             return self._losses(x, target, None, **latent)[1].view(target.shape)
         total, _ = self._losses(x, target, _repeated(1.0, x, target), **latent)
@@ -67,8 +76,10 @@ class _Head(nn.Module):
             losses takes longer.
 
         Raises:
+            TypeError: target is not int64.
             ValueError: shapes that do not fit.
         """
+        check_target(target)
         expected = (len(weights), *target.shape)
         if x.shape[:-1] != expected:
             raise ValueError(f"x: expected shape {(*expected, self.in_features)}, got {tuple(x.shape)}")
@@ -374,6 +385,9 @@ class SplitSoftmax(_Softmax):
         return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
 
     def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        if transformed() or torch.jit.is_tracing():  # neither has a number of positions that depends on the targets
+            losses = -self.log_prob(x).gather(-1, target.unsqueeze(-1)).view(-1)
+            return None if scale is None else (losses * scale).sum(), losses
         # A band is computed only at the positions whose target lies in it.
         x, flat = x.reshape(-1, 1, self.in_features), target.reshape(-1)  # (P, 1, in_features), (P,)
         band = sum((flat >= cutoff).long() for cutoff in self.cutoffs)  # 0: the short list
@@ -381,6 +395,11 @@ class SplitSoftmax(_Softmax):
         entry = torch.where(band > 0, head[1].numel() - band, flat)
         total, losses = cross_entropy(x, *head, entry, scale, gemm=self.gemm)
         for i, part in enumerate(bands, 1):
+            if torch.compiler.is_compiling():  # nor has this, but the operator can choose the positions itself
+                shifted, options = flat - self.cutoffs[i - 1], {"within": band == i, "gemm": self.gemm}
+                band_total, band_losses = cross_entropy(x, *part, shifted, scale, **options)
+                total, losses = None if scale is None else total + band_total, losses + band_losses
+                continue
             at = (band == i).nonzero().squeeze(1)
             if at.numel():
                 band_scale = None if scale is None else scale[at]

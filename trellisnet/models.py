@@ -223,6 +223,8 @@ class TrellisLanguageModel(nn.Module):
         check_tensor("tokens", tokens)
         if tokens.dim() != 2 or tokens.size(1) < 1:
             raise ValueError(f"tokens: expected (N, L ≥ 1), got {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens: expected ids in int64, got {str(tokens.dtype).removeprefix('torch.')}")
         x = self.embed(tokens, masks)
         depth = depth_of(self.core, num_layers)
         raw_output, state, aux = self.core(x, state, start=start, aux_every=aux_every, masks=masks, **depth)

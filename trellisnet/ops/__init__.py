@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trellisnet.ops import fused, gates, higher_order, mixed_group, reference
+from trellisnet.ops import fused, gates, mixed_group, operators, reference
 from trellisnet.ops.fused import resolve_gates
 from trellisnet.ops.gemm import GEMMS
+from trellisnet.ops.higher_order import transformed
 from trellisnet.ops.last_step import last_step as _last_step
 from trellisnet.ops.pruning import dependencies
 from trellisnet.ops.reference import ACTIVATIONS
@@ -34,6 +35,8 @@ __all__ = [
     "resolve",
     "resolve_gates",
     "slow_gates",
+    "traced",
+    "transformed",
     "trellis",
 ]
 
@@ -45,7 +48,7 @@ class Trellis(NamedTuple):
         output: (N, L − start, output_size).
         state: (h, c) of the last layer at the last step, (N, H) each.
         aux: auxiliary outputs, (N, L − start, output_size) each.
-        layer_steps: number of (layer, time step) pairs that were computed.
+        layer_steps: number of (layer, time step) pairs that were computed; in a compiled program, of all.
     """
 
     output: Tensor
@@ -54,7 +57,7 @@ class Trellis(NamedTuple):
     layer_steps: int
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Return whether torch is compiling, exporting or tracing this code."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
@@ -79,9 +82,9 @@ def find_activation(name: str) -> Activation:
 
 def not_fused(spec: TrellisSpec) -> str:
     """Say why the fused operator cannot run this spec here; empty if it can."""
-    if _traced():
-        return "torch cannot compile, export or trace it"
-    if higher_order.transformed():
+    if torch.jit.is_tracing():
+        return "torch.jit cannot trace it"
+    if not torch.compiler.is_compiling() and transformed():
         return "torch.func cannot transform it"
     if spec.kernel_groups is not None:
         return "it has no mixed group convolution"
@@ -95,14 +98,15 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
         ValueError: the chosen backend cannot run it, or cannot recompute although that is asked for.
     """
     backend, reason = execution.backend, not_fused(spec)
-    if backend == "triton":
+    if backend == "triton" and not torch.compiler.is_compiling():  # torch cannot compile an import
         reason = reason or fused.no_triton()
     if backend in ("fused", "triton") and reason:
         raise ValueError(f"backend: {backend} cannot run this, {reason}; expected auto or reference")
     if backend == "reference" or reason:
         # Under tracing the reference runs whatever was asked for, so that any model can be exported.
-        if execution.recompute and not _traced():
-            raise ValueError(f"recompute: only the backend fused can, and {reason or 'the backend is reference'}")
+        if execution.recompute and not traced():
+            reason = reason or "the backend is reference"
+            raise ValueError(f"recompute: only the backend fused can, and {reason}; pass recompute=False")
         return "reference"
     return "fused" if backend == "auto" else backend
 
@@ -163,13 +167,14 @@ def trellis(
         x = hide_padding(x, lengths)
     if resolve(spec, execution) != "reference":
         options = {"start": start, "aux_every": aux_every, "hidden_scale": hidden_scale, "lengths": lengths}
-        return Trellis(*fused.trellis(x, weights, state, spec, **options, execution=execution))
+        run = operators.trellis if torch.compiler.is_compiling() else fused.trellis
+        return Trellis(*run(x, weights, state, spec, **options, execution=execution))
     N, L, _ = x.shape
     if state is None:
         zero = x.new_zeros(N, bias.numel() // gates)
         state = (zero, zero)
     # Under tracing the equation is recorded; the sets of positions of the pruned path depend on L.
-    if start == L - 1 and aux_every is None and lengths is None and not _traced():
+    if start == L - 1 and aux_every is None and lengths is None and not traced():
         if spec.kernel_groups is not None:
             weights = mixed_group.dense(*weights, spec.kernel_groups, gates)
         output, state, layer_steps = _last_step(x, weights, state, spec, hidden_scale)

@@ -180,6 +180,7 @@ def cross_entropy(
     log_prior: Tensor | None = None,
     log_epsilon: float = 0.0,
     gemm: str = "auto",
+    within: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the negative log-likelihood in nats, −log(log_epsilon + Σ_k prior_k · softmax(W x_k + b)[target]).
 
@@ -196,6 +197,8 @@ def cross_entropy(
         log_prior: log-prior of every expert, (P, K). None for a single expert.
         log_epsilon: added to the probability.
         gemm: matrix products, one of `trellisnet.ops.GEMMS`.
+        within: in a program that is compiled, positions to compute, bool (P,); the losses of others are zero. None for
+            all. Eager code selects the positions itself.
 
     Returns:
         The sum of scale · loss, 0-dim (or None), and the losses (P,): float64 if weight is, else float32.
@@ -208,16 +211,137 @@ def cross_entropy(
     if higher_order.transformed() or torch.jit.is_tracing():
         losses = reference(x, weight, bias, target, log_prior, log_epsilon)
         return None if scale is None else (losses * scale).sum(), losses
-    K, V, device = x.size(1), weight.size(0), x.device.type
-    compute = weight.dtype
+    device, compute = x.device.type, weight.dtype
     if torch.is_autocast_enabled(device) and compute != torch.float64:
         compute = torch.get_autocast_dtype(device)
-    chunk, bucket = (CHUNK, BUCKET) if device == "cpu" else (CHUNK_GPU, 1)
-    rows = max(ROWS, chunk // V)
-    rows += -rows % bucket
-    product = products.resolve(gemm, x.device, compute)
     inputs = (x, weight, bias, log_prior)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    setting = _Setting(compute, product, max(1, rows // K), bucket, log_epsilon, needs_grad)
+    if torch.compiler.is_compiling():
+        wanted = [needs_grad, x.requires_grad, weight.requires_grad]
+        settings = log_epsilon, str(compute).removeprefix("torch."), gemm, *wanted
+        tensors = x, weight, bias, target, log_prior, scale, within
+        total, losses, _ = torch.ops.trellisnet.cross_entropy(*tensors, *settings)
+        return None if scale is None else total, losses
+    setting = _setting(x, weight, compute, gemm, log_epsilon, needs_grad)
     with torch.autocast(device, enabled=False):
         return _CrossEntropy.apply(setting, x, weight, bias, target, log_prior, scale)
+
+
+def _setting(
+    x: Tensor, weight: Tensor, compute: torch.dtype, gemm: str, log_epsilon: float, needs_grad: bool
+) -> _Setting:
+    chunk, bucket = (CHUNK, BUCKET) if x.device.type == "cpu" else (CHUNK_GPU, 1)
+    rows = max(ROWS, chunk // weight.size(0))
+    rows += -rows % bucket
+    product = products.resolve(gemm, x.device, compute)
+    return _Setting(compute, product, max(1, rows // x.size(1)), bucket, log_epsilon, needs_grad)
+
+
+# -- the same as an operator of torch, for programs that are compiled or exported (see trellisnet.ops.operators) -------
+
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor bias, Tensor target, Tensor? log_prior, Tensor? scale, Tensor? within, "
+    "float log_epsilon, str compute, str gemm, bool needs_grad, bool needs_x, bool needs_weight"
+)
+_SETTINGS = 6  # number of arguments that are no tensors
+
+
+def _run(x, weight, bias, target, log_prior, scale, within, log_epsilon, compute, gemm, needs_grad, *wanted):
+    """Return losses (P,), zero where `within` is False, and the gradients as a list, with 0-dim tensors for None."""
+    setting = _setting(x, weight, getattr(torch, compute), gemm, log_epsilon, needs_grad)
+    rows = slice(None) if within is None else within.nonzero().squeeze(1)
+    priors, scales = (None if t is None else t[rows] for t in (log_prior, scale))
+    with torch.autocast(x.device.type, enabled=False):
+        summed = scales if needs_grad else None
+        losses, grads = _losses(setting, x[rows], weight, bias, target[rows], priors, summed, wanted)
+    dx, dweight, dbias, dlog_prior = grads
+    if within is not None:
+        losses = losses.new_zeros(target.shape).index_copy_(0, rows, losses)
+        dx, dlog_prior = (
+            None if grad is None else torch.zeros_like(all_rows).index_copy_(0, rows, grad)
+            for all_rows, grad in ((x, dx), (log_prior, dlog_prior))
+        )
+    if summed is None:
+        return losses, []
+    if dweight is None and wanted[1]:  # no position at all
+        dweight = torch.zeros_like(weight, dtype=losses.dtype)
+    return losses, [x.new_zeros(()) if grad is None else grad for grad in (dx, dweight, dbias, dlog_prior)]
+
+
+def _shapes(x, weight, bias, target, log_prior, scale, within, log_epsilon, compute, gemm, needs_grad, *wanted):
+    sums = torch.float64 if compute == "float64" else torch.float32
+    losses = x.new_empty(target.shape, dtype=sums)
+    if scale is None or not needs_grad:
+        return losses, []
+    dx, dweight = (torch.empty_like(x) if wanted[0] else None), None
+    if wanted[1]:
+        dweight = weight.new_empty(weight.shape, dtype=sums)
+    grads = dx, dweight, bias.new_empty(bias.shape, dtype=sums), log_prior
+    return losses, [x.new_empty(()) if grad is None else torch.empty_like(grad) for grad in grads]
+
+
+_FORWARD = f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor[])"  # Σ scale · loss, losses, gradients of the first
+
+
+@torch.library.custom_op("trellisnet::cross_entropy", mutates_args=(), schema=_FORWARD)
+def _operator(*arguments):
+    losses, grads = _run(*arguments)
+    scale = arguments[5]
+    return losses.new_zeros(()) if scale is None else (losses * scale).sum(), losses, grads
+
+
+@_operator.register_fake
+def _(*arguments):
+    losses, grads = _shapes(*arguments)
+    scale = arguments[5]
+    dtype = losses.dtype if scale is None else torch.promote_types(losses.dtype, scale.dtype)
+    return losses.new_empty((), dtype=dtype), losses, grads
+
+
+@torch.library.custom_op("trellisnet::cross_entropy_backward", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor[]")
+def _backward_operator(*arguments):
+    return _run(*arguments)[1]
+
+
+@_backward_operator.register_fake
+def _(*arguments):
+    return _shapes(*arguments)[1]
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.settings = inputs[-_SETTINGS:]
+    ctx.save_for_backward(*inputs[:-_SETTINGS], *output[2])
+
+
+def _gradients(ctx: Any, dtotal, dloss, _):
+    x, weight, bias, target, log_prior, scale, within, *grads = ctx.saved_tensors
+    log_epsilon, compute, gemm, _, *wanted = ctx.settings
+    nothing = [None] * (1 + _SETTINGS)
+    dtotal = None if scale is None else dtotal  # else there is no sum
+    if dtotal is None and dloss is None:
+        return *nothing, *[None] * 6
+    grad = dloss if dtotal is None else dtotal * scale if dloss is None else dloss + dtotal * scale
+    if torch.is_grad_enabled():  # the backward pass will itself be differentiated
+
+        def losses(*inputs):
+            x, weight, bias, log_prior = (None if t is None else t.to(grad.dtype) for t in inputs)
+            each = reference(x, weight, bias, target if within is None else target * within, log_prior, log_epsilon)
+            return (each if within is None else each * within,)
+
+        needed = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
+        *dx, dlog_prior = higher_order.gradients(losses, (x, weight, bias, log_prior), needed, (grad,))
+        return *dx, None, dlog_prior, None, *nothing
+    if dloss is None:
+        grads = [g * dtotal for g in grads]
+    else:
+        settings = log_epsilon, compute, gemm, True, *wanted
+        tensors = x, weight, bias, target, log_prior, grad, within
+        grads = torch.ops.trellisnet.cross_entropy_backward(*tensors, *settings)
+    needed = [*wanted, True, log_prior is not None]
+    dx, dweight, dbias, dlog_prior = (g if needs else None for g, needs in zip(grads, needed, strict=True))
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    return dx, dweight, dbias.to(bias.dtype), None, dlog_prior, None, *nothing
+
+
+_operator.register_autograd(_gradients, setup_context=_setup)

@@ -94,7 +94,7 @@ def gates_of(choice: str, device: torch.device, compute: torch.dtype, activation
     return {"eager": eager, "compiled": compiled}.get(choice) or _triton()
 
 
-class _Setting(NamedTuple):
+class Setting(NamedTuple):
     plan: Plan
     spec: TrellisSpec
     compute: torch.dtype  # of the products and of the stored gates
@@ -109,7 +109,7 @@ class _Setting(NamedTuple):
 class _Geometry:
     """Shapes and dtypes of one call."""
 
-    def __init__(self, setting: _Setting, weight: Tensor, batch: int):
+    def __init__(self, setting: Setting, weight: Tensor, batch: int):
         self.N = batch
         self.GH = weight.size(0)
         self.H = self.GH // setting.spec.activation.gates
@@ -222,7 +222,8 @@ class _KernelGradient:
 class _Layers:
     """The layers of one call, computed one by one from the lowest up."""
 
-    def __init__(self, setting: _Setting, weight, bias, h0, c0, scale, batch: int, x_tilde: Sequence[Tensor]):
+    def __init__(self, setting: Setting, inputs: "Inputs", batch: int):
+        weight, bias, h0, c0, scale, _, x_tilde = inputs
         self.setting, self.layers = setting, setting.plan.layers
         self.geometry = geometry = _Geometry(setting, weight, batch)
         # Positions of every layer whose product can differ from zero.
@@ -286,54 +287,210 @@ def _at(last: Tensor | None, N: int) -> Any:
     return -1 if last is None else (last, torch.arange(N, device=last.device))
 
 
-class _Trellis(torch.autograd.Function):
-    """(setting, weight, bias, h0, c0, scale, last, N, weight_x, *rows, *x̃) → (layer-steps, h, c, *aux).
+class Result(NamedTuple):
+    """Result of :func:`forward`.
 
-    Arguments: weight (GH, k·H), bias (GH,), h0 and c0 (N, H) or None for zeros, scale (N, H) or None, last (N,) or None
-    for the end of every row, rows (P, N, k·C), x̃ (P, N, GH) including the bias. Results: h (S, N, H) of the last
-    layer, unmasked, its cell c (N, H) at the positions `last`, and the auxiliary outputs (S, N, output_size).
+    Args:
+        h: hidden channels of the last layer, unmasked, (S, N, H).
+        c: its cell at the positions `last`, (N, H).
+        aux: auxiliary outputs, (S, N, output_size) each.
+        stored: what :func:`backward` reads, if the setting needs it; None stands for zeros.
+    """
+
+    h: Tensor
+    c: Tensor
+    aux: list[Tensor]
+    stored: list[Tensor | None]
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call.
+
+    Args:
+        weight: (GH, k·H).
+        bias: (GH,).
+        h0, c0: (N, H), or None for zeros.
+        scale: (N, H), or None.
+        last: last position of every row, (N,), or None for the end of all.
+        x_tilde: x̃ including the bias, (P, N, GH), for every dilation of `inject_dilations`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    scale: Tensor | None
+    last: Tensor | None
+    x_tilde: Sequence[Tensor]
+
+
+def forward(setting: Setting, inputs: Inputs, batch: int) -> Result:
+    """Compute all layers, time first, in the dtypes of the setting."""
+    run = _Layers(setting, inputs, batch)
+    geometry, layers = run.geometry, setting.plan.layers
+    N, H, wanted = geometry.N, geometry.H, layers[-1].size
+    stored, checkpoints, aux = [], [], []
+    taps, h, c = run.first_taps(), geometry.empty(wanted, N, H), None
+    for first, end in setting.segments:
+        if setting.needs_grad and end < len(layers):
+            checkpoints += [taps.clone(), c]
+        for number in range(first, end + 1):
+            out = h if number == len(layers) else None
+            if out is None and number in setting.aux_layers:
+                out = geometry.empty(wanted, N, setting.spec.output_size)
+            if setting.needs_grad and number == first and end == len(layers):
+                stored.append(c)  # cell of the layer below the first stored one
+            gates, c, taps = run.compute(number, taps, c, out, with_taps=number < len(layers))
+            if setting.needs_grad and end == len(layers):
+                stored += [gates, c]
+            if number in setting.aux_layers:
+                aux.append(out[..., H - setting.spec.output_size :].clone() if out is h else out)
+    return Result(h, (h if c is None else c)[_at(inputs.last, N)].clone(), aux, [*checkpoints, *stored])
+
+
+class Gradients(NamedTuple):
+    """Gradients of the :class:`Inputs` that have one; x̃ in full precision."""
+
+    weight: Tensor
+    bias: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    x_tilde: list[Tensor]
+
+
+def backward(
+    setting: Setting,
+    inputs: Inputs,
+    stored: Sequence[Tensor | None],
+    shapes: Sequence[tuple[int, ...]],
+    batch: int,
+    dh: Tensor,
+    dc_last: Tensor,
+    daux: Sequence[Tensor],
+) -> Gradients:
+    """Compute the gradients from those of h, c and the auxiliary outputs.
+
+    Args:
+        inputs: those of :func:`forward`, of which x̃ is read only to recompute layers.
+        stored: what :func:`forward` stored.
+        shapes: shapes of x̃.
+    """
+    layers, activation = setting.plan.layers, setting.spec.activation
+    weight, _, h0, c0, scale, last, _ = inputs
+    run = _Layers(setting, inputs, batch)
+    geometry = run.geometry
+    N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
+    w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.max_rows, setting.product)  # (k·H, GH)
+    kernel = _KernelGradient(geometry, run.edges, setting.product, low_memory=len(setting.segments) > 1)
+    dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
+    dx: dict[int, Tensor] = {}
+    shape_of = dict(zip(setting.inject_dilations, shapes, strict=True))
+    daux = {i: grad.contiguous() for i, grad in zip(sorted(setting.aux_layers), daux, strict=True)}
+
+    dc = geometry.zeros(layers[-1].size, N, H)
+    dc[_at(last, N)] = dc_last.to(dc.dtype)
+    daux[len(layers)], dc = _last_gradient(setting, dh.to(geometry.sum), dc, daux.get(len(layers)))
+    above = taps = dtaps = None
+    for segment in reversed(range(len(setting.segments))):
+        first, end = setting.segments[segment]
+        if end == len(layers):
+            cells, gates = stored[2 * segment :: 2], stored[2 * segment + 1 :: 2]
+        else:
+            cells, gates = _recompute(run, first, end, *stored[2 * segment : 2 * segment + 2])
+        for number in range(end, first - 1, -1):
+            layer, edge = layers[number - 1], run.edges[number - 1]
+            if above:
+                taps = run.fill(kernel.last_taps(), number + 1)
+            dz = kernel.next_dz(edge)
+            reads_cell = activation.has_cell and (number > 1 or c0 is not None)
+            dc_below = geometry.empty(layer.size, N, H) if reads_cell else None
+            # The first layer of a dilation writes the gradient of x̃ if it covers all rows, else it adds to zeros.
+            add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shape_of[layer.dilation][0])
+            if layer.x is None:
+                dx_layer = geometry.empty(layer.size, N, GH)
+            elif layer.dilation in dx:
+                dx_layer = dx[layer.dilation]
+            else:
+                make = geometry.zeros if add else geometry.empty
+                dx_layer = dx[layer.dilation] = make(*shape_of[layer.dilation])
+            i = number - first
+            step = Step(
+                activation, layer, above, edge, gates[i], x=None, c=cells[i + 1], c_below=cells[i], c0=run.c_left,
+                scale=run.scale, taps=taps, out=daux.get(number), dtaps=dtaps, dc_above=dc,
+                dz=_positions(dz, edge, N, GH), dc=dc_below, dx=dx_layer, add=add,
+            )  # fmt: skip
+            setting.gates.backward(step)
+            if layer.x is None:
+                dbias += dx_layer.sum((0, 1))
+            if dc_below is not None and c0 is not None:
+                dc_left += dc_below[: layer.cell.left].sum(0)
+            if edge:
+                dz = kernel.advance(edge)
+                dtaps = _positions(setting.product(dz, w_t), edge, N, k, H)
+                for j, read in enumerate(layer.taps if h0 is not None else ()):
+                    dh_left += dtaps[: read.left, :, j].sum(0, dtype=geometry.sum)
+            dc, above = dc_below, layer
+        del cells, gates
+    if run.edges[0]:
+        run.fill(kernel.last_taps(), 1)
+    dw = kernel.finish().t()
+    if scale is not None:
+        dh_left *= run.scale
+    state = [None if s is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]
+    return Gradients(dw.to(weight.dtype), dbias, *state, [dx[d] for d in setting.inject_dilations])
+
+
+def operations(setting: Setting, inputs: Inputs, batch: int) -> list[Tensor]:
+    """Return h, c and the auxiliary outputs as :func:`forward` does, by torch's own operations, differentiable."""
+    spec = setting.spec
+    work = torch.float64 if setting.compute == torch.float64 else torch.float32
+    weight, bias, h0, c0, scale = (None if t is None else t.to(work) for t in inputs[:5])
+    zero = bias.new_zeros(batch, bias.numel() // spec.activation.gates)
+    state, aux = (zero if h0 is None else h0, zero if c0 is None else c0), []
+    x_tilde = (x.to(work).transpose(0, 1) for x in inputs.x_tilde)
+    x_tilde = dict(zip(setting.inject_dilations, x_tilde, strict=True))
+    arguments = setting.plan, x_tilde, weight.t(), bias, state, scale, spec.activation
+    for number, (h, c) in enumerate(last_step.layers(*arguments), start=1):  # noqa: B007
+        if number in setting.aux_layers:
+            wanted = pruning.rows(h, setting.plan.layers[number - 1].wanted, dim=1)
+            aux.append(wanted[..., wanted.size(2) - spec.output_size :].transpose(0, 1))
+    return [h.transpose(0, 1), c.transpose(0, 1)[_at(inputs.last, batch)], *aux]
+
+
+class _Trellis(torch.autograd.Function):
+    """(setting, N, weight_x, weight, bias, h0, c0, scale, last, *rows, *x̃) → (h, c, *aux).
+
+    Arguments: weight_x (GH, k·C), rows (P, N, k·C) for every dilation, and the fields of :class:`Inputs`.
 
     x̃ = rows · weight_xᵀ + bias is not stored. If the backward pass is differentiated, it is recomputed from rows and
     weight_x, which the product that made it stores anyway; they have no gradient of their own here.
     """
 
     @staticmethod
-    def forward(ctx: Any, setting: _Setting, weight, bias, h0, c0, scale, last, batch, weight_x, *rows_and_x_tilde):
+    def forward(ctx: Any, setting: Setting, batch: int, weight_x: Tensor, *tensors):
         dilations = len(setting.inject_dilations)
-        rows, x_tilde = rows_and_x_tilde[:dilations], rows_and_x_tilde[dilations:]
-        run = _Layers(setting, weight, bias, h0, c0, scale, batch, x_tilde)
-        geometry, layers = run.geometry, setting.plan.layers
-        N, H, wanted = geometry.N, geometry.H, layers[-1].size
-        stored, checkpoints, aux, layer_steps = [], [], [], 0
-        taps, h, c = run.first_taps(), geometry.empty(wanted, N, H), None
-        for first, end in setting.segments:
-            if setting.needs_grad and end < len(layers):
-                checkpoints += [taps.clone(), c]
-            for number in range(first, end + 1):
-                out = h if number == len(layers) else None
-                if out is None and number in setting.aux_layers:
-                    out = geometry.empty(wanted, N, setting.spec.output_size)
-                if number == first and end == len(layers):
-                    stored.append(c)  # cell of the layer below the first stored one
-                gates, c, taps = run.compute(number, taps, c, out, with_taps=number < len(layers))
-                layer_steps += layers[number - 1].size
-                if setting.needs_grad and end == len(layers):
-                    stored += [gates, c]
-                if number in setting.aux_layers:
-                    aux.append(out[..., H - setting.spec.output_size :].clone() if out is h else out)
+        rows, x_tilde = tensors[6 : 6 + dilations], tensors[6 + dilations :]
+        result = forward(setting, Inputs(*tensors[:6], x_tilde), batch)
         ctx.setting, ctx.batch = setting, batch
         ctx.shapes, ctx.dtypes = [tuple(x.shape) for x in x_tilde], [x.dtype for x in x_tilde]
         if setting.needs_grad:
-            reread = x_tilde if checkpoints else [None] * len(x_tilde)
-            ctx.save_for_backward(weight, bias, h0, c0, scale, last, weight_x, *rows, *reread, *checkpoints, *stored)
-        return layer_steps, h, (h if c is None else c)[_at(last, N)].clone(), *aux
+            reread = x_tilde if len(setting.segments) > 1 else [None] * dilations
+            ctx.save_for_backward(weight_x, *tensors[:6], *rows, *reread, *result.stored)
+        return result.h, result.c, *result.aux
 
     @staticmethod
-    def backward(ctx: Any, _, *grads):
+    def backward(ctx: Any, *grads):
         if higher_order.needed(grads):
             return _Trellis._differentiable(ctx, grads)
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return _Trellis._backward(ctx, *grads)
+        dilations = len(ctx.shapes)
+        _, *tensors = ctx.saved_tensors
+        x_tilde, stored = tensors[6 + dilations : 6 + 2 * dilations], tensors[6 + 2 * dilations :]
+        dh, dc, *daux = grads
+        with torch.autocast(dh.device.type, enabled=False):
+            inputs = Inputs(*tensors[:6], x_tilde)
+            *grads, dx = backward(ctx.setting, inputs, stored, ctx.shapes, ctx.batch, dh, dc, daux)
+            dx = [x.to(dtype) for x, dtype in zip(dx, ctx.dtypes, strict=True)]
+        return None, None, None, *grads, *[None] * (2 + dilations), *dx
 
     @staticmethod
     def jvp(ctx: Any, *tangents):
@@ -341,104 +498,21 @@ class _Trellis(torch.autograd.Function):
 
     @staticmethod
     def _differentiable(ctx: Any, grads: Sequence[Tensor]):
-        setting: _Setting = ctx.setting
-        spec = setting.spec
-        weight, bias, h0, c0, scale, last, weight_x, *saved = ctx.saved_tensors
-        dilations = setting.inject_dilations
-        rows, needs = saved[: len(dilations)], ctx.needs_input_grad
+        setting: Setting = ctx.setting
+        weight_x, weight, bias, h0, c0, scale, last, *saved = ctx.saved_tensors
+        dilations = len(setting.inject_dilations)
         work = torch.float64 if setting.compute == torch.float64 else torch.float32
 
-        def wide(tensor):
-            return None if tensor is None else tensor.to(work)
-
-        def outputs(*inputs):
-            weight, bias, h0, c0, *x_tilde = map(wide, inputs)
-            zero = bias.new_zeros(ctx.batch, bias.numel() // spec.activation.gates)
-            state, aux = (zero if h0 is None else h0, zero if c0 is None else c0), []
-            x_tilde = dict(zip(dilations, (x.transpose(0, 1) for x in x_tilde), strict=True))
-            arguments = setting.plan, x_tilde, weight.t(), bias, state, wide(scale), spec.activation
-            for number, (h, c) in enumerate(last_step.layers(*arguments), start=1):  # noqa: B007
-                if number in setting.aux_layers:
-                    wanted = pruning.rows(h, setting.plan.layers[number - 1].wanted, dim=1)
-                    aux.append(wanted[..., wanted.size(2) - spec.output_size :].transpose(0, 1))
-            return h.transpose(0, 1), c.transpose(0, 1)[_at(last, ctx.batch)], *aux
+        def outputs(weight, bias, h0, c0, *x_tilde):
+            return operations(setting, Inputs(weight, bias, h0, c0, scale, last, x_tilde), ctx.batch)
 
         with torch.autocast(grads[0].device.type, enabled=False):
-            x_tilde = [torch.nn.functional.linear(wide(r), wide(weight_x), wide(bias)) for r in rows]
-        wanted = [*needs[1:5], *needs[-len(dilations) :]]
+            wide = (weight_x.to(work), bias.to(work))
+            x_tilde = [torch.nn.functional.linear(r.to(work), *wide) for r in saved[:dilations]]
+        wanted = [*ctx.needs_input_grad[3:7], *ctx.needs_input_grad[-dilations:]]
         grads = higher_order.gradients(outputs, (weight, bias, h0, c0, *x_tilde), wanted, grads)
         dx = [None if g is None else g.to(dtype) for g, dtype in zip(grads[4:], ctx.dtypes, strict=True)]
-        return None, *grads[:4], *[None] * (4 + len(dilations)), *dx
-
-    @staticmethod
-    def _backward(ctx: Any, dh, dc_last, *daux):
-        setting: _Setting = ctx.setting
-        layers, activation = setting.plan.layers, setting.spec.activation
-        weight, bias, h0, c0, scale, last, _, *saved = ctx.saved_tensors
-        dilations = len(ctx.shapes)
-        x_tilde, saved = saved[dilations : 2 * dilations], saved[2 * dilations :]
-        run = _Layers(setting, weight, bias, h0, c0, scale, ctx.batch, x_tilde)
-        geometry = run.geometry
-        N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
-        w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.max_rows, setting.product)  # (k·H, GH)
-        kernel = _KernelGradient(geometry, run.edges, setting.product, low_memory=len(setting.segments) > 1)
-        dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
-        dx: dict[int, Tensor] = {}
-        shapes = dict(zip(setting.inject_dilations, ctx.shapes, strict=True))
-        daux = {i: grad.contiguous() for i, grad in zip(sorted(setting.aux_layers), daux, strict=True)}
-
-        dc = geometry.zeros(layers[-1].size, N, H)
-        dc[_at(last, N)] = dc_last.to(dc.dtype)
-        daux[len(layers)], dc = _last_gradient(setting, dh.to(geometry.sum), dc, daux.get(len(layers)))
-        above = taps = dtaps = None
-        for segment in reversed(range(len(setting.segments))):
-            first, end = setting.segments[segment]
-            if end == len(layers):
-                cells, gates = saved[2 * segment :: 2], saved[2 * segment + 1 :: 2]
-            else:
-                cells, gates = _recompute(run, first, end, *saved[2 * segment : 2 * segment + 2])
-            for number in range(end, first - 1, -1):
-                layer, edge = layers[number - 1], run.edges[number - 1]
-                if above:
-                    taps = run.fill(kernel.last_taps(), number + 1)
-                dz = kernel.next_dz(edge)
-                reads_cell = activation.has_cell and (number > 1 or c0 is not None)
-                dc_below = geometry.empty(layer.size, N, H) if reads_cell else None
-                # The first layer of a dilation writes the gradient of x̃ if it covers all rows, else it adds to zeros.
-                add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shapes[layer.dilation][0])
-                if layer.x is None:
-                    dx_layer = geometry.empty(layer.size, N, GH)
-                elif layer.dilation in dx:
-                    dx_layer = dx[layer.dilation]
-                else:
-                    make = geometry.zeros if add else geometry.empty
-                    dx_layer = dx[layer.dilation] = make(*shapes[layer.dilation])
-                i = number - first
-                step = Step(
-                    activation, layer, above, edge, gates[i], x=None, c=cells[i + 1], c_below=cells[i], c0=run.c_left,
-                    scale=run.scale, taps=taps, out=daux.get(number), dtaps=dtaps, dc_above=dc,
-                    dz=_positions(dz, edge, N, GH), dc=dc_below, dx=dx_layer, add=add,
-                )  # fmt: skip
-                setting.gates.backward(step)
-                if layer.x is None:
-                    dbias += dx_layer.sum((0, 1))
-                if dc_below is not None and c0 is not None:
-                    dc_left += dc_below[: layer.cell.left].sum(0)
-                if edge:
-                    dz = kernel.advance(edge)
-                    dtaps = _positions(setting.product(dz, w_t), edge, N, k, H)
-                    for j, read in enumerate(layer.taps if h0 is not None else ()):
-                        dh_left += dtaps[: read.left, :, j].sum(0, dtype=geometry.sum)
-                dc, above = dc_below, layer
-            del cells, gates
-        if run.edges[0]:
-            run.fill(kernel.last_taps(), 1)
-        dw = kernel.finish().t()
-        if scale is not None:
-            dh_left *= run.scale
-        grads = [dx[d].to(dtype) for d, dtype in zip(setting.inject_dilations, ctx.dtypes, strict=True)]
-        state = [None if s is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]
-        return None, dw.to(weight.dtype), dbias, *state, *[None] * (4 + dilations), *grads
+        return None, None, None, *grads[:4], *[None] * (2 + dilations), *dx
 
 
 def _recompute(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | None) -> tuple[list, list]:
@@ -451,7 +525,7 @@ def _recompute(run: _Layers, first: int, end: int, taps: Tensor, c: Tensor | Non
     return cells, gates
 
 
-def _last_gradient(setting: _Setting, dh: Tensor, dc: Tensor, daux: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _last_gradient(setting: Setting, dh: Tensor, dc: Tensor, daux: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of h (including that of its auxiliary output) and c of the last layer, (S, N, H) each."""
     if not setting.spec.activation.has_cell:  # h is the cell
         dh, dc = dh + dc, None
@@ -478,36 +552,72 @@ def trellis(
     Differentiable in x, the kernels, the bias and the state, but not in `hidden_scale`. Within `torch.autocast` the
     products are in its dtype.
     """
-    N, L, C = x.shape
+    N, L, _ = x.shape
     weight_x, weight_h, bias = weights
-    num_layers, device = spec.num_layers, x.device.type
-    compute = weight_h.dtype
-    if torch.is_autocast_enabled(device) and compute != torch.float64:
-        compute = torch.get_autocast_dtype(device)
-    plan = pruning.plan(L, spec, start, x.device)
+    compute = compute_dtype(weight_h)
     product = products.resolve(execution.gemm if N else "mm", x.device, compute)  # oneDNN refuses empty matrices
     weight_x, weight_h = (w.transpose(1, 2).flatten(1) for w in (weight_x, weight_h))  # (GH, k·C), (GH, k·H)
-    x = x.transpose(0, 1)  # (L, N, C)
-    zero = x.new_zeros(1, N, C)
-    rows = [torch.cat([pruning.take(x, read, zero) for read in reads], dim=2) for reads in plan.x.values()]
     if compute != weight_h.dtype:  # before autocast does, so that F.linear and this operator store the same tensors
-        weight_x, rows = weight_x.to(compute), [r.to(compute) for r in rows]
+        weight_x = weight_x.to(compute)
+    plan = pruning.plan(L, spec, start, x.device)
+    rows = rows_of(plan, x.transpose(0, 1), weight_x.dtype)
     x_tilde = [torch.nn.functional.linear(r, weight_x, bias) for r in rows]
-    aux_layers = frozenset(range(aux_every, num_layers + 1, aux_every)) if aux_every else frozenset()
     # Autograd cannot save inference tensors for a backward pass.
     h0, c0 = (s.clone() if s.is_inference() else s for s in state) if state else (None, None)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (weight_h, bias, h0, c0, *x_tilde)
     )
-    choice = "triton" if execution.backend == "triton" else execution.gates
-    gates = gates_of(choice, x.device, compute, spec.activation.name)
-    every = execution.segment(num_layers) if needs_grad else num_layers
-    segments = tuple((first, min(first + every - 1, num_layers)) for first in range(1, num_layers + 1, every))
-    setting = _Setting(plan, spec, compute, product, gates, aux_layers, tuple(plan.x), needs_grad, segments)
+    gates = gates_of(gates_choice(execution), x.device, compute, spec.activation.name)
+    setting = make_setting(plan, spec, compute, product, gates, aux_every or 0, execution, needs_grad)
     scale = None if hidden_scale is None else hidden_scale.squeeze(2)
     last = None if lengths is None else lengths - start - 1
-    with torch.autocast(device, enabled=False):
-        layer_steps, *parts = _Trellis.apply(setting, weight_h, bias, h0, c0, scale, last, N, weight_x, *rows, *x_tilde)
-    h, c, *aux = (part.to(weight_h.dtype) for part in parts)
+    with torch.autocast(x.device.type, enabled=False):
+        h, c, *aux = _Trellis.apply(setting, N, weight_x, weight_h, bias, h0, c0, scale, last, *rows, *x_tilde)
+    return *finish(h, c, aux, last, weight_h.dtype, spec), plan.layer_steps
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the products: that of the weights or, within `torch.autocast`, its own."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def gates_choice(execution: Execution) -> str:
+    """Return the gate kernels that are asked for."""
+    return "triton" if execution.backend == "triton" else execution.gates
+
+
+def rows_of(plan: Plan, x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Gather what the taps of x̃ read from x (L, N, C), (P, N, k·C) in `dtype` for every dilation."""
+    zero = x.new_zeros(1, *x.shape[1:])
+    rows = [torch.cat([pruning.take(x, read, zero) for read in reads], dim=2) for reads in plan.x.values()]
+    return [r.to(dtype) for r in rows]
+
+
+def make_setting(
+    plan: Plan,
+    spec: TrellisSpec,
+    compute: torch.dtype,
+    product: products.Product,
+    gates: ModuleType,
+    aux_every: int,
+    execution: Execution,
+    needs_grad: bool,
+) -> Setting:
+    """Collect the setting of one call; `aux_every` is 0 for no auxiliary outputs."""
+    depth = spec.num_layers
+    aux_layers = frozenset(range(aux_every, depth + 1, aux_every)) if aux_every else frozenset()
+    every = execution.segment(depth) if needs_grad else depth
+    segments = tuple((first, min(first + every - 1, depth)) for first in range(1, depth + 1, every))
+    return Setting(plan, spec, compute, product, gates, aux_layers, tuple(plan.x), needs_grad, segments)
+
+
+def finish(
+    h: Tensor, c: Tensor, aux: Sequence[Tensor], last: Tensor | None, dtype: torch.dtype, spec: TrellisSpec
+) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
+    """Return output, state and auxiliary outputs, batch first and in `dtype`, from what :func:`forward` returns."""
+    h, c, *aux = (part.to(dtype) for part in (h, c, *aux))
     outputs = [part.transpose(0, 1) for part in (h[..., h.size(2) - spec.output_size :], *aux)]
-    return outputs[0], (h[_at(last, N)], c), outputs[1:], layer_steps
+    return outputs[0], (h[_at(last, h.size(1))], c), outputs[1:]
