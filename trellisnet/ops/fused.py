@@ -17,7 +17,8 @@ Products may be in bfloat16; cells, gate arithmetic and sums over layers are the
 
 If its backward pass is itself differentiated, the layers are recomputed in differentiable operations
 (:func:`trellisnet.ops.last_step.layers`), which gives derivatives of any order in the memory and time of the reference.
-There are no forward-mode derivatives and no support for `torch.func`; the reference has both.
+There are no forward-mode derivatives and no support for `torch.func`; the reference has both. Programs that are
+compiled or exported run this as an operator (:mod:`trellisnet.ops.operators`).
 
 Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """

@@ -45,6 +45,7 @@ class _Settings(NamedTuple):
     gates: str
     recompute_every: int  # 0: store all layers
     needs_grad: bool  # store what the backward pass reads
+    needs_x: bool  # compute the gradient of x
 
     @property
     def spec(self) -> TrellisSpec:
@@ -71,7 +72,7 @@ _TENSORS = (
 )
 _SETTINGS = (
     "SymInt start, int num_layers, int output_size, int[] dilation, int kernel_size, int inject_every, str activation, "
-    "int aux_every, str compute, str gemm, str gates, int recompute_every, bool needs_grad"
+    "int aux_every, str compute, str gemm, str gates, int recompute_every, bool needs_grad, bool needs_x"
 )
 # h, c, auxiliary outputs, what is stored: as in `fused.Result`, but for 0-dim tensors that stand for None.
 _FORWARD = f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor[], Tensor[])"
@@ -160,22 +161,23 @@ def _trellis_backward(dh, dc, daux, stored, x, weight_x, weight_h, bias, h0, c0,
         dh, dc = made(dh, wanted, N, width // settings.kernel_size), made(dc, N, width // settings.kernel_size)
         daux = [made(grad, wanted, N, settings.output_size) for grad in daux]
         grads = fused.backward(setting, inputs, stored, shapes, N, dh, dc, daux)
-        dx, dweight_x, dbias = torch.zeros_like(x), torch.zeros_like(weight_x), grads.bias
+        dx = x.new_zeros(x.shape) if settings.needs_x else None
+        dweight_x, dbias = weight_x.new_zeros(weight_x.shape), grads.bias
         for reads, rows, dz in zip(plan.x.values(), fused.rows_of(plan, x, dtype), grads.x_tilde, strict=True):
             dbias += dz.sum((0, 1))
             dz = dz.flatten(0, 1).to(dtype)
             dweight_x += dz.t() @ rows.flatten(0, 1)
-            drows = (dz @ weight_x.to(dtype)).view_as(rows)
-            for j, read in enumerate(reads):
+            drows = (dz @ weight_x.to(dtype)).view_as(rows) if settings.needs_x else None
+            for j, read in enumerate(reads if settings.needs_x else ()):
                 add_rows(dx, read.rows, drows[read.left :, :, j * C : (j + 1) * C])
-    state = [x.new_zeros(()) if grad is None else grad for grad in (grads.h0, grads.c0)]
-    return dx, dweight_x, grads.weight.contiguous(), dbias.to(bias.dtype), *state
+    grads = dx, dweight_x, grads.weight.contiguous(), dbias.to(bias.dtype), grads.h0, grads.c0
+    return tuple(x.new_zeros(()) if grad is None else grad for grad in grads)
 
 
 @_trellis_backward.register_fake
 def _(dh, dc, daux, stored, x, weight_x, weight_h, bias, h0, c0, scale, last, *settings):
-    grads = [torch.empty_like(t) for t in (x, weight_x)] + [t.new_empty(t.shape) for t in (weight_h, bias)]
-    return *grads, *(x.new_empty(()) if t is None else t.new_empty(t.shape) for t in (h0, c0))
+    tensors = x if _Settings(*settings).needs_x else None, weight_x, weight_h, bias, h0, c0
+    return tuple(x.new_empty(()) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -191,9 +193,8 @@ def _gradients(ctx: Any, dh, dc, daux, _):
     else:
         arguments = x, weight_x, weight_h, bias, h0, c0, scale, last, *ctx.settings
         grads = torch.ops.trellisnet.trellis_backward(dh, dc, daux, stored, *arguments)
-        grads = [
-            None if t is None else grad for t, grad in zip((x, weight_x, weight_h, bias, h0, c0), grads, strict=True)
-        ]
+        tensors = x if _Settings(*ctx.settings).needs_x else None, weight_x, weight_h, bias, h0, c0
+        grads = [None if t is None else grad for t, grad in zip(tensors, grads, strict=True)]
     return *grads, None, None, *[None] * len(ctx.settings)
 
 
@@ -260,6 +261,6 @@ def trellis(
     h, c, aux, _ = torch.ops.trellisnet.trellis(
         *tensors, start, spec.num_layers, spec.output_size, spec.dilation, spec.kernel_size, spec.inject_every,
         spec.activation.name, aux_every or 0, str(compute).removeprefix("torch."), execution.gemm,
-        fused.gates_choice(execution), every, needs_grad,
+        fused.gates_choice(execution), every, needs_grad, x.requires_grad,
     )  # fmt: skip
     return *fused.finish(h, c, aux, last, bias.dtype, spec), spec.num_layers * x.size(1)
