@@ -298,6 +298,59 @@ def test_the_length_is_dynamic_if_all_outputs_are_wanted_and_fixed_otherwise():
         assert (recorder.names, len(recorder.names)) == ([["trellis"]] * graphs, graphs)
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch._dynamo.config.patch(recompile_limit=99)
+def test_a_compiled_network_follows_its_dtype_its_mode_and_its_call():
+    torch.manual_seed(0)
+    net, x = TrellisNet(3, 8, 4, hidden_dropout=0.5, weight_dropout=0.3), torch.randn(2, 7, 3)
+    compiled, parameters = Recorder().compile(net), list(net.parameters())
+
+    def same(x, *wanted, **options):
+        pairs = []
+        for call in (compiled, net):
+            torch.manual_seed(1)  # of the dropout masks
+            out = call(x, **options)
+            gradients = torch.autograd.grad(out.output.square().sum(), wanted) if wanted else []
+            pairs.append([out.output, out.state, out.aux, gradients])
+        assert_close(*pairs)
+        assert pairs[0][0].requires_grad == bool(wanted)
+
+    same(x, *parameters)
+    assert not torch.equal(compiled(x).output, compiled(x).output)
+    net.eval()
+    for dtype in (torch.float64, torch.float32):
+        net.to(dtype)
+        same(x.to(dtype), *parameters)
+    with torch.no_grad():
+        same(x)
+        state = net(x).state
+    with torch.inference_mode():
+        same(x)
+    for options in (
+        {"state": state, "start": 3}, {"start": 4}, {"lengths": torch.tensor([1, 7])},
+        {"lengths": torch.tensor([2, 3])}, {"aux_every": 2, "num_layers": 2},
+    ):  # fmt: skip
+        same(x, *parameters, **options)
+    leaf = x.clone().requires_grad_()
+    same(leaf, leaf, *parameters)
+    net.requires_grad_(False)
+    same(leaf, leaf)
+    same(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_within_a_compiled_program_take_the_reference():
+    net, x = TrellisNet(3, 4, 2, dtype=torch.float64), torch.randn(2, 2, 5, 3, dtype=torch.float64)
+    for function in (
+        torch.func.vmap(lambda z: net(z).output),
+        torch.func.grad(lambda z: net(z[0]).output.square().sum()),
+        lambda z: torch.func.jvp(lambda z: net(z[0]).output, (z,), (z + 1,)),
+    ):
+        recorder = Recorder()
+        assert_close(recorder.compile(function)(x), function(x))
+        assert recorder.names == [[]]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
@@ -333,6 +386,45 @@ def test_export_keeps_the_operator_and_decomposes_it_on_request(options):
         expected = net(example, **options)
         out = exported.module()(example, **options)
         assert_close((out.output, out.state, out.aux), (expected.output, expected.state, expected.aux))
+
+
+class Loss(nn.Module):
+    def __init__(self, **head):
+        super().__init__()
+        self.model = TrellisLanguageModel(100, 8, 12, 2, output_size=8, **head)
+
+    def forward(self, tokens, targets):
+        return self.model.loss(self.model(tokens).output, targets)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("head", HEADS)
+def test_exported_losses_can_be_trained_and_decomposed_however_they_were_exported(head, grad_mode):
+    torch.manual_seed(0)
+    loss, batch = Loss(**HEADS[head]), torch.randint(100, (2, 4, 9))
+    with torch.set_grad_enabled(grad_mode):
+        program = torch.export.export(loss, tuple(batch))
+    plain = program.run_decompositions(operators.DECOMPOSITIONS)
+    kept = ["trellisnet.trellis.default", *["trellisnet.cross_entropy.default"] * (3 if head == "split" else 1)]
+    assert (nodes(program), nodes(plain)) == (kept, [])
+    assert_close(plain.module()(*batch), loss(*batch))
+    module = program.module()
+    module(*batch).backward()
+    loss(*batch).backward()
+    theirs = dict(module.named_parameters())
+    assert_close([theirs[name].grad for name in theirs], [loss.get_parameter(name).grad for name in theirs])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_an_exported_program_has_the_gradient_of_an_input_that_needed_none_then(grad_mode):
+    model, x = TrellisClassifier(3, 5, 8, 2), torch.randn(2, 9, 3)
+    with torch.set_grad_enabled(grad_mode):
+        program = torch.export.export(model, (x,))
+    x.requires_grad_()
+    ours, theirs = (torch.autograd.grad(call(x).logits.square().sum(), x) for call in (program.module(), model))
+    assert_close(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from trellisnet import TrellisNet
@@ -169,3 +170,41 @@ def test_steps_by_either_product(n, gates, low):
         for t in range(20):
             y, stream = module.step(x[:, t], stream)
     assert_close(y, module(x).output[:, -1], atol=1e-5 if low is None else 3e-2, rtol=0)
+
+
+class Piece(nn.Module):
+    """The next steps of a stream as a function of tensors, for programs that are exported or traced."""
+
+    def __init__(self, net, method):
+        super().__init__()
+        self.net, self.method, self.kernels = net, method, net.init_stream(2).kernels
+
+    def forward(self, x, *state):
+        rows = (len(state) - 1) // 2
+        stream = streaming.Stream(self.kernels, state[0], state[1 : 1 + rows], state[1 + rows :])
+        output, stream = getattr(self.net, self.method)(x, stream)
+        return output, stream.x, *stream.h, *stream.c
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"activation": "gru", "kernel_size": 3}, {"inject_every": 2}])
+@pytest.mark.parametrize("way", ["compile", "export", "trace"])
+def test_a_step_can_be_compiled_exported_and_traced(way, options):
+    module = net(3, dilation=(1, 2), dtype=torch.float32, **options)
+    x = x_of(5).float()
+    for method, size in (("step", 1), ("stream", 2)) if way == "compile" else (("step", 1),):
+        piece, stream = Piece(module, method), module.init_stream(2)
+        state, outputs = (stream.x, *stream.h, *stream.c), []
+        parts = [part.squeeze(1) if method == "step" else part for part in x[:, : 5 // size * size].split(size, dim=1)]
+        if way == "compile":
+            torch._dynamo.reset()
+            run = torch.compile(piece, backend="eager", fullgraph=True)
+        elif way == "export":
+            run = torch.export.export(piece, (parts[0], *state)).module()
+        else:
+            run = torch.jit.trace(piece, (parts[0], *state))
+        for part in parts:
+            output, *state = run(part, *state)
+            outputs.append(output.view(2, size, -1))
+        output = torch.cat(outputs, dim=1)
+        assert_close(output, module(x).output[:, : output.size(1)])

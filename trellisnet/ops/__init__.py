@@ -84,7 +84,7 @@ def not_fused(spec: TrellisSpec) -> str:
     """Say why the fused operator cannot run this spec here; empty if it can."""
     if torch.jit.is_tracing():
         return "torch.jit cannot trace it"
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         return "torch.func cannot transform it"
     if spec.kernel_groups is not None:
         return "it has no mixed group convolution"

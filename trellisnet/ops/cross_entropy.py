@@ -308,6 +308,12 @@ def _(*arguments):
     return _shapes(*arguments)[1]
 
 
+def _by_the_definition(x, weight, bias, target, log_prior, within, log_epsilon) -> Tensor:
+    if within is None:
+        return reference(x, weight, bias, target, log_prior, log_epsilon)
+    return reference(x, weight, bias, target * within, log_prior, log_epsilon) * within
+
+
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     ctx.settings = inputs[-_SETTINGS:]
@@ -316,7 +322,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradients(ctx: Any, dtotal, dloss, _):
     x, weight, bias, target, log_prior, scale, within, *grads = ctx.saved_tensors
-    log_epsilon, compute, gemm, _, *wanted = ctx.settings
+    log_epsilon, compute, gemm, needs_grad, *wanted = ctx.settings
     nothing = [None] * (1 + _SETTINGS)
     dtotal = None if scale is None else dtotal  # else there is no sum
     if dtotal is None and dloss is None:
@@ -326,22 +332,32 @@ def _gradients(ctx: Any, dtotal, dloss, _):
 
         def losses(*inputs):
             x, weight, bias, log_prior = (None if t is None else t.to(grad.dtype) for t in inputs)
-            each = reference(x, weight, bias, target if within is None else target * within, log_prior, log_epsilon)
-            return (each if within is None else each * within,)
+            return (_by_the_definition(x, weight, bias, target, log_prior, within, log_epsilon),)
 
         needed = [*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]]
         *dx, dlog_prior = higher_order.gradients(losses, (x, weight, bias, log_prior), needed, (grad,))
         return *dx, None, dlog_prior, None, *nothing
-    if dloss is None:
+    needed = [*ctx.needs_input_grad[:2], True, log_prior is not None]
+    # A program exported without gradients has not computed those of the sum, or not all of them.
+    if dloss is None and needs_grad and not any(now > then for now, then in zip(needed[:2], wanted, strict=True)):
         grads = [g * dtotal for g in grads]
     else:
-        settings = log_epsilon, compute, gemm, True, *wanted
+        settings = log_epsilon, compute, gemm, True, *needed[:2]
         tensors = x, weight, bias, target, log_prior, grad, within
         grads = torch.ops.trellisnet.cross_entropy_backward(*tensors, *settings)
-    needed = [*wanted, True, log_prior is not None]
     dx, dweight, dbias, dlog_prior = (g if needs else None for g, needs in zip(grads, needed, strict=True))
     dweight = None if dweight is None else dweight.to(weight.dtype)
     return dx, dweight, dbias.to(bias.dtype), None, dlog_prior, None, *nothing
 
 
 _operator.register_autograd(_gradients, setup_context=_setup)
+
+
+def decomposition(x, weight, bias, target, log_prior, scale, within, log_epsilon, compute, *_):
+    """Compute the operator's results by torch's own operations (`trellisnet.ops.operators.DECOMPOSITIONS`)."""
+    sums = torch.float64 if compute == "float64" else torch.float32
+    x, weight, bias, log_prior = (None if t is None else t.to(sums) for t in (x, weight, bias, log_prior))
+    losses = _by_the_definition(x, weight, bias, target, log_prior, within, log_epsilon)
+    total = losses.new_zeros(()) if scale is None else (losses * scale).sum()
+    # In the place of the gradients, which a program exported with gradients unpacks and does not read.
+    return total, losses, [losses.new_zeros(())] * 4

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trellisnet.ops import fused, higher_order, pruning, reference
+from trellisnet.ops import cross_entropy, fused, higher_order, pruning, reference
 from trellisnet.ops import gemm as products
 from trellisnet.ops.gates import add_rows
 from trellisnet.ops.pruning import Plan
@@ -45,7 +45,6 @@ class _Settings(NamedTuple):
     gates: str
     recompute_every: int  # 0: store all layers
     needs_grad: bool  # store what the backward pass reads
-    needs_x: bool  # compute the gradient of x
 
     @property
     def spec(self) -> TrellisSpec:
@@ -72,13 +71,13 @@ _TENSORS = (
 )
 _SETTINGS = (
     "SymInt start, int num_layers, int output_size, int[] dilation, int kernel_size, int inject_every, str activation, "
-    "int aux_every, str compute, str gemm, str gates, int recompute_every, bool needs_grad, bool needs_x"
+    "int aux_every, str compute, str gemm, str gates, int recompute_every, bool needs_grad"
 )
 # h, c, auxiliary outputs, what is stored: as in `fused.Result`, but for 0-dim tensors that stand for None.
 _FORWARD = f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor[], Tensor[])"
-# Gradients of the first six tensors; 0-dim tensors stand for None.
+# Gradients of the first six tensors, of x on request; 0-dim tensors stand for None.
 _BACKWARD = (
-    f"(Tensor? dh, Tensor? dc, Tensor?[] daux, Tensor[] stored, {_TENSORS}, {_SETTINGS}) "
+    f"(Tensor? dh, Tensor? dc, Tensor?[] daux, Tensor[] stored, bool needs_x, {_TENSORS}, {_SETTINGS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -145,7 +144,7 @@ def _(x, weight_x, weight_h, bias, h0, c0, scale, last, *settings):
 
 
 @torch.library.custom_op("trellisnet::trellis_backward", mutates_args=(), schema=_BACKWARD)
-def _trellis_backward(dh, dc, daux, stored, x, weight_x, weight_h, bias, h0, c0, scale, last, *settings):
+def _trellis_backward(dh, dc, daux, stored, needs_x, x, weight_x, weight_h, bias, h0, c0, scale, last, *settings):
     setting = _setting(x, settings := _Settings(*settings))
     plan, dtype, wanted = setting.plan, settings.dtype, setting.plan.layers[-1].size
     (_, N, C), (GH, width) = x.shape, weight_h.shape
@@ -161,22 +160,22 @@ def _trellis_backward(dh, dc, daux, stored, x, weight_x, weight_h, bias, h0, c0,
         dh, dc = made(dh, wanted, N, width // settings.kernel_size), made(dc, N, width // settings.kernel_size)
         daux = [made(grad, wanted, N, settings.output_size) for grad in daux]
         grads = fused.backward(setting, inputs, stored, shapes, N, dh, dc, daux)
-        dx = x.new_zeros(x.shape) if settings.needs_x else None
+        dx = x.new_zeros(x.shape) if needs_x else None
         dweight_x, dbias = weight_x.new_zeros(weight_x.shape), grads.bias
         for reads, rows, dz in zip(plan.x.values(), fused.rows_of(plan, x, dtype), grads.x_tilde, strict=True):
             dbias += dz.sum((0, 1))
             dz = dz.flatten(0, 1).to(dtype)
             dweight_x += dz.t() @ rows.flatten(0, 1)
-            drows = (dz @ weight_x.to(dtype)).view_as(rows) if settings.needs_x else None
-            for j, read in enumerate(reads if settings.needs_x else ()):
+            drows = (dz @ weight_x.to(dtype)).view_as(rows) if needs_x else None
+            for j, read in enumerate(reads if needs_x else ()):
                 add_rows(dx, read.rows, drows[read.left :, :, j * C : (j + 1) * C])
     grads = dx, dweight_x, grads.weight.contiguous(), dbias.to(bias.dtype), grads.h0, grads.c0
     return tuple(x.new_zeros(()) if grad is None else grad for grad in grads)
 
 
 @_trellis_backward.register_fake
-def _(dh, dc, daux, stored, x, weight_x, weight_h, bias, h0, c0, scale, last, *settings):
-    tensors = x if _Settings(*settings).needs_x else None, weight_x, weight_h, bias, h0, c0
+def _(dh, dc, daux, stored, needs_x, x, weight_x, weight_h, bias, h0, c0, scale, last, *settings):
+    tensors = x if needs_x else None, weight_x, weight_h, bias, h0, c0
     return tuple(x.new_empty(()) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
@@ -188,12 +187,15 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradients(ctx: Any, dh, dc, daux, _):
     x, weight_x, weight_h, bias, h0, c0, scale, last, *stored = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the backward pass will itself be differentiated
+    # By torch's own operations if the backward pass will itself be differentiated, or if nothing has been stored for
+    # it, as in a program that was exported without gradients.
+    if torch.is_grad_enabled() or not _Settings(*ctx.settings).needs_grad:
         grads = _differentiable(ctx, dh, dc, daux)
     else:
         arguments = x, weight_x, weight_h, bias, h0, c0, scale, last, *ctx.settings
-        grads = torch.ops.trellisnet.trellis_backward(dh, dc, daux, stored, *arguments)
-        tensors = x if _Settings(*ctx.settings).needs_x else None, weight_x, weight_h, bias, h0, c0
+        needs_x = ctx.needs_input_grad[0]
+        grads = torch.ops.trellisnet.trellis_backward(dh, dc, daux, stored, needs_x, *arguments)
+        tensors = x if needs_x else None, weight_x, weight_h, bias, h0, c0
         grads = [None if t is None else grad for t, grad in zip(tensors, grads, strict=True)]
     return *grads, None, None, *[None] * len(ctx.settings)
 
@@ -229,11 +231,16 @@ def _by_the_equation(x, weight_x, weight_h, bias, h0, c0, scale, last, *settings
     all_channels = dataclasses.replace(spec, output_size=H)
     h, (_, c), aux = reference.trellis(x.to(dtype).transpose(0, 1), weights, state, all_channels, **options)
     h, *aux = (part[:, start:].transpose(0, 1).to(settings.sums) for part in (h, *aux))
-    return h, c.to(settings.sums), [part[..., H - spec.output_size :] for part in aux], []
+    # Nothing is stored; a program exported with gradients unpacks as many tensors as there may be, and reads none.
+    stored = [x.new_zeros(())] * (2 * spec.num_layers + 1)
+    return h, c.to(settings.sums), [part[..., H - spec.output_size :] for part in aux], stored
 
 
-# For `ExportedProgram.run_decompositions`: replaces the operator by the reference. Export without gradients.
-DECOMPOSITIONS = {torch.ops.trellisnet.trellis.default: _by_the_equation}
+# For `ExportedProgram.run_decompositions`: replaces the operators of forward passes by torch's own operations.
+DECOMPOSITIONS = {
+    torch.ops.trellisnet.trellis.default: _by_the_equation,
+    torch.ops.trellisnet.cross_entropy.default: cross_entropy.decomposition,
+}
 
 
 def trellis(
@@ -261,6 +268,6 @@ def trellis(
     h, c, aux, _ = torch.ops.trellisnet.trellis(
         *tensors, start, spec.num_layers, spec.output_size, spec.dilation, spec.kernel_size, spec.inject_every,
         spec.activation.name, aux_every or 0, str(compute).removeprefix("torch."), execution.gemm,
-        fused.gates_choice(execution), every, needs_grad, x.requires_grad,
+        fused.gates_choice(execution), every, needs_grad,
     )  # fmt: skip
     return *fused.finish(h, c, aux, last, bias.dtype, spec), spec.num_layers * x.size(1)

@@ -5,7 +5,8 @@ rows of every layer and of x. All pieces together equal one long pass from a zer
 differs from "history repackaging", which gives every layer the state of the last one.
 
 All kinds of layers are supported, without gradients; the equation is that of :mod:`trellisnet.ops.reference`. Time
-comes first, and products and gate kernels are those of :mod:`trellisnet.ops.fused`.
+comes first, and products and gate kernels are those of :mod:`trellisnet.ops.fused`; programs that are compiled,
+exported or traced consist of torch's own operations.
 
 Letters: N batch, T steps of a piece, C input channels, H hidden channels, G gates, k kernel size, d dilation of a
 layer.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trellisnet.ops import compiled, mixed_group
+from trellisnet.ops import compiled, mixed_group, traced
 from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
 from trellisnet.ops.fused import gates_of
@@ -115,6 +116,18 @@ def start(kernels: Kernels, batch_size: int) -> Stream:
     )
 
 
+def _usable(kernels: Kernels) -> Kernels:
+    """Return the kernels, for torch's own operations while torch is compiling, exporting or tracing this code."""
+    if not traced():
+        return kernels
+    H = kernels.weight_h.size(1) // kernels.spec.kernel_size
+    oldest, newest, product = kernels.weight_h[:, :-H], kernels.weight_h[:, -H:], products.ROUTES["mm"]
+    return kernels._replace(
+        oldest=oldest, newest=newest, weight_x_single=kernels.weight_x, product=product,
+        add=partial(products.add_product, product=product), gates=None,
+    )  # fmt: skip
+
+
 def _taps(rows: Tensor, k: int, d: int, steps: int) -> Tensor:
     """Gather what the k taps of the last `steps` rows read, oldest first, (steps, N, k·channels)."""
     first = rows.size(0) - steps - (k - 1) * d
@@ -185,7 +198,7 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
     Returns:
         h and c of the last layer, (N, T, H), and the stream after these steps.
     """
-    kernels, spec = stream.kernels, stream.kernels.spec
+    kernels, spec = _usable(stream.kernels), stream.kernels.spec
     T, k, last = x.size(1), spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.transpose(0, 1)])
     x_tilde = _x_tilde(kernels, x, k, T)
@@ -201,7 +214,7 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
         h, c = _gates(kernels, z_x, z_h, cells[:T], T, i == last)
         new_h.append(below[T:].clone())
         new_c.append(cells[T:].clone())
-    return h.transpose(0, 1), c.transpose(0, 1), Stream(kernels, x[T:].clone(), tuple(new_h), tuple(new_c))
+    return h.transpose(0, 1), c.transpose(0, 1), stream._replace(x=x[T:].clone(), h=tuple(new_h), c=tuple(new_c))
 
 
 def _shift(rows: Tensor, row: Tensor) -> Tensor:
@@ -220,7 +233,7 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     Returns:
         h and c of the last layer, (N, H); the stream after this step; number of layer-steps computed.
     """
-    kernels, spec = stream.kernels, stream.kernels.spec
+    kernels, spec = _usable(stream.kernels), stream.kernels.spec
     k, last = spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.unsqueeze(0)])
     x_tilde, low = {}, x.to(kernels.weight_x.dtype)
@@ -247,4 +260,5 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         z_h = z_old[i - 1]
         kernels.add(z_h[0], h[0], kernels.newest)
         h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
-    return h[0], c[0], Stream(kernels, x[1:].clone(), tuple(new_h), tuple(new_c)), layer_steps
+    stream = stream._replace(x=x[1:].clone(), h=tuple(new_h), c=tuple(new_c))
+    return h[0], c[0], stream, layer_steps
