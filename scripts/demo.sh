@@ -37,8 +37,8 @@ show() { echo "   $(printf ' %q' "${@#"$PWD"/}")"; }
 longer=("$ROOT/word_ptb/train.py" --preset small --precision bf16 --out "$ROOT/runs/longer")
 longer+=(${data[@]+"${data[@]}"} ${synthetic[@]+"${synthetic[@]}"})
 [ ! -e "$ROOT/runs/longer/last.pt" ] || longer+=(--resume)
-printf '\nNext, activate the environment, generate more, or train longer (42 minutes on two CPU cores with bfloat16\n'
-printf 'instructions; without them leave --precision bf16 out):\n\n'
+printf '\nNext, activate the environment, generate more, or train longer (on Penn Treebank 42 minutes on two CPU cores\n'
+printf 'with bfloat16 instructions; without them leave --precision bf16 out):\n\n'
 show . "$ROOT/.venv/bin/activate"
 show python "${generate[@]}" --samples 3
 show python "${longer[@]}"

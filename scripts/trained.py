@@ -1,6 +1,7 @@
 """Loading a trained language model, from the folder of a run or from a task's flags and a file of weights.
 
     --run runs/word_ptb/small                                 its config.json and weights.pkl
+    --run word_ptb_small                                      those of a shipped model
     --task word_ptb --preset small --load_weight weights.pkl  any flags of word_ptb/train.py
 
 Either may be followed by flags of the task's train.py for the data and the machine: `--data`, `--device`, `--threads`,
@@ -20,7 +21,7 @@ from trellisnet.data.vocabulary import FILE, Vocabulary
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.evaluation.pretrained import Pretrained, read_vocabulary, restore, without_emulation
 from trellisnet.training import programs
-from trellisnet.training.config import parse, read_run_config
+from trellisnet.training.config import find_run, parse, read_run_config
 from trellisnet.training.language_model import LanguageModelConfig, LanguageModelProgram
 
 PROGRAMS = {task: programs.get(task) for task in programs.TASKS}
@@ -29,7 +30,7 @@ PROGRAMS = {task: program for task, program in PROGRAMS.items() if isinstance(pr
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that :func:`load` reads."""
-    parser.add_argument("--run", help="folder of a run: its config.json, weights.pkl and vocabulary.json")
+    parser.add_argument("--run", help="folder of a run, or name of a shipped model")
     parser.add_argument(
         "--task",
         choices=list(PROGRAMS),
@@ -65,7 +66,7 @@ def load_with_data(args: argparse.Namespace, flags: Sequence[str]) -> tuple[Pret
 def _settings(args: argparse.Namespace, flags: Sequence[str]) -> LanguageModelConfig:
     task, run = args.task, []
     if args.run:
-        task, run = read_run_config(args.run)["task"], ["--run", args.run]
+        task, run = read_run_config(find_run(args.run))["task"], ["--run", args.run]
         if args.task not in (None, task):
             raise UserError(f"--task {args.task}: {args.run} is a run of {shown(task, NAME)}; leave one of the two out")
         if task not in PROGRAMS:

@@ -19,7 +19,7 @@ patiently() {
 }
 
 use_venv() {
-    local extras="$1" base="${PYTHON:-python3}" stamp wanted
+    local extras="$1" base="${PYTHON:-python3}" stamp wanted pip
     if [ ! -x "$PY" ] || [ ! -e "$ROOT/.venv/bin/pip" ]; then # missing or incomplete
         command -v "$base" >/dev/null || {
             echo "error: $base: no such program; name a Python of 3.11 or newer with PYTHON=..." >&2
@@ -40,8 +40,10 @@ runpy.run_module("venv", run_name="__main__")' "$ROOT/.venv"
     wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum) $(echo "$ROOT"/*/__init__.py)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing into $ROOT/.venv; PyTorch is a large download"
-        patiently "$PY" -m pip install --progress-bar off --disable-pip-version-check -r "$ROOT/requirements.txt"
-        patiently "$PY" -m pip install --progress-bar off --disable-pip-version-check -e "$ROOT${extras:+[$extras]}"
+        # Python compiles what it imports; compiling all of PyTorch's modules now takes longer than installing them.
+        pip=("$PY" -m pip install --progress-bar off --disable-pip-version-check --no-compile)
+        patiently "${pip[@]}" -r "$ROOT/requirements.txt"
+        patiently "${pip[@]}" -e "$ROOT${extras:+[$extras]}"
         echo "loading PyTorch once, which is slow the first time"
         patiently "$PY" -c 'import trellisnet'
         printf '%s\n' "$wanted" >"$stamp"

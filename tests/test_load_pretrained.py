@@ -285,6 +285,14 @@ def test_bf16_is_not_emulated_unless_asked_for(copied, monkeypatch):
     assert load_pretrained(copied, device="cpu", precision="bf16").config.precision == "bf16"
 
 
+def test_programs_take_names_of_shipped_models_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--run", "word_ptb_small", "--prompt", "the", "--length", "3"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+    assert script.main(["--run", "word_ptb_smal"]) == 2
+    assert capsys.readouterr().err == "error: word_ptb_smal: no such folder; did you mean word_ptb_small?\n"
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="^word_ptb_smal: no such folder; did you mean word_ptb_small"):
         load_pretrained("word_ptb_smal")
@@ -330,6 +338,7 @@ def test_mistakes_with_run_are_one_line(run_folder, tmp_path, capsys):
         (["--run", folder, "--eval", "--load_weight", folder], "--run and --load_weight exclude each other"),
         (["--run", folder, "--eval", "--resume"], "--run and --resume exclude each other"),
         (["--run", str(tmp_path), "--eval"], f"--run {tmp_path}: the folder holds no config.json"),
+        (["--run", "word_ptb_smal", "--eval"], "word_ptb_smal: no such folder; did you mean word_ptb_small?"),
     ]:
         assert main(flags) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -49,5 +49,6 @@ def test_a_broken_installation_is_reported_too(label, capsys, monkeypatch):
 
 def test_nothing_is_needed_in_the_working_directory(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "PROJECT", tmp_path)
+    (tmp_path / "data" / "penn").mkdir(parents=True)  # as a failed download leaves it
     lines = printed(capsys)
     assert (lines["data"], lines["runs"]) == (f"{tmp_path / 'data'}: none", f"{tmp_path / 'runs'}: none")

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy
 import torch
@@ -73,8 +74,8 @@ def runs() -> str:
     return _folders(PROJECT / "runs")
 
 
-def _folders(parent: os.PathLike) -> str:
-    names = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir()) if os.path.isdir(parent) else []
+def _folders(parent: Path) -> str:
+    names = sorted(path.name for path in parent.glob("*") if path.is_dir() and any(path.iterdir()))
     return f"{os.path.abspath(parent)}: {', '.join(names) or 'none'}"
 
 

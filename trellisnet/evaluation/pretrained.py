@@ -17,7 +17,7 @@ from trellisnet.evaluation.generate import Sampling, generate
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.training import classification, language_model
 from trellisnet.training.classification import ClassificationConfig
-from trellisnet.training.config import AUTOMATIC, did_you_mean, from_run, read_run_config
+from trellisnet.training.config import AUTOMATIC, find_run, from_run, read_run_config
 from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.hardware import PRECISIONS
 from trellisnet.training.language_model import LanguageModelConfig
@@ -155,7 +155,7 @@ def load_pretrained(
     """
     if precision not in (None, *PRECISIONS):
         raise UserError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    folder = _find(run)
+    folder = find_run(run)
     content, file = read_run_config(folder), weights.locate(folder)
     summary = weights.summarise(file)
     changes = AUTOMATIC | {"device": str(device), "load_weight": str(file), "eval": True}
@@ -215,14 +215,3 @@ def read_vocabulary(file: str | os.PathLike) -> Vocabulary:
             f"{path}: is not the vocabulary of {Path(file).name} beside it ({digests}); copy both from one run"
         )
     return vocabulary
-
-
-def _find(run: str | os.PathLike) -> Path:
-    """The folder of a run, which may be named as in `results/`."""
-    if (folder := Path(run)).is_dir():
-        return folder
-    shipped = {path.name: path for path in weights.shipped()}
-    if str(run) in shipped:
-        return shipped[str(run)]
-    advice = f"name the folder of a run, or one of {', '.join(shipped)}" if shipped else "name the folder of a run"
-    raise UserError(f"{run}: no such folder{did_you_mean(str(run), shipped) or f'; {advice}'}")

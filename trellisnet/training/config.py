@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from trellisnet import serialization
+from trellisnet import serialization, weights
 from trellisnet.data import PROJECT
 from trellisnet.errors import NAME, ArgumentError, UserError, shown
 from trellisnet.training.hardware import HardwareConfig
@@ -62,8 +62,8 @@ class RunConfig(HardwareConfig):
         "", "start from weights in the authors' layout (.pkl), or from a run's folder", group=RUN
     )
     run: str = setting(
-        "", "with --eval: folder of a run whose settings and weights to take; flags override", group=EVALUATION,
-        process=True,
+        "", "with --eval: run folder, or shipped model, whose settings and weights to take; flags override",
+        group=EVALUATION, process=True,
     )  # fmt: skip
     eval: bool = setting(False, "score the validation and test data without training", group=EVALUATION, process=True)
     metrics: str = setting("", "write one JSON object with the results to FILE", group=EVALUATION, process=True)
@@ -379,6 +379,7 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     if flags.get("run"):
         if doubled := [name for name in ("config", "load_weight", "resume") if flags.get(name)]:
             raise UserError(f"--run and --{doubled[0]} exclude each other: --run names settings and weights at once")
+        flags["run"] = str(find_run(flags["run"]))
         explicit = read_config_file(cls, flags["run"], "--run") | AUTOMATIC | {"load_weight": flags["run"]}
     elif "config" in flags:
         explicit = read_config_file(cls, flags["config"])
@@ -438,6 +439,21 @@ def read_config_file(cls: type[RunConfig], path: str, flag: str = "--config") ->
             f"{flag} {path}: holds settings of {shown(task, NAME)}, not of {cls.task}; name a run of this task"
         )
     return check_settings(cls, content, f"{flag} {path}")
+
+
+def find_run(run: str | os.PathLike) -> Path:
+    """Return the folder of a run: `run` itself, or the shipped model of that name.
+
+    Raises:
+        UserError: neither exists.
+    """
+    if (folder := Path(run)).is_dir():
+        return folder
+    shipped = {path.name: path for path in weights.shipped()}
+    if str(run) in shipped:
+        return shipped[str(run)]
+    advice = f"name the folder of a run, or one of {', '.join(shipped)}" if shipped else "name the folder of a run"
+    raise UserError(f"{run}: no such folder{did_you_mean(str(run), shipped) or f'; {advice}'}")
 
 
 def read_run_config(folder: str | os.PathLike) -> dict[str, Any]:
