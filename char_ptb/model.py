@@ -64,7 +64,7 @@ class Config(AdaptiveConfig):
         "wdrop": 0.26, "horizon": 140, "repack": True, "aux": 0.3, "aux_freq": 80,
     }  # fmt: skip
     helps: ClassVar = {
-        "anneal": "no effect without --asgd, as in the authors' script; see --when",
+        "anneal": "no effect without --asgd or --finetune, as in the authors' script; see --when",
         "emb_dropout": "dropout of whole symbols of the alphabet",
         "horizon": "length of a window; without --repack, its unscored positions",
     }
@@ -79,7 +79,7 @@ class Config(AdaptiveConfig):
 
     def patience(self) -> int:
         """Return 0 without averaging, because the authors' script never reads its --anneal."""
-        return self.anneal if self.asgd else 0
+        return self.anneal if self.asgd or self.finetune else 0
 
     def data_options(self) -> dict[str, Any]:
         return {**super().data_options(), "stream": self.stream}

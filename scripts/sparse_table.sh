@@ -5,7 +5,9 @@
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 dense() { train word_ptb --model awd-lstm; }
+dense_finetuned() { FROM=dense train word_ptb --model awd-lstm --preset finetune --min_epochs 100; }
 sparse() { train word_ptb --model sparse-lstm; }
+sparse_finetuned() { FROM=sparse train word_ptb --model sparse-lstm --preset finetune; }
 recite_dense() { train word_ptb --model awd-lstm --preset recite; }
 recite_dense_reduced() { train word_ptb --model awd-lstm --preset recite --emsize 200 --nout 200 --nhid 575; }
 recite_sparse_hidden() {
@@ -17,4 +19,4 @@ recite_sparse_all() {
         --sparse_mode sparse_all --sparse_fract 0.5
 }
 
-rows dense sparse recite_dense recite_dense_reduced recite_sparse_hidden recite_sparse_all
+rows dense dense_finetuned sparse sparse_finetuned recite_dense recite_dense_reduced recite_sparse_hidden recite_sparse_all

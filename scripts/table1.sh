@@ -8,11 +8,14 @@ trellisnet_mos() { train word_ptb --preset paper-mos; }
 trellisnet_larger() { train word_ptb --preset paper --nhid 1310; }
 trellisnet_mos_larger() { train word_ptb --preset paper-mos --nhid 1310; }
 
-# The paper's baselines; rhn and sparse_lstm are not in its table.
+# The paper's baselines; the finetuned ones, rhn and sparse_lstm are not in its table.
 tcn() { train word_ptb --model tcn; }
 awd_lstm() { train word_ptb --model awd-lstm; }
+awd_lstm_finetuned() { FROM=awd_lstm train word_ptb --model awd-lstm --preset finetune; }
 awd_lstm_mos() { train word_ptb --model awd-lstm --preset mos; }
+awd_lstm_mos_finetuned() { FROM=awd_lstm_mos train word_ptb --model awd-lstm --preset mos-finetune; }
 rhn() { train word_ptb --model rhn; }
 sparse_lstm() { train word_ptb --model sparse-lstm; }
 
-rows trellisnet trellisnet_mos trellisnet_larger trellisnet_mos_larger tcn awd_lstm awd_lstm_mos rhn sparse_lstm
+rows trellisnet trellisnet_mos trellisnet_larger trellisnet_mos_larger tcn awd_lstm awd_lstm_finetuned \
+    awd_lstm_mos awd_lstm_mos_finetuned rhn sparse_lstm

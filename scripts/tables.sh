@@ -36,15 +36,21 @@ fi
 SMOKE_ALL="--data synthetic --overwrite --epochs 1 --max_steps 2 --max_eval_tokens 100 --nhid 8"
 SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
 
-# train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed. The task `memory` is a script.
+# finished OUT: whether the run in a folder has come to its end.
+finished() { grep -qs -e '"complete": true' ${STEPS:+-e "\"steps\": $STEPS,"} "$1/metrics.json"; }
+
+# train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed, from the weights of the row
+# that FROM names, if it does. The task `memory` is a script.
 train() {
-    local task="$1" program="$1/train.py" row="${ROW_NAME:-${FUNCNAME[1]}}" seed out flags
+    local task="$1" program="$1/train.py" row="${ROW_NAME:-${FUNCNAME[1]}}" folder seed out flags
     [ "$task" != memory ] || program=scripts/memory.py
+    folder="$ROOT/runs/tables/$TABLE${STEPS:+-$STEPS-steps}"
+    [ -z "${SMOKE:-}" ] || folder="$ROOT/runs/smoke/$TABLE"
     shift
     for seed in ${SEEDS:-1111}; do
-        flags=("$@" --seed "$seed")
+        out="$folder/$row/seed-$seed"
+        flags=("$@" --seed "$seed" ${FROM:+--load_weight "$folder/$FROM/seed-$seed"})
         if [ -n "${SMOKE:-}" ]; then
-            out="$ROOT/runs/smoke/$TABLE/$row/seed-$seed"
             read -ra more <<<"$SMOKE_ALL"
             flags+=("${more[@]}")
             case "$task" in
@@ -55,10 +61,13 @@ train() {
             memory) flags+=(--length 20 --examples 64) ;;
             esac
         else
-            out="$ROOT/runs/tables/$TABLE${STEPS:+-$STEPS-steps}/$row/seed-$seed"
-            if grep -qs -e '"complete": true' ${STEPS:+-e "\"steps\": $STEPS,"} "$out/metrics.json"; then
+            if finished "$out"; then
                 echo "$TABLE $row, seed $seed: finished"
                 continue
+            fi
+            if [ -n "${FROM:-}" ] && ! finished "$folder/$FROM/seed-$seed"; then
+                echo "error: $TABLE $row, seed $seed: starts from the row $FROM, which is not finished; train it first" >&2
+                exit 2
             fi
             if [ -f "$out/last.pt" ]; then
                 flags=(--resume --max_steps "${STEPS:-0}")

@@ -96,6 +96,37 @@ def test_nonmonotone_averaging(run, tmp_path):
     assert last["average"] is not None
 
 
+@pytest.mark.parametrize("name", [*MODELS, "trellisnet", "mixture"])
+def test_every_core_is_finetuned_from_its_weights(run, tmp_path, name):
+    others = {
+        "trellisnet": "--horizon 20 --seq_len 40 --aux 0",
+        "mixture": "--model awd-lstm --preset mos --horizon 20 --mos_epsilon 0",
+    }
+    flags = [*{**MODELS, **others}[name].split(), "--optim", "SGD", "--lr", "2"]
+    assert run(*flags, "--max_steps", "20")[0] == 0
+    weights = ("--load_weight", tmp_path / "run")
+    code, out, err, metrics = run(
+        *flags, *weights, "--finetune", "--nonmono", "1", "--max_steps", "20", out="finetuned"
+    )
+    assert (code, err, "as loaded: valid ppl " in out) == (0, "", True)
+    assert (metrics["best_epoch"], metrics["steps"]) == (0, 20)  # no epoch is finished
+    last = checkpoint.load(tmp_path / "finetuned" / "last.pt")
+    assert last["schedule"]["averaging"]
+    assert last["average"] is not None
+    assert run(*flags, *weights, "--eval")[3]["test"] == metrics["test"]
+
+
+def test_finetuning_that_makes_no_sense_is_refused(run):
+    for flags, message in (
+        (["--finetune"], "error: --finetune: has no effect without --load_weight"),
+        (["--preset", "finetune"], "error: --finetune: has no effect without --load_weight"),
+        (["--min_epochs", "3"], "error: --min_epochs: has no effect without --finetune"),
+        (["--finetune", "--load_weight", "x", "--ema", "0.9"], "error: --ema: --finetune averages the weights as well"),
+    ):
+        code, _, err, _ = run(*MODELS["awd-lstm"].split(), *flags)
+        assert (code, err.count("\n"), err.startswith(message)) == (2, 1, True), err
+
+
 def test_learning_to_recite(run):
     flags = "--model awd-lstm --preset recite --horizon 20 --epochs 3".split()
     code, out, err, metrics = run(*flags)

@@ -203,6 +203,46 @@ def test_a_moving_average_is_scored_and_saved_and_skipped_steps_are_not_in_it(tm
     assert result.test["loss"] == cut.evaluate(splits().test)["loss"]
 
 
+def test_finetuning_averages_from_the_first_update_and_ends_with_the_plateau(tmp_path):
+    """A large rate undoes what was loaded, so the first plateau comes early and the loaded weights stay the best."""
+    trained, _, _ = run(tmp_path / "before", epochs=8)
+    loaded = {name: value.clone() for name, value in trained.model.state_dict().items()}
+
+    def finetune(path, lr, **options):
+        task = Regression()
+        task.model.load_state_dict(loaded)
+        return run(path, task=task, epochs=9, lr=lr, schedule=Schedule(lr, anneal=1, finetune=True), **options)
+
+    task, result, said = finetune(tmp_path / "whole", 1.0)
+    assert said[0].startswith("as loaded: valid rmse ")
+    assert (result.best_epoch, result.complete) == (0, True)
+    assert 2 <= result.epochs < 9
+    assert f"epoch {result.epochs:3d}  no gain in 1 epoch: finetuning ends" in said
+    assert all(torch.equal(task.model.state_dict()[name], loaded[name]) for name in loaded)
+    assert result.valid["loss"] == trained.evaluate(splits().valid)["loss"]
+    assert not (tmp_path / "whole" / "last.previous.pt").exists()
+
+    for cut in (0, 3, 9):  # before the first update, within the first epoch, and in a later one
+        path = tmp_path / f"cut{cut}"
+        if cut:
+            assert not finetune(path, 1.0, max_steps=cut)[1].complete
+        else:
+            shutil.copytree(tmp_path / "whole", path)
+            shutil.copy(path / "best.pt", path / "last.pt")
+        _, again, _ = finetune(path, 1.0, resume="last.pt")
+        assert again.test == result.test
+        a, b = (checkpoint.load(p / "last.pt") for p in (tmp_path / "whole", path))
+        assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "average") for k in a["model"])
+        assert (a["step"], a["best"], a["schedule"]) == (b["step"], b["best"], b["schedule"])
+    assert finetune(path, 1.0, resume="last.pt")[1].steps == result.steps  # it has ended
+
+    task, result, _ = finetune(tmp_path / "small", 0.02)
+    assert result.best_epoch > 0
+    assert result.valid["loss"] < trained.evaluate(splits().valid)["loss"]
+    best = checkpoint.load(tmp_path / "small" / "best.pt")
+    assert all(torch.equal(task.model.state_dict()[name], best["average"][name]) for name in loaded)
+
+
 def test_files_and_lines_of_a_run(tmp_path):
     task, result, said = run(tmp_path / "run")
     files = {p.name for p in (tmp_path / "run").iterdir()}

@@ -86,6 +86,24 @@ def test_schedule_switches_to_averaging_at_the_first_plateau_and_never_anneals_a
     assert rates == [(2.0, False), (2.0, False), (20.0, True), (20.0, True), (20.0, True)]
 
 
+@pytest.mark.parametrize(("min_epochs", "last"), [(0, 5), (5, 5), (6, 6), (7, 8)])
+def test_finetuning_ends_at_the_first_plateau_after_the_least_number_of_epochs(min_epochs, last):
+    """With a patience of 2, the fifth loss is the first that exceeds one from before the two epochs preceding it."""
+    losses = [4.0, 3.0, 3.5, 4.0, 3.2, 3.1, 2.9, 3.3, 3.3]
+    schedule = Schedule(30.0, anneal=2, floor=40.0, when=[1], finetune=True, min_epochs=min_epochs)
+    assert schedule.averaging
+    for epoch, loss in enumerate(losses, start=1):
+        assert not schedule.ended
+        assert schedule.step(epoch, loss) == 30.0
+        if epoch == last:
+            break
+    assert schedule.ended
+    again = Schedule(30.0, anneal=2, finetune=True, min_epochs=min_epochs)
+    again.load_state_dict(schedule.state_dict())
+    assert again.ended
+    assert not Schedule(30.0, anneal=2, asgd=True, averaging=True, history=losses[:last]).ended
+
+
 def test_averaged_swaps_and_restores_even_after_an_error():
     p = nn.Parameter(torch.tensor([1.0]))
     optimizer = make_averaging([p], RunConfig(lr=1.0))

@@ -8,7 +8,7 @@ _UNREGULARISED = {
     "wdecay": 0.0,
 }  # fmt: skip
 
-# Recipe from the README of AWD-LSTM, without finetuning.
+# Recipe from the README of AWD-LSTM. The presets `…-finetune` are those of its second program.
 _AWD_LSTM = {
     "model": "awd-lstm", **_CARRIED, "nlevels": 3, "emsize": 400, "nhid": 1150, "nout": 400, "dropout": 0.4,
     "dropouti": 0.4, "dropouth": 0.25, "emb_dropout": 0.1, "wdrop": 0.5, "alpha": 2.0, "beta": 1.0, "wdecay": 1.2e-6,
@@ -44,14 +44,18 @@ def _rhn(depth: int) -> dict[str, Any]:
     return {**_RHN, "nlevels": depth, "emsize": width, "nhid": width, "nout": width}
 
 
+# Recipe of Yang et al. (2018) for the Penn Treebank, without dynamic evaluation.
+_AWD_LSTM_MOS = {
+    **_AWD_LSTM, "n_experts": 15, "emsize": 280, "nhid": 960, "nout": 620, "dropoutl": 0.29, "dropouth": 0.225,
+    "lr": 20.0, "batch_size": 12, "epochs": 1000, "seed": 28,
+}  # fmt: skip
 _SPARSE_LSTM = {**_AWD_LSTM, "model": "sparse-lstm"}
+_SPARSE_HIDDEN = {**_SPARSE_LSTM, "sparse_mode": "sparse_hidden", "sparse_fract": 0.66666, "nhid": 1725}
 _PRESETS = {
     "awd-lstm": _AWD_LSTM,
-    # Recipe of Yang et al. (2018) for the Penn Treebank, without finetuning and dynamic evaluation.
-    "awd-lstm-mos": {
-        **_AWD_LSTM, "n_experts": 15, "emsize": 280, "nhid": 960, "nout": 620, "dropoutl": 0.29, "dropouth": 0.225,
-        "lr": 20.0, "batch_size": 12, "epochs": 1000, "seed": 28,
-    },
+    "awd-lstm-finetune": {**_AWD_LSTM, "finetune": True},
+    "awd-lstm-mos": _AWD_LSTM_MOS,
+    "awd-lstm-mos-finetune": {**_AWD_LSTM_MOS, "finetune": True, "lr": 25.0},
     "awd-lstm-small": {**_SMALL_CARRIED, "model": "awd-lstm", "nlevels": 2, "nhid": 347, "wdrop": 0.1},
     "awd-lstm-recite": {**_AWD_LSTM, **_RECITE},
     "tcn": {
@@ -70,7 +74,8 @@ _PRESETS = {
         **_SMALL_CARRIED, "model": "rhn", "nlevels": 5, "emsize": 248, "nhid": 248, "nout": 248, "lr": 6.0,
         "clip": 10 / 30,
     },
-    "sparse-lstm": {**_SPARSE_LSTM, "sparse_mode": "sparse_hidden", "sparse_fract": 0.66666, "nhid": 1725},
+    "sparse-lstm": _SPARSE_HIDDEN,
+    "sparse-lstm-finetune": {**_SPARSE_HIDDEN, "finetune": True, "min_epochs": 100},
     "sparse-lstm-small": {
         **_SMALL_CARRIED, "model": "sparse-lstm", "sparse_mode": "sparse_hidden", "sparse_fract": 0.66666,
         "nlevels": 2, "nhid": 520, "wdrop": 0.1,

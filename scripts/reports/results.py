@@ -44,7 +44,10 @@ def _section(run: Run, metrics: dict[str, Any]) -> str:
         paper += f", {published.not_permuted} without permutation,"
     valid = "none held out; the last epoch is scored"
     if metrics["valid"]:
-        valid = f"{score_of(metrics['valid'])} at epoch {metrics['best_epoch']}"
+        when = (
+            f"at epoch {metrics['best_epoch']}" if metrics["best_epoch"] else "as loaded"
+        )  # if finetuning gained nothing
+        valid = f"{score_of(metrics['valid'])} {when}"
     facts = {
         "Command": f"`{metrics['command']}`",
         "Test": f"{all_scores(metrics['test'])} ({metrics['test'][units]:,} {units} scored); "

@@ -86,6 +86,7 @@ class Trainer:
     ):
         self.task, self.splits, self.config, self.folder = task, splits, config, folder
         self.optimizer, self.schedule = optimizer, schedule
+        self._make_averaging()
         self.save_weights, self.command = save_weights, command
         self.interrupts, self.say, self.ranks = interrupts or Interrupts(), say, ranks or Ranks()
         self.compute_gradients = Gradients(task, config, self.ranks)
@@ -173,8 +174,7 @@ class Trainer:
             self.ema.update()  # the first one copies
         self.task.model.load_state_dict(content["model"])
         self.schedule.load_state_dict(content["schedule"])
-        if self.schedule.averaging:
-            self.optimizer = make_averaging(self.task.model.parameters(), self.config)
+        self._make_averaging()
         self.optimizer.load_state_dict(content["optimizer"])
         make = make_averaging if self.schedule.averaging else make_optimizer
         check_state(self.optimizer, lambda parameters: make(parameters, self.config))
@@ -187,6 +187,11 @@ class Trainer:
         self.running = {name: float(content["running"][name]) for name in self.running}
         self.seconds_before, self.skipped = content["seconds"], content["skipped"]
         self._restore_rng([content["rng"], *content["rng_others"]])
+
+    def _make_averaging(self) -> None:
+        """Replace the optimiser by averaged SGD once that has begun."""
+        if self.schedule.averaging:
+            self.optimizer = make_averaging(self.task.model.parameters(), self.config)
 
     def _check_place(self) -> None:
         """Raise ValueError unless the epoch has as many batches, and the carried state fits the next one."""
@@ -232,7 +237,9 @@ class Trainer:
         if self.ranks.size > 1:
             self.interrupts.note()  # ranks end together, or would wait for each other in vain
         try:
-            while self.epoch < self.config.epochs and not self._stopped():
+            if self.schedule.finetune and self.best is None:
+                self._score_loaded()
+            while not self._is_done() and not self._stopped():
                 finished = self._train_epoch(self.task.batches(self.splits.train, self.epoch))
                 self._end_epoch(finished)
         except Interrupted:
@@ -243,6 +250,19 @@ class Trainer:
 
     def _load_best(self) -> dict[str, Any]:
         return checkpoint.load_best(self.folder.file("best.pt"), self.best, self.task.model)
+
+    def _score_loaded(self) -> None:
+        """Make the weights that finetuning starts from the best ones so far, as those of epoch 0."""
+        valid = self._evaluate(self.splits.valid, "valid")
+        with self.interrupts.held():
+            self.best = {"epoch": 0, "valid": valid}
+            if valid is not None:
+                self._announce(f"as loaded: {score_line(self.task, 'valid', valid)}")
+            self._save(best=True)
+
+    def _is_done(self) -> bool:
+        """Whether all epochs are finished, or finetuning has ended before."""
+        return self.epoch >= self.config.epochs or self.schedule.ended
 
     def _stopped(self) -> bool:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
@@ -398,10 +418,12 @@ class Trainer:
         if finished:
             was_averaging = self.schedule.averaging
             self.schedule.step(epoch, (valid or train)["loss"])
+            turn = "finetuning ends" * self.schedule.ended
             if self.schedule.averaging and not was_averaging:
-                self.optimizer = make_averaging(self.task.model.parameters(), self.config)
-                patience = counted(self.config.anneal, "epochs")
-                self.say(f"epoch {epoch:3d}  no gain in {patience}: averaging from here on")
+                self._make_averaging()
+                turn = "averaging from here on"
+            if turn:
+                self.say(f"epoch {epoch:3d}  no gain in {counted(self.schedule.patience, 'epochs')}: {turn}")
             self.epoch, self.batch, self.carry = epoch, 0, None
             self.running, self.meter = dict.fromkeys(self.running, 0.0), Meter(self.task.measured, self.ranks)
         record = {
@@ -475,7 +497,7 @@ class Trainer:
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = self._evaluate(self.splits.test, "test")
-        if not self.best:  # less than an epoch has hardly trained what a weight file lacked
+        if not best_epoch:  # less than an epoch has hardly trained what a weight file lacked
             valid, test = valid and valid | self.config.marks(), test | self.config.marks()
         if valid is not None:
             self._announce(score_line(self.task, "valid", valid))
@@ -487,9 +509,9 @@ class Trainer:
         self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **extra_evaluations)
         with self._writing("the log"):
             self.folder.sync()
-        if self.epoch >= self.config.epochs and self.ranks.first:
+        if self._is_done() and self.ranks.first:
             self.folder.file("last.previous.pt").unlink(missing_ok=True)
-        complete = self.epoch >= self.config.epochs and "partial" not in test
+        complete = self._is_done() and "partial" not in test
         return Result(
             valid=valid, test=test, epochs=self.epoch, steps=self.step, best_epoch=best_epoch, complete=complete,
             seconds=self.seconds, extra_evaluations=extra_evaluations,

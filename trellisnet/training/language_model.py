@@ -71,6 +71,14 @@ class LanguageModelConfig(CoreConfig):
         0, "switch to averaged SGD with a patience of N epochs, whatever --anneal is; 0: off",
         group="optimisation", step_rule=True, at_least=0,
     )  # fmt: skip
+    finetune: bool = setting(
+        False, "train by averaged SGD alone, from --load_weight on, and end the run on the first plateau",
+        group="optimisation", step_rule=True, needs=["load_weight"],
+    )  # fmt: skip
+    min_epochs: int = setting(
+        0, "with --finetune: do not end before epoch N", group="optimisation", step_rule=True, at_least=0,
+        needs=["finetune"],
+    )  # fmt: skip
     anneal_by: float = setting(
         0.0, "divide the learning rate by this on a plateau; 0: the divisor of the authors' script",
         group="optimisation", step_rule=True, at_least=1, special=0,
@@ -110,8 +118,8 @@ class LanguageModelConfig(CoreConfig):
         blocks = min(self.emb_blocks, self.emsize)
         if not 1 / blocks <= self.emb_density <= 1:
             raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
-        if self.ema and self.schedule == "step" and (self.asgd or self.nonmono):
-            flag = "--asgd" if self.asgd else f"--nonmono {self.nonmono}"
+        if self.ema and self.schedule == "step" and (self.asgd or self.nonmono or self.finetune):
+            flag = "--finetune" if self.finetune else "--asgd" if self.asgd else f"--nonmono {self.nonmono}"
             raise UserError(f"--ema: {flag} averages the weights as well; leave one of the two out")
         if self.label_smoothing and self.n_experts:
             raise UserError(
@@ -300,6 +308,8 @@ class LanguageModelProgram(Program):
             floor=config.plateau_floor,
             when_floor=config.when_floor,
             asgd=config.asgd or config.nonmono > 0,
+            finetune=config.finetune,
+            min_epochs=config.min_epochs,
         )
         tokens = tuple(getattr(corpus, split).numel() for split in SPLITS)
         splits = Splits(

@@ -220,6 +220,8 @@ class Schedule:
         when_floor: no division after these epochs at or below this rate.
         decay, decay_from: see above; a `decay` of 1 changes nothing.
         asgd: at the first plateau switch to averaged SGD instead, at the initial rate, and never anneal after it.
+        finetune: begin with averaged SGD, and end at the first plateau.
+        min_epochs: epochs before finetuning may end.
         averaging: whether averaged SGD has begun.
         curve: factor of the rate in every update; None: 1.
         history: validation losses of the epochs so far.
@@ -235,12 +237,15 @@ class Schedule:
     decay: float = 1.0
     decay_from: int = 1
     asgd: bool = False
+    finetune: bool = False
+    min_epochs: int = 0
     curve: Curve | None = None
     averaging: bool = False
     history: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.initial = self.lr
+        self.averaging = self.averaging or self.finetune
 
     def state_dict(self) -> dict[str, Any]:
         """The values that change during a run."""
@@ -257,7 +262,7 @@ class Schedule:
     def step(self, epoch: int, loss: float) -> float:
         """Record the validation loss of `epoch`, and return the rate for the next one."""
         if not self.averaging:
-            if self._is_plateau(loss) and self.lr > self.floor:
+            if self._is_plateau(loss, self.history) and self.lr > self.floor:
                 if self.asgd:
                     self.averaging, self.lr = True, self.initial
                 else:
@@ -269,10 +274,23 @@ class Schedule:
         self.history.append(loss)
         return self.lr
 
-    def _is_plateau(self, loss: float) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether finetuning is over."""
+        if not self.finetune or len(self.history) < max(self.min_epochs, 1):
+            return False
+        *before, last = self.history
+        return self._is_plateau(last, before)
+
+    @property
+    def patience(self) -> int:
+        """Epochs that a plateau is defined by."""
+        return self.recent or self.anneal
+
+    def _is_plateau(self, loss: float, history: list[float]) -> bool:
         if self.recent:
-            return len(self.history) >= FIRST_PLATEAU and loss >= max(self.history[-self.recent :])
-        older = self.history[: -self.anneal] if self.anneal else []
+            return len(history) >= FIRST_PLATEAU and loss >= max(history[-self.recent :])
+        older = history[: -self.anneal] if self.anneal else []
         return bool(older) and loss > min(older)
 
 
