@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -12,7 +13,7 @@ import cases
 from trellisnet import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
-from trellisnet.weights import authors_state_dict, load_weights, parameter_map, save_weights
+from trellisnet.weights import authors_state_dict, load_weights, parameter_map, round_weights, save_weights, summarise
 
 
 def model(**options):
@@ -50,6 +51,52 @@ def test_round_trip(tmp_path, legacy, options):
     load_weights(second, tmp_path / "w.pkl")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert [p.name for p in tmp_path.iterdir()] == ["w.pkl"]  # and no temporary file
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_norm": True, "n_experts": 2}, {"tied": False}, {"cutoffs": [5], "dtype": torch.float64}]
+)
+def test_safetensors_hold_the_same_as_a_pkl(tmp_path, options):
+    package = pytest.importorskip("safetensors.torch")
+    first, path = model(**options), tmp_path / "w.safetensors"
+    save_weights(first, path, vocabulary="a" * 64, task="word_ptb")
+    assert package.load_file(path).keys() == parameter_map(first).keys()
+    round_weights(path, tmp_path / "half.safetensors", torch.float16)
+    round_weights(path, tmp_path / "half.pkl", torch.float16)
+    for name, dtype in (("w.safetensors", None), ("half.safetensors", torch.half), ("half.pkl", torch.half)):
+        second = model(**options)
+        load_weights(second, tmp_path / name, vocabulary="a" * 64)
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a.to(dtype).to(a.dtype), b)
+        with pytest.raises(ValueError, match="was trained on another vocabulary"):
+            load_weights(second, tmp_path / name, vocabulary="b" * 64)
+        assert summarise(tmp_path / name).vocabulary == "a" * 64
+    with pytest.raises(ValueError, match="^legacy: expected a path that does not end in .safetensors"):
+        save_weights(first, path, legacy=True)
+
+
+def test_corrupt_safetensors_are_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "w.safetensors"
+    save_weights(model(), path)
+    data = path.read_bytes()
+    for corrupt in (b"", data[:5], data[:-9], data[:40], b"\xff" * 8 + data[8:], data.replace(b"}", b"]", 1)):
+        path.write_bytes(corrupt)
+        with pytest.raises(UserError, match=r"w.safetensors: not weights .*, or corrupt \("):
+            load_weights(model(), path)
+
+
+def test_safetensors_without_the_package_name_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    path = tmp_path / "w.safetensors"
+    message = "w.safetensors: files of this kind need the package safetensors; pip install safetensors, or use a .pkl"
+    with pytest.raises(UserError, match=message):
+        save_weights(model(), path)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        load_weights(model(), path)
 
 
 def test_repeated_tensors_are_written_once(tmp_path):

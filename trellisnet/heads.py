@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trellisnet.ops import transformed
 from trellisnet.ops.cross_entropy import cross_entropy
+from trellisnet.ops.higher_order import only_torch
 from trellisnet.regularization import check_rate, scaled
 
 INIT_RANGE = 0.1
@@ -385,7 +385,7 @@ class SplitSoftmax(_Softmax):
         return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
 
     def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        if transformed() or torch.jit.is_tracing():  # neither has a number of positions that depends on the targets
+        if only_torch():  # none of these has a number of positions that depends on the targets
             losses = -self.log_prob(x).gather(-1, target.unsqueeze(-1)).view(-1)
             return None if scale is None else (losses * scale).sum(), losses
         # A band is computed only at the positions whose target lies in it.

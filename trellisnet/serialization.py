@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import pickle
 import pickletools
@@ -31,6 +32,7 @@ except ImportError:  # Windows
 # Undocumented: exceptions that torch and zipfile were seen to raise on corrupt files.
 _CORRUPT = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError)
 _CORRUPT += (AssertionError, OverflowError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile)
+SAFETENSORS = ".safetensors"  # ending of files that the package of that name reads and writes
 _MAX_LINKS = 40  # the kernel's limit on following links
 _PART = 2**20  # elements
 _ZIP = b"PK\3\4"  # by which torch recognises a zip container
@@ -278,9 +280,17 @@ class _Writer:
 def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None:
     """Call torch.save to `path`, atomically, without a copy in memory; `legacy` writes the container of torch < 1.6.
 
+    A state dict goes to a path that ends in .safetensors in that format, repeated tensors under their first names.
+
     Raises:
         OSError: the disk is full, or the like.
+        UserError: the package safetensors is not installed.
     """
+    if os.fspath(path).endswith(SAFETENSORS):
+        data = _to_safetensors(content, path)
+        with atomic_write(path) as file:
+            file.write(data)
+        return
     with atomic_write(path) as file:
         writer = _Writer(file)
         torch.save(content, writer, _use_new_zipfile_serialization=not legacy)
@@ -288,11 +298,42 @@ def save(path: str | os.PathLike, content: Any, *, legacy: bool = False) -> None
             raise writer.error
 
 
+def _safetensors(path: str | os.PathLike) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as e:
+        raise UserError(
+            f"{path}: files of this kind need the package safetensors; pip install safetensors, or use a .pkl"
+        ) from e
+    return safetensors
+
+
+def _to_safetensors(state: dict[str, torch.Tensor], path: str | os.PathLike) -> bytes:
+    first = {}  # the format has no tensors that share memory
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        first.setdefault(key, (name, tensor.contiguous()))
+    metadata = {name: json.dumps(value) for name, value in getattr(state, "_metadata", {}).items()}
+    return _safetensors(path).torch.save(dict(first.values()), metadata)
+
+
+def _from_safetensors(data: bytes, path: str | os.PathLike, what: str) -> "OrderedDict[str, torch.Tensor]":
+    package = _safetensors(path)
+    try:
+        state = OrderedDict(package.torch.load(data))
+        (length,) = struct.unpack_from("<Q", data)
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        state._metadata = OrderedDict((name, json.loads(value)) for name, value in metadata.items())
+    except (package.SafetensorError, RecursionError, *_CORRUPT) as e:
+        raise UserError(f"{path}: not {what}, or corrupt ({_reason(e)})") from e
+    return state
+
+
 def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
     """Read a file of tensors and plain values onto the CPU; nothing in it can run code.
 
     Args:
-        path: zip or legacy container, tensors from any device.
+        path: zip or legacy container, tensors from any device; or a state dict that ends in .safetensors.
         what: what the file should be, for the message.
         mmap: map the tensors of a zip container into memory instead of reading them. The file must not be written to
             while they are in use (replacing it, as :func:`save` does, is fine).
@@ -307,6 +348,8 @@ def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); expected {what}") from e
     with file:
+        if os.fspath(path).endswith(SAFETENSORS):
+            return _from_safetensors(file.read(), path, what)
         return read(file, path, what, mmap=mmap)
 
 

@@ -136,15 +136,18 @@ def save_weights(
 
     Args:
         model: the model.
-        path: file to write.
+        path: file to write; in the format of the package safetensors if it ends in .safetensors.
         legacy: write the container of torch < 1.6, which the authors' 2019 environment reads, instead of a zip.
         vocabulary: digest of what the ids, or the positions of a sequence, stand for. It is stored in the metadata of
             the state dict, so that :func:`load_weights` can refuse weights of another vocabulary.
         task: name of the task, stored beside it.
 
     Raises:
-        ValueError: as in :func:`parameter_map`.
+        ValueError: as in :func:`parameter_map`; `legacy` and a path that ends in .safetensors.
+        UserError: the package safetensors is needed and not installed.
     """
+    if legacy and os.fspath(path).endswith(serialization.SAFETENSORS):
+        raise ValueError(f"legacy: expected a path that does not end in {serialization.SAFETENSORS}, got {path}")
     state = authors_state_dict(model)
     metadata = {"model": _core_of(model), "vocabulary": vocabulary, "cutoffs": _cutoffs(model), **_kind(model)}
     metadata |= {"task": task} if task else {}
@@ -153,7 +156,7 @@ def save_weights(
 
 
 def round_weights(source: str | os.PathLike, path: str | os.PathLike, dtype: torch.dtype) -> None:
-    """Convert a weight file to another dtype, rounding to nearest. The result is a zip container.
+    """Convert a weight file to another dtype, rounding to nearest. The result is a zip container or a .safetensors.
 
     Metadata, such as the vocabulary, is kept, and repeated tensors are still written once.
 
@@ -193,7 +196,8 @@ def load_weights(
 
     Args:
         model: the model, built with the settings that the weights were trained with.
-        path: the `.pkl`, a zip or legacy container with tensors from any device; or the folder of a run.
+        path: the `.pkl`, a zip or legacy container with tensors from any device; a `.safetensors`; or the folder of a
+            run.
         init_tail: for a split softmax, leave the tail vectors as they are if the file has none. The authors' scripts do
             not save them, and scores with untrained ones mean little.
         vocabulary: digest of the vocabulary that the model works on, as in :func:`save_weights`; a file with another

@@ -84,6 +84,8 @@ def not_fused(spec: TrellisSpec) -> str:
     """Say why the fused operator cannot run this spec here; empty if it can."""
     if torch.jit.is_tracing():
         return "torch.jit cannot trace it"
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX does not have it"
     if transformed():
         return "torch.func cannot transform it"
     if spec.kernel_groups is not None:

@@ -208,7 +208,7 @@ def cross_entropy(
     """
     if scale is not None and scale.requires_grad:
         raise ValueError("scale: cross_entropy has no gradient for it; detach it")
-    if higher_order.transformed() or torch.jit.is_tracing():
+    if higher_order.only_torch():
         losses = reference(x, weight, bias, target, log_prior, log_epsilon)
         return None if scale is None else (losses * scale).sum(), losses
     device, compute = x.device.type, weight.dtype

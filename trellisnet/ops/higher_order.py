@@ -15,6 +15,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def only_torch() -> bool:
+    """Return whether this code may run no operator but torch's own, as under a transform or in a torch.jit trace."""
+    return transformed() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
 def needed(grads: Sequence[Tensor | None]) -> bool:
     """Return whether this backward pass must consist of torch's own operations.
 
