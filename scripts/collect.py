@@ -14,11 +14,12 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     compare_<minutes>_minutes   what scripts/compare.sh has trained, a result <row>/ each
     adapted                     metrics of --eval with --cache or --dynamic_eval
     memory, speed               metrics of a few updates; what scripts/bench.py has written: for blocks of pages
+    compatibility               what scripts/compatibility.py has written, for a block of a page
     long_memory                 what scripts/memory.sh has trained, a result <row>/ each
     torture                     what scripts/torture.py and, as ranks.json, scripts/compare_ranks.py have written
 
-A page receives a block between `<!-- NAME: begin -->` and `<!-- NAME: end -->`: `output of RESULT`, `speed`, `memory`,
-`shipped` (models with weights in results/), `card of RESULT` (one of these, on a page of its own that is made if it is
+A page receives a block between `<!-- NAME: begin -->` and `<!-- NAME: end -->`: `output of RESULT`, `speed`, `compatibility`,
+`memory`, `shipped` (models with weights in results/), `card of RESULT` (one of these, on a page of its own that is made if it is
 missing) or `flags`. RESULTS.md quotes the block `not comparable` of whichever page
 has it; the rest of RESULTS.md is not written by hand.
 """
@@ -52,7 +53,7 @@ Train scores are those of training, with dropout on.
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "precision": results.precisions, "recipe": results.recipe, "compare": results.equal_time
 }  # fmt: skip
-ELSEWHERE = ("figures", "memory", "speed", "torture", "adapted", "long_memory")
+ELSEWHERE = ("figures", "compatibility", "memory", "speed", "torture", "adapted", "long_memory")
 
 
 def report(root: Path, page_texts: Iterable[str]) -> str:

@@ -57,6 +57,22 @@ def speed(root: Path) -> list[str]:
     return lines[:-1]
 
 
+def compatibility(root: Path) -> list[str]:
+    """Ways of running a network that work with each backend, a table for each file in results/compatibility."""
+    lines = []
+    for name, content in records.read_compatibility(root).items():
+        with refusing(root / "results" / "compatibility" / f"{name}.json"):
+            cells = content["cells"]
+            lines += [
+                *table(["", *next(iter(cells.values()))], ([row, *entries.values()] for row, entries in cells.items())),
+                "",
+                f"Tried by `{content['command']}` on {content['machine']}, torch {content['torch']}, commit "
+                f"`{content['commit']}`.",
+                "",
+            ]
+    return lines[:-1]
+
+
 def memory(root: Path) -> list[str]:
     """Memory of training, a row for each file in results/memory."""
     return table(
@@ -185,4 +201,6 @@ def blocks(text: str, root: Path) -> str:
     return re.sub(r"<!-- ([\w .-]+): begin -->\n.*?<!-- \1: end -->", block, text, flags=re.DOTALL)
 
 
-BLOCKS = {"speed": speed, "memory": memory, "shipped": shipped, "flags": lambda root: flags()}
+BLOCKS = {
+    "speed": speed, "compatibility": compatibility, "memory": memory, "shipped": shipped, "flags": lambda root: flags()
+}  # fmt: skip

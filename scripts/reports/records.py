@@ -382,6 +382,19 @@ def read_speeds(root: Path) -> dict[str, Record]:
     return found
 
 
+def read_compatibility(root: Path) -> dict[str, Record]:
+    """Files of scripts/compatibility.py in results/compatibility, by name."""
+    found = {}
+    for path in sorted((root / "results" / "compatibility").glob("*.json")):
+        found[path.stem] = content = read_measurement(path)
+        with refusing(path):
+            check_portable(path, content["command"])
+            first, *others = map(list, content["cells"].values())
+            if any(other != first for other in others):
+                raise UserError(f"{path}: the rows have different columns")
+    return found
+
+
 def speed_text(record: Record) -> str:
     """A time of a benchmark, or a rate."""
     return f"{record['per_second']:.3g} tokens/s" if record["part"] in RATES else f"{record['seconds']:.3g} s"
