@@ -18,10 +18,10 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     long_memory                 what scripts/memory.sh has trained, a result <row>/ each
     torture                     what scripts/torture.py and, as ranks.json, scripts/compare_ranks.py have written
 
-A page receives a block between `<!-- NAME: begin -->` and `<!-- NAME: end -->`: `output of RESULT`, `speed`, `compatibility`,
-`memory`, `shipped` (models with weights in results/), `card of RESULT` (one of these, on a page of its own that is made if it is
-missing) or `flags`. RESULTS.md quotes the block `not comparable` of whichever page
-has it; the rest of RESULTS.md is not written by hand.
+A page receives a block between `<!-- NAME: begin -->` and `<!-- NAME: end -->`: `output of RESULT`, `speed`,
+`compatibility`, `memory`, `shipped` (models with weights in results/), `card of RESULT` (one of these, on a page of its
+own that is made if it is missing) or `flags`. RESULTS.md quotes the block `not comparable` of whichever page has it;
+the rest of RESULTS.md is not written by hand.
 """
 
 import argparse

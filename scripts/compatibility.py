@@ -216,10 +216,11 @@ def run(argv: Sequence[str]) -> int:
     device = RunConfig(device=args.device).torch_device()
     if args.json:
         check_json_path(args.json, "--json", ("command", "cells"))
+    head = origin("scripts/compatibility.py", argv, device)
     cells = {row: {column: cell(row, column, device) for column in BACKENDS} for row in ROWS}
     print("\n".join(table(["", *BACKENDS], ([row, *entries.values()] for row, entries in cells.items()))))
     if args.json:
-        write_json(args.json, "--json", {**origin("scripts/compatibility.py", argv, device), "cells": cells})
+        write_json(args.json, "--json", {**head, "cells": cells})
     return 0
 
 
