@@ -66,7 +66,8 @@ class Config(AdaptiveConfig):
     helps: ClassVar = {
         "anneal": "no effect without --asgd or --finetune, as in the authors' script; see --when",
         "emb_dropout": "dropout of whole symbols of the alphabet",
-        "horizon": "length of a window; without --repack, its unscored positions",
+        "horizon": "length of a window; without --repack, its unscored positions, auto: as many as the layers reach "
+        "back",
     }
 
     dataset: str = setting("ptb", "name of the corpus; --data says where it is", group="data", choices=("ptb",))

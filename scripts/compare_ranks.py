@@ -46,7 +46,7 @@ DOUBLE = "--gemm mm --gates eager".split()  # these can compute in float64
 CARRIED = "--repack --seq_len 0".split()
 IMAGES = "--nlevels 6 --batch_size 8 --optim SGD --lr 0.5 --no-validation".split()
 CASES = {
-    "word_ptb": [*TEXT, *"--no-repack --seq_len 20".split()],
+    "word_ptb": [*TEXT, *"--no-repack --seq_len 20 --horizon auto --random_depth 1 --eval_depths 2 6".split()],
     "word_ptb, carried, mixture, 2 slices": [*TEXT, *CARRIED, *"--n_experts 3 --accumulate 2".split()],
     "word_ptb, AWD-LSTM": [*TEXT, *CARRIED, *"--model awd-lstm --aux 0 --nlevels 2".split()],
     "char_ptb": [*TEXT, *CARRIED, "--eval_batch_size", "1"],
@@ -77,6 +77,7 @@ def train(case: str, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
     batches = task.batches(splits.train, 0)
     task.model.train()
     for step in range(STEPS):
+        trainer.set_depth(step)
         means = trainer._step(batches[step])
         losses = zip(means, ranks.sum(*map(float, means.values())), strict=True)
         found |= {f"losses {step} {key}": _numbers({key: value}) for key, value in losses}

@@ -12,6 +12,7 @@ number of parameters within one per cent. The flags of the training programs wor
 Letters: N examples in a batch, L steps of an example, T as above.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -304,6 +305,8 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[MemoryTas
         sizes=(examples, HELD_OUT, HELD_OUT),
         notices=(notice,) if seen < needed else (),
     )
+    held_out = {split: getattr(splits, split) for split in ("valid", "test")}
+    splits = dataclasses.replace(splits, extra_evaluations=config.depth_scores(task, held_out))
     facts = {
         "training examples": examples,
         "loss by chance": f"{chance(config.problem, length):.4f}",

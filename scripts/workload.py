@@ -86,7 +86,7 @@ class Work:
             self.model = program.build_model(self.config, V).to(device)
             c = self.config
             self.task = LanguageModeling(
-                self.model, horizon=c.horizon, seq_len=c.task_seq_len(), repackage=c.repack, aux_weight=c.aux,
+                self.model, horizon=c.horizon or None, seq_len=c.task_seq_len(), repackage=c.repack, aux_weight=c.aux,
                 aux_every=c.aux_freq, alpha=c.alpha, beta=c.beta,
             )  # fmt: skip
             rows = torch.randint(V, (N, max(c.horizon, c.seq_len) + 1), device=device)

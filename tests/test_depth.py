@@ -68,6 +68,22 @@ def test_a_call_equals_a_module_of_this_depth(options, depth):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_one_pass_from_a_zero_state_holds_every_depth(options):
+    for start in (0, 4):
+        module, deep = pair(core(options), 8)
+        x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(1)  # the same masks
+        outputs = deep(x, start=start, aux_every=1).aux
+        assert len(outputs) == 8
+        for depth, output in enumerate(outputs, start=1):
+            torch.manual_seed(1)
+            own = module(x, start=start, num_layers=depth).output
+            ours = torch.autograd.grad(output.square().sum(), [x, *deep.parameters()], retain_graph=True)
+            theirs = torch.autograd.grad(own.square().sum(), [x, *module.parameters()])
+            assert_close([output, *ours], [own, *theirs], **EXACT)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_streams_have_their_own_depth(options, depth):
     module, built = pair(core(options), depth)

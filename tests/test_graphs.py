@@ -110,6 +110,16 @@ def test_a_replayed_run_equals_the_run(main, flags, counts, tmp_path, capsys):
     assert settings["cuda_graph"] == "on"
 
 
+@pytest.mark.parametrize(("flags", "depths"), [("--random_depth 1", 3), ("--grow 1:1 2:1 --epochs 3", 3)])
+def test_every_depth_has_a_recording(flags, depths, counts, tmp_path):
+    flags = [*TEXT, *"--horizon auto --seq_len 44 --lr 5".split(), *flags.split()]
+    for graph in ("off", "on"):
+        assert word_main([*flags, "--out", str(tmp_path / graph), "--cuda_graph", graph]) == 0
+    assert_same(kept(tmp_path / "on"), kept(tmp_path / "off"))
+    assert counts["recorded"] == depths
+    assert counts["replayed"] > counts["eager"] >= depths * WARM_UP
+
+
 def test_a_replayed_run_is_continued(counts, tmp_path, capsys):
     flags = [*TEXT, "--repack", "--seq_len", "0", "--lr", "5", "--cuda_graph", "on"]
     assert word_main([*flags, "--out", str(tmp_path / "whole")]) == 0

@@ -319,7 +319,7 @@ class TrellisNet(nn.Module):
 
         After that many steps it makes no difference whether a sequence began here, from a zero state, or earlier.
         """
-        return max(self.kernel_size - 1, 1) * sum(self.spec.dilations)
+        return self.spec.reach
 
     def layer_steps(
         self, length: int, *, start: int = 0, last_only: bool = False, num_layers: int | None = None

@@ -79,7 +79,7 @@ class Pretrained:
         ids, unknown = vocabulary.encode(text)
         if len(ids) < 2:
             raise UserError(f"text: expected at least 2 {vocabulary.spelling.noun}, <eos> included, got {len(ids)}")
-        windows = {"horizon": config.horizon, "seq_len": config.task_seq_len(), "repackage": config.repack}
+        windows = {"horizon": config.horizon or None, "seq_len": config.task_seq_len(), "repackage": config.repack}
         stream = torch.tensor(ids, device=self.device)
         with config.float32_products(), config.autocast(self.device):
             result = LanguageModeling(self.model, **windows).evaluate_all(stream, batch_size=config.eval_batch_size)
@@ -198,6 +198,8 @@ def restore(config: CoreConfig, vocabulary: Vocabulary | None, changed: str = ""
         model = language_model.build_model(config, len(vocabulary))
     options = {"vocabulary": vocabulary and vocabulary.sha256, "changed": changed, "task": config.task or None}
     weights.load_weights(model, config.load_weight, **options, **config.load_options())
+    if len(depths := config.scoring_depths()) == 1:  # otherwise validation data chose among them
+        model.core.num_layers = depths[0]
     return Pretrained(model.to(device).eval(), config, device, vocabulary)
 
 

@@ -92,6 +92,11 @@ class TrellisSpec:
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
+    @property
+    def reach(self) -> int:
+        """Number of time steps back that any path, through h or c, reads: Σ_layers max(k − 1, 1)·dilation."""
+        return max(self.kernel_size - 1, 1) * sum(self.dilations)
+
     def injected(self, layer: int) -> bool:
         """Return whether x enters this layer, counted from 0."""
         return layer % self.inject_every == 0

@@ -92,6 +92,11 @@ class ClassificationConfig(CoreConfig):
     )
     validation: bool = setting(True, "hold out the last 5,000 training images to choose the best epoch", group="data")
 
+    def validate(self) -> None:
+        super().validate()
+        if self.eval_nlevels < 0 and not self.validation:
+            raise UserError("--eval_nlevels auto: chooses on validation images; leave out --no-validation")
+
     def output_channels(self) -> int:
         """Return the number of classes, as the authors' code has it."""
         return self.classes
@@ -159,7 +164,8 @@ class ClassificationProgram(Program):
             sha256=images.sha256,
             sizes=tuple(len(part[1]) if part else 0 for part in parts.values()),
             vocabulary_sha256=hashlib.sha256(order.numpy()).hexdigest(),
-            extra_evaluations={"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {},
+            extra_evaluations=config.depth_scores(task, {name: parts[name] for name in ("valid", "test")})
+            | ({"test_mc": (score_mc, parts["test"])} if config.mc_dropout else {}),
             choices={"permutation": order.tolist()} if config.permute else {},
         )
         facts = {"training images": len(images.train.labels), "pixels": length}

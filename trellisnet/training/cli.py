@@ -39,7 +39,7 @@ from trellisnet.training.runlog import (
     software,
     write_json,
 )
-from trellisnet.training.scoring import evaluate
+from trellisnet.training.scoring import evaluate, set_depth
 from trellisnet.training.settings import flag_of, properties_of
 from trellisnet.training.tasks import Splits, Task
 
@@ -382,7 +382,9 @@ class _Program:
             interrupts.note()
         device = next(task.model.parameters()).device
         results: dict[str, Any] = {"valid": None, "test": None}
-        evaluations = {name: (None, getattr(splits, name)) for name in results} | splits.extra_evaluations
+        methods = {"valid": set_depth(task, config.scoring_depths()), "test": None}
+        evaluations = {name: (method, getattr(splits, name)) for name, method in methods.items()}
+        evaluations |= splits.extra_evaluations
         ended, peaks = None, []
         for name, (method, data) in evaluations.items():
             if data is None:

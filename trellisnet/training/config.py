@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -24,7 +24,7 @@ from trellisnet import serialization, weights
 from trellisnet.data import PROJECT
 from trellisnet.errors import NAME, ArgumentError, UserError, shown
 from trellisnet.training.hardware import HardwareConfig
-from trellisnet.training.settings import GROUPS, Settings, default_of, flag_of, properties_of, setting
+from trellisnet.training.settings import GROUPS, Setting, Settings, default_of, flag_of, properties_of, setting
 
 SWITCHED = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 SCHEDULES = ("step", "cosine", "onecycle")
@@ -194,6 +194,19 @@ class RunConfig(HardwareConfig):
             return f"--schedule {self.schedule} spreads the learning rate over all updates of the run"
         return "" if properties_of(self, name).may_change else "a resumed run keeps its settings"
 
+    def depth(self, epoch: int, update: int | None = None) -> int | None:
+        """Return the number of layers to train with; None for that of the model, which never changes.
+
+        Args:
+            epoch: counted from 0.
+            update: number of updates before this one; None for the validation after the epoch.
+        """
+        return None
+
+    def scoring_depths(self) -> list[int]:
+        """Return the numbers of layers among which validation chooses that of all scores; [] for the model's own."""
+        return []
+
     def is_continued(self) -> bool:
         return bool(self.resume)
 
@@ -315,7 +328,15 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
-_READERS = {int: whole_number, list[int]: whole_number}
+_READERS = {int: whole_number, list[int]: whole_number, list[str]: str}
+
+
+def _reader(kind: type, properties: Setting) -> Callable[[str], Any]:
+    """Return the function that reads a single value of a setting."""
+    read = _READERS.get(kind, kind)
+    if not properties.word:
+        return read
+    return lambda text: properties.special if text == properties.word else read(text)
 
 
 def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
@@ -341,10 +362,10 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         elif field.name == "preset":
             options["choices"] = cls.preset_names()
         elif isinstance(kind, types.GenericAlias):
-            options |= {"nargs": "+", "type": _READERS.get(kind, float), "metavar": "N"}
+            options |= {"nargs": "+", "type": _READERS.get(kind, float), "metavar": properties.metavar or "N"}
         else:
-            options |= {"type": _READERS.get(kind, kind), "choices": properties.choices}
-            options["metavar"] = None if properties.choices else kind.__name__.upper()
+            options |= {"type": _reader(kind, properties), "choices": properties.choices}
+            options["metavar"] = None if properties.choices else properties.metavar or kind.__name__.upper()
         groups[properties.group].add_argument(*names, **options)
     return parser
 
@@ -499,6 +520,8 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             raise UserError(f"{where}: {name} is not stored in files; pass it on the command line")
         kind = hints[name]
         plain = list if isinstance(kind, types.GenericAlias) else kind
+        if properties.word and value == properties.word:
+            value = properties.special
         if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
             value = float(value)
         elif plain is int:
@@ -512,10 +535,11 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
                 f"{where}: {name} expects one of {', '.join(choices)}, got {shown(repr(value), NAME)}{near}"
             )
         fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
-        if plain is list:
+        texts = [value] if plain is str else value if kind == list[str] else []
+        if plain is list and kind != list[str]:
             fits = fits and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if plain is str:  # most become parts of file names
-            fits = fits and _is_text_of_system(value)
+        # Most texts become parts of file names.
+        fits = fits and all(isinstance(text, str) and _is_text_of_system(text) for text in texts)
         if not fits:
             raise UserError(f"{where}: {name} expects {plain.__name__}, got {shown(repr(value), NAME)}")
         checked[name] = value

@@ -10,9 +10,12 @@ from trellisnet import ops
 from trellisnet.core import TrellisNet
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
+from trellisnet.training import depth, scoring
 from trellisnet.training.config import RunConfig
 from trellisnet.training.cores import CORES, PARTICULAR, Core
+from trellisnet.training.scoring import Scores
 from trellisnet.training.settings import properties_of, setting
+from trellisnet.training.tasks import Task
 
 MOST_LAYERS = 100_000  # far beyond any use; lists with an entry per layer stay small
 
@@ -40,6 +43,22 @@ class CoreConfig(RunConfig):
     )
     nhid: int = setting(1000, "hidden channels, not counting the output channels", group="model", at_least=1)
     nlevels: int = setting(58, "layers", group="model", at_least=1, at_most=MOST_LAYERS)
+    grow: list[str] = setting(
+        [], "begin with fewer layers: those of each stage, and its epochs; the epochs after them have --nlevels",
+        group="optimisation", metavar="LAYERS:EPOCHS",
+    )  # fmt: skip
+    random_depth: int = setting(
+        0, "draw the layers of every update from up to four depths, N to --nlevels; 0: off",
+        group="optimisation", at_least=0,
+    )  # fmt: skip
+    eval_depths: list[int] = setting(
+        [], "also score with these numbers of layers", group="evaluation", resumable=True,
+        at_least=1, at_most=MOST_LAYERS, special=[],
+    )  # fmt: skip
+    eval_nlevels: int = setting(
+        0, "layers of all scores at the end, auto: the best of --eval_depths and --nlevels on the validation data; 0: "
+        "--nlevels", group="evaluation", resumable=True, at_least=0, at_most=MOST_LAYERS, special=-1, word="auto",
+    )  # fmt: skip
     ksize: int = setting(2, "kernel size", group="model", at_least=2)
     dilation: list[int] = setting([1], "dilations, cycled over the layers", group="model", at_least=1)
     wnorm: bool = setting(True, "weight normalisation", group="model")
@@ -114,7 +133,46 @@ class CoreConfig(RunConfig):
             unread = field.name in PARTICULAR - self.core.reads
             if unread and getattr(self, field.name) != self.preset_value(field.name):
                 raise UserError(f"--{field.name}: has no effect on --model {self.model}; leave it out")
+        self._check_depths()
         self.core.check(self)
+
+    def _check_depths(self) -> None:
+        depth.read_stages(self.grow, self.nlevels, self.epochs)
+        if self.random_depth and self.random_depth >= self.nlevels:
+            raise UserError(f"--random_depth {self.random_depth}: expected less than --nlevels {self.nlevels}")
+        if self.random_depth and self.grow:
+            raise UserError("--grow and --random_depth exclude each other: leave one of the two out")
+
+        if self.eval_nlevels < 0 and not self.eval_depths:
+            raise UserError("--eval_nlevels auto: has no depths to choose from; name some with --eval_depths")
+
+    def depths(self) -> list[int]:
+        """Return the numbers of layers with which a run trains, in increasing order."""
+        if self.random_depth:
+            return depth.choices(self.random_depth, self.nlevels)
+        return sorted({self.nlevels, *(s.layers for s in depth.read_stages(self.grow, self.nlevels, self.epochs))})
+
+    def depth(self, epoch: int, update: int | None = None) -> int | None:
+        if self.random_depth and update is not None:
+            return depth.draw(self.depths(), self.seed, update)
+        if not self.grow and not self.random_depth:
+            return None
+        return depth.depth_of(depth.read_stages(self.grow, self.nlevels, self.epochs), epoch, self.nlevels)
+
+    def scoring_depths(self) -> list[int]:
+        if self.eval_nlevels < 0:
+            return sorted({*self.eval_depths, self.nlevels})
+        if self.eval_nlevels:
+            return [self.eval_nlevels]
+        return [self.nlevels] if self.grow or self.random_depth else []
+
+    def depth_scores(self, task: Task, splits: dict[str, Any]) -> Scores:
+        """Return the scores of `--eval_depths` for every split in `splits` that has data."""
+        there = {split: data for split, data in splits.items() if data is not None}
+        return scoring.depth_scores(task, sorted(set(self.eval_depths)), there) if self.eval_depths else {}
+
+    def recipe(self) -> dict[str, Any]:
+        return super().recipe() | {"grow": self.grow, "random_depth": self.random_depth}
 
     def settings_of(self, arguments: dict[str, Any]) -> dict[str, Any]:
         settings = super().settings_of(arguments)

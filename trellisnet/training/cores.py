@@ -50,6 +50,14 @@ class Core:
     def check_language_model(self, config: "LanguageModelConfig") -> None:
         """Raise UserError if a language model with this core cannot run these settings."""
 
+    def reach(self, config: "CoreConfig") -> int:
+        """Return the number of time steps back that the core reads.
+
+        Raises:
+            UserError: it has no such limit.
+        """
+        raise UserError(f"--horizon auto: is the reach of a TrellisNet; pass a number with --model {self.name}")
+
     def options(self, config: "CoreConfig") -> dict[str, Any]:
         """Return keywords for a model: the class of the core, `core`, and options of that class."""
         return {"core": self.module, "hidden_dropout": config.dropouth}
@@ -87,12 +95,16 @@ class Core:
 class _Trellis(Core):
     module = TrellisNet
     reads = frozenset(
-        "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every init_gain recompute aux".split()
+        "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every init_gain recompute aux grow "
+        "random_depth eval_depths eval_nlevels".split()
     )
     adds_output = True
 
     def check(self, config: "CoreConfig") -> None:
         pass
+
+    def reach(self, config: "CoreConfig") -> int:
+        return self._spec(config).reach
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
         """Return the keywords, as in :meth:`Core.options`.
@@ -107,10 +119,12 @@ class _Trellis(Core):
                 f"pass --nhid {config.nhid + -hidden_size % groups}"
             )
         climbs = config.nhid // (hidden_size // groups) if groups else 0
-        if climbs >= config.nlevels:
+        if climbs >= min(config.depths()):
+            advice = f"pass --nlevels {climbs + 1} or more"
+            if climbs < config.nlevels:
+                advice = f"begin --grow or --random_depth with {climbs + 1} layers or more"
             raise UserError(
-                f"--mixed_group {groups}: the input climbs one group per layer and would not reach the output; "
-                f"pass --nlevels {climbs + 1} or more"
+                f"--mixed_group {groups}: the input climbs one group per layer and would not reach the output; {advice}"
             )
         return super().options(config) | {
             "kernel_size": config.ksize,
@@ -164,7 +178,9 @@ class _Trellis(Core):
     @staticmethod
     def _spec(config: "CoreConfig") -> ops.TrellisSpec:
         groups, activation = config.mixed_group or None, ops.find_activation(config.activation)
-        return ops.TrellisSpec(config.nlevels, config.channels(), activation, kernel_groups=groups)
+        return ops.TrellisSpec(
+            config.nlevels, config.channels(), activation, config.dilation, config.ksize, groups, config.inject_every
+        )
 
     @staticmethod
     def _gates(config: "CoreConfig", backend: str, device: torch.device) -> str:

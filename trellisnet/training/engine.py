@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from trellisnet.training.optim import (
 )
 from trellisnet.training.reporting import Meter, bar, duration_line, epoch_line, figures, score_line
 from trellisnet.training.runlog import NoFolder, RunFolder
-from trellisnet.training.scoring import evaluate
+from trellisnet.training.scoring import Method, evaluate, set_depth
 from trellisnet.training.tasks import Splits, Task
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # steps or seconds after which the duration of an epoch is estimated
@@ -89,9 +90,9 @@ class Trainer:
         self._make_averaging()
         self.save_weights, self.command = save_weights, command
         self.interrupts, self.say, self.ranks = interrupts or Interrupts(), say, ranks or Ranks()
-        self.compute_gradients = Gradients(task, config, self.ranks)
         self.status: StepStatus | None = None  # of the last step
         self.epoch = self.batch = self.step = 0
+        self.depth: int | None = None  # of the network now; None if it never changes
         self.carry: Any = None
         self.lr = schedule.rate(0)  # of the last update, or the first one
         self.ema = EMA(task.model.parameters(), config.ema) if config.ema else None
@@ -102,9 +103,15 @@ class Trainer:
         self.meter = Meter(task.measured, self.ranks)
         self.seconds_before = 0.0
         self.started = self.saved = time.monotonic()
+        # By depth of the network; without graphs one function serves all.
+        self.compute_gradients: defaultdict[int | None, Callable[..., tuple[Tensor, ...]]]
+        gradients = Gradients(task, config, self.ranks)
         if config.cuda_graph == "on":
             parameters = list(task.model.parameters())
-            self.compute_gradients = Recorded(self.compute_gradients, parameters, CUDARecorder(parameters[0].device))
+            recorder = CUDARecorder(parameters[0].device)
+            self.compute_gradients = defaultdict(lambda: Recorded(gradients, parameters, recorder))
+        else:
+            self.compute_gradients = defaultdict(lambda: gradients)
 
     # -- state of the run ------------------------------------------------------------------------------------------
 
@@ -281,9 +288,11 @@ class Trainer:
         end = self._end(len(batches))
         progress = bar(total=end, initial=self.batch, desc=f"epoch {self.epoch + 1}", unit=task.batch_name)
         with progress:
-            for batch in map(batches.__getitem__, range(self.batch, len(batches))):
+            for number in range(self.batch, len(batches)):
                 if self._stopped():
                     break
+                self.set_depth(self.step)
+                batch = batches[number]  # cut out here, because its history may depend on the depth
                 with self.interrupts.held():
                     means = self._step(batch)
                     if means is not None:
@@ -311,6 +320,12 @@ class Trainer:
                     self.saved = time.monotonic()
         return self.batch == len(batches)
 
+    def set_depth(self, update: int | None = None) -> None:
+        """Give the network the depth of an update, or of the validation after this epoch."""
+        self.depth = self.config.depth(self.epoch, update)
+        if self.depth is not None:
+            self.task.model.core.num_layers = self.depth
+
     def _is_late(self) -> bool:
         """Return whether `checkpoint_minutes` have passed since the epoch's last checkpoint, or its start."""
         minutes = self.config.checkpoint_minutes
@@ -326,7 +341,7 @@ class Trainer:
             RunError: loss, gradient or state are not finite, and no more steps may be skipped; nothing was updated.
         """
         config, model = self.config, self.task.model
-        finite, total, norm, *rest = self.compute_gradients(batch, self.carry)
+        finite, total, norm, *rest = self.compute_gradients[self.depth](batch, self.carry)
         means, carry = dict(zip(self.task.measured, rest, strict=False)), rest[len(self.task.measured) :]
         self.batch += 1
         # The only synchronisation with the device in a step: nothing may be updated before it.
@@ -395,12 +410,13 @@ class Trainer:
         An epoch cut short by `max_steps` is validated for information only, so that where a run was stopped does not
         change how it continues.
         """
+        self.set_depth()
         with averaged(averages(self.optimizer, self.ema), self.interrupts.held):
             valid = self._evaluate(self.splits.valid, "valid")
         with self.interrupts.held():
             self._close_epoch(finished, valid)
 
-    def _evaluate(self, data: Any, name: str, method: Callable[..., dict[str, Any]] | None = None) -> Any:
+    def _evaluate(self, data: Any, name: str, method: Method | None = None) -> Any:
         """Result of :func:`evaluate`; None without data."""
         if data is None:
             return None
@@ -411,8 +427,9 @@ class Trainer:
         train = {key: self.running[key] / max(self.running["count"], 1) for key in self.task.measured}
         train_score = self.task.training_score(train)
         count = int(self.running["count"])
-        # Without validation data the last epoch is the best.
-        better = finished and (None in (self.best, valid) or self.task.is_better(valid, self.best["valid"]))
+        # Without validation data the last epoch is the best; so is the first one of a depth.
+        first = self.best is None or valid is None or self._depth_of_best() != self.depth
+        better = finished and (first or self.task.is_better(valid, self.best["valid"]))
         if better:
             self.best = {"epoch": epoch, "valid": valid}
         if finished:
@@ -431,6 +448,7 @@ class Trainer:
             "valid_loss": valid and valid["loss"], "valid_score": valid and valid[name], "best": better,
             "finished": finished, "count": count, "train_seconds": seconds, "seconds": self.seconds,
         }  # fmt: skip
+        record |= {} if self.depth is None else {"nlevels": self.depth}
         line = epoch_line(self.task, record)
         self.folder.log(line)
         self.folder.record("epoch", **record)
@@ -461,6 +479,10 @@ class Trainer:
                 serialization.keep(self.folder.file("last.pt"), self.folder.file("last.previous.pt"))
                 checkpoint.save(self.folder.file("last.pt"), content)
 
+    def _depth_of_best(self) -> int | None:
+        """Number of layers that validated the best weights."""
+        return self.config.depth(self.best["epoch"] - 1)
+
     @contextlib.contextmanager
     def _writing(self, name: str = "the checkpoint") -> Iterator[None]:
         """Let the first rank write while the others wait; if it cannot, all of them end."""
@@ -489,10 +511,14 @@ class Trainer:
             with self.ranks.agreed():
                 self._take_best()
             self.ranks.copy(self.task.model)
-            valid = self.best["valid"]
         else:
             put(averages(self.optimizer, self.ema))
-            valid = self._evaluate(self.splits.valid, "valid")
+        depths = self.config.scoring_depths()
+        method = set_depth(self.task, depths)
+        if self.best and depths in ([], [self._depth_of_best()]):
+            valid = self.best["valid"]
+        else:
+            valid = self._evaluate(self.splits.valid, "valid", method)
         with self._writing("weights.pkl"):
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))

@@ -38,6 +38,8 @@ class CUDARecorder:
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
+        # Several recordings share their memory, since none reads what another has left there.
+        self._pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
     def beside(self):
@@ -49,7 +51,7 @@ class CUDARecorder:
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, self._pool, self._stream):
             results = function()
         return results, graph.replay
 

@@ -1,7 +1,6 @@
 """Settings and program that all language models share; a task folder adds data, defaults and presets."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,12 +17,10 @@ from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.programs import Program
+from trellisnet.training.scoring import Scores
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import LanguageModeling, Splits
 from trellisnet.training.tasks.windows import no_window
-
-# Scores to report: name → (evaluation, data).
-Scores = dict[str, tuple[Callable[..., dict[str, Any]], Any]]
 
 
 @dataclass(kw_only=True)
@@ -100,8 +97,9 @@ class LanguageModelConfig(CoreConfig):
     emb_dropout_rows: bool = setting(False, "draw the dropped words anew for each row", group="regularisation")
 
     horizon: int = setting(
-        58, "unscored positions at the start of a window; with --repack, length of a window", group="data", at_least=1
-    )
+        58, "unscored positions at the start of a window, auto: as many as the layers reach back; with --repack, "
+        "length of a window", group="data", at_least=1, special=0, word="auto",
+    )  # fmt: skip
     seq_len: int = setting(0, "length of a window, unscored positions included", group="data", at_least=0)
     repack: bool = setting(False, "carry the state from window to window (history repackaging)", group="data")
     random_length: bool = setting(
@@ -142,11 +140,13 @@ class LanguageModelConfig(CoreConfig):
                     f"--aux_freq {self.aux_freq}: larger than --nlevels {self.nlevels}, so no layer has an auxiliary "
                     "loss; lower it or pass --aux 0"
                 )
-        seq_len = self.task_seq_len()
-        if not self.eval and not self.repack and seq_len <= self.horizon:
+        if not self.horizon and self.repack:
+            raise UserError("--horizon auto: with --repack it is the length of a window; pass a number or --no-repack")
+        horizon, seq_len = self.horizon or self.core.reach(self), self.task_seq_len()
+        if not self.eval and not self.repack and seq_len <= horizon:
             raise UserError(
-                f"--seq_len {self.seq_len}: must be larger than --horizon {self.horizon}, or nothing is scored; "
-                "increase it or pass --repack --seq_len 0"
+                f"--seq_len {self.seq_len}: must be larger than --horizon {horizon}, or nothing is scored; increase it "
+                "or pass --repack --seq_len 0"
             )
         if not self.eval and self.repack and 0 < seq_len <= self.horizon:
             raise UserError(f"--seq_len {self.seq_len}: with --repack expected 0 or more than --horizon {self.horizon}")
@@ -204,7 +204,7 @@ class LanguageModelConfig(CoreConfig):
         """
         score_all = functools.partial(task.evaluate_all, batch_size=self.eval_batch_size)
         score_mc = functools.partial(task.evaluate_mc, passes=self.mc_dropout)
-        extra: Scores = {}
+        extra = self.depth_scores(task, {split: rows[split] for split in ("valid", "test")})
         for split in ("valid", "test"):
             if self.eval_all:
                 extra[f"{split}_all"] = score_all, getattr(corpus, split).to(rows[split].device)
@@ -279,7 +279,7 @@ class LanguageModelProgram(Program):
         task = config.make_task(
             model,
             corpus,
-            horizon=config.horizon,
+            horizon=config.horizon or None,
             seq_len=config.task_seq_len(),
             repackage=config.repack,
             aux_weight=config.aux,

@@ -85,6 +85,8 @@ def duration_line(step: float, batches: int, config: RunConfig) -> str:
     `step` is the time of a step in seconds.
     """
     steps, limit = batches * config.epochs, config.max_steps
+    if (layers := config.depth(0)) != config.depth(config.epochs):
+        return f"about {duration(step * batches)} per epoch of {counted(layers, 'layers')}, without evaluation"
     if limit and limit < steps:
         return f"about {duration(step * limit)} for {counted(limit, 'steps')}, without evaluation"
     return f"about {duration(step * batches)} per epoch, {duration(step * steps)} in all, without evaluation"
@@ -107,6 +109,7 @@ def epoch_line(task: Task, record: dict[str, Any]) -> str:
     """An epoch as a line, from its record in metrics.jsonl."""
     valid, seconds = record["valid_score"], record["train_seconds"]
     parts = [f"epoch {record['epoch']:3d}{'' if record['finished'] else ' (cut short)'}", f"lr {record['lr']:g}"]
+    parts += [counted(record["nlevels"], "layers")] if "nlevels" in record else []
     parts.append(f"train {score_text(task, record['train_score'])}")
     if valid is not None:
         parts.append(f"valid {score_text(task, valid)}{' *' * record['best']}")
@@ -121,6 +124,7 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     marks = {"partial": "partial", "init_tail": "tail vectors not trained"}
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
     line = f"{name} {scores}  loss {result['loss']:.4f} nats  {counted(result[task.count], task.count)}"
+    line += f"  {counted(result['nlevels'], 'layers')}" if "nlevels" in result else ""
     if "settings" in result:
         settings = result["settings"].items()
         line += "  " + " ".join(f"{key} {v:g}" if isinstance(v, float) else f"{key} {v}" for key, v in settings)

@@ -1,8 +1,9 @@
 """Scoring a split with a task's own evaluation or another one, on all ranks."""
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trellisnet.errors import RunError
@@ -11,6 +12,10 @@ from trellisnet.training.distributed import Ranks
 from trellisnet.training.interrupts import Interrupts
 from trellisnet.training.reporting import bar
 from trellisnet.training.tasks import Task
+from trellisnet.training.tasks.base import at_depth
+
+Method = Callable[..., dict[str, Any]]  # (data, max_tokens=…, progress=…) → result
+Scores = dict[str, tuple[Method, Any]]  # scores to report: name → (evaluation, data)
 
 
 def evaluate(
@@ -18,7 +23,7 @@ def evaluate(
     data: Any,
     name: str,
     config: RunConfig,
-    method: Callable[..., dict[str, Any]] | None = None,
+    method: Method | None = None,
     ranks: Ranks | None = None,
     interrupts: Interrupts | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +55,8 @@ def evaluate(
         ranks.heed(interrupts.pending)  # a rank that stopped at once has nothing to score
         raise
     ranks.heed(interrupts.pending)
+    if config.scoring_depths():
+        result.setdefault("nlevels", task.model.core.num_layers)
     result |= task.scores(result, name.split("_")[0])
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
@@ -57,3 +64,41 @@ def evaluate(
     if limit:
         result["partial"] = True
     return result
+
+
+def set_depth(task: Task, depths: Sequence[int]) -> Method | None:
+    """Give the core the depth of all scores, if there are `depths` to choose from.
+
+    Returns:
+        the method that scores validation data: with several depths it finds the best one, which the core keeps; None
+        for the task's own.
+    """
+    if depths:
+        task.model.core.num_layers = depths[-1]
+    return functools.partial(_choose, task, depths) if len(depths) > 1 else None
+
+
+def _choose(task: Task, depths: Sequence[int], data: Any, **how: Any) -> dict[str, Any]:
+    best = None
+    for depth, result in zip(depths, task.evaluate_depths(data, depths, **how), strict=True):
+        if best is None or task.is_better(result, best):
+            best = result | {"nlevels": depth}
+    task.model.core.num_layers = best["nlevels"]
+    return best
+
+
+def depth_scores(task: Task, depths: Sequence[int], splits: dict[str, Any]) -> Scores:
+    """Scores of every split in `splits` at every depth, `<split>_depth_<layers>`; one evaluation computes a split."""
+    core, results = task.model.core, {}
+
+    def method(split: str, depth: int, data: Any, **how: Any) -> dict[str, Any]:
+        if depth not in results.setdefault(split, {}):
+            results[split] = dict(zip(depths, task.evaluate_depths(data, depths, **how), strict=True))
+        with at_depth(task.model, depth):
+            return results[split].pop(depth) | {"nlevels": depth, "receptive_field": core.receptive_field}
+
+    return {
+        f"{split}_depth_{depth}": (functools.partial(method, split, depth), data)
+        for split, data in splits.items()
+        for depth in depths
+    }

@@ -36,7 +36,9 @@ class Setting:
         at_least: lower bound; for a list, of every number, and the list must not be empty.
         at_most: upper bound.
         above: exclusive lower bound.
-        special: number outside the bounds that is allowed and stands for a default.
+        special: value outside the bounds that is allowed and stands for a default.
+        word: spelling of `special` on the command line, such as auto.
+        metavar: name of a value in `--help`; empty for that of its type.
         rate: noun for a number in [0, 1), for the error message; empty for any other number.
         bits: an integer must be below 2**bits in size.
         needs: settings of which at least one must be on for this one to have an effect.
@@ -53,7 +55,9 @@ class Setting:
     at_least: float | None = None
     at_most: float | None = None
     above: float | None = None
-    special: float | None = None
+    special: float | list | None = None
+    word: str = ""
+    metavar: str = ""
     rate: str = ""
     bits: int = 31
     needs: Sequence[str] = ()
@@ -76,15 +80,18 @@ class Setting:
                 return f"expected at most {LARGEST:.2g} in size, got {number}"
             if isinstance(number, int) and abs(number) >= 2**self.bits:
                 return f"expected less than 2**{self.bits}, got {number}"
-        if isinstance(value, list):
-            short = self.at_least is not None and min(value, default=-math.inf) < self.at_least
-            return f"expected integers ≥ {self.at_least}, got {value}" if short else ""
         if value == self.special:
+            return ""
+        if isinstance(value, list):
+            if self.at_least is not None and min(value, default=-math.inf) < self.at_least:
+                return f"expected integers ≥ {self.at_least}, got {value}"
+            if self.at_most is not None and max(value, default=0) > self.at_most:
+                return f"expected integers ≤ {self.at_most:,}, got {value}"
             return ""
         if self.rate and not 0 <= value < 1:
             return f"expected a {self.rate} in [0, 1), got {value}"
         if self.at_least is not None and value < self.at_least:
-            special = "" if self.special is None else f", or {self.special:g} for the default"
+            special = "" if self.special is None else f", or {self.word or f'{self.special:g} for the default'}"
             return f"expected at least {self.at_least}{special}, got {value}"
         if self.above is not None and not self.above < value <= (self.at_most or math.inf):
             most = "" if self.at_most is None else f" and at most {self.at_most}"

@@ -70,6 +70,14 @@ class Task:
         """
         raise NotImplementedError
 
+    def evaluate_depths(self, data: Any, depths: Sequence[int], **how: Any) -> list[dict[str, Any]]:
+        """Results of :meth:`evaluate`, with its arguments `how`, for a TrellisNet of each of several depths."""
+        results = []
+        for depth in depths:
+            with at_depth(self.model, depth):
+                results.append(self.evaluate(data, **how))
+        return results
+
     @staticmethod
     def score(loss: float) -> float:
         """Score for a mean loss."""
@@ -186,6 +194,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def at_depth(model: nn.Module, num_layers: int) -> Iterator[None]:
+    """Give the core of a model, a TrellisNet, another depth in the body."""
+    own, model.core.num_layers = model.core.num_layers, num_layers
+    try:
+        yield
+    finally:
+        model.core.num_layers = own
 
 
 def tracked(items: Sized, progress: Progress | None) -> Iterable:

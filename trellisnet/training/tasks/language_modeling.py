@@ -3,6 +3,7 @@
 Letters: N batch (rows), L length of a row, l length of a window.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,7 +41,9 @@ class LanguageModeling(Task):
 
     Args:
         model: the language model.
-        horizon: unscored positions of a window in history mode; length of a window otherwise.
+        horizon: unscored positions of a window in history mode; length of a window otherwise. None, in history mode: as
+            many as the core reaches back. If its depth is changed later, training windows are cut with as much context
+            as its depth then needs, but score the same positions.
         seq_len: length of a window in history mode.
         repackage: carry the state. With seq_len > 0 training windows still overlap, as in the authors' word-level
             script, so the state carried into a window belongs to a later position; a warning says so.
@@ -66,7 +69,7 @@ class LanguageModeling(Task):
         self,
         model: TrellisLanguageModel,
         *,
-        horizon: int,
+        horizon: int | None,
         seq_len: int = 0,
         repackage: bool = False,
         aux_weight: float = 0.0,
@@ -77,6 +80,11 @@ class LanguageModeling(Task):
         label_smoothing: float = 0.0,
         ranks: Ranks | None = None,
     ):
+        self.follows_depth = horizon is None
+        if horizon is None:
+            if repackage:
+                raise ValueError("horizon: expected a number with repackage, got None")
+            horizon = model.core.reach
         if horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {horizon}")
         if seq_len < 0:
@@ -97,7 +105,7 @@ class LanguageModeling(Task):
             )
         self.model = model
         self.horizon = horizon
-        self.training_windows = Windows.for_training(horizon, seq_len, repackage)
+        self._training_windows = Windows.for_training(horizon, seq_len, repackage)
         self.evaluation_windows = Windows.for_evaluation(horizon, seq_len, repackage)
         self.aux_weight = aux_weight
         self.aux_every = aux_every
@@ -106,6 +114,12 @@ class LanguageModeling(Task):
         self.length_seed = length_seed
         self.label_smoothing = label_smoothing
         self.ranks = ranks or Ranks()
+
+    @property
+    def training_windows(self) -> Windows:
+        """Windows of training, at the depth that the core has now."""
+        windows = self._training_windows
+        return windows.with_context(self.model.core.reach) if self.follows_depth else windows
 
     def windows(self, rows: Tensor, training: bool = True) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the windows of rows (N, L) that score anything: start, inputs (N, l), targets (N, l).
@@ -137,15 +151,19 @@ class LanguageModeling(Task):
         Raises:
             ValueError: the rows are shorter than one window.
         """
-        windows = self.training_windows
         if self.length_seed is not None:
             spans = random_spans(rows.size(1), self.horizon, np.random.default_rng([self.length_seed, epoch]))
             batches = LazyBatches(spans, lambda span: cut(rows, *span))
         else:
-            batches = LazyBatches(windows.starts(rows.size(1)), lambda start: windows.cut(rows, start))
+            places = range(len(self.training_windows.starts(rows.size(1))))
+            batches = LazyBatches(places, functools.partial(self._window, rows))
         if not batches:
             raise no_window(rows.size(1))
         return batches
+
+    def _window(self, rows: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        windows = self.training_windows  # at the time when the window is cut
+        return windows.cut(rows, windows.starts(rows.size(1))[place])
 
     def rate(self, batch: tuple[Tensor, Tensor]) -> float:
         """Factor of the learning rate: length / horizon for a window of random length, else 1."""
@@ -274,18 +292,46 @@ class LanguageModeling(Task):
         with evaluating(self.model):
             return self._averaged(self.scored(rows, **how, ranks=self.ranks))
 
-    def _averaged(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> dict:
+    @torch.no_grad()
+    def evaluate_depths(
+        self,
+        rows: Tensor,
+        depths: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Score rows with a TrellisNet of each of several depths.
+
+        Where windows start from a zero state, the layers of the deepest network are the outputs of all others, and one
+        pass gives all results. A carried state is that of its own depth and pads every layer, so each depth has a pass.
+
+        Args:
+            rows: int64 (N, L).
+            depths: numbers of layers.
+            max_tokens, progress: as in :meth:`evaluate`.
+
+        Returns:
+            the result of :meth:`evaluate` for every depth, in their order; the windows are the same for all.
+        """
+        windows = self.evaluation_windows
+        if windows.carried:
+            return super().evaluate_depths(rows, depths, max_tokens=max_tokens, progress=progress)
+        every, totals = math.gcd(*depths), [_Totals(self) for _ in depths]
+        with evaluating(self.model):
+            for start in tracked(self.ranks.part(windows.starts_to_score(rows, max_tokens)), progress):
+                inputs, targets = windows.cut(rows, start)
+                out = self.model(inputs, start=windows.context, aux_every=every, num_layers=max(depths))
+                for depth, total in zip(depths, totals, strict=True):
+                    total.add(out.aux[depth // every - 1], targets[:, windows.context :])
+        return [total.means() for total in totals]
+
+    def _averaged(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Means of `measured` over the features and targets of all ranks."""
-        total, tokens = 0.0, 0
-        others = dict.fromkeys(self.measured[1:], 0.0)
+        totals = _Totals(self)
         for output, targets in pieces:
-            total += self.model.loss(output, targets, reduction="sum").item()
-            for name, value in self._measure(output, targets).items():
-                others[name] += value.item() * targets.numel()
-            tokens += targets.numel()
-        total, tokens, *sums = self.ranks.sum(total, tokens, *others.values())
-        means = {name: mean(sum_, tokens) for name, sum_ in zip(others, sums, strict=True)}
-        return {"loss": mean(total, tokens), "tokens": tokens} | means
+            totals.add(output, targets)
+        return totals.means()
 
     @torch.no_grad()
     def evaluate_all(
@@ -360,3 +406,25 @@ class LanguageModeling(Task):
     def score(loss: float) -> float:
         """Perplexity of a mean loss in nats."""
         return math.exp(loss) if loss < 700 else math.inf
+
+
+class _Totals:
+    """Sums of what a task measures over the features and targets of this rank."""
+
+    def __init__(self, task: LanguageModeling):
+        self.task = task
+        self.loss, self.tokens = 0.0, 0
+        self.others = dict.fromkeys(task.measured[1:], 0.0)
+
+    def add(self, output: Tensor, targets: Tensor) -> None:
+        """Add features (N, l, output_size) and targets (N, l)."""
+        self.loss += self.task.model.loss(output, targets, reduction="sum").item()
+        for name, value in self.task._measure(output, targets).items():
+            self.others[name] += value.item() * targets.numel()
+        self.tokens += targets.numel()
+
+    def means(self) -> dict[str, Any]:
+        """Means over all ranks, and `tokens`, their number."""
+        loss, tokens, *sums = self.task.ranks.sum(self.loss, self.tokens, *self.others.values())
+        means = {name: mean(sum_, tokens) for name, sum_ in zip(self.others, sums, strict=True)}
+        return {"loss": mean(loss, tokens), "tokens": tokens} | means

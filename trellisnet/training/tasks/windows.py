@@ -3,6 +3,7 @@
 Letters: N batch (rows), L length of a row, l length of a window.
 """
 
+import dataclasses
 import itertools
 import math
 from collections import deque
@@ -34,11 +35,13 @@ class Windows:
         context: positions at the start of a window that provide history and are not scored.
         scored: scored positions after them.
         carried: pass the state on from window to window, detached; otherwise each starts from a zero state.
+        skipped: positions at the start of a row that no window contains.
     """
 
     context: int
     scored: int
     carried: bool = False
+    skipped: int = 0
 
     @classmethod
     def for_training(cls, horizon: int, seq_len: int, repackage: bool) -> Self:
@@ -53,6 +56,11 @@ class Windows:
         if seq_len > horizon and not repackage:
             return cls(horizon, seq_len - horizon, repackage)
         return cls(0, horizon, repackage)
+
+    def with_context(self, context: int) -> Self:
+        """Windows of less context that score the same positions."""
+        skipped = self.skipped + self.context - context
+        return dataclasses.replace(self, context=context, skipped=skipped)
 
     @property
     def stride(self) -> int:
@@ -75,7 +83,7 @@ class Windows:
                 f"seq_len: history mode needs seq_len > horizon = {self.context}, got {self.length}; "
                 "make it longer, or repackage with seq_len = 0"
             )
-        return range(0, max(length - 1 - self.context, 0), self.stride)
+        return range(self.skipped, max(length - 1 - self.context, 0), self.stride)
 
     def starts_to_score(self, rows: Tensor, max_tokens: int | None = None) -> range:
         """Starts of the windows of rows (N, L), up to the one that contains the `max_tokens`th scored token.

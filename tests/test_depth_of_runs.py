@@ -1,0 +1,316 @@
+"""Runs of changing depth: stages, a depth drawn for every update, and scores at every depth."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pmnist.train import main as pmnist_main
+from trellisnet import load_pretrained
+from trellisnet.errors import UserError
+from trellisnet.models import TrellisLanguageModel
+from trellisnet.training import checkpoint, depth
+from trellisnet.training.config import parse
+from trellisnet.training.scoring import depth_scores, set_depth
+from trellisnet.training.tasks import LanguageModeling
+from trellisnet.training.tasks.base import at_depth
+from word_ptb.model import Config
+from word_ptb.train import main
+
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 4 --batch_size 80 --aux_freq 2 --log-interval 5
+--threads 1 --max_eval_tokens 500 --dropouth 0.1 --aux 0.1""".split()
+HISTORY = "--horizon 4 --seq_len 44".split()
+CARRIED = "--repack --seq_len 0 --horizon 40".split()
+GROW = "--grow 1:1 2:1 --epochs 3".split()
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(folder, *flags):
+    assert main([*map(str, flags), "--out", str(folder)]) == 0
+    return checkpoint.load(folder / "last.pt")
+
+
+def go_on(folder, *flags):
+    assert main(["--resume", str(folder / "last.pt"), *map(str, flags)]) == 0
+    return checkpoint.load(folder / "last.pt")
+
+
+def records(folder, event):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in lines if record["event"] == event]
+
+
+def assert_same(ours, theirs):
+    for key in ("model", "average", "optimizer", "carry", "rng", "step", "epoch", "schedule", "best"):
+        assert checkpoint.sha256_of({key: ours[key]}) == checkpoint.sha256_of({key: theirs[key]}), key
+
+
+# -- the schedule of depths --------------------------------------------------------------------------------------------
+
+
+def test_stages_follow_each_other():
+    stages = depth.read_stages(["2:3", "5:1"], 8, 6)
+    assert [depth.depth_of(stages, epoch, 8) for epoch in range(7)] == [2, 2, 2, 5, 8, 8, 8]
+    assert depth.read_stages([], 8, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("least", "nlevels", "expected"), [(2, 8, [2, 4, 6, 8]), (1, 2, [1, 2]), (3, 55, [3, 20, 38, 55])]
+)
+def test_few_depths_are_drawn_from_seed_and_update(least, nlevels, expected):
+    assert depth.choices(least, nlevels) == expected
+    drawn = [depth.draw(expected, 7, update) for update in range(200)]
+    assert drawn == [depth.draw(expected, 7, update) for update in range(200)]
+    assert set(drawn) == set(expected)
+    assert drawn != [depth.draw(expected, 8, update) for update in range(200)]
+    assert min(map(drawn.count, expected)) > 200 / len(expected) / 2
+
+
+def _options(flags):
+    config, _ = parse(Config, flags)
+    return config.core.options(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--grow 4", "--grow 4: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
+        ("--grow 0:1", "--grow 0:1: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
+        ("--grow 2:1.5", "--grow 2:1.5: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
+        ("--grow 5:1", "--grow 5:1: deeper than --nlevels 4, the depth after all stages"),
+        (
+            "--grow 1:1 2:2 --epochs 3",
+            "--grow 1:1 2:2: its 3 epochs leave none of --epochs 3 for the 4 layers of --nlevels; shorten a stage or "
+            "pass --epochs 4 or more",
+        ),
+        ("--random_depth 4", "--random_depth 4: expected less than --nlevels 4"),
+        ("--random_depth 2 --grow 1:1", "--grow and --random_depth exclude each other: leave one of the two out"),
+        (
+            "--mixed_group 2 --nhid 8 --grow 1:1",
+            "--mixed_group 2: the input climbs one group per layer and would not reach the output; begin --grow or "
+            "--random_depth with 2 layers or more",
+        ),
+        ("--model rhn --grow 1:1", "--grow: has no effect on --model rhn; leave it out"),
+        (
+            "--horizon auto --repack",
+            "--horizon auto: with --repack it is the length of a window; pass a number or --no-repack",
+        ),
+        (
+            "--horizon auto --seq_len 4",
+            "--seq_len 4: must be larger than --horizon 4, or nothing is scored; increase it or pass --repack "
+            "--seq_len 0",
+        ),
+        ("--model tcn --horizon auto", "--horizon auto: is the reach of a TrellisNet; pass a number with --model tcn"),
+        ("--eval_depths 4 0", "--eval_depths: expected integers ≥ 1, got [4, 0]"),
+        ("--eval_depths 100001", "--eval_depths: expected integers ≤ 100,000, got [100001]"),
+        ("--eval_nlevels auto", "--eval_nlevels auto: has no depths to choose from; name some with --eval_depths"),
+    ],
+)  # fmt: skip
+def test_what_no_run_can_do_is_one_line(flags, message):
+    flags = flags.split()
+    small = [] if "--model" in flags else [*MODEL, *HISTORY, "--epochs", "3"]
+    with pytest.raises(UserError) as e:
+        _options([*small, *flags])
+    assert str(e.value) == message
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*HISTORY, "--lr", "5"],
+        [*CARRIED, *"--optim Adam --lr 0.01 --ema 0.9".split()],
+        pytest.param([*CARRIED, "--lr", "5", "--backend", "reference"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_schedule_equals_runs_that_are_stopped_and_go_on_at_the_next_depth(tmp_path, flags):
+    """The second run has 2 layers; its checkpoint then says 4, and the rest is a run of 4 layers."""
+    whole = train(tmp_path / "grow", *MODEL, *flags, *"--grow 2:1 --epochs 2".split())
+    content = train(tmp_path / "parts", *MODEL, *flags, *"--nlevels 2 --epochs 1".split())
+    content["settings"]["nlevels"] = 4
+    content["best"] = None  # a score of another depth
+    for name in ("best.pt", "config.json"):
+        (tmp_path / "parts" / name).unlink()
+    checkpoint.save(tmp_path / "parts" / "last.pt", content)
+    again = go_on(tmp_path / "parts", "--epochs", 2)
+    assert again["best"]["valid"]["loss"] == whole["best"]["valid"]["loss"]
+    assert_same(again | {"best": whole["best"]}, whole)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*GROW, "--horizon", "auto", "--seq_len", "44", "--lr", "5", "--anneal", "1", "--asgd"],
+        [*GROW, *CARRIED, *"--optim Adam --lr 0.01 --ema 0.9".split()],
+        ["--random_depth", "2", "--horizon", "auto", "--seq_len", "44", "--lr", "5", "--epochs", "2"],
+    ],
+    ids=["grow, horizon auto", "grow, carried", "random"],
+)
+def test_resumed_runs_of_changing_depth_are_bit_equal(tmp_path, flags):
+    flags = [*MODEL, *flags]
+    whole = train(tmp_path / "whole", *flags)
+    an_epoch = whole["step"] // whole["epoch"]
+    train(tmp_path / "parts", *flags, "--max_steps", an_epoch - 3)  # within a stage, at its end, beyond the next change
+    for stop in (an_epoch, 2 * an_epoch - 1, 0):
+        again = go_on(tmp_path / "parts", "--max_steps", stop)
+    assert_same(again, whole)
+    layers = [r.get("nlevels") for r in records(tmp_path / "whole", "epoch")]
+    assert layers == ([1, 2, 4] if "--grow" in flags else [4, 4])
+    assert records(tmp_path / "parts", "result")[-1]["test"] == records(tmp_path / "whole", "result")[-1]["test"]
+
+
+def test_the_best_epoch_is_one_of_the_last_depth(tmp_path, monkeypatch, capsys):
+    """No epoch is better than the one before it, so the best is the first of its depth."""
+    monkeypatch.setattr(LanguageModeling, "is_better", lambda *_: False)
+    train(tmp_path / "run", *MODEL, *HISTORY, *"--grow 1:1 2:2 --epochs 5 --lr 5".split())
+    epochs, (result,) = (records(tmp_path / "run", event) for event in ("epoch", "result"))
+    assert [r["best"] for r in epochs] == [True, True, False, True, False]
+    assert (result["best_epoch"], result["test"]["nlevels"]) == (4, 4)
+    assert result["valid"]["loss"] == epochs[3]["valid_loss"]
+    assert "epoch   2  lr 5  2 layers  train" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_at_a_lower_depth_is_scored_at_the_last(tmp_path):
+    train(tmp_path / "run", *MODEL, *HISTORY, *GROW, "--lr", "5", "--max_steps", "25")
+    (result,) = records(tmp_path / "run", "result")
+    assert (result["best_epoch"], result["valid"]["nlevels"], result["test"]["nlevels"]) == (1, 4, 4)
+    assert result["valid"]["loss"] != records(tmp_path / "run", "epoch")[0]["valid_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:the model sees only the last .* pixels")
+def test_images_grow_too(tmp_path):
+    flags = "--data synthetic --preset small --nhid 8 --batch_size 4 --max_eval_tokens 16 --max_steps 3 --threads 1"
+    flags += " --grow 4:1 --epochs 2 --eval_depths 5 11"
+    assert pmnist_main([*flags.split(), "--nlevels", "6", "--out", str(tmp_path)]) == 0
+    (result,) = records(tmp_path, "result")
+    assert [result[f"test_depth_{layers}"]["nlevels"] for layers in (5, 11)] == [5, 11]
+    assert result["test"]["nlevels"] == 6
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def language_model(num_layers, **options):
+    torch.manual_seed(0)
+    model = TrellisLanguageModel(11, 4, 6, num_layers, output_size=4, **options).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def test_context_follows_the_depth_and_targets_stay():
+    rows = torch.randint(11, (2, 50))
+    model = language_model(6, dilation=(1, 2), kernel_size=3)
+    task = LanguageModeling(model, horizon=None, seq_len=30, aux_weight=0.3, aux_every=2)
+    full = task.batches(rows)
+    assert task.horizon == model.core.reach == 18
+    scored = [targets[:, 18:] for _, targets in full]
+    for layers in (1, 3, 6):
+        model.core.num_layers = layers
+        context = model.core.reach
+        assert task.training_windows.context == context
+        again = task.batches(rows)
+        for (inputs, targets), (now, _), expected in zip(again, full, scored, strict=True):
+            assert torch.equal(inputs, now)  # windows that are cut now have the length of now
+            assert torch.equal(targets[:, context:], expected)
+            assert task.size((inputs, targets)) == expected.numel()
+        other = LanguageModeling(model, horizon=context, seq_len=context + 12, aux_weight=0.3, aux_every=2)
+        ours, theirs = task.loss(*again[1])[0], other.loss(*other.batches(rows[:, 18 - context :])[1])[0]
+        assert_close(ours, theirs, rtol=0, atol=0)
+        assert (ours["aux"] > 0) == (layers >= 2)
+
+
+def test_a_horizon_that_follows_the_depth_carries_no_state():
+    with pytest.raises(ValueError, match="^horizon: expected a number with repackage, got None$"):
+        LanguageModeling(language_model(2), horizon=None, repackage=True)
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+HEADS = {"softmax": {}, "mixture": {"n_experts": 3, "tied": False}, "split": {"cutoffs": [3, 7]}}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("windows", [{"seq_len": 20}, {"seq_len": 14}, {"repackage": True}])
+def test_every_depth_scores_as_a_network_of_this_depth(head, windows):
+    rows, depths = torch.randint(11, (3, 61)), [2, 8, 5]
+    model = language_model(4, **head)
+    task = LanguageModeling(model, horizon=9, **windows)
+    for how in ({}, {"max_tokens": 40}):
+        results = task.evaluate_depths(rows, depths, **how)
+        for layers, result in zip(depths, results, strict=True):
+            built = language_model(layers, **head)
+            expected = LanguageModeling(built, horizon=9, **windows).evaluate(rows, **how)
+            assert result["tokens"] == expected["tokens"]
+            assert_close(result["loss"], expected["loss"], **EXACT)
+        assert model.core.num_layers == 4
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    task.evaluate_depths(rows, depths)
+    windows = len(task.evaluation_windows.starts(rows.size(1)))
+    assert len(passes) == windows * (3 if task.evaluation_windows.carried else 1)
+
+
+def test_scores_of_all_depths_come_from_one_evaluation(monkeypatch):
+    rows, task = torch.randint(11, (3, 61)), LanguageModeling(language_model(4), horizon=9, seq_len=20)
+    calls, original = [], task.evaluate_depths
+    monkeypatch.setattr(task, "evaluate_depths", lambda *args, **how: calls.append(1) or original(*args, **how))
+    scores = depth_scores(task, [2, 5], {"valid": rows, "test": rows[:2]})
+    assert list(scores) == ["valid_depth_2", "valid_depth_5", "test_depth_2", "test_depth_5"]
+    for name, (method, data) in scores.items():
+        result, layers = method(data), int(name[-1])
+        assert (result["nlevels"], result["receptive_field"]) == (layers, layers + 1)
+        with at_depth(task.model, layers):
+            assert_close(result["loss"], task.evaluate(data)["loss"], **EXACT)
+    assert len(calls) == 2
+
+
+def test_the_depth_of_scores_is_chosen_on_validation_data():
+    rows, task = torch.randint(11, (3, 61)), LanguageModeling(language_model(4), horizon=9, seq_len=20)
+    losses = dict(zip((1, 2, 3), (r["loss"] for r in task.evaluate_depths(rows, [1, 2, 3])), strict=True))
+    assert set_depth(task, []) is None
+    assert set_depth(task, [2]) is None
+    assert task.model.core.num_layers == 2
+    result = set_depth(task, [1, 2, 3])(rows)
+    best = min(losses, key=losses.get)
+    assert (result["nlevels"], task.model.core.num_layers, result["loss"]) == (best, best, losses[best])
+
+
+def test_scores_of_a_run_by_depth(tmp_path, capsys):
+    flags = [*MODEL, *CARRIED, *"--lr 5 --max_steps 9 --epochs 1".split()]
+    train(tmp_path / "run", *flags, *"--eval_depths 8 2 --eval_nlevels auto".split())
+    (result,) = records(tmp_path / "run", "result")
+    candidates = {layers: result[f"valid_depth_{layers}"]["loss"] for layers in (2, 8)}
+    layers = result["test"]["nlevels"]
+    assert layers in (2, 4, 8)
+    assert result["valid"]["loss"] <= min(candidates.values())
+    if layers in candidates:
+        assert result["test"]["loss"] == pytest.approx(result[f"test_depth_{layers}"]["loss"], rel=1e-6)
+
+    scored = "--eval --threads 1 --max_eval_tokens 500 --metrics".split()
+    run = ["--run", str(tmp_path / "run"), *scored, str(tmp_path / "m.json")]
+    capsys.readouterr()
+    assert main([*run, "--eval_nlevels", "2", "--eval_depths", "2", "3"]) == 0
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert metrics["test"]["loss"] == metrics["test_depth_2"]["loss"]
+    assert "test_depth_3 ppl" in (out := capsys.readouterr().out)
+    assert "tokens  3 layers" in out
+    assert (metrics["test_depth_3"]["receptive_field"], metrics["test"]["nlevels"]) == (4, 2)
+
+
+def test_a_loaded_run_has_the_depth_that_its_scores_have(tmp_path):
+    flags = [*MODEL, *CARRIED, *"--lr 5 --max_steps 2 --epochs 1".split()]
+    train(tmp_path / "run", *flags, "--eval_nlevels", "7")
+    assert load_pretrained(tmp_path / "run").model.core.num_layers == 7
+    train(tmp_path / "grown", *flags, *"--grow 2:1 --epochs 2".split())
+    assert load_pretrained(tmp_path / "grown").model.core.num_layers == 4

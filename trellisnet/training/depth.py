@@ -1,0 +1,60 @@
+"""Depth of a TrellisNet over a run: stages of growing depth, or a depth drawn for every update.
+
+One layer is applied any number of times, so all depths train the same weights. Fewer layers are cheaper, and learn
+first what more of them need.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from trellisnet.errors import NAME, UserError, shown
+
+DRAWN = 4  # distinct depths to draw from, at most: each is compiled and recorded by itself
+
+
+class Stage(NamedTuple):
+    """Consecutive epochs of one depth."""
+
+    layers: int
+    end: int  # number of epochs from the first of the run to the last of the stage
+
+
+def read_stages(words: Sequence[str], nlevels: int, epochs: int) -> list[Stage]:
+    """Read the stages of `--grow`, LAYERS:EPOCHS each; the epochs after them have `nlevels` layers.
+
+    Raises:
+        UserError: a word of another form, a stage deeper than `nlevels`, or stages that leave no epoch after them.
+    """
+    stages, end = [], 0
+    for word in words:
+        numbers = word.split(":")
+        if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and 0 < int(n) < 2**31 for n in numbers):
+            raise UserError(f"--grow {shown(word, NAME)}: expected LAYERS:EPOCHS, such as 4:10, each at least 1")
+        layers, duration = map(int, numbers)
+        if layers > nlevels:
+            raise UserError(f"--grow {word}: deeper than --nlevels {nlevels}, the depth after all stages")
+        end += duration
+        stages.append(Stage(layers, end))
+    if stages and end >= epochs:
+        raise UserError(
+            f"--grow {' '.join(words)}: its {end} epochs leave none of --epochs {epochs} for the {nlevels} layers of "
+            f"--nlevels; shorten a stage or pass --epochs {end + 1} or more"
+        )
+    return stages
+
+
+def depth_of(stages: Sequence[Stage], epoch: int, nlevels: int) -> int:
+    """Return the number of layers in an epoch, counted from 0."""
+    return next((stage.layers for stage in stages if epoch < stage.end), nlevels)
+
+
+def choices(least: int, nlevels: int) -> list[int]:
+    """Return the depths of `--random_depth least`: at most `DRAWN` from `least` to `nlevels`, evenly spaced."""
+    return sorted({least + round(i * (nlevels - least) / (DRAWN - 1)) for i in range(DRAWN)})
+
+
+def draw(depths: Sequence[int], seed: int, update: int) -> int:
+    """Draw the depth of an update, from its number and the seed alone: the same after a resumption and on all ranks."""
+    return depths[np.random.default_rng([seed, update, 2]).integers(len(depths))]
