@@ -46,8 +46,8 @@ def read_stages(words: Sequence[str], nlevels: int, epochs: int) -> list[Stage]:
 
 
 def depth_of(stages: Sequence[Stage], epoch: int, nlevels: int) -> int:
-    """Return the number of layers in an epoch, counted from 0."""
-    return next((stage.layers for stage in stages if epoch < stage.end), nlevels)
+    """Return the number of layers in an epoch, counted from 0; before the first one the network is whole."""
+    return next((stage.layers for stage in stages if 0 <= epoch < stage.end), nlevels)
 
 
 def choices(least: int, nlevels: int) -> list[int]:
