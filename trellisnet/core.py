@@ -383,7 +383,7 @@ class TrellisNet(nn.Module):
             last_only: return the last time step alone (start = L − 1). Every backend then prunes the computation.
             lengths: number of valid steps in each row of a right-padded batch, integers (N,) in 1..L. The state is then
                 that of the last valid step; padding in x has no influence, and outputs there are meaningless. Not with
-                start or last_only.
+                start or last_only. Programs that are compiled, exported or vmapped do not check the range.
             num_layers: depth of this call, with the same weights; None for the module's own.
             masks: explicit dropout masks, of which `weight_x`, `weight_h` and `hidden` are read.
 
