@@ -45,7 +45,7 @@ runpy.run_module("venv", run_name="__main__")' "$ROOT/.venv"
         patiently "${pip[@]}" -r "$ROOT/requirements.txt"
         patiently "${pip[@]}" -e "$ROOT${extras:+[$extras]}"
         echo "loading PyTorch once, which is slow the first time"
-        patiently "$PY" -c 'import trellisnet'
+        patiently "$PY" -c 'import torch._dynamo, trellisnet' # optimisers import the former
         printf '%s\n' "$wanted" >"$stamp"
     fi
 }

@@ -224,7 +224,8 @@ class _Program:
             # What "auto" resolves to is part of the run: a continuation makes the same choices.
             device = config.torch_device()
             config = config.resolved(device)
-            torch.use_deterministic_algorithms(config.deterministic)
+            if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # imports torch's compiler
+                torch.use_deterministic_algorithms(config.deterministic)
         ranks.check_same(
             lambda: {"device": device.type, "backend": config.backend, "gates": config.gates},
             "build trellisnet everywhere alike, or pass a --device, --backend and --gates that all ranks have",
