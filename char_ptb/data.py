@@ -1,5 +1,5 @@
 """Character-level Penn Treebank, spelled from the three files of words in one of the two streams of
-:mod:`trellisnet.data.spelling`.
+:mod:`trellisnet.data.spelling`; and enwik8 and text8, byte by byte.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback; partial downloads are kept
 
-from trellisnet.data import corpus, download, penn
+from trellisnet.data import corpus, download, penn, wikipedia
 from trellisnet.data.corpus import SPLITS, Corpus
 from trellisnet.data.spelling import SPACE, STREAMS, UNDERSCORE
 
@@ -28,13 +28,22 @@ def symbols(texts: list[str]) -> dict[str, dict[str, int]]:
     }
 
 
-def load(folder: str | Path, download: bool = False, stream: str = "authors", order: str = "appearance") -> Corpus:
+def load(
+    folder: str | Path,
+    download: bool = False,
+    stream: str = "authors",
+    order: str = "appearance",
+    dataset: str = "ptb",
+) -> Corpus:
     """Read and encode the corpus; other arguments and errors as in :func:`trellisnet.data.penn.load`.
 
     Args:
         stream: a name in `STREAMS`.
         order: order of the alphabet, see :func:`trellisnet.data.corpus.reordered`.
+        dataset: "ptb", or one for :func:`trellisnet.data.wikipedia.load`, which has no stream and no order.
     """
+    if dataset != "ptb":
+        return wikipedia.load(dataset, folder, download)
     loaded, texts = penn.load(folder, download, STREAMS[stream].tokens)
     if loaded.label == penn.LABEL:
         loaded.check(SYMBOLS[stream], ALPHABET)

@@ -143,7 +143,7 @@ def test_sizes(preset, size):
     ("argv", "message"),
     [
         (["--data", "nowhere"], "error: nowhere: no such folder"),
-        (["--dataset", "text8"], "error: argument --dataset: invalid choice: 'text8'"),
+        (["--dataset", "text9"], "error: argument --dataset: invalid choice: 'text9'"),
         (["--stream", "x"], "error: argument --stream: invalid choice: 'x'"),
         (["--batch_size", "999999"], "error: the corpus is too short for these settings"),
         (["--no-repack"], "error: --seq_len 0: must be larger than --horizon 12"),

@@ -309,6 +309,6 @@ def test_flags_of_other_cores_have_a_group_of_their_own():
 def test_help_shows_the_texts_and_defaults_of_the_task():
     shown = " ".join(build_parser(CharConfig).format_help().split())
     assert "dropout of whole symbols of the alphabet (default: 0.02)" in shown
-    assert "default: data/penn in the project" in shown
+    assert "default: data/penn, or data/NAME, in the project" in shown
     assert "runs/char_ptb/NAME" in shown
     assert "weight normalisation (default: on)" in shown

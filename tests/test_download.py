@@ -488,12 +488,12 @@ def test_a_full_disk_is_not_the_mirrors_fault(mirror, tmp_path, monkeypatch):
         ({"urls": "http://a.org/x"}, "urls: expected a tuple of at least one URL"),
         ({"name": "../x"}, "name: expected a file name without folder"),
         ({"name": ""}, "name: expected a file name without folder"),
-        ({"md5": "abc"}, "md5: expected 32 hexadecimal digits"),
+        ({"checksum": "abc"}, "checksum: expected 32 or 64 hexadecimal digits"),
         ({"size": 0}, "size: expected the number of bytes"),
     ],
 )
 def test_bad_sources_are_refused(changed, message):
-    good = {"name": "x", "urls": ("http://a.org/x",), "md5": "0" * 32, "size": 1}
+    good = {"name": "x", "urls": ("http://a.org/x",), "checksum": "0" * 32, "size": 1}
     Source(**good)
     with pytest.raises(ValueError, match=message):
         Source(**{**good, **changed})
@@ -524,7 +524,7 @@ def test_ptb_names_three_files_at_two_mirrors():
 def test_ptb_digests_and_sizes_match_the_files():
     for source in penn.SOURCES:
         content = (PROJECT / "data" / "penn" / source.name).read_bytes()
-        assert (md5(content), len(content)) == (source.md5, source.size)
+        assert (md5(content), len(content)) == (source.checksum, source.size)
 
 
 def test_ptb_fetches_what_is_missing(ptb, tmp_path):
@@ -596,7 +596,7 @@ def test_the_command_says_what_it_did(ptb, tmp_path, capsys):
 
 def test_the_script_lists_every_task():
     script = PROJECT / "scripts" / "get_data.sh"
-    names = "[ptb|wikitext-103|mnist|cifar10|all]"
+    names = "[ptb|wikitext-103|enwik8|text8|mnist|cifar10|all]"
     for arguments in (["no such"], ["ptb", "more"], [""]):
         done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")

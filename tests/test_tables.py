@@ -55,14 +55,17 @@ def smoke(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"table{number}" for number in TABLES), "sparse_table", "rhn_table", "recipe", "compare"]
+    "name",
+    [*(f"table{number}" for number in TABLES), "sparse_table", "wikipedia_table", "rhn_table", "recipe", "compare"],
 )
 def test_smoke(smoke, name):
     smoke(name, ["depth_3", "depth_1_untied"] if name == "rhn_table" else rows_of(name))
 
 
 @pytest.mark.parametrize("smoked", ["", "1"])
-@pytest.mark.parametrize("name", [*(f"table{number}" for number in TABLES), "sparse_table", "rhn_table", "recipe"])
+@pytest.mark.parametrize(
+    "name", [*(f"table{number}" for number in TABLES), "sparse_table", "wikipedia_table", "rhn_table", "recipe"]
+)
 def test_the_flags_of_every_row_are_valid(name, smoked, tmp_path):
     """Parse the flags that are printed, and build the models on the meta device."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")

@@ -29,6 +29,8 @@ LICENCES = {
     "Consortium (LDC99T42)",
     "WikiText-103": _WIKIPEDIA,
     "WikiText sample": _WIKIPEDIA,
+    "enwik8": _WIKIPEDIA,
+    "text8": _WIKIPEDIA,
     "MNIST": "copyright Yann LeCun and Corinna Cortes, under the Creative Commons Attribution-Share Alike 3.0 License",
     "CIFAR-10": "its authors state no licence and ask for a citation: Krizhevsky (2009), Learning Multiple Layers of "
     "Features from Tiny Images",
@@ -139,6 +141,16 @@ TABLES = {
             Row(f"depth {depth}, {tied} weights", "32M" if tied == "untied" else "", paper, f"depth_{depth}{suffix}")
             for depth, both in enumerate(_RHN, start=1)
             for (tied, suffix), paper in zip((("tied", ""), ("untied", "_untied")), both, strict=True)
+        ],
+    ),
+    "wikipedia": Table(
+        "enwik8 and text8", "test bits per character", "wikipedia_table",
+        [
+            Row("enwik8: Recurrent highway network, depth 10", "46M", 1.27, "enwik8_rhn"),
+            Row("enwik8: Recurrent highway network, depth 5, Torch settings", "27.6M", 1.32, "enwik8_rhn_depth_5"),
+            Row("enwik8: TrellisNet of the same size (settings of ours)", "", None, "enwik8_trellisnet"),
+            Row("text8: Recurrent highway network, depth 10", "45M", 1.27, "text8_rhn"),
+            Row("text8: TrellisNet of the same size (settings of ours)", "", None, "text8_trellisnet"),
         ],
     ),
     "sparse": Table(

@@ -44,16 +44,16 @@ class Source:
     Args:
         name: name of the file, without folder.
         urls: mirrors, http or https, tried in this order.
-        md5: checksum of the content in hexadecimal.
+        checksum: md5 or sha256 of the content in hexadecimal.
         size: size of the content in bytes; nothing longer is ever written.
 
     Raises:
-        ValueError: a name with a folder in it, no mirror or one that is not http(s), or an invalid md5 or size.
+        ValueError: a name with a folder in it, no mirror or one that is not http(s), or an invalid checksum or size.
     """
 
     name: str
     urls: tuple[str, ...]
-    md5: str
+    checksum: str
     size: int
 
     def __post_init__(self):
@@ -64,10 +64,19 @@ class Source:
         for url in self.urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
                 raise ValueError(f"urls: expected http:// or https://, got {url!r}")
-        if not re.fullmatch("[0-9a-f]{32}", self.md5):
-            raise ValueError(f"md5: expected 32 hexadecimal digits in lower case, got {self.md5!r}")
+        if not re.fullmatch("[0-9a-f]{32}|[0-9a-f]{64}", self.checksum):
+            raise ValueError(f"checksum: expected 32 or 64 hexadecimal digits in lower case, got {self.checksum!r}")
         if self.size < 1:
             raise ValueError(f"size: expected the number of bytes, got {self.size}")
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the checksum."""
+        return "md5" if len(self.checksum) == 32 else "sha256"
+
+    def sum(self, file: BinaryIO) -> str:
+        """Checksum of the rest of a file."""
+        return hashlib.file_digest(file, lambda: hashlib.new(self.algorithm, usedforsecurity=False)).hexdigest()
 
 
 class _MirrorError(Exception):
@@ -132,21 +141,17 @@ def is_there(source: Source, folder: Path) -> bool:
     path = folder / source.name
     try:
         with serialization.open_regular(path) as file:
-            md5 = _md5(file)
+            checksum = source.sum(file)
     except (FileNotFoundError, NotADirectoryError):  # the latter is reported when the folder is created
         return False
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); move it away or name another folder") from e
-    if md5 != source.md5:
+    if checksum != source.checksum:
         raise UserError(
-            f"{path}: has md5 {md5}, the file to fetch {source.md5}; it is not replaced: move it away, or, if it is "
-            "your own, put the files that belong with it beside it"
+            f"{path}: has {source.algorithm} {checksum}, the file to fetch {source.checksum}; it is not replaced: move "
+            "it away, or, if it is your own, put the files that belong with it beside it"
         )
     return True
-
-
-def _md5(file: BinaryIO) -> str:
-    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _part(path: Path) -> Path:
@@ -244,15 +249,15 @@ def _complete(source: Source, url: str, file: BinaryIO) -> None:
 
 
 def _check(source: Source, file: BinaryIO, error: type[_MirrorError]) -> None:
-    """Check size and md5 of what has arrived; `error` is raised for a wrong md5, _MirrorError for a short file."""
+    """Check what has arrived; `error` is raised for a wrong checksum, _MirrorError for a short file."""
     file.flush()
     if (size := _size(file)) < source.size:
         raise _MirrorError(f"ended after {size:,} of {source.size:,} bytes")
     file.seek(0)
-    if (md5 := _md5(file)) != source.md5:
+    if (checksum := source.sum(file)) != source.checksum:
         remark = _keep_aside(file, Path(file.name).with_name(f"{source.name}.wrong"))
         file.truncate(0)
-        raise error(f"md5 {md5} instead of {source.md5}{remark}")
+        raise error(f"{source.algorithm} {checksum} instead of {source.checksum}{remark}")
 
 
 def _keep_aside(file: BinaryIO, path: Path) -> str:

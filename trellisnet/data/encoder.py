@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from trellisnet import serialization
 from trellisnet.data.corpus import EOS, ORDERS, SPLITS, Corpus, Numbering, words
-from trellisnet.data.text import Part, Texts
+from trellisnet.data.spelling import BYTE_TOKENS, BYTE_VALUES
+from trellisnet.data.text import HELD_OUT, Part, Texts, reading
 from trellisnet.errors import UserError, unwritable
 
 _FORMAT = 2  # part of the key; increase it whenever the ids or the files change
@@ -60,31 +61,111 @@ def encode_files(texts: Texts, cache: Path, *, order: str = "appearance", label:
             read, or the cache cannot be written.
         RunError: the disk is full.
     """
+    return _encoded(_Words(texts), cache, order, label)
+
+
+def encode_bytes(path: Path, cache: Path, *, label: str) -> Corpus:
+    """Number the byte values of a file by first appearance, and divide it into train, valid and test by bytes.
+
+    The last twentieth is the test text, the twentieth before it the valid text. Tokens are those of
+    :data:`trellisnet.data.spelling.BYTES`. The cache, the result and the errors are those of :func:`encode_files`; a
+    file of fewer than 20 bytes is a UserError too.
+    """
+    return _encoded(_Bytes(path), cache, "appearance", label)
+
+
+def _encoded(source: "_Words | _Bytes", cache: Path, order: str, label: str) -> Corpus:
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {order!r}")
-    key = hashlib.sha256(f"{_FORMAT} {order} {texts.sha256} {texts.sizes}".encode()).hexdigest()
-    folder = cache / f"words-{key[:32]}"
-    content = _load(folder, texts, order)
+    key = hashlib.sha256(f"{_FORMAT} {order} {source.sha256} {source.sizes}".encode()).hexdigest()
+    folder = cache / f"{source.kind}-{key[:32]}"
+    content = _load(folder, source, order)
     if content is None:
         try:
-            content = _build(texts, order, folder)
+            content = _build(source, order, folder)
         except OSError as e:  # from writing: errors in reading the texts are UserErrors
             raise unwritable(f"{cache}: the encoded text cannot be written there", e) from e
     vocabulary, streams = content
-    return Corpus(vocabulary, *streams, sha256=texts.sha256, label=label)
+    return Corpus(vocabulary, *streams, sha256=source.sha256, label=label)
 
 
-def _load(folder: Path, texts: Texts, order: str) -> tuple[list[str], list[Tensor]] | None:
+class _Words:
+    """Words of three texts."""
+
+    kind = "words"
+
+    def __init__(self, texts: Texts):
+        self.texts, self.sha256, self.sizes = texts, texts.sha256, texts.sizes
+
+    def encode(self, folder: Path) -> list[str]:
+        return _encode(self.texts, folder)
+
+    def matches(self, vocabulary: list[str], streams: list[Tensor]) -> bool:
+        return _are_ids_of(self.texts, vocabulary, streams)
+
+
+class _Bytes:
+    """Bytes of one file."""
+
+    kind = "bytes"
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.sha256, size = serialization.sha256_of_file(path), path.stat().st_size
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror}); name another file with --data") from e
+        if size < HELD_OUT:
+            raise UserError(f"{path}: {size} bytes cannot be cut into {', '.join(SPLITS)}; name a longer file")
+        held_out = size // HELD_OUT
+        self.sizes = [size - 2 * held_out, held_out, held_out]
+
+    def _blocks(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the bytes block by block, each with its split."""
+        with reading(self.path), serialization.open_regular(self.path) as file:
+            for split, size in zip(SPLITS, self.sizes, strict=True):
+                for start in range(0, size, _IDS):
+                    yield split, np.frombuffer(file.read(min(_IDS, size - start)), np.uint8)
+
+    def encode(self, folder: Path) -> list[str]:
+        ids, total = Numbering(), hashlib.sha256()
+        table = np.full(256, -1, _STORED)
+        with contextlib.ExitStack() as stack:
+            files = {split: stack.enter_context((folder / name).open("wb")) for split, name in _STREAMS.items()}
+            for split, block in self._blocks():
+                total.update(block)
+                values = np.flatnonzero(np.bincount(block, minlength=256))
+                for byte in sorted(values[table[values] < 0], key=lambda byte: np.argmax(block == byte)):
+                    table[byte] = ids[BYTE_TOKENS[byte]]
+                files[split].write(table[block].data)
+        if total.hexdigest() != self.sha256:
+            raise UserError(f"{self.path}: changed while it was read; try again when nothing writes to it")
+        return list(ids)
+
+    def matches(self, vocabulary: list[str], streams: list[Tensor]) -> bool:
+        if len(set(vocabulary)) < len(vocabulary) or list(map(len, streams)) != self.sizes:
+            return False
+        table, ends = np.array([BYTE_VALUES[token] for token in vocabulary], np.uint8), dict.fromkeys(SPLITS, 0)
+        read = dict(zip(SPLITS, streams, strict=True))
+        for split, block in self._blocks():
+            start, ends[split] = ends[split], ends[split] + len(block)
+            ids = read[split][start : ends[split]].numpy()
+            if ids.min() < 0 or ids.max() >= len(vocabulary) or not np.array_equal(table[ids], block):
+                return False
+        return True
+
+
+def _load(folder: Path, source: _Words | _Bytes, order: str) -> tuple[list[str], list[Tensor]] | None:
     """Load vocabulary and streams of a cache; None if it is missing, corrupt, or for another text or order."""
     try:
         meta = json.loads(serialization.read_regular(folder / "meta.json"))
-        if (meta["format"], meta["text_sha256"], meta["order"]) != (_FORMAT, texts.sha256, order):
+        if (meta["format"], meta["text_sha256"], meta["order"]) != (_FORMAT, source.sha256, order):
             return None
         names = (_VOCABULARY, *_STREAMS.values())
         if any(serialization.sha256_of_file(folder / name) != meta["sha256"][name] for name in names):
             return None
         content = _open(folder)
-        return content if meta["counts"] == _counts(*content) and _are_ids_of(texts, *content) else None
+        return content if meta["counts"] == _counts(*content) and source.matches(*content) else None
     except UserError:  # from the text, not from the cache
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: torch, if a file vanishes
@@ -128,7 +209,7 @@ def _open(folder: Path) -> tuple[list[str], list[Tensor]]:
     ]
 
 
-def _build(texts: Texts, order: str, folder: Path) -> tuple[list[str], list[Tensor]]:
+def _build(source: _Words | _Bytes, order: str, folder: Path) -> tuple[list[str], list[Tensor]]:
     """Encode the texts into `folder`, or load what another process has put there in the meantime."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _workspace(folder.parent) as space:
@@ -136,19 +217,19 @@ def _build(texts: Texts, order: str, folder: Path) -> tuple[list[str], list[Tens
             os.rename(folder, space / "refused")
         new = space / "new"
         new.mkdir()
-        vocabulary = _encode(texts, new)
+        vocabulary = source.encode(new)
         if order == "frequency":
             vocabulary = _renumber(vocabulary, new)
         (new / _VOCABULARY).write_bytes("\n".join(vocabulary).encode("utf-8"))
         content = _open(new)  # before the rename, after which another process may replace the files
         digests = {name: serialization.sha256_of_file(new / name) for name in (_VOCABULARY, *_STREAMS.values())}
-        meta = {"format": _FORMAT, "order": order, "text_sha256": texts.sha256, "counts": _counts(*content)}
+        meta = {"format": _FORMAT, "order": order, "text_sha256": source.sha256, "counts": _counts(*content)}
         meta["sha256"] = digests
         (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
             os.rename(new, folder)
         except OSError:
-            content = _load(folder, texts, order)
+            content = _load(folder, source, order)
             if content is None:
                 raise
     return content

@@ -1,10 +1,11 @@
-"""From text to tokens and back: words, or characters in one of two streams.
+"""From text to tokens and back: words, characters in one of two streams, or bytes.
 
 `words`: split at white space, `<eos>` at the end of every line. `authors`: every character is a symbol, the two spaces
 around a line of the Penn Treebank too, and the line feed is `<eos>`. `standard`: the stream of Mikolov's character
 files, which AWD-LSTM and most of the literature use: lines are stripped, a space is `_`, and every line ends with
 `<eos>`. On the Penn Treebank the two streams differ by two spaces per line, which carry no information. It has no `_`
-of its own; that of another text is `<underscore>` in the standard stream, lest it be taken for a space.
+of its own; that of another text is `<underscore>` in the standard stream, lest it be taken for a space. `bytes`: every
+byte of UTF-8 is a symbol.
 """
 
 import functools
@@ -16,6 +17,9 @@ from trellisnet.data.corpus import EOS, joined_words, open_words, words
 SPACE, UNDERSCORE = "_", "<underscore>"
 _AUTHORS = {"\n": EOS}
 _STANDARD = {"\n": EOS, " ": SPACE, SPACE: UNDERSCORE}
+# Token of every byte: an ASCII character, or the hexadecimal value of one that cannot be printed.
+BYTE_TOKENS = [chr(byte) if 0x20 <= byte < 0x7F else f"<{byte:02x}>" for byte in range(256)]
+BYTE_VALUES = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,19 @@ def _inverse(symbols: dict[str, str]) -> Callable[[Iterable[str]], str]:
     return functools.partial(_joined, characters={symbol: character for character, symbol in symbols.items()})
 
 
+def _bytes(text: str) -> list[str]:
+    return [BYTE_TOKENS[byte] for byte in text.encode("utf-8")]
+
+
+def _text_of_bytes(tokens: Iterable[str]) -> str:
+    """Bytes that are not UTF-8 become U+FFFD."""
+    return bytes(map(BYTE_VALUES.__getitem__, tokens)).decode("utf-8", "replace")
+
+
 WORDS = Spelling("words", "words", words, open_words, joined_words)
 STREAMS = {
     "authors": Spelling("authors", "symbols", _authors, _open_authors, _inverse(_AUTHORS)),
     "standard": Spelling("standard", "symbols", _standard, _open_standard, _inverse(_STANDARD)),
 }
-SPELLINGS = {WORDS.name: WORDS, **STREAMS}
+BYTES = Spelling("bytes", "symbols", _bytes, _bytes, _text_of_bytes)
+SPELLINGS = {WORDS.name: WORDS, **STREAMS, BYTES.name: BYTES}

@@ -21,7 +21,7 @@ from trellisnet.serialization import open_regular
 _BLOCK = 1 << 16  # bytes; small enough that what is computed from a block stays in the processor's cache
 _MARK = "\ufeff"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_HELD_OUT = 20  # a single file is divided 18 : 1 : 1 into train, valid and test
+HELD_OUT = 20  # a single file is divided 18 : 1 : 1 into train, valid and test
 _LINE_ENDS = {"\r\n": "CR LF", "\r": "CR"}
 
 _CONVERT = "convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"
@@ -113,7 +113,7 @@ def _decoded(path: Path, changes: set[str]) -> Iterator[str]:
     utf8 = codecs.getincrementaldecoder("utf-8")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     offset, start = 0, b""
-    with _reading(path), open_regular(path) as file:
+    with reading(path), open_regular(path) as file:
         while True:
             block = file.read(_BLOCK)
             start = start or block[:2]
@@ -141,7 +141,7 @@ def _decoded(path: Path, changes: set[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
@@ -204,7 +204,7 @@ class Texts:
                 f"{path}: {total} line(s) cannot be cut into {', '.join(SPLITS)}; break the text into lines, or put "
                 f"{', '.join(f'{split}.txt' for split in SPLITS)} into a folder and name that with --data"
             )
-        held_out = max(1, total // _HELD_OUT)
+        held_out = max(1, total // HELD_OUT)
         borders = [0, total - 2 * held_out, total - held_out, total]
         self.notices.append(
             f"{path.name} is cut by lines: {borders[1]:,} to train on, then {held_out:,} to validate and {held_out:,} "
@@ -220,7 +220,7 @@ class Texts:
             return self.sha256
         total = hashlib.sha256()
         for path in self._paths:
-            with _reading(path), open_regular(path) as file:
+            with reading(path), open_regular(path) as file:
                 while block := file.read(_BLOCK):
                     total.update(block)
         return total.hexdigest()
