@@ -16,6 +16,7 @@ for word in "$@"; do # the user's choice of data and folder
 done
 if [ ${#data[@]} -eq 0 ]; then
     status=0
+    echo "looking for Penn Treebank in data/penn"
     "$PY" -m word_ptb.data "$ROOT/data/penn" || status=$?
     [ "$status" -lt 128 ] || exit "$status" # a signal
     if [ "$status" -ne 0 ]; then
