@@ -13,7 +13,7 @@ from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint, depth
 from trellisnet.training.config import parse
 from trellisnet.training.scoring import depth_scores, set_depth
-from trellisnet.training.tasks import LanguageModeling
+from trellisnet.training.tasks import LanguageModeling, Windows
 from trellisnet.training.tasks.base import at_depth
 from word_ptb.model import Config
 from word_ptb.train import main
@@ -283,7 +283,7 @@ def test_the_depth_of_scores_is_chosen_on_validation_data():
     assert task.model.core.num_layers == 2
     result = set_depth(task, [1, 2, 3])(rows)
     best = min(losses, key=losses.get)
-    assert (result["nlevels"], task.model.core.num_layers, result["loss"]) == (best, best, losses[best])
+    assert (task.model.core.num_layers, result["loss"]) == (best, losses[best])
 
 
 def test_scores_of_a_run_by_depth(tmp_path, capsys):
@@ -314,3 +314,52 @@ def test_a_loaded_run_has_the_depth_that_its_scores_have(tmp_path):
     assert load_pretrained(tmp_path / "run").model.core.num_layers == 7
     train(tmp_path / "grown", *flags, *"--grow 2:1 --epochs 2".split())
     assert load_pretrained(tmp_path / "grown").model.core.num_layers == 4
+
+
+# -- early exit --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("windows", [{"seq_len": 20}, {"repackage": True}])
+def test_without_a_tolerance_an_exit_scores_exact_histories(windows):
+    rows, model = torch.randint(11, (3, 61)), language_model(4)
+    task = LanguageModeling(model, horizon=9, **windows)
+    context = task.evaluation_windows.context
+    result = task.evaluate_exit(rows, tolerance=0.0)
+    expected = task.evaluate(rows, windows=Windows(context, 60 - context))
+    assert (result["tokens"], result["layers"]) == (expected["tokens"], 4)
+    assert_close(result["loss"], expected["loss"], **EXACT)
+    with torch.no_grad():
+        for p in model.core.parameters():
+            p.mul_(0.1)
+    model.core.num_layers = 20
+    exact, early = (task.evaluate_exit(rows, tolerance=share) for share in (0.0, 0.05))
+    assert early["layers"] < exact["layers"] == 20
+    assert early["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+
+
+def test_a_run_is_scored_with_early_exit(run_folder, tmp_path, capsys):
+    run = ["--run", str(run_folder), *"--eval --threads 1 --early_exit 0.1".split(), "--metrics", str(tmp_path / "m")]
+    assert main(run) == 0
+    metrics = json.loads((tmp_path / "m").read_text())
+    exact, early = metrics["test_exit_0"], metrics["test_exit_0.1"]
+    assert exact["layers"] == 3
+    assert 1 < early["layers"] <= 3
+    assert (early["tolerance"], early["seconds"] > 0) == (0.1, True)
+    assert "layers computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--early_exit 0.1", "--early_exit: scores trained weights; pass --eval and --load_weight FILE"),
+        ("--eval --data synthetic --early_exit 1", "--early_exit 1: expected shares in [0, 1), such as 0.1"),
+        (
+            "--eval --data synthetic --model rhn --early_exit 0.1",
+            "--early_exit: has no effect on --model rhn; leave it out",
+        ),
+    ],
+)  # fmt: skip
+def test_exits_that_are_refused(flags, message):
+    with pytest.raises(UserError) as e:
+        parse(Config, flags.split())
+    assert str(e.value) == message

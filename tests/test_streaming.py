@@ -1,5 +1,7 @@
 """Streaming: pieces of any length equal one long pass, for all kinds of layers."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -208,3 +210,37 @@ def test_a_step_can_be_compiled_exported_and_traced(way, options):
             outputs.append(output.view(2, size, -1))
         output = torch.cat(outputs, dim=1)
         assert_close(output, module(x).output[:, : output.size(1)])
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "gru"}, {"activation": "tanh", "kernel_size": 3}])
+def test_a_piece_exits_at_the_layer_from_which_outputs_hardly_move(options):
+    module, x = net(12, **options), x_of(40)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(0.3)
+        outputs = module(x, aux_every=1).aux
+        moved = [((b - a).norm() / b.norm()).item() for a, b in itertools.pairwise(outputs)]
+        assert moved[8] < 0.5 * moved[3]  # these weights converge
+        for tolerance in (moved[3] * 1.001, moved[5] * 1.001):
+            layers = next(i for i, share in enumerate(moved, start=2) if share < tolerance)
+            output, stream = module.stream(x, module.init_stream(2), tolerance)
+            assert stream.layers == layers < 12
+            assert_close(output, module(x, num_layers=layers).output, atol=1e-12, rtol=0)
+
+            stream, parts = module.init_stream(2), []
+            for piece in x.split(13, dim=1):
+                output, stream = module.stream(piece, stream, tolerance)
+                assert stream.layers < 12
+                parts.append(output)
+            error = (torch.cat(parts, dim=1) - outputs[-1]).norm() / outputs[-1].norm()
+            assert error < 3 * tolerance
+        output, stream = module.stream(x, module.init_stream(2), 1e-30)
+        assert stream.layers == 12
+        assert torch.equal(output, module.stream(x, module.init_stream(2))[0])
+        assert module.step(x[:, 0], stream)[1].layers == 12
+
+
+def test_no_piece_exits_before_its_input_has_climbed_all_groups():
+    module, x = net(9, kernel_groups=3, output_size=2), x_of(10)
+    _, stream = module.stream(x, module.init_stream(2), 0.99999)
+    assert stream.layers >= 4

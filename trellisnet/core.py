@@ -443,12 +443,14 @@ class TrellisNet(nn.Module):
         weights, spec = (weight_x, weight_h, self.bias), self._at_depth(num_layers)
         return streaming.start(streaming.prepare(weights, spec, self.execution, batch_size), batch_size)
 
-    def stream(self, x: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+    def stream(self, x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Stream]:
         """Read the next steps.
 
         Args:
             x: (N, T, input_size), T ≥ 1; pieces may differ in length.
             stream: the stream after the steps before. It is left unchanged, so that several continuations can share it.
+            tolerance: above 0, stop at the first layer whose output moves by less than this share of its norm ("early
+                exit"); `stream.layers` then says how many were computed. An approximation, unlike 0.
 
         Returns:
             outputs (N, T, output_size), and the stream after these steps.
@@ -458,7 +460,7 @@ class TrellisNet(nn.Module):
             ValueError: x has another shape.
         """
         self._check_piece(x, stream, 3)
-        h, _, stream = streaming.piece(x, stream)
+        h, _, stream = streaming.piece(x, stream, tolerance)
         return h[:, :, self.hidden_size - self.output_size :], stream
 
     def step(self, x_t: Tensor, stream: Stream) -> tuple[Tensor, Stream]:

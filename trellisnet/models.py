@@ -242,19 +242,20 @@ class TrellisLanguageModel(nn.Module):
         """Start reading texts piece by piece; see :meth:`trellisnet.TrellisNet.init_stream`."""
         return self.core.init_stream(batch_size, **depth_of(self.core, num_layers))
 
-    def stream(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+    def stream(self, tokens: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Stream]:
         """Compute the features of the next tokens, without dropout and gradients.
 
         Args:
             tokens: int64 (N, T), T ≥ 1.
             stream: the stream after the tokens before.
+            tolerance: of an early exit; see :meth:`trellisnet.TrellisNet.stream`.
 
         Returns:
             features (N, T, output_size), equal to `output` of one long :meth:`forward` in evaluation mode, and the
             stream after these tokens.
         """
         check_tensor("tokens", tokens)
-        return self.core.stream(F.embedding(tokens, self.embedding.weight), stream)
+        return self.core.stream(F.embedding(tokens, self.embedding.weight), stream, tolerance)
 
     def step(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """Read one more token of each text, int64 (N,): features (N, output_size), and the stream after it."""

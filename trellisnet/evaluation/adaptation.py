@@ -1,4 +1,4 @@
-"""Cache and dynamic evaluation as evaluations of a run: settings, tuning, scores and their cost."""
+"""Cache, dynamic evaluation and early exit as evaluations of a run: settings, tuning, scores and their cost."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ _DYNAMIC = _SCORING | {"needs": ["dynamic_eval"]}
 
 @dataclass(kw_only=True)
 class AdaptiveConfig(LanguageModelConfig):
-    """Settings of a language model, and of its scores with a cache and by dynamic evaluation."""
+    """Settings of a language model, and of its scores with a cache, dynamic evaluation and early exit."""
 
     cache: list[float] = setting([], "with --eval: also score with a cache: WINDOW THETA LAMBDA", **_SCORING)
     cache_tune: bool = setting(
@@ -54,6 +54,10 @@ class AdaptiveConfig(LanguageModelConfig):
     dynamic_eval_stats: int = setting(
         0, "segments of the training data for the gradient statistics of rms; 0: all", **_DYNAMIC, at_least=0
     )
+    early_exit: list[float] = setting(
+        [], "with --eval: also score with as many layers as it takes the features to move less than these shares",
+        **_SCORING,
+    )  # fmt: skip
     adapt_rows: int = setting(
         1, "rows of text that cache and dynamic evaluation read side by side",
         **_SCORING, needs=["cache", "dynamic_eval"], at_least=1,
@@ -61,9 +65,13 @@ class AdaptiveConfig(LanguageModelConfig):
 
     def validate(self) -> None:
         super().validate()
-        for flag, on in (("--cache", bool(self.cache)), ("--dynamic_eval", self.dynamic_eval)):
+        scoring = {"--cache": self.cache, "--dynamic_eval": self.dynamic_eval, "--early_exit": self.early_exit}
+        for flag, on in scoring.items():
             if on and not self.eval:
                 raise UserError(f"{flag}: scores trained weights; pass --eval and --load_weight FILE")
+        if not all(0 <= share < 1 for share in self.early_exit):
+            shares = " ".join(f"{share:g}" for share in self.early_exit)
+            raise UserError(f"--early_exit {shares}: expected shares in [0, 1), such as 0.1")
         if self.cache:
             given = f"--cache {' '.join(f'{number:.15g}' for number in self.cache)}"
             if len(self.cache) != 3:
@@ -77,7 +85,17 @@ class AdaptiveConfig(LanguageModelConfig):
                 raise UserError(f"{given}: LAMBDA: expected a share in [0, 1), got {weight:g}")
 
     def extra_evaluations(self, task: LanguageModeling, corpus: Corpus, rows: dict[str, Tensor]) -> Scores:
-        return super().extra_evaluations(task, corpus, rows) | scores(self, task, corpus)
+        extra = super().extra_evaluations(task, corpus, rows) | scores(self, task, corpus)
+        for split in SPLITS if self.early_exit else ():
+            for share in sorted({0.0, *self.early_exit}):  # 0: all layers, for comparison
+                extra[f"{split}_exit_{share:g}"] = functools.partial(_timed_exit, task, share), rows[split]
+        return extra
+
+
+def _timed_exit(task: LanguageModeling, tolerance: float, rows: Tensor, **how: Any) -> dict[str, Any]:
+    with cost(rows.device) as taken:
+        result = task.evaluate_exit(rows, tolerance=tolerance, **how)
+    return result | {"tolerance": tolerance, "seconds": taken["seconds"]}
 
 
 def scores(config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus) -> Scores:

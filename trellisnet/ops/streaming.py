@@ -54,12 +54,14 @@ class Stream(NamedTuple):
         h: for every layer but the first, the last (k−1)·d steps of the layer below, ((k−1)·d, N, H) each, in the dtype
             of the products.
         c: likewise the last d steps of its cell, (d, N, H) each.
+        layers: number of layers computed for the last piece; fewer than all of them after an early exit.
     """
 
     kernels: Kernels
     x: Tensor
     h: tuple[Tensor, ...]
     c: tuple[Tensor, ...]
+    layers: int = 0
 
 
 def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_size: int) -> Kernels:
@@ -187,13 +189,21 @@ def _gates(
     return h, h if c is None else c
 
 
+def _moved(below: Tensor, above: Tensor, channels: int) -> float:
+    """Return how far the last `channels` of h moved from a layer to the next, relative to their norm."""
+    a, b = (h[:, :, h.size(2) - channels :].float() for h in (below, above))
+    return (torch.linalg.vector_norm(b - a) / torch.linalg.vector_norm(b)).item()
+
+
 @torch.no_grad()
-def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
+def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Stream]:
     """Read the next steps of a sequence.
 
     Args:
         x: (N, T, C), T ≥ 1.
         stream: the stream after the steps before; it is left unchanged.
+        tolerance: above 0, stop at the first layer whose output moves by less than this share of its norm, over the
+            whole piece, and let all layers above hold the same h and c.
 
     Returns:
         h and c of the last layer, (N, T, H), and the stream after these steps.
@@ -204,17 +214,24 @@ def piece(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream]:
     x_tilde = _x_tilde(kernels, x, k, T)
     new_h, new_c = [], []
     h = c = None
+    layers, settled = 1, False
     for i, d in enumerate(spec.dilations):
         z_x = x_tilde[d] if spec.injected(i) else None
         if i == 0:  # the layer below is zero
             h, c = _gates(kernels, z_x, None, None, T, i == last)
             continue
         below, cells = torch.cat([stream.h[i - 1], h]), torch.cat([stream.c[i - 1], c])
-        z_h = _product(kernels.product, _taps(below, k, d, T), kernels.weight_h)
-        h, c = _gates(kernels, z_x, z_h, cells[:T], T, i == last)
         new_h.append(below[T:].clone())
         new_c.append(cells[T:].clone())
-    return h.transpose(0, 1), c.transpose(0, 1), stream._replace(x=x[T:].clone(), h=tuple(new_h), c=tuple(new_c))
+        if settled:
+            continue
+        z_h = _product(kernels.product, _taps(below, k, d, T), kernels.weight_h)
+        before, (h, c) = h, _gates(kernels, z_x, z_h, cells[:T], T, i == last)
+        layers = i + 1
+        # x climbs one of the groups per layer, and moves no output before it has reached the last one.
+        settled = tolerance > 0 and i >= (spec.kernel_groups or 1) and _moved(before, h, spec.output_size) < tolerance
+    rest = stream._replace(x=x[T:].clone(), h=tuple(new_h), c=tuple(new_c), layers=layers)
+    return h.to(kernels.bias.dtype).transpose(0, 1), c.transpose(0, 1), rest
 
 
 def _shift(rows: Tensor, row: Tensor) -> Tensor:
@@ -260,5 +277,5 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         z_h = z_old[i - 1]
         kernels.add(z_h[0], h[0], kernels.newest)
         h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
-    stream = stream._replace(x=x[1:].clone(), h=tuple(new_h), c=tuple(new_c))
+    stream = stream._replace(x=x[1:].clone(), h=tuple(new_h), c=tuple(new_c), layers=layer_steps)
     return h[0], c[0], stream, layer_steps

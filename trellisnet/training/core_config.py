@@ -164,7 +164,7 @@ class CoreConfig(RunConfig):
             return sorted({*self.eval_depths, self.nlevels})
         if self.eval_nlevels:
             return [self.eval_nlevels]
-        return [self.nlevels] if self.grow or self.random_depth else []
+        return [self.nlevels] if self.grow or self.random_depth or self.eval_depths else []
 
     def depth_scores(self, task: Task, splits: dict[str, Any]) -> Scores:
         """Return the scores of `--eval_depths` for every split in `splits` that has data."""

@@ -96,7 +96,7 @@ class _Trellis(Core):
     module = TrellisNet
     reads = frozenset(
         "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every init_gain recompute aux grow "
-        "random_depth eval_depths eval_nlevels".split()
+        "random_depth eval_depths eval_nlevels early_exit".split()
     )
     adds_output = True
 

@@ -125,6 +125,7 @@ def score_line(task: Task, name: str, result: dict[str, Any]) -> str:
     marked = ", ".join(text for mark, text in marks.items() if mark in result)
     line = f"{name} {scores}  loss {result['loss']:.4f} nats  {counted(result[task.count], task.count)}"
     line += f"  {counted(result['nlevels'], 'layers')}" if "nlevels" in result else ""
+    line += f"  {result['layers']:.1f} layers computed" if "layers" in result else ""
     if "settings" in result:
         settings = result["settings"].items()
         line += "  " + " ".join(f"{key} {v:g}" if isinstance(v, float) else f"{key} {v}" for key, v in settings)

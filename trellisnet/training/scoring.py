@@ -56,7 +56,7 @@ def evaluate(
         raise
     ranks.heed(interrupts.pending)
     if config.scoring_depths():
-        result.setdefault("nlevels", task.model.core.num_layers)
+        result = _depth_of(task) | result
     result |= task.scores(result, name.split("_")[0])
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
@@ -64,6 +64,11 @@ def evaluate(
     if limit:
         result["partial"] = True
     return result
+
+
+def _depth_of(task: Task) -> dict[str, int]:
+    """Return the depth of the core, for records, and how many inputs an output then sees."""
+    return {"nlevels": task.model.core.num_layers, "receptive_field": task.model.core.receptive_field}
 
 
 def set_depth(task: Task, depths: Sequence[int]) -> Method | None:
@@ -82,20 +87,19 @@ def _choose(task: Task, depths: Sequence[int], data: Any, **how: Any) -> dict[st
     best = None
     for depth, result in zip(depths, task.evaluate_depths(data, depths, **how), strict=True):
         if best is None or task.is_better(result, best):
-            best = result | {"nlevels": depth}
-    task.model.core.num_layers = best["nlevels"]
+            best, task.model.core.num_layers = result, depth
     return best
 
 
 def depth_scores(task: Task, depths: Sequence[int], splits: dict[str, Any]) -> Scores:
     """Scores of every split in `splits` at every depth, `<split>_depth_<layers>`; one evaluation computes a split."""
-    core, results = task.model.core, {}
+    results: dict[str, dict[int, dict[str, Any]]] = {}
 
     def method(split: str, depth: int, data: Any, **how: Any) -> dict[str, Any]:
         if depth not in results.setdefault(split, {}):
             results[split] = dict(zip(depths, task.evaluate_depths(data, depths, **how), strict=True))
         with at_depth(task.model, depth):
-            return results[split].pop(depth) | {"nlevels": depth, "receptive_field": core.receptive_field}
+            return results[split].pop(depth) | _depth_of(task)
 
     return {
         f"{split}_depth_{depth}": (functools.partial(method, split, depth), data)

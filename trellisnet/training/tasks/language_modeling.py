@@ -326,6 +326,32 @@ class LanguageModeling(Task):
                     total.add(out.aux[depth // every - 1], targets[:, windows.context :])
         return [total.means() for total in totals]
 
+    @torch.no_grad()
+    def evaluate_exit(
+        self, rows: Tensor, *, tolerance: float, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Score rows as streams that stop at the layer from which the features hardly move (early exit).
+
+        Every row is read from a zero state with its exact history, which is never repackaged. The scored positions are
+        those of :meth:`evaluate`.
+
+        Args:
+            rows: int64 (N, L).
+            tolerance: as in :meth:`trellisnet.TrellisNet.stream`; 0: compute all layers.
+            max_tokens, progress: as in :meth:`evaluate`.
+
+        Returns:
+            the result of :meth:`evaluate`, whose errors it also raises, and `layers`, computed on average.
+        """
+        windows, own, layers = self.evaluation_windows, self.ranks.part(rows), []
+        last = windows.starts_to_score(rows, max_tokens)[-1] + windows.length
+        positions, how = range(windows.context, min(last, rows.size(1) - 1)), (windows.context, progress)
+        with evaluating(self.model):
+            pieces = streamed_features(self.model, own, positions, *how, tolerance, layers) if own.size(0) else ()
+            result = self._averaged(pieces)
+        computed, read = self.ranks.sum(own.size(0) * sum(layers), own.size(0) * len(layers))
+        return result | {"layers": mean(computed, read)}
+
     def _averaged(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Means of `measured` over the features and targets of all ranks."""
         totals = _Totals(self)

@@ -162,11 +162,18 @@ def random_spans(length: int, horizon: int, random: np.random.Generator) -> list
 
 
 def streamed_features(
-    model: TrellisLanguageModel, rows: Tensor, positions: range, context: int, progress: Progress | None
+    model: TrellisLanguageModel,
+    rows: Tensor,
+    positions: range,
+    context: int,
+    progress: Progress | None,
+    tolerance: float = 0.0,
+    layers: list[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and targets at consecutive positions of rows (N, L), which the model reads as one stream.
 
-    Reading starts `context` positions earlier: a window's history.
+    Reading starts `context` positions earlier: a window's history. With a `tolerance` the model may exit early; the
+    number of layers computed for each position of a row is then appended to `layers`.
     """
     steps = max(1, STREAM_POSITIONS // max(1, rows.size(0)))
     starts = range(max(positions.start - context, 0), positions.stop, steps) if positions else range(0)
@@ -174,7 +181,9 @@ def streamed_features(
     for start in tracked(starts, progress):
         end, skip = min(start + steps, positions.stop), max(positions.start - start, 0)
         inputs, targets = cut(rows, start, end)
-        output, stream = model.stream(inputs, stream)
+        output, stream = model.stream(inputs, stream, tolerance)
+        if layers is not None:
+            layers += [stream.layers] * inputs.size(1)
         if targets.size(1) > skip:
             yield output[:, skip:], targets[:, skip:]
 
