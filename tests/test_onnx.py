@@ -74,6 +74,7 @@ def test_a_step_of_a_stream(tmp_path, options):
 
 
 def test_fused_says_that_onnx_does_not_have_it(monkeypatch):
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    for module, name in ((torch.compiler, "is_compiling"), (torch.onnx, "is_in_onnx_export")):
+        monkeypatch.setattr(module, name, lambda: True)
     with pytest.raises(ValueError, match="^backend: fused cannot run this, ONNX does not have it; expected auto or"):
         TrellisNet(3, 4, 2, backend="fused")(torch.randn(2, 9, 3))

@@ -13,7 +13,7 @@ from torch import Tensor
 from trellisnet.ops import fused, gates, mixed_group, operators, reference
 from trellisnet.ops.fused import resolve_gates
 from trellisnet.ops.gemm import GEMMS
-from trellisnet.ops.higher_order import transformed
+from trellisnet.ops.higher_order import for_onnx, transformed
 from trellisnet.ops.last_step import last_step as _last_step
 from trellisnet.ops.pruning import dependencies
 from trellisnet.ops.reference import ACTIVATIONS
@@ -84,7 +84,7 @@ def not_fused(spec: TrellisSpec) -> str:
     """Say why the fused operator cannot run this spec here; empty if it can."""
     if torch.jit.is_tracing():
         return "torch.jit cannot trace it"
-    if torch.onnx.is_in_onnx_export():
+    if for_onnx():
         return "ONNX does not have it"
     if transformed():
         return "torch.func cannot transform it"

@@ -15,9 +15,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def for_onnx() -> bool:
+    """Return whether this code is being exported to ONNX."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()  # the second imports torch.onnx
+
+
 def only_torch() -> bool:
     """Return whether this code may run no operator but torch's own, as under a transform or in a torch.jit trace."""
-    return transformed() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return transformed() or torch.jit.is_tracing() or for_onnx()
 
 
 def needed(grads: Sequence[Tensor | None]) -> bool:
