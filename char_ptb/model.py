@@ -81,8 +81,8 @@ class Config(AdaptiveConfig):
         # Their Torch script, with a wide embedding and half the depth: the 27.6M parameters of their first table.
         "rhn-enwik8-depth-5": {
             "name": "rhn-enwik8-depth-5", "dataset": "enwik8", **_RHN, "emsize": 1500, "nlevels": 5, "dropout": 0.3,
-            "dropouti": 0.3, "dropouth": 0.05, "decay": 1.04, "decay_from": 6, "epochs": 1000, "batch_size": 100,
-            "eval_batch_size": 100,
+            "dropouti": 0.3, "dropouth": 0.05, "rhn_masks": "separate", "decay": 1.04, "decay_from": 6, "epochs": 1000,
+            "batch_size": 100, "eval_batch_size": 100,
         },
     }  # fmt: skip
 

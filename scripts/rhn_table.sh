@@ -3,7 +3,7 @@
 # tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS. To score a finished row by 1000 passes with dropout:
 #
 #   run=runs/tables/rhn_table/depth_5/seed-1111
-#   python word_ptb/train.py --config $run/config.json --load_weight $run/weights.pkl --eval --mc_dropout 1000
+#   python word_ptb/train.py --run $run --eval --mc_dropout 1000 --mc_file $run/passes
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 depth_1() { train word_ptb --model rhn --preset depth-1; }

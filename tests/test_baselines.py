@@ -14,13 +14,16 @@ import char_ptb.model
 import pmnist.model
 import word_ptb.model
 import wt103.model
+from trellisnet import serialization
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseEmbedding, SparseLSTM, SparseStack
 from trellisnet.baselines.lstm import WeightDropLSTM
 from trellisnet.baselines.sparse import _ratio, staircase
+from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel, count_parameters
 from trellisnet.regularization import Masks
 from trellisnet.training.config import parse
 from trellisnet.training.optim import Schedule
+from trellisnet.training.passes import Passes
 from trellisnet.training.tasks import LanguageModeling
 from trellisnet.weights import load_weights, save_weights
 
@@ -509,6 +512,48 @@ def test_an_rhn_equals_its_carry_form_with_one_mask_for_all_steps():
     assert_close(trained, carry_form(core, x, F.dropout(torch.ones(2, 5), 0.5)))
 
 
+def test_separate_masks_of_an_rhn_act_on_one_transform_each():
+    torch.manual_seed(0)
+    options = {"hidden_dropout": 0.5, "separate_masks": True, "input_dropout": 0.4}
+    core, shared, x = RHN(3, 5, 4, **options), RHN(3, 5, 4, hidden_dropout=0.5), torch.randn(2, 6, 3)
+    nn.init.normal_(core.weight_h)
+    shared.load_state_dict(core.state_dict())
+    assert_close(core.eval()(x).output, shared.eval()(x).output)
+    on_x, on_s = (torch.rand(2, 3) < 0.6).float(), (torch.rand(2, 5) < 0.5).float()
+    both = on_x.expand(2, 2, 3), on_s.expand(2, 2, 5)
+    expected = shared(x * on_x.unsqueeze(1) / 0.6, masks=Masks(hidden=on_s)).output
+    assert_close(core(x, masks=Masks(hidden=both)).output, expected)
+    assert_close(core(x, masks=Masks()).output, core(x).output)
+
+    single = RHN(3, 5, 1, **options)  # one micro-step, by hand
+    s, masks = torch.randn(2, 5), single.draw_masks(2)["hidden"]
+    assert [tuple(mask.shape) for mask in masks] == [(2, 2, 3), (2, 2, 5)]
+    assert not torch.equal(masks[1][0], masks[1][1])
+    z = [
+        F.linear(x[:, 0] * masks[0][i] / 0.6, single.weight_x.chunk(2)[i], single.bias[0].chunk(2)[i])
+        + F.linear(s * masks[1][i] / 0.5, single.weight_h[0].chunk(2)[i])
+        for i in (0, 1)
+    ]
+    expected = torch.lerp(s, z[0].tanh(), z[1].sigmoid())
+    assert_close(single(x[:, :1], (s,), masks=Masks(hidden=masks)).output[:, 0], expected)
+    torch.manual_seed(3)
+    trained = core.train()(x).output
+    torch.manual_seed(3)
+    assert torch.equal(trained, core(x).output)
+    assert not torch.allclose(trained, core.eval()(x).output)
+    with pytest.raises(ValueError, match="input_dropout: needs separate_masks"):
+        RHN(3, 5, 1, input_dropout=0.1)
+
+
+@pytest.mark.parametrize("preset", ["depth-10", "small", "depth-1"])
+def test_an_rhn_takes_any_depth_on_any_preset(preset):
+    config, _ = parse(word_ptb.model.Config, ["--model", "rhn", "--preset", preset, "--nlevels", "20"])
+    with torch.device("meta"):
+        core = word_ptb.model.build_model(config, 10_000).core
+    n = config.nhid
+    assert count_parameters(core) == 2 * n * n * 21 + 2 * n * 20
+
+
 def test_the_carry_path_is_not_masked_and_a_closed_gate_keeps_the_state():
     torch.manual_seed(0)
     core, x = RHN(3, 5, 10), torch.randn(2, 4, 3)
@@ -682,6 +727,38 @@ def test_monte_carlo_dropout(name):
         longer = LanguageModeling(module, horizon=59, repackage=True)
         if name != "trellisnet":
             assert longer.evaluate_mc(rows, passes=1)["loss"] == pytest.approx(ones[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("masks", ["shared", "separate"])
+def test_passes_are_kept_and_continued(tmp_path, masks):
+    options = {"hidden_dropout": 0.3, "separate_masks": masks == "separate"}
+    options |= {"input_dropout": 0.2} if masks == "shared" else {"core": functools.partial(RHN, input_dropout=0.2)}
+    module = TrellisLanguageModel(40, 12, 12, 3, output_size=12, output_dropout=0.3, **({"core": RHN} | options))
+    task, rows = LanguageModeling(module, horizon=7, repackage=True), tokens(2, 60)
+
+    def score(passes, kept=None, name="test"):
+        return task.evaluate_mc(rows, passes=passes, kept=kept, name=name)
+
+    def file():
+        return Passes(tmp_path / "passes", lambda: serialization.sha256_of(module.state_dict()))
+
+    torch.manual_seed(0)
+    whole = score(5)
+    torch.manual_seed(0)
+    assert score(2, file()) == score(2, file())  # nothing is drawn again
+    torch.manual_seed(99)
+    score(1, file(), "valid")
+    assert score(5, file()) == whole
+    assert score(5, file())["loss"] != score(1, file(), "valid")["loss"]
+    with pytest.raises(UserError, match="passes: holds 5 passes of test; ask for as many with --mc_dropout"):
+        score(4, file())
+    with torch.no_grad():
+        module.head.bias += 1
+    with pytest.raises(UserError, match="holds passes with other weights, data or settings; name another --mc_file"):
+        score(9, file())
+    serialization.save(tmp_path / "passes", {"key": 1})
+    with pytest.raises(UserError, match="not a file of --mc_file, or corrupt"):
+        score(9, file())
 
 
 def test_a_plateau_by_the_rule_of_the_tcns_authors():

@@ -83,6 +83,31 @@ def test_resumed_within_an_epoch_it_ends_bit_equal(run, tmp_path, name):
     assert_same(outcome(tmp_path / "parts"), whole)
 
 
+def test_separate_masks_and_passes_in_a_file(run, tmp_path):
+    flags = [*MODELS["rhn"].split(), "--rhn_masks", "separate"]
+    assert run(*flags, "--max_steps", "30")[0] == 0
+    weights = (*flags, "--load_weight", tmp_path / "run" / "weights.pkl", "--eval")
+    whole = run(*weights, "--mc_dropout", "3")[3]
+    passes = ("--mc_file", tmp_path / "passes")
+    parts = [run(*weights, *passes, "--mc_dropout", n)[3] for n in (3, 3)]
+    assert [part["test_mc"] for part in parts] == [whole["test_mc"]] * 2
+    more = run(*weights, *passes, "--mc_dropout", "4")[3]
+    assert (more["test_mc"]["passes"], more["test"]) == (4, whole["test"])
+    for argv, message in (
+        (passes, "error: --mc_file: has no effect without --mc_dropout"),
+        ((*passes, "--mc_dropout", "2"), f"error: {passes[1]}: holds 4 passes of valid; ask for as many"),
+        ((*passes, "--mc_dropout", "9", "--dropout", "0.1"), f"error: {passes[1]}: holds passes with other weights"),
+        (
+            ("--mc_file", tmp_path / "no" / "x", "--mc_dropout", "2"),
+            f"error: --mc_file {tmp_path / 'no' / 'x'}: no such",
+        ),
+    ):
+        code, _, err, _ = run(*weights, *argv)
+        assert (code, err.count("\n"), message in err) == (2, 1, True), err
+    code, _, err, _ = run(*MODELS["tcn"].split(), "--rhn_masks", "separate")
+    assert (code, err) == (2, "error: --rhn_masks: has no effect on --model tcn; leave it out\n")
+
+
 def test_nonmonotone_averaging(run, tmp_path):
     text = text_to_get_worse_at(tmp_path / "text")
     flags = "--model awd-lstm --horizon 20 --optim Adam --lr 0.03 --nonmono 1 --epochs 5".split()

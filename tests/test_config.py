@@ -301,9 +301,9 @@ def test_help_is_grouped_and_states_every_default(cls):
 
 def test_flags_of_other_cores_have_a_group_of_their_own():
     group = next(g for g in build_parser(Config)._action_groups if g.title == "settings of other cores")
-    assert [action.dest for action in group._group_actions] == ["gate_bias", "sparse_mode", "sparse_fract"]
+    assert [action.dest for action in group._group_actions] == ["gate_bias", "rhn_masks", "sparse_mode", "sparse_fract"]
     unlisted = [[f.name for f in dataclasses.fields(c) if not c.is_listed(f.name)] for c in (Config, PixelConfig)]
-    assert unlisted == [["load"], ["load", "gate_bias"]]  # no core of PixelConfig reads it
+    assert unlisted == [["load"], ["load", "gate_bias", "rhn_masks"]]  # no core of PixelConfig reads it
 
 
 def test_help_shows_the_texts_and_defaults_of_the_task():

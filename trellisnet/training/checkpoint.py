@@ -96,7 +96,7 @@ def _is_best(value: Any) -> bool:
     return _is_count(value["epoch"]) and (value["valid"] is None or _is_table(value["valid"]))
 
 
-def _is_rng_state(value: Any) -> bool:
+def is_rng_state(value: Any) -> bool:
     """Return whether :func:`set_rng_state` can take it; tried on other generators."""
     if not _is_table(value):  # a tensor would warn of its index
         return False
@@ -129,8 +129,8 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "best": _is_best,
     "seconds": _is_number,
     "running": lambda v: _is_table(v, _is_number),
-    "rng": _is_rng_state,
-    "rng_others": lambda v: _is_list(v, _is_rng_state),
+    "rng": is_rng_state,
+    "rng_others": lambda v: _is_list(v, is_rng_state),
 }
 
 

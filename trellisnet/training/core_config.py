@@ -90,6 +90,10 @@ class CoreConfig(RunConfig):
     gate_bias: float = setting(
         -2.0, "initial bias of a recurrent highway network's transform gates", group="settings of other cores"
     )
+    rhn_masks: str = setting(
+        "shared", "dropout masks of a recurrent highway network's two transforms, on input and state",
+        group="settings of other cores", choices=("shared", "separate"),
+    )  # fmt: skip
 
     @classmethod
     def preset_names(cls) -> list[str]:

@@ -234,7 +234,7 @@ class _TCN(Core):
 
 class _RHN(Core):
     module = RHN
-    reads = frozenset({"gate_bias"})
+    reads = frozenset({"gate_bias", "rhn_masks"})
 
     def check_language_model(self, config: "LanguageModelConfig") -> None:
         if config.nout != config.nhid:
@@ -244,7 +244,15 @@ class _RHN(Core):
             )
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
-        return super().options(config) | {"gate_bias": config.gate_bias}
+        separate = config.rhn_masks == "separate"
+        return super().options(config) | {"gate_bias": config.gate_bias, "separate_masks": separate}
+
+    def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
+        """Return the keywords; with separate masks the core drops its input itself."""
+        options = super().language_model_options(config)
+        if options["separate_masks"]:
+            options |= {"core": functools.partial(RHN, input_dropout=config.dropouti), "input_dropout": 0.0}
+        return options
 
     def embedding_init(self, token: str) -> Callable[[Tensor], Any]:
         return functools.partial(nn.init.uniform_, a=-rhn.INIT_RANGE, b=rhn.INIT_RANGE)

@@ -2,23 +2,27 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trellisnet import serialization
 from trellisnet.baselines import SparseEmbedding, sparse
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS, Corpus, batchify, only_held_out
 from trellisnet.data.spelling import WORDS, Spelling
 from trellisnet.data.vocabulary import Vocabulary
 from trellisnet.errors import UserError, counted
 from trellisnet.models import TrellisLanguageModel
+from trellisnet.training.config import to_settings
 from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.optim import Schedule, make_schedule
+from trellisnet.training.passes import Passes
 from trellisnet.training.programs import Program
 from trellisnet.training.scoring import Scores
-from trellisnet.training.settings import setting
+from trellisnet.training.settings import properties_of, setting
 from trellisnet.training.tasks import LanguageModeling, Splits
 from trellisnet.training.tasks.windows import no_window
 
@@ -109,6 +113,10 @@ class LanguageModelConfig(CoreConfig):
     aux_freq: int = setting(20, "auxiliary loss after every Nth layer", group="regularisation")
     alpha: float = setting(0.0, "activation regularisation (AR)", group="regularisation", at_least=0)
     beta: float = setting(0.0, "temporal activation regularisation (TAR)", group="regularisation", at_least=0)
+    mc_file: str = setting(
+        "", "keep the passes of --mc_dropout in FILE, and continue from it", group="evaluation", process=True,
+        needs=["mc_dropout"],
+    )  # fmt: skip
     eval_all: bool = setting(False, "also score every token, even without a full history", group="evaluation")
 
     def validate(self) -> None:
@@ -203,14 +211,34 @@ class LanguageModelConfig(CoreConfig):
             rows: its splits as rows (N, length), on the device.
         """
         score_all = functools.partial(task.evaluate_all, batch_size=self.eval_batch_size)
-        score_mc = functools.partial(task.evaluate_mc, passes=self.mc_dropout)
+        score_mc = functools.partial(task.evaluate_mc, passes=self.mc_dropout, kept=self._passes(task, corpus))
         extra = self.depth_scores(task, {split: rows[split] for split in ("valid", "test")})
         for split in ("valid", "test"):
             if self.eval_all:
                 extra[f"{split}_all"] = score_all, getattr(corpus, split).to(rows[split].device)
             if self.mc_dropout:
-                extra[f"{split}_mc"] = score_mc, rows[split]
+                extra[f"{split}_mc"] = functools.partial(score_mc, name=split), rows[split]
         return extra
+
+    def _passes(self, task: LanguageModeling, corpus: Corpus) -> Passes | None:
+        """Return the file of --mc_file."""
+        if not self.mc_file:
+            return None
+        if task.ranks.size > 1:
+            raise UserError("--mc_file: keeps the passes of one process; start it with python, or leave the file out")
+        path = Path(self.mc_file)
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--mc_file {path}: no such folder; make it, or name another file")
+        depends = {
+            name: value
+            for name, value in to_settings(self).items()
+            if not (properties_of(self, name).resumable or name in ("mc_dropout", "load_weight"))
+        }
+
+        def key() -> str:  # when the weights are loaded
+            return serialization.sha256_of({"settings": depends, "data": corpus.sha256, **task.model.state_dict()})
+
+        return Passes(path, key)
 
 
 def build_model(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel:

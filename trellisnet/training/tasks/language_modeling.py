@@ -19,6 +19,7 @@ from trellisnet.heads import LinearSoftmax
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.regularization import Masks, activation_regularization, temporal_activation_regularization
 from trellisnet.training.distributed import Ranks
+from trellisnet.training.passes import Passes
 from trellisnet.training.tasks.base import LazyBatches, Losses, Progress, Task, evaluating, mean, tracked
 from trellisnet.training.tasks.windows import (
     Windows,
@@ -390,7 +391,14 @@ class LanguageModeling(Task):
 
     @torch.no_grad()
     def evaluate_mc(
-        self, rows: Tensor, *, passes: int, max_tokens: int | None = None, progress: Progress | None = None
+        self,
+        rows: Tensor,
+        *,
+        passes: int,
+        max_tokens: int | None = None,
+        progress: Progress | None = None,
+        kept: Passes | None = None,
+        name: str = "",
     ) -> dict[str, Any]:
         """Score rows by each target's probability averaged over passes with dropout (Monte Carlo dropout; Gal &
         Ghahramani, 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
@@ -403,15 +411,20 @@ class LanguageModeling(Task):
             rows: int64 (N, L).
             passes: number of samples, which `progress` wraps.
             max_tokens: each pass stops after the window in which this many tokens have been scored.
+            kept: a file that holds earlier passes and receives these, under `name`; only for one rank.
 
         Returns:
             the result of :meth:`evaluate`, whose errors it also raises, and `passes`.
+
+        Raises:
+            UserError: as in :meth:`trellisnet.training.passes.Passes.restore`.
         """
         windows = self.evaluation_windows
         skip, starts = windows.context, windows.starts_to_score(rows, max_tokens)
-        own, total = self.ranks.part(rows), None
-        samples = range(passes if own.size(0) else 0)
-        for _ in tracked(samples, progress):
+        own = self.ranks.part(rows)
+        done, total = kept.restore(name, passes, own.device) if kept else (0, None)
+        samples = range(done, passes if own.size(0) else 0)
+        for sample in tracked(samples, progress):
             masks, losses, state = self.model.draw_masks(own.size(0)), [], None
             latent = None if masks is None else masks.latent
             with evaluating(self.model):
@@ -424,6 +437,8 @@ class LanguageModeling(Task):
                     losses.append(self.model.loss(out.output, targets, **options).flatten().double())
             log_p = -torch.cat(losses)
             total = log_p if total is None else torch.logaddexp(total, log_p)
+            if kept:
+                kept.keep(name, sample + 1, total, last=sample + 1 == passes)
         log_p = total.sum().item() if total is not None else 0.0
         log_p, tokens = self.ranks.sum(log_p, 0 if total is None else total.numel())
         return {"loss": math.log(passes) - mean(log_p, tokens), "tokens": tokens, "passes": passes}
