@@ -23,6 +23,7 @@ LAYERS = [
     "theorem1",
     "wrappers",
     "baselines",
+    "equilibrium",
     "core",
     "regularization",
     "data",

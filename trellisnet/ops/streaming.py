@@ -157,7 +157,7 @@ def _one_to_one(steps: int, injected: bool) -> Layer:
     return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps), {})
 
 
-def _gates(
+def activate(
     kernels: Kernels, z_x: Tensor | None, z_h: Tensor | None, cells: Tensor | None, steps: int, last: bool
 ) -> tuple[Tensor, Tensor]:
     """Return h and c of a layer, (steps, N, H); h is in the dtype of the products, except in the last layer.
@@ -218,7 +218,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
     for i, d in enumerate(spec.dilations):
         z_x = x_tilde[d] if spec.injected(i) else None
         if i == 0:  # the layer below is zero
-            h, c = _gates(kernels, z_x, None, None, T, i == last)
+            h, c = activate(kernels, z_x, None, None, T, i == last)
             continue
         below, cells = torch.cat([stream.h[i - 1], h]), torch.cat([stream.c[i - 1], c])
         new_h.append(below[T:].clone())
@@ -226,7 +226,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
         if settled:
             continue
         z_h = _product(kernels.product, _taps(below, k, d, T), kernels.weight_h)
-        before, (h, c) = h, _gates(kernels, z_x, z_h, cells[:T], T, i == last)
+        before, (h, c) = h, activate(kernels, z_x, z_h, cells[:T], T, i == last)
         layers = i + 1
         # x climbs one of the groups per layer, and moves no output before it has reached the last one.
         settled = tolerance > 0 and i >= (spec.kernel_groups or 1) and _moved(before, h, spec.output_size) < tolerance
@@ -270,12 +270,12 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         z_x = x_tilde[d] if spec.injected(i) else None
         layer_steps += 1
         if i == 0:
-            h, c = _gates(kernels, z_x, None, None, 1, i == last)
+            h, c = activate(kernels, z_x, None, None, 1, i == last)
             continue
         new_h.append(_shift(stream.h[i - 1], h))
         new_c.append(_shift(stream.c[i - 1], c))
         z_h = z_old[i - 1]
         kernels.add(z_h[0], h[0], kernels.newest)
-        h, c = _gates(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
+        h, c = activate(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
     stream = stream._replace(x=x[1:].clone(), h=tuple(new_h), c=tuple(new_c), layers=layer_steps)
     return h[0], c[0], stream, layer_steps

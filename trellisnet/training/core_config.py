@@ -8,6 +8,7 @@ import torch
 
 from trellisnet import ops
 from trellisnet.core import TrellisNet
+from trellisnet.equilibrium import WAYS
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
 from trellisnet.training import depth, scoring
@@ -85,6 +86,20 @@ class CoreConfig(RunConfig):
     )  # fmt: skip
     init_gain: float = setting(
         0.0, "draw kernels from N(0, G²/fan-in) and start forget gates at bias 1; 0: N(0, 0.01²), as the authors do",
+        group="model", at_least=0,
+    )  # fmt: skip
+    equilibrium: bool = setting(
+        False, "solve for the output of infinitely many layers instead of computing --nlevels of them", group="model"
+    )
+    solver: str = setting(
+        "stepwise", "how --equilibrium solves: step by step, or all steps at once", group="model", choices=WAYS
+    )
+    tolerance: float = setting(1e-3, "relative residual at which --equilibrium is solved", group="model", at_least=0)
+    max_evaluations: int = setting(
+        60, "evaluations of the layer until --equilibrium gives up, stepwise of each step", group="model", at_least=1
+    )
+    phantom: int = setting(
+        0, "backpropagate through the last N evaluations of --equilibrium; 0: implicit gradient",
         group="model", at_least=0,
     )  # fmt: skip
     gate_bias: float = setting(
@@ -199,7 +214,8 @@ class CoreConfig(RunConfig):
         return notices + self.core.notices(self, device)
 
     def no_graph(self, device: torch.device) -> str:
-        return super().no_graph(device) or self.core.no_graph()
+        stops = "--equilibrium stops by its residuals" * self.equilibrium
+        return super().no_graph(device) or self.core.no_graph() or stops
 
     @property
     def core(self) -> Core:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trellisnet import ops
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack, rhn, tcn
 from trellisnet.core import TrellisNet
+from trellisnet.equilibrium import EquilibriumTrellisNet
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MEASURED = 100  # channels from which `gemm` auto is decided by a measurement
 ROWS = 512  # rows of the products in that measurement
+SOLVING = ("solver", "tolerance", "max_evaluations", "phantom")  # settings of --equilibrium
+LAYERED = ("recompute", "grow", "random_depth", "eval_depths", "eval_nlevels", "early_exit")
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -96,12 +99,23 @@ class _Trellis(Core):
     module = TrellisNet
     reads = frozenset(
         "ksize dilation wnorm wdrop temporalwdrop activation mixed_group inject_every init_gain recompute aux grow "
-        "random_depth eval_depths eval_nlevels early_exit".split()
+        "random_depth eval_depths eval_nlevels early_exit "
+        "equilibrium solver tolerance max_evaluations phantom".split()
     )
     adds_output = True
 
     def check(self, config: "CoreConfig") -> None:
-        pass
+        needs = {"ksize": 2, "dilation": [1], "activation": "lstm", "mixed_group": 0, "inject_every": 1, "aux": 0}
+        for name, value in (needs if config.equilibrium else {}).items():
+            if getattr(config, name, value) != value:
+                value = " ".join(map(str, value)) if isinstance(value, list) else value
+                raise UserError(f"--equilibrium: needs --{name} {value}")
+        for name in LAYERED if config.equilibrium else ():
+            if getattr(config, name):
+                raise UserError(f"--{name}: no effect with --equilibrium, which has no layers; leave it out")
+        for name in () if config.equilibrium else SOLVING:
+            if getattr(config, name) != config.preset_value(name):
+                raise UserError(f"--{name}: has no effect without --equilibrium")
 
     def reach(self, config: "CoreConfig") -> int:
         return self._spec(config).reach
@@ -126,22 +140,29 @@ class _Trellis(Core):
             raise UserError(
                 f"--mixed_group {groups}: the input climbs one group per layer and would not reach the output; {advice}"
             )
-        return super().options(config) | {
-            "kernel_size": config.ksize,
-            "dilation": config.dilation,
-            "weight_norm": config.wnorm,
-            "weight_dropout": config.wdrop,
-            "temporal_weight_dropout": config.temporalwdrop,
-            "activation": config.activation,
-            "kernel_groups": groups or None,
-            "inject_every": config.inject_every,
-            "init_gain": config.init_gain or None,
-            "recompute": config.recompute,
-            "recompute_every": config.recompute_every or None,
-            "backend": config.backend,
-            "gemm": config.gemm,
-            "gates": config.gates,
-        }
+        solving = {}
+        if config.equilibrium:
+            solving = {"core": EquilibriumTrellisNet} | {name: getattr(config, name) for name in SOLVING}
+        return (
+            super().options(config)
+            | solving
+            | {
+                "kernel_size": config.ksize,
+                "dilation": config.dilation,
+                "weight_norm": config.wnorm,
+                "weight_dropout": config.wdrop,
+                "temporal_weight_dropout": config.temporalwdrop,
+                "activation": config.activation,
+                "kernel_groups": groups or None,
+                "inject_every": config.inject_every,
+                "init_gain": config.init_gain or None,
+                "recompute": config.recompute,
+                "recompute_every": config.recompute_every or None,
+                "backend": config.backend,
+                "gemm": config.gemm,
+                "gates": config.gates,
+            }
+        )
 
     def language_model_options(self, config: "LanguageModelConfig") -> dict[str, Any]:
         return self.options(config) | {"input_dropout": config.dropouti}

@@ -102,7 +102,8 @@ def figures(task: Task, meter: Meter, lr: float) -> list[str]:
     means = meter.means()
     speed = meter.count / max(meter.seconds, 1e-9)
     score = score_text(task, task.training_score(means))
-    return [f"loss {means['loss']:.4f}", score, f"lr {lr:g}", f"{speed:,.0f} {task.unit}/s"]
+    others = [f"{name} {mean:.2g}" for name, mean in means.items() if name not in ("loss", task.score_name)]
+    return [f"loss {means['loss']:.4f}", score, *others, f"lr {lr:g}", f"{speed:,.0f} {task.unit}/s"]
 
 
 def epoch_line(task: Task, record: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trellisnet.core import State
+from trellisnet.equilibrium import EquilibriumTrellisNet
 from trellisnet.errors import counted
 from trellisnet.heads import LinearSoftmax
 from trellisnet.models import TrellisLanguageModel
@@ -114,6 +115,8 @@ class LanguageModeling(Task):
         self.beta = beta
         self.length_seed = length_seed
         self.label_smoothing = label_smoothing
+        if isinstance(model.core, EquilibriumTrellisNet):
+            self.measured = (*self.measured, "residual", "evaluations")
         self.ranks = ranks or Ranks()
 
     @property
@@ -226,7 +229,10 @@ class LanguageModeling(Task):
 
     def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Means (0-dim) of a window for the names in `measured` after "loss"."""
-        return {}
+        if not isinstance(self.model.core, EquilibriumTrellisNet):
+            return {}
+        residual, evaluations = self.model.core.solved["forward"]
+        return {"residual": residual, "evaluations": torch.tensor(float(evaluations), device=residual.device)}
 
     def streams(self, windows: Windows) -> bool:
         """Return whether :meth:`evaluate` streams every row instead of cutting it into these windows.

@@ -23,7 +23,7 @@ class Reciting(LanguageModeling):
     def _measure(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             likeliest = self.model.log_prob(output, draw=False).argmax(-1)
-        return {"accuracy": (likeliest == targets).float().mean()}
+        return super()._measure(output, targets) | {"accuracy": (likeliest == targets).float().mean()}
 
     def training_score(self, means: dict[str, float]) -> float:
         """Accuracy during training, before each update."""
