@@ -12,6 +12,7 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     precision                   what scripts/precision.sh has trained, as <precision>-<seed>.json
     recipe                      what scripts/recipe.sh has trained, as <row>.json
     compare_<minutes>_minutes   what scripts/compare.sh has trained, a result <row>/ each
+    depth, exit                 metrics of --eval with --eval_depths or --early_exit, <model>.json each
     adapted                     metrics of --eval with --cache or --dynamic_eval
     memory, speed               metrics of a few updates; what scripts/bench.py has written: for blocks of pages
     compatibility               what scripts/compatibility.py has written, for a block of a page
@@ -53,7 +54,7 @@ Train scores are those of training, with dropout on.
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "precision": results.precisions, "recipe": results.recipe, "compare": results.equal_time
 }  # fmt: skip
-ELSEWHERE = ("figures", "compatibility", "memory", "speed", "torture", "adapted", "long_memory")
+ELSEWHERE = ("figures", "compatibility", "memory", "speed", "torture", "adapted", "long_memory", "depth", "exit")
 
 
 def report(root: Path, page_texts: Iterable[str]) -> str:
@@ -72,7 +73,7 @@ def report(root: Path, page_texts: Iterable[str]) -> str:
     parts = [HEAD, *([results.summary(runs)] if runs else []), *sections]
     parts += [SECTIONS.get(path.name.split("_")[0], results.ablations)(path) for path in comparisons]
     parts += map(results.adapted, sorted((root / "results" / "adapted").glob("*.json"), key=place))
-    parts += filter(None, [results.long_memory(root)])
+    parts += filter(None, [results.depths(root), results.long_memory(root)])
     caveats = re.compile(r"<!-- not comparable: begin -->\n(.+?)<!-- not comparable: end -->", re.DOTALL)
     for caveat in filter(None, map(caveats.search, page_texts)):
         parts.append(f"## What in the published tables is not comparable\n\n{caveat[1]}")

@@ -3,6 +3,7 @@
     python scripts/plot.py curves runs/word_ptb/small results/word_ptb_small --out curves.svg
     python scripts/plot.py tables --out pictures                 every table that has numbers
     python scripts/plot.py context context.json --out context.svg   what scripts/context.py has measured
+    python scripts/plot.py depth depths.json --out depth.svg     metrics of --eval with --eval_depths
     python scripts/plot.py trellis --out results/figures/trellis.svg
 
 All but the last need matplotlib: pip install -e .[plot].
@@ -19,11 +20,12 @@ from typing import Any, BinaryIO
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
 
-from scripts.reports.charts import labels, read_charts, read_contexts, read_curve
+from scripts.reports.charts import labels, read_charts, read_contexts, read_curve, read_depths
 from scripts.reports.pictures import (
     draw_chart,
     draw_contexts,
     draw_curves,
+    draw_depths,
     draw_long_memory,
     draw_memories,
     draw_speeds,
@@ -118,6 +120,9 @@ def run(argv: Sequence[str]) -> None:
     command = commands.add_parser("context", help="loss against context length")
     command.add_argument("files", nargs="+", type=Path, help="what scripts/context.py --json has written")
     command.add_argument("--out", type=Path, default=Path("context.svg"))
+    command = commands.add_parser("depth", help="scores against layers")
+    command.add_argument("files", nargs="+", type=Path, help="what train.py --eval --eval_depths --metrics has written")
+    command.add_argument("--out", type=Path, default=Path("depth.svg"))
     command = commands.add_parser("trellis", help="the trellis and what an output of it sees (svg)")
     command.add_argument("--out", type=Path, default=PROJECT / "results" / "figures" / "trellis.svg")
     args = parser.parse_args(argv)
@@ -133,6 +138,8 @@ def run(argv: Sequence[str]) -> None:
     check_picture(args.out, ["svg"] if args.what == "trellis" else FORMATS)
     if args.what == "curves":
         save(draw_curves(list(map(read_curve, args.runs, labels(args.runs))), args.by), args.out)
+    elif args.what == "depth":
+        save(draw_depths(read_depths(args.files)), args.out)
     elif args.what == "context":
         save(draw_contexts(read_contexts(args.files)), args.out)
     else:

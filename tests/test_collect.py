@@ -553,6 +553,48 @@ def test_cache_and_dynamic_evaluation(root, capsys):
         assert error.count("\n") == 1
 
 
+def test_scores_by_depth_and_with_early_exit(root, capsys):
+    folder = root()
+    (folder / "results" / "depth").mkdir()
+    path = folder / "results" / "depth" / "words.json"
+    command = "python word_ptb/train.py --run results/words --eval --eval_depths 4 16"
+    metrics = METRICS | {"command": f"{command} --threads 1 --metrics m.json"}
+    for key, layers, ppl in (("", 8, 100.0), ("_depth_4", 4, 110.0), ("_depth_16", 16, 99.0)):
+        result = {"loss": 4.6, "tokens": 9, "nlevels": layers, "receptive_field": layers + 1}
+        metrics |= {f"valid{key}": result | {"ppl": ppl + 1}, f"test{key}": result | {"ppl": ppl}}
+    path.write_text(json.dumps(metrics))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    rows = text[text.index("## Depth of scoring") :].splitlines()
+    assert "| `words` | 4 | 5 | 111.00 | 110.00 | perplexity |  |" in rows
+    assert "| `words` | 8 | 9 | 101.00 | 100.00 | perplexity | as trained |" in rows
+    assert "| `words` | 16 | 17 | 100.00 | 99.00 | perplexity | chosen |" in rows
+    assert f"- `words`: `{command}`; CPU, 2 cores, fp32, torch 2.13.0, commit `0123456789ab`" in rows
+
+    (folder / "results" / "exit").mkdir()
+    exits = METRICS | {"command": "python word_ptb/train.py --eval --early_exit 0.1", "complete": False}
+    for share, layers, seconds in ((0.1, 5.25, 60.0), (0.0, 16.0, 120.0)):
+        result = {"loss": 4.6, "tokens": 1234, "ppl": 101.0 + share, "partial": True}
+        exits[f"test_exit_{share:g}"] = result | {"tolerance": share, "layers": layers, "seconds": seconds}
+    other = folder / "results" / "exit" / "words.json"
+    other.write_text(json.dumps(exits))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "**Early exit**, `words` with 16 layers, read as streams: " in text
+    assert "| all layers | 16.0 | 101.00 | 2.0 |  |\n| 0.1 | 5.2 | 101.10 | 1.0 | 50% |\n" in text
+    for file, content, change, message in (
+        (path, metrics, {"complete": False}, "not a complete run"),
+        (path, METRICS, {}, "has no scores by depth; score the run with --eval_depths"),
+        (path, metrics, {"test_depth_4": {}}, "it has no 'nlevels'"),
+        (other, METRICS, {}, "has no scores by tolerance; score the run with --early_exit"),
+    ):
+        file.write_text(json.dumps(content | change))
+        assert collect.main(["--root", str(folder)]) == 2
+        assert message in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+        file.write_text(json.dumps(metrics if file == path else exits))
+
+
 def test_the_best_results_stand_beside_the_papers(root, capsys):
     folder = root()
     images = {"task": "pmnist", "test": {"loss": 0.1, "accuracy": 0.95, "examples": 5}, "valid": None}

@@ -178,6 +178,28 @@ def test_contexts_in_different_units_are_refused(tmp_path):
             charts.read_contexts([other])
 
 
+def test_scores_by_depth_are_drawn_with_the_receptive_fields(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, score in (("words", "ppl"), ("symbols", "bpc")):
+        content = metrics()
+        for key, layers in (("", 8), ("_depth_16", 16)):
+            result = {"loss": 4.6, "tokens": 9, "nlevels": layers, "receptive_field": 100 + layers, score: 2.5 + layers}
+            content |= {f"{split}{key}": result for split in ("valid", "test")}
+        write(tmp_path / f"{name}.json", content)
+    files = [str(tmp_path / f"{name}.json") for name in ("words", "symbols")]
+    assert plot.main(["depth", *files, "--out", str(tmp_path / "depth.svg")]) == 0
+    drawn = (tmp_path / "depth.svg").read_text()
+    for part in ("words", "symbols", "108", "116", "perplexity", "bits per character", "validation"):
+        assert f">{part}<" in drawn
+    other = tmp_path / "a" / "words.json"
+    write(other, content)
+    paths = [tmp_path / "words.json", other]
+    assert len({name for name, _ in charts.read_depths(paths)}) == 2
+    write(other, metrics())
+    with pytest.raises(UserError, match="words.json: .* no scores by depth"):
+        charts.read_depths([other])
+
+
 def test_corrupt_measurements_are_one_line(root):
     write(root / "results" / "memory" / "pmnist.json", metrics(peak_memory=None))
     with pytest.raises(UserError, match="pmnist.json: corrupt or of another kind"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.reports import records
-from scripts.reports.records import ADAPTED, SCORES, finished_epochs, read_events, read_json, refusing, score_of
+from scripts.reports.records import ADAPTED, SCORES, Record, finished_epochs, read_events, read_json, refusing, score_of
 from scripts.reports.tables import COMPARED, TABLES
 from trellisnet.errors import UserError
 
@@ -153,6 +153,13 @@ def read_charts(root: Path) -> list[Chart]:
     charts = [read(path) for path, read in folders if not records.is_result(path)]
     charts += map(adapted, sorted(results.glob("adapted/*.json")))
     return charts + [chart for chart in _trained(root) if any(row.ours for row in chart.rows)]
+
+
+def read_depths(paths: Sequence[Path]) -> list[tuple[str, list[tuple[Record, Record]]]]:
+    """Read metrics of `--eval_depths`, each with a name: validation and test result of every depth, in order."""
+    names = [path.stem for path in paths]
+    names = names if len(set(names)) == len(names) else labels(paths)
+    return [(name, records.read_depths(path)[1]) for name, path in zip(names, paths, strict=True)]
 
 
 def read_contexts(paths: Sequence[Path]) -> list[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.reports.charts import Chart, Curve
-from scripts.reports.records import SCORES, Run, speed_text
+from scripts.reports.records import SCORES, Record, Run, score_of, speed_text
 from trellisnet.errors import UserError
 from trellisnet.training.runlog import pip_install
 
@@ -193,6 +193,32 @@ def draw_long_memory(problems: Mapping[str, Sequence[tuple[str, Run]]]) -> Any:
         axes.set_ylabel("validation loss (dotted: by chance)")
         axes.set_title(problem, fontsize=11, loc="left")
         axes.legend(fontsize=8)
+    return figure
+
+
+def draw_depths(found: Sequence[tuple[str, Sequence[tuple[Record, Record]]]]) -> Any:
+    """Draw scores against layers, a panel for each kind: validation solid, test dashed, with the receptive fields."""
+    plt = pyplot()
+    kinds = list(dict.fromkeys(score_of(pairs[0][1]).score_name for _, pairs in found))
+    figure, panels = plt.subplots(1, len(kinds), figsize=(0.8 + 4.6 * len(kinds), 4.2), squeeze=False)
+    for kind, axes in zip(kinds, panels[0], strict=True):
+        own = [(name, pairs) for name, pairs in found if score_of(pairs[0][1]).score_name == kind]
+        for i, (name, pairs) in enumerate(own):
+            style = {"color": COLOURS[i % len(COLOURS)], "marker": "o", "markersize": 3.5}
+            layers = [test["nlevels"] for _, test in pairs]
+            valid, test = ([score_of(result).value for result in split] for split in zip(*pairs, strict=True))
+            axes.plot(layers, valid, label=name, **style)
+            axes.plot(layers, test, "--", alpha=0.6, **style)
+            for x, y, (result, _) in zip(layers, valid, pairs, strict=True):
+                sees = f"{result['receptive_field']:,}"
+                axes.annotate(sees, (x, y), xytext=(0, 4), textcoords="offset points", fontsize=7, color=style["color"])
+        axes.set_xlabel("layers (numbers: inputs that an output sees)")
+        axes.set_ylabel(SCORES[kind][0])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _numbers(axes.yaxis, False)
+        handles, names = axes.get_legend_handles_labels()
+        grey = [plt.Line2D([], [], color="grey", linestyle=line) for line in ("-", "--")]
+        axes.legend([*handles, *grey], [*names, "validation", "test"], fontsize=8)
     return figure
 
 

@@ -367,6 +367,35 @@ def read_adapted(path: Path) -> tuple[Record, dict[str, tuple[Record, Record]]]:
     return metrics | {"command": command}, ways
 
 
+def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
+    """A trained model scored with `--eval_depths`: metrics, and validation and test result of every depth, in order."""
+    metrics = read_metrics(path)
+    with refusing(path):
+        command = without(metrics["command"], "metrics", "threads")
+        check_portable(path, command)
+        depths = {key.removeprefix("test") for key in metrics if key.startswith("test_depth_")}
+        if not depths:
+            raise UserError(f"{path}: has no scores by depth; score the run with --eval_depths")
+        pairs = {metrics[f"test{key}"]["nlevels"]: (metrics[f"valid{key}"], metrics[f"test{key}"]) for key in depths}
+        pairs[metrics["test"]["nlevels"]] = metrics["valid"], metrics["test"]
+        for pair in pairs.values():
+            [(score_of(result), result["receptive_field"]) for result in pair]
+    return metrics | {"command": command}, [pairs[layers] for layers in sorted(pairs)]
+
+
+def read_exits(path: Path) -> tuple[Record, list[Record]]:
+    """A trained model scored with `--early_exit`: metrics, and the test result of every tolerance, in order."""
+    metrics = read_metrics(path, complete=False)
+    with refusing(path):
+        command = without(metrics["command"], "metrics", "threads")
+        check_portable(path, command)
+        exits = sorted((r for key, r in metrics.items() if key.startswith("test_exit_")), key=lambda r: r["tolerance"])
+        if not exits or exits[0]["tolerance"]:
+            raise UserError(f"{path}: has no scores by tolerance; score the run with --early_exit")
+        [(score_of(r), r["layers"], r["seconds"]) for r in exits]
+    return metrics | {"command": command}, exits
+
+
 def read_speeds(root: Path) -> dict[str, Record]:
     """Files of scripts/bench.py in results/speed, by name."""
     found = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from scripts.reports import records
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import ADAPTED, Run, options, refusing, score_of, without
+from scripts.reports.records import ADAPTED, Run, options, place, refusing, score_of, without
 from scripts.reports.tables import PUBLISHED
 
 ORDERS = {True: "permuted", False: "not permuted"}
@@ -276,6 +276,62 @@ def long_memory(root: Path) -> str:
                 *table(columns, rows),
             ]
         )
+
+
+def depths(root: Path) -> str:
+    """Trained models read with other numbers of layers, from results/depth and results/exit; empty without them."""
+    scored = sorted((root / "results" / "depth").glob("*.json"), key=place)
+    if not scored:
+        return ""
+    rows, commands = [], []
+    for path in scored:
+        metrics, pairs = records.read_depths(path)
+        with refusing(path):
+            commands.append((path.stem, metrics))
+            own, best = metrics["test"]["nlevels"], pairs[0]
+            for pair in pairs[1:]:
+                best = pair if score_of(pair[0]).is_better(score_of(best[0])) else best
+            for valid, test in pairs:
+                layers = test["nlevels"]
+                marks = ["as trained"] * (layers == own) + ["chosen"] * (valid is best[0])
+                rows.append(
+                    (
+                        f"`{path.stem}`", layers, f"{test['receptive_field']:,}", score_of(valid), score_of(test),
+                        score_of(test).title, ", ".join(marks),
+                    )
+                )  # fmt: skip
+    lines = [
+        "## Depth of scoring",
+        "",
+        "Shipped models, read with more or fewer layers than they were trained with: the same weights, `--run "
+        "results/NAME --eval --eval_depths …`. The depth that `--eval_nlevels auto` takes is the best one on the "
+        "validation data, here *chosen*. The same numbers [as a picture](results/figures/depth.svg).",
+        "",
+        *table(["model", "layers:", "sees:", "valid:", "test:", "score", ""], rows),
+        "",
+        *(f"- `{name}`: `{m['command']}`; {m['machine']}, {m['precision']}, torch {m['torch']}, commit `{m['commit']}`"
+          for name, m in commands),
+    ]  # fmt: skip
+    for path in sorted((root / "results" / "exit").glob("*.json"), key=place):
+        lines += ["", *_exits(path)]
+    return _text(lines)
+
+
+def _exits(path: Path) -> list[str]:
+    metrics, results = records.read_exits(path)
+    with refusing(path):
+        full, name, rows = results[0], score_of(results[0]).title, []
+        for r in results:
+            saved = "" if r is full else f"{1 - r['seconds'] / full['seconds']:.0%}"
+            shown = f"{r['tolerance']:g}" if r["tolerance"] else "all layers"
+            rows.append((shown, f"{r['layers']:.1f}", score_of(r), f"{r['seconds'] / 60:.1f}", saved))
+        return [
+            f"**Early exit**, `{path.stem}` with {full['layers']:.0f} layers, read as streams: `{metrics['command']}` "
+            f"on {metrics['machine']}, {threads(metrics)}, {metrics['precision']}, torch {metrics['torch']}, commit "
+            f"`{metrics['commit']}`; {full['tokens']:,} test tokens. Layers are those computed on average.",
+            "",
+            *table(["tolerance:", "layers:", f"test {name}:", "minutes:", "time saved:"], rows),
+        ]
 
 
 def adapted(path: Path) -> str:
