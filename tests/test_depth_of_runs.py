@@ -197,6 +197,21 @@ def test_images_grow_too(tmp_path):
     assert result["test"]["nlevels"] == 6
 
 
+def test_a_rate_that_falls_until_a_number_of_updates_ends_the_run_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(LanguageModeling, "is_better", lambda *_: True)  # the last one
+    out = [*"--metrics".split(), str(tmp_path / "m.json")]
+    flags = "--grow 1:1 --epochs 9 --lr 5 --schedule cosine --max_steps 30".split()
+    last = train(tmp_path / "run", *MODEL, "--max_eval_tokens", 0, *CARRIED, *flags, *out)
+    epochs = records(tmp_path / "run", "epoch")
+    assert [(r["finished"], r["best"], r["nlevels"]) for r in epochs] == [(True, True, 1), (False, True, 4)]
+    assert (last["epoch"], last["step"], last["best"]["epoch"]) == (1, 30, 2)
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    assert (metrics["complete"], metrics["best_epoch"], metrics["steps"]) == (True, 2, 30)
+    assert metrics["valid"]["loss"] == pytest.approx(epochs[1]["valid_loss"])
+    assert_same(go_on(tmp_path / "run"), last)
+    assert records(tmp_path / "run", "result")[0] == records(tmp_path / "run", "result")[1]
+
+
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 

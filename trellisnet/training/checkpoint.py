@@ -233,7 +233,8 @@ def load_best(path: Path, best: dict[str, Any], model: nn.Module) -> dict[str, A
             f"{path}: is of epoch {epoch}, last.pt names epoch {best['epoch']}; put the files of one run together"
         )
     # If last.pt and best.pt swapped names, digests would match, but the weights would not be the best.
-    if (content["epoch"], content["batch"]) != (best["epoch"], 0):
+    # Only the last epoch of a run may be cut short: `epoch` does not count it then.
+    if content["epoch"] + (content["batch"] > 0) != best["epoch"]:
         raise UserError(f"{path}: was not written at the end of its epoch; put the files back under their names")
     try:
         check_weights(model, content["average"] or content["model"])

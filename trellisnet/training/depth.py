@@ -2,6 +2,11 @@
 
 One layer is applied any number of times, so all depths train the same weights. Fewer layers are cheaper, and learn
 first what more of them need.
+
+A change of depth keeps the optimiser's moments, averages of the weights and the schedule. This was measured to be
+better: on 244,000 characters of Penn Treebank (an epoch of 2 layers, one of 4, two of 6; Adam, `--ema 0.99`, one seed)
+clearing Adam's moments at every change raised the validation score from 2.304 to 2.337 bits, and restarting the
+average changed nothing.
 """
 
 from collections.abc import Sequence

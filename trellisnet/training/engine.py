@@ -268,8 +268,9 @@ class Trainer:
             self._save(best=True)
 
     def _is_done(self) -> bool:
-        """Whether all epochs are finished, or finetuning has ended before."""
-        return self.epoch >= self.config.epochs or self.schedule.ended
+        """Whether all epochs are finished, or finetuning or a rate that falls until `max_steps` has ended before."""
+        falls = self.config.schedule != "step"
+        return self.epoch >= self.config.epochs or self.schedule.ended or (falls and self._stopped())
 
     def _stopped(self) -> bool:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
@@ -408,7 +409,7 @@ class Trainer:
         A run that is killed before the checkpoint logs the epoch again; one killed after it has nothing left to log.
 
         An epoch cut short by `max_steps` is validated for information only, so that where a run was stopped does not
-        change how it continues.
+        change how it continues; unless it cannot continue, because its learning rate falls until there.
         """
         self.set_depth()
         with averaged(averages(self.optimizer, self.ema), self.interrupts.held):
@@ -429,7 +430,7 @@ class Trainer:
         count = int(self.running["count"])
         # Without validation data the last epoch is the best; so is the first one of a depth.
         first = self.best is None or valid is None or self._depth_of_best() != self.depth
-        better = finished and (first or self.task.is_better(valid, self.best["valid"]))
+        better = (finished or self._is_done()) and (first or self.task.is_better(valid, self.best["valid"]))
         if better:
             self.best = {"epoch": epoch, "valid": valid}
         if finished:
