@@ -3,7 +3,7 @@
     python scripts/collect.py           write the files
     python scripts/collect.py --check   only say whether they are up to date (exit code 1 if not)
     python scripts/collect.py --table 1 print Table 1 beside what scripts/table1.sh has trained so far; likewise
-                                        --table rhn, sparse, wikipedia, compare
+                                        --table rhn, sparse, wikipedia, pos, compare
 
 A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a result. The other folders:
 

@@ -2,14 +2,15 @@
 
 The model is that of Demeester et al. (2018), "Predefined Sparseness in Recurrent Sequence Models", section 4.3.
 
-    python scripts/pos_tagging.py --train train.conll --valid dev.conll --test test.conll --emsize 20 --nhid 10 \\
-        --emb_blocks 20 --emb_density 0.25 --epochs 50 --dropouti 0.2 --wdrop 0.2
-    python scripts/pos_tagging.py --data synthetic --epochs 5
+    python scripts/pos_tagging.py --data FOLDER --emsize 20 --emb_density 0.25 --emb_blocks 20 --nhid 10 --epochs 50 \\
+        --dropouti 0.2 --wdrop 0.2 --vocab_order down --save runs/pos_sparse_vocab_down
+    python scripts/pos_tagging.py --train train.conllu --valid dev.conllu --test test.conllu --columns 2 4
     python scripts/pos_tagging.py --data synthetic --epochs 5 --model trellisnet --nlevels 4
 
-A line of a file has a word in its first column and the tag in its last; a blank line ends a sentence. The paper's text
-is licensed (LDC99T42) and not included; the synthetic text is drawn from a chain of tags. The flags of the training
-programs work here too: run folders, --resume, --metrics, --eval.
+The flags of the paper's program keep their names. A line of a file has a word in its first column and the tag in its
+last, or those that --columns names; a blank line ends a sentence. The paper's text is licensed (LDC99T42) and not
+included; the synthetic text is drawn from a chain of tags. The flags of the training programs work here too: run
+folders, --resume, --metrics, --eval.
 
 Letters: N sentences in a batch, L their length, V words, E embedding width, H hidden width per direction.
 """
@@ -38,7 +39,7 @@ from trellisnet.baselines import SparseEmbedding
 from trellisnet.baselines.lstm import WeightDropLSTM
 from trellisnet.core import TrellisNet, check_lengths, check_tensor
 from trellisnet.data.corpus import ALL_ORDERS, SPLITS
-from trellisnet.data.text import Texts
+from trellisnet.data.text import HELD_OUT, Part, Texts
 from trellisnet.errors import UserError
 from trellisnet.ops import hide_padding
 from trellisnet.regularization import dropout_scale, scaled
@@ -53,6 +54,9 @@ from trellisnet.wrappers import both_ways
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # cross_entropy ignores the last
 COLUMN = re.compile(r"\S+", re.ASCII)  # words may contain other white space, such as a no-break space
+RANGE = re.compile(r"\d+[-.]\d+")  # id of several words together, or of one that is not in the text (CoNLL-U)
+FILES = {"train": "train", "valid": "valid|dev", "test": "test"}  # what their names contain, in a folder
+THEIR_ORDERS = {"up": "frequency_up", "down": "frequency", "rand": "random", "none": "appearance"}
 Sentence = list[tuple[str, str]]
 
 
@@ -66,7 +70,8 @@ class Config(RunConfig):
         "name": "pos", "optim": "Adam", "epochs": 300, "batch_size": 20, "eval_batch_size": 100, "seed": 1982
     }  # fmt: skip
     helps: ClassVar = {
-        "data": "'synthetic' for sentences drawn from a chain of tags, instead of files",
+        "data": "folder with a file each for train, valid (or dev) and test; a single file, which is divided; or "
+        "'synthetic' for sentences drawn from a chain of tags",
         "batch_size": "sentences in a training batch",
         "eval_batch_size": "sentences evaluated at a time",
     }
@@ -74,6 +79,8 @@ class Config(RunConfig):
     train: str = setting("", "file of tagged sentences", group="data")
     valid: str = setting("", "file of tagged sentences", group="data")
     test: str = setting("", "file of tagged sentences", group="data")
+    columns: list[int] = setting([1, -1], "columns of word and tag; negative ones count from the end", group="data")
+    save: str = setting("", "the same as --out", group="run and checkpoints", process=True)
     emsize: int = setting(100, "embedding width", group="model", at_least=1)
     model: str = setting("lstm", "core of either direction", group="model", choices=("lstm", TrellisNet.core_name))
     nhid: int = setting(50, "hidden width of either direction", group="model", at_least=1)
@@ -83,8 +90,9 @@ class Config(RunConfig):
     )
     emb_density: float = setting(1.0, "share of the embedding's entries that are parameters", group="model")
     vocab_order: str = setting(
-        "frequency_up", "order of the words; the first ones get short vectors", group="data", choices=ALL_ORDERS
-    )
+        "frequency_up", "order of the words; the first ones get short vectors", group="data",
+        choices=(*ALL_ORDERS, *THEIR_ORDERS),
+    )  # fmt: skip
     dropout: float = setting(
         0.0, "dropout before either linear map, elementwise", group="regularisation", rate="probability"
     )
@@ -105,28 +113,49 @@ class Config(RunConfig):
         blocks = min(self.emb_blocks, self.emsize)
         if not 1 / blocks <= self.emb_density <= 1:
             raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
-        if self.data not in ("", "synthetic"):
-            raise UserError(f"--data {self.data}: expected synthetic; name files with --train, --valid and --test")
-        if not (self.data or self.resume or (self.train and self.valid and self.test)):
-            raise UserError("--train, --valid and --test: all three files are needed; or try --data synthetic")
+        files = [self.train, self.valid, self.test]
+        if self.data and any(files):
+            raise UserError("--data: excludes --train, --valid and --test; leave it or them out")
+        if not (self.data or self.resume or all(files)):
+            raise UserError(
+                "--train, --valid and --test: all three files are needed; or name a folder or file with --data, or try "
+                "--data synthetic"
+            )
+        if len(self.columns) != 2 or 0 in self.columns:
+            raise UserError(f"--columns: expected two numbers other than 0, got {' '.join(map(str, self.columns))}")
+        if self.save and self.out and Path(self.save) != Path(self.out):
+            raise UserError("--save and --out both name the folder of the run; leave one of the two out")
+
+    def folder(self) -> Path:
+        return Path(self.save) if self.save else super().folder()
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def sentences(text: str, name: str = "text") -> list[Sentence]:
+def sentences(text: str, name: str = "text", columns: Sequence[int] = (1, -1)) -> list[Sentence]:
     """Read tagged sentences: a word and its tag per line, blank lines between sentences.
 
+    Where the word is not in the first column, that column is an id, as in CoNLL-U: comments (#) before a sentence and
+    ids of ranges and empty nodes are left out.
+
+    Args:
+        columns: of word and tag, from 1, or from the end with -1.
+
     Raises:
-        UserError: a line with a single column, or no sentence at all.
+        UserError: a line lacks a column, or no sentence at all.
     """
     found, sentence = [], []
+    word, tag = (column - (column > 0) for column in columns)
+    needed = max(2, *(column if column > 0 else -column for column in columns))
     for number, line in enumerate(text.split("\n"), start=1):
-        columns = COLUMN.findall(line)
-        if len(columns) == 1:
+        cells = COLUMN.findall(line)
+        if cells and word and (RANGE.fullmatch(cells[0]) or (cells[0].startswith("#") and not sentence)):
+            continue
+        if 0 < len(cells) < needed:
             raise UserError(f"{name}, line {number}: expected a word and its tag, got {line.strip()[:40]!r}")
-        if columns:
-            sentence.append((columns[0], columns[-1]))
+        if cells:
+            sentence.append((cells[word], cells[tag]))
         elif sentence:
             found.append(sentence)
             sentence = []
@@ -134,6 +163,41 @@ def sentences(text: str, name: str = "text") -> list[Sentence]:
     if not found:
         raise UserError(f"{name}: holds no sentence")
     return found
+
+
+def read(config: Config) -> tuple[list[list[Sentence]], list[str]]:
+    """Read or draw training, validation and test sentences, with notices for the user.
+
+    Raises:
+        UserError: files that are missing, unreadable or too short.
+    """
+    if config.data == "synthetic":
+        return synthetic(), []
+    data, paths = Path(config.data), [Path(path) for path in (config.train, config.valid, config.test)]
+    if config.data and data.is_dir():
+        paths = [_file(data, pattern) for pattern in FILES.values()]
+    elif config.data:
+        everything = sentences("".join(Part(data).pieces()), str(data), config.columns)
+        held_out = max(1, len(everything) // HELD_OUT)
+        rest = len(everything) - 2 * held_out
+        if rest < 1:
+            raise UserError(f"{data}: {len(everything)} sentence(s) cannot be divided; name a longer file")
+        notice = f"{data}: {rest:,} sentences to train on, then {held_out:,} to validate and {held_out:,} to test"
+        return [everything[:rest], everything[rest:-held_out], everything[-held_out:]], [notice]
+    texts = Texts(paths)
+    pairs = zip(texts.read(), paths, strict=True)
+    return [sentences(text, str(path), config.columns) for text, path in pairs], texts.notices
+
+
+def _file(folder: Path, pattern: str) -> Path:
+    found = sorted(path for path in folder.iterdir() if path.is_file() and re.search(pattern, path.name))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"{folder}: expected one file with {pattern.replace('|', ' or ')} in its name, found {names}; name three "
+            "files with --train, --valid and --test"
+        )
+    return found[0]
 
 
 def synthetic(seed: int = 2018) -> list[list[Sentence]]:
@@ -307,15 +371,11 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     """
     if ranks.size > 1:
         raise UserError("this program runs in one process; start it with python")
-    if config.data:
-        parts, notices = synthetic(), []
-    else:
-        paths = [config.train, config.valid, config.test]
-        texts = Texts(list(map(Path, paths)))
-        parts, notices = [sentences(text, path) for text, path in zip(texts.read(), paths, strict=True)], texts.notices
+    parts, notices = read(config)
+    order = THEIR_ORDERS.get(config.vocab_order, config.vocab_order)
     counts = Counter({PAD: 0, UNKNOWN: 0})
     counts.update(word for sentence in parts[0] for word, _ in sentence)
-    words = {word: i for i, word in enumerate(ordered(counts, config.vocab_order))}
+    words = {word: i for i, word in enumerate(ordered(counts, order))}
     tags = {tag: i for i, tag in enumerate(dict.fromkeys(tag for sentence in parts[0] for _, tag in sentence))}
     model = Tagger(
         len(words), len(tags), config.emsize, config.nhid,
@@ -330,7 +390,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     data = {split: encode(part, words, tags, device) for split, part in zip(SPLITS, parts, strict=True)}
     splits = Splits(
         **data,
-        label="synthetic" if config.data else "tagged sentences",
+        label="synthetic" if config.data == "synthetic" else "tagged sentences",
         sha256=hashlib.sha256(repr(parts).encode()).hexdigest(),
         sizes=tuple(int(part.lengths.sum()) for part in data.values()),
         notices=tuple(notices),

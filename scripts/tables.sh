@@ -40,10 +40,10 @@ SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch
 finished() { grep -qs -e '"complete": true' ${STEPS:+-e "\"steps\": $STEPS,"} "$1/metrics.json"; }
 
 # train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed, from the weights of the row
-# that FROM names, if it does. The task `memory` is a script.
+# that FROM names, if it does. The tasks `memory` and `pos_tagging` are scripts.
 train() {
     local task="$1" program="$1/train.py" row="${ROW_NAME:-${FUNCNAME[1]}}" folder seed out flags
-    [ "$task" != memory ] || program=scripts/memory.py
+    case "$task" in memory | pos_tagging) program="scripts/$task.py" ;; esac
     folder="$ROOT/runs/tables/$TABLE${STEPS:+-$STEPS-steps}"
     [ -z "${SMOKE:-}" ] || folder="$ROOT/runs/smoke/$TABLE"
     shift

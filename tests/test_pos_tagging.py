@@ -1,6 +1,10 @@
 """scripts/pos_tagging.py and scripts/bench_sparse.py: a sparse embedding, ways of computing a sparse layer."""
 
 import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +12,12 @@ from torch.testing import assert_close
 
 from scripts import bench_sparse as bench
 from scripts import pos_tagging as pos
+from scripts.reports.tables import TABLES
+from trellisnet.data.corpus import ALL_ORDERS
 from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
 from trellisnet.ops import hide_padding
+from trellisnet.training.config import PROJECT, parse
 
 SMALL = "--emsize 8 --nhid 6 --threads 1 --lr 0.02".split()
 
@@ -34,6 +41,33 @@ def test_the_papers_sizes(emsize, blocks, density, others):
     model = pos.Tagger(1000, 49, emsize, 10, emb_blocks=blocks, emb_density=density)
     assert count_parameters(model.embedding) == 5_000
     assert count_parameters(model) == 5_000 + others
+
+
+def test_the_rows_of_the_table(tmp_path, capsys):
+    shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
+    (tmp_path / "python").write_text(f'#!/bin/sh\n(IFS="\t"; echo "$*") >>{tmp_path}/calls\n')
+    (tmp_path / "python").chmod(0o755)
+    command, environment = ["bash", tmp_path / "scripts" / "pos_table.sh"], {**os.environ, "PY": tmp_path / "python"}
+    subprocess.run(command, env={**environment, "SMOKE": "1", "ARGS": "--threads 1"}, check=True)
+    subprocess.run(command, env={**environment, "ARGS": "--data wsj"}, check=True)
+    calls = [line.split("\t")[1:] for line in (tmp_path / "calls").read_text().splitlines()]
+    rows = [Path(flags[-1]).parts[-3] for flags in calls]
+    assert rows == [row.name for row in TABLES["pos"].rows] * 2
+    threads, sizes = torch.get_num_threads(), {}
+    for flags in calls[:5]:
+        assert pos.main(flags) == 0, capsys.readouterr().err
+    torch.set_num_threads(threads)
+    for row, flags in zip(rows[5:], calls[5:], strict=True):
+        c, _ = parse(pos.Config, flags)
+        layers = c.nlevels if c.model == "trellisnet" else None
+        model = pos.Tagger(
+            1000, 49, c.emsize, c.nhid, num_layers=layers, emb_blocks=c.emb_blocks, emb_density=c.emb_density
+        )
+        sizes[row] = count_parameters(model) - 5_000
+    assert sizes == {
+        "dense": 2_109, "sparse": 3_309, "sparse_vocab_down": 3_309, "dense_trellisnet": 2_009,
+        "sparse_trellisnet": 3_061,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("num_layers", [None, 3])
@@ -60,6 +94,63 @@ def test_files_are_read_with_and_without_a_last_blank_line():
     ):
         with pytest.raises(UserError, match=message):
             pos.sentences(bad, "f")
+
+
+def test_columns_of_other_formats():
+    conllu = (
+        "# sent_id = 1\n# text = Don't go\n1-2\tDon't\t_\t_\n1\tDo\tdo\tAUX\n2\tn't\tnot\tPART\n3\t#\t#\tSYM\n"
+        "3.1\tgo\tgo\tVERB\n\n# sent_id = 2\n1\tGo\tgo\tVERB\n"
+    )
+    expected = [[("Do", "AUX"), ("n't", "PART"), ("#", "SYM")], [("Go", "VERB")]]
+    assert pos.sentences(conllu, columns=(2, 4)) == expected
+    assert pos.sentences("EU NNP I-NP I-ORG\n", columns=(1, 2)) == [[("EU", "NNP")]]  # CoNLL-2003
+    assert pos.sentences("# #\n$ $\n") == [[("#", "#"), ("$", "$")]]  # words of the Wall Street Journal
+    with pytest.raises(UserError, match="text, line 1: expected a word and its tag, got '1 a'"):
+        pos.sentences("1 a", columns=(2, 4))
+
+
+def test_the_papers_commands(tmp_path, capsys):
+    """The three of its README, on a folder of files and on a single one."""
+    parts = pos.synthetic()
+    lines = ["\n\n".join("\n".join(f"{w}\t{t}" for w, t in sentence) for sentence in part[:40]) for part in parts]
+    folder = tmp_path / "wsj"
+    folder.mkdir()
+    for name, text in zip(("wsj_train.conll", "wsj_dev.conll", "wsj_test.conll"), lines, strict=True):
+        (folder / name).write_text(text)
+    (tmp_path / "all.conll").write_text("\n\n".join(lines))
+    common = "--nhid 10 --epochs 50 --dropouti 0.2 --wdrop 0.2".split()
+    threads, sparse = torch.get_num_threads(), "--emsize 20 --emb_density 0.25 --emb_blocks 20".split()
+    for name, data, flags in (
+        ("pos_dense", folder, ["--emsize", "5"]),
+        ("pos_sparse", folder, sparse),
+        ("pos_sparse_vocab_down", tmp_path / "all.conll", [*sparse, "--vocab_order", "down"]),
+    ):
+        argv = [
+            *flags,
+            *common,
+            "--save",
+            tmp_path / "logs" / name,
+            "--data",
+            data,
+            "--max_steps",
+            "3",
+            "--threads",
+            "1",
+        ]
+        assert pos.main([str(a) for a in argv]) == 0, capsys.readouterr().err
+        assert (tmp_path / "logs" / name / "weights.pkl").is_file()
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "all.conll: 108 sentences to train on, then 6 to validate and 6 to test" in printed.out
+    again = ["--resume", "--save", str(tmp_path / "logs" / "pos_dense"), "--max_steps", "5"]
+    assert pos.main(again) == 0, capsys.readouterr().err
+    torch.set_num_threads(threads)
+    assert "run folder: " + str(tmp_path / "logs" / "pos_dense") in capsys.readouterr().out
+
+
+def test_their_names_of_orders():
+    assert set(pos.THEIR_ORDERS.values()) == set(ALL_ORDERS)
 
 
 def test_padding_and_unknown_words_come_first_from_rare_to_frequent():
@@ -99,6 +190,7 @@ def test_files_from_the_command_line(run, tmp_path):
         files += [f"--{split}", path]
     code, _, err, metrics = run(*files, "--epochs", "1", base=SMALL)
     assert (code, err, metrics["corpus"]) == (0, "", "tagged sentences")
+    (tmp_path / "empty").mkdir()
     for path in files[1::2]:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     code, out, err, same = run(*files, "--epochs", "1", "--overwrite", base=SMALL)
@@ -106,7 +198,11 @@ def test_files_from_the_command_line(run, tmp_path):
     assert "the text is read without byte order marks, and with LF for CR LF and CR (train.conll: CR LF, byte " in out
     for argv, message in (
         (files[:4], "--train, --valid and --test: all three files are needed"),
-        (["--data", tmp_path], "expected synthetic; name files with --train"),
+        (["--data", tmp_path, *files[:2]], "--data: excludes --train, --valid and --test"),
+        (["--data", tmp_path / "empty"], "expected one file with train in its name, found none; name three"),
+        (["--data", tmp_path / "nowhere"], "nowhere: cannot be read"),
+        (["--data", "synthetic", "--columns", "1"], "--columns: expected two numbers other than 0, got 1"),
+        (["--data", "synthetic", "--save", "x"], "--save and --out both name the folder of the run"),
         ([*files, "--emb_blocks", "4", "--emb_density", "0.1"], "--emb_density: expected 1/4 to 1"),
         ([*files[:5], tmp_path / "nothing"], "nothing: cannot be read"),
     ):

@@ -166,6 +166,16 @@ TABLES = {
             Row("Reciting: sparse_all, sparse embedding", "7.07M", None, "recite_sparse_all", recited=True),
         ],
     ),
+    "pos": Table(
+        "Part-of-speech tagging with a sparse embedding", "test accuracy in percent", "pos_table",
+        [
+            Row("LSTM, embedding of width 5", "", None, "dense"),
+            Row("LSTM, sparse embedding of width 20", "", None, "sparse"),
+            Row("LSTM, sparse embedding, frequent words short", "", None, "sparse_vocab_down"),
+            Row("TrellisNet, embedding of width 5", "", None, "dense_trellisnet"),
+            Row("TrellisNet, sparse embedding of width 20", "", None, "sparse_trellisnet"),
+        ],
+    ),
 }  # fmt: skip
 # What scripts/compare.sh trains: the name of a row and of its network.
 COMPARED = {
