@@ -244,3 +244,11 @@ def test_no_piece_exits_before_its_input_has_climbed_all_groups():
     module, x = net(9, kernel_groups=3, output_size=2), x_of(10)
     _, stream = module.stream(x, module.init_stream(2), 0.99999)
     assert stream.layers >= 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_program_cannot_exit_early():
+    module, x = net(3), x_of(4)
+    stream = module.init_stream(2)
+    with pytest.raises(ValueError, match="^tolerance: expected 0 in a compiled, exported or traced program, got 0.1$"):
+        torch.jit.trace(lambda x: module.stream(x, stream, 0.1)[0], (x,))

@@ -457,9 +457,11 @@ class TrellisNet(nn.Module):
 
         Raises:
             TypeError: x is not a tensor, or has another dtype than the weights.
-            ValueError: x has another shape.
+            ValueError: x has another shape; or a program with a fixed number of layers is to exit early.
         """
         self._check_piece(x, stream, 3)
+        if tolerance > 0 and ops.traced():
+            raise ValueError(f"tolerance: expected 0 in a compiled, exported or traced program, got {tolerance}")
         h, _, stream = streaming.piece(x, stream, tolerance)
         return h[:, :, self.hidden_size - self.output_size :], stream
 
