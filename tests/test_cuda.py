@@ -297,6 +297,21 @@ def test_too_little_memory_is_reported_in_one_line(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("gates", ["eager", "auto"])
+@pytest.mark.parametrize("options", [{}, {"last_only": True}, {"aux_every": 2}], ids=str)
+def test_a_compiled_network_equals_an_eager_one(gates, options):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net, x = TrellisNet(3, 16, 6, dilation=(1, 2), gates=gates, device=CUDA), torch.randn(3, 9, 3, device=CUDA)
+    pairs = []
+    for call in (torch.compile(net, backend="aot_eager", fullgraph=True), net):
+        out = call(x, **options)
+        loss = sum(part.square().sum() for part in (out.output, *out.state, *out.aux))
+        pairs.append([out.output, *out.state, *out.aux, *torch.autograd.grad(loss, list(net.parameters()))])
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags", ["word_ptb --no-memory", "pmnist --parts step"])
 def test_the_benchmark_runs(tmp_path, flags):
     command = [sys.executable, str(PROJECT / "scripts" / "bench.py"), "--quick", "--device", "cuda", "--repeats", "1"]
