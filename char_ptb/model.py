@@ -32,6 +32,14 @@ _WIKIPEDIA = {
 }  # fmt: skip
 
 
+# What the presets `small` and `grow` share.
+SMALL = {
+    "emsize": 64, "nhid": 256, "nout": 64, "nlevels": 8, "horizon": 80, "batch_size": 8,
+    "lr": 1e-2, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0,
+    "aux_freq": 2, "epochs": 5, "when": [-1], "decay": 2.0,
+}  # fmt: skip
+
+
 @dataclass(kw_only=True)
 class Config(AdaptiveConfig):
     """Train a TrellisNet on character-level Penn Treebank, enwik8 or text8."""
@@ -49,10 +57,11 @@ class Config(AdaptiveConfig):
         # An hour on two CPU cores with --precision bf16. Without dilation, the tied layers act as the steps of an LSTM
         # and learn faster. The gains of weight normalisation start small; a high learning rate and small batches get
         # past the first plateau.
-        "small": {
-            "name": "small", "emsize": 64, "nhid": 256, "nout": 64, "nlevels": 8, "horizon": 80, "batch_size": 8,
-            "lr": 1e-2, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0,
-            "aux_freq": 2, "epochs": 5, "when": [-1], "decay": 2.0,
+        "small": {"name": "small", **SMALL},
+        # As long as `small` to within a tenth, but twelve layers in the end.
+        "grow": {
+            "name": "grow", **SMALL, "nlevels": 12, "grow": ["2:2", "6:2"], "epochs": 6, "decay": 1.0,
+            "schedule": "cosine",
         },
         # A few minutes on two CPU cores.
         "tiny": {

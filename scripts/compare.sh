@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Train all networks on word-level Penn Treebank with the same number of parameters (presets `small`, 3.21M within 1 %) for
 # about the same time, and print the finished runs as a table. A short measurement finds the faster precision for each
-# network on this machine, and the number of epochs that fit; the learning rate is divided by 10 after two thirds and after
-# eight ninths of them, rounded down (at most once in three epochs or fewer). Started again, the script goes on where it
-# stopped, with the same choices. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
+# network on this machine, and the number of updates that fit; the learning rate falls to 0 over them along a cosine.
+# Started again, the script goes on where it stopped, with the same choices. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
 #
 #   MINUTES=60      minutes of training for each network
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
@@ -13,45 +12,65 @@ MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
 PROBE=300 # updates of the measurement; the first ones are faster than later ones
 
-# budget FLAGS...: print the number of epochs that fit into MINUTES, and the faster precision; measured once per row.
-budget() {
-    local folder="$ROOT/runs/tables/$TABLE/$ROW_NAME" precision
-    if [ ! -s "$folder/budget" ]; then
-        read -ra more <<<"${ARGS:-}"
-        for precision in fp32 bf16; do
-            "$PY" "$ROOT/word_ptb/train.py" "$@" ${more[@]+"${more[@]}"} --precision "$precision" --max_steps "$PROBE" \
-                --max_eval_tokens 1 --overwrite --out "$folder/probe-$precision" >&2
-        done
-        "$PY" - "$folder" "$MINUTES" >"$folder/budget" <<'PYTHON'
+# probe NAME FLAGS...: make PROBE updates, and print their seconds each and the updates of an epoch.
+probe() {
+    local out="$ROOT/runs/tables/$TABLE/$ROW_NAME/probe-$1"
+    shift
+    read -ra more <<<"${ARGS:-}"
+    "$PY" "$ROOT/word_ptb/train.py" "$@" ${more[@]+"${more[@]}"} --max_steps "$PROBE" --max_eval_tokens 1 --overwrite \
+        --out "$out" >&2
+    "$PY" - "$out" <<'PYTHON'
 import json, pathlib, sys
 
-folder, minutes, found = pathlib.Path(sys.argv[1]), float(sys.argv[2]), []
-for precision in ("fp32", "bf16"):
-    probe = folder / f"probe-{precision}"
-    steps = json.loads((probe / "config.json").read_text())["steps an epoch"]
-    records = map(json.loads, (probe / "metrics.jsonl").read_text().splitlines())
-    last = [r for r in records if r["event"] == "epoch"][-1]
-    # Validation takes a third of an update's time for a window, and the validation text is a twelfth of the training text.
-    found.append((last["train_seconds"] / last["step"] * steps * (1 + 1 / 36), precision))
-epoch, precision = min(found)
-print(max(1, round(60 * minutes / epoch)), precision)
+folder = pathlib.Path(sys.argv[1])
+records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+last = [r for r in records if r["event"] == "epoch"][-1]
+print(last["train_seconds"] / last["step"], json.loads((folder / "config.json").read_text())["steps an epoch"])
 PYTHON
-    fi
-    cat "$folder/budget"
 }
 
-# timed MODEL: train the row that calls it for MINUTES.
+# budget LAYERS FLAGS...: print the updates that fit into MINUTES, the faster precision and, unless LAYERS is 0, how many
+# epochs with so few layers take half of the time. Measured once per row.
+budget() {
+    local file="$ROOT/runs/tables/$TABLE/$ROW_NAME/budget" layers="$1" fp32 bf16 precision=fp32 shallow
+    shift
+    if [ ! -s "$file" ]; then
+        fp32="$(probe fp32 "$@" --precision fp32)"
+        bf16="$(probe bf16 "$@" --precision bf16)"
+        if "$PY" -c 'import sys; sys.exit(not float(sys.argv[2]) < float(sys.argv[1]))' "${fp32% *}" "${bf16% *}"; then
+            precision=bf16
+        fi
+        shallow="${!precision}"
+        [ "$layers" = 0 ] || shallow="$(probe shallow "$@" --precision "$precision" --nlevels "$layers")"
+        "$PY" - "$MINUTES" "$precision" "$layers" ${!precision} "${shallow% *}" >"$file" <<'PYTHON'
+import sys
+
+minutes, precision, layers, update, epoch, shallow = sys.argv[1:]
+# Validation takes a third of an update's time for a window, and the validation text is a twelfth of the training text.
+seconds, epoch = 60 * float(minutes) / (1 + 1 / 36), int(epoch)
+epochs = max(1, round(seconds / 2 / (epoch * float(shallow)))) if layers != "0" else 0
+rest = (seconds - epochs * epoch * float(shallow)) / float(update)
+print(epochs * epoch + max(1, round(rest)), precision, epochs)
+PYTHON
+    fi
+    cat "$file"
+}
+
+# timed MODEL [LAYERS]: train the row that calls it for MINUTES, half of them with LAYERS layers if given.
 timed() {
-    local ROW_NAME="${FUNCNAME[1]}" n=3 precision=fp32
-    [ -n "${SMOKE:-}" ] || read -r n precision <<<"$(budget --model "$1" --preset small)"
-    train word_ptb --model "$1" --preset small --precision "$precision" --epochs "$n" --when $((2 * n / 3)) $((8 * n / 9))
+    local ROW_NAME="${FUNCNAME[1]}" model="$1" layers="${2:-0}" updates=3 precision=fp32 epochs=1 grow=()
+    [ -n "${SMOKE:-}" ] || read -r updates precision epochs <<<"$(budget "$layers" --model "$model" --preset small)"
+    [ "$layers" = 0 ] || grow=(--grow "$layers:$epochs")
+    train word_ptb --model "$model" --preset small --precision "$precision" --epochs 1000 --schedule cosine \
+        --max_steps "$updates" ${grow[@]+"${grow[@]}"}
 }
 
 trellisnet() { timed trellisnet; }
+grown() { timed trellisnet 2; }
 awd_lstm() { timed awd-lstm; }
 tcn() { timed tcn; }
 rhn() { timed rhn; }
 sparse_lstm() { timed sparse-lstm; }
 
-rows trellisnet awd_lstm tcn rhn sparse_lstm
+rows trellisnet grown awd_lstm tcn rhn sparse_lstm
 [ -n "${SMOKE:-}" ] || "$PY" "$ROOT/scripts/collect.py" --table compare --root "$ROOT"

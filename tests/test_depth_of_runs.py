@@ -59,7 +59,7 @@ def assert_same(ours, theirs):
 def test_stages_follow_each_other():
     stages = depth.read_stages(["2:3", "5:1"], 8, 6)
     assert [depth.depth_of(stages, epoch, 8) for epoch in range(7)] == [2, 2, 2, 5, 8, 8, 8]
-    assert depth.read_stages([], 8, 1) == []
+    assert depth.read_stages([], 8, 1) == depth.read_stages(["none"], 8, 1) == []
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_every_depth_has_two_rows():
 
 
 def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
-    """An epoch of this train.py, 300 steps, takes 20 minutes in fp32 and 10 in bfloat16."""
+    """An update of this train.py takes 4 seconds in fp32, 2 in bfloat16, half with 2 layers; 300 make an epoch."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")
     (tmp_path / "word_ptb").mkdir()
     (tmp_path / "word_ptb" / "train.py").write_text(
@@ -103,7 +103,7 @@ def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
         "out.mkdir(parents=True, exist_ok=True)\n"
         "with (out.parents[1] / 'calls').open('a') as file: file.write(' '.join(argv[:argv.index('--out')]) + '\\n')\n"
         "(out / 'config.json').write_text(json.dumps({'steps an epoch': 300}))\n"
-        "seconds = 200.0 if 'bf16' in argv else 400.0\n"
+        "seconds = (200.0 if 'bf16' in argv else 400.0) / (1 + ('--nlevels' in argv))\n"
         "record = {'event': 'epoch', 'step': 100, 'train_seconds': seconds}\n"
         "(out / 'metrics.jsonl').write_text(json.dumps(record) + '\\n')\n"
         "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'seconds': 3600.0}\n"
@@ -118,7 +118,16 @@ def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
     *measured, trained = (folder / "calls").read_text().splitlines()
     rest = "--max_steps 300 --max_eval_tokens 1 --overwrite"
     assert measured == [f"--model rhn --preset small --precision {p} {rest}" for p in ("fp32", "bf16")]
-    assert trained == "--model rhn --preset small --precision bf16 --epochs 6 --when 4 5 --seed 1111 --overwrite"
+    fixed = "--model rhn --preset small --precision bf16 --epochs 1000 --schedule cosine --max_steps 1751"
+    assert trained == f"{fixed} --seed 1111 --overwrite"
+
+    done = script("compare", tmp_path, ROWS="grown")
+    assert done.returncode == 0, done.stderr
+    *_, shallow, trained = (folder / "calls").read_text().splitlines()
+    assert shallow == f"--model trellisnet --preset small --precision bf16 --nlevels 2 {rest}"
+    # Validation leaves 3,503 seconds, half of them 5.8 epochs with 2 layers; 6 leave 851 updates with all layers.
+    grown = "--model trellisnet --preset small --precision bf16 --epochs 1000 --schedule cosine --max_steps 2651"
+    assert trained == f"{grown} --grow 2:6 --seed 1111 --overwrite"
 
 
 @pytest.fixture
@@ -162,7 +171,7 @@ def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
     assert done.returncode == 0, done.stderr
     runs = stub / "runs" / "tables" / "table3"
     calls = (runs / "trellisnet" / "seed-1111" / "calls").read_text().splitlines()
-    start, on = "--preset paper --seed 1111 --overwrite", "--resume --max_steps 0"
+    start, on = "--preset paper --seed 1111 --overwrite", "--resume"
     assert calls == [start, start, on, on]
     again = table(3, stub)
     assert again.stdout.splitlines() == [

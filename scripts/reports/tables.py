@@ -179,8 +179,8 @@ TABLES = {
 }  # fmt: skip
 # What scripts/compare.sh trains: the name of a row and of its network.
 COMPARED = {
-    "trellisnet": "TrellisNet", "awd_lstm": "AWD-LSTM", "tcn": "Generic TCN", "rhn": "Recurrent highway network",
-    "sparse_lstm": "Sparse LSTM",
+    "trellisnet": "TrellisNet", "grown": "TrellisNet, half of the time with 2 layers", "awd_lstm": "AWD-LSTM",
+    "tcn": "Generic TCN", "rhn": "Recurrent highway network", "sparse_lstm": "Sparse LSTM",
 }  # fmt: skip
 # What scripts/memory.sh trains: the name of a row, less its problem, and of its network.
 MEMORY = {
