@@ -45,7 +45,7 @@ class CoreConfig(RunConfig):
     nhid: int = setting(1000, "hidden channels, not counting the output channels", group="model", at_least=1)
     nlevels: int = setting(58, "layers", group="model", at_least=1, at_most=MOST_LAYERS)
     grow: list[str] = setting(
-        [], "begin with fewer layers: those of each stage and its epochs, or none; the epochs after them have --nlevels",
+        [], "begin with fewer layers: those of each stage and its epochs, or none; epochs after them have --nlevels",
         group="optimisation", metavar="LAYERS:EPOCHS",
     )  # fmt: skip
     random_depth: int = setting(
