@@ -141,35 +141,35 @@ class _Layer:
 class _FastLayer:
     """The same map without gradients, time first: z is (L, N, 2H). Products and gates are those of `ops.fused`."""
 
-    def __init__(self, layer: _Layer, kernels: streaming.Kernels):
-        self.kernels, self.product = kernels, kernels.product
-        self.H = H = kernels.weight_h.size(1) // 2
-        self.old, self.new = (w.contiguous() for w in kernels.weight_h.split(H, dim=1))  # (4H, H)
-        self.x_tilde = layer.x_tilde.permute(2, 0, 1).to(kernels.weight_h.dtype).contiguous()  # (L, N, 4H)
+    def __init__(self, layer: _Layer, weights: ops.Weights, spec: ops.TrellisSpec, execution: ops.Execution):
+        _, weight_h, bias = weights
+        compute, self.product, gates = streaming.choose(bias, spec.activation, execution)
+        self.cell = streaming.Cell(bias, spec.activation, compute, gates)
+        self.old, self.new = (w.to(compute).contiguous() for w in weight_h.unbind(2))  # (4H, H)
+        self.x_tilde = layer.x_tilde.permute(2, 0, 1).to(compute).contiguous()  # (L, N, 4H)
         self.h_left, self.c_left = (part.permute(2, 0, 1) for part in (layer.h_left, layer.c_left))  # (1, N, H)
         self.scale = None if layer.scale is None else layer.scale.squeeze(2)  # (N, H)
 
-    def scaled(self, h: Tensor) -> Tensor:
-        return h if self.scale is None else h * self.scale
+    def tap(self, h: Tensor, weight: Tensor) -> Tensor:
+        """Return what a tap contributes to Conv1D(h), (…, N, 4H)."""
+        return self.multiply(h if self.scale is None else h * self.scale, weight)
 
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Return rows (…, N, K) · weightᵀ in the dtype of the products."""
         return self.product(rows.to(weight.dtype).flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 
-    def taps(self, h: Tensor) -> Tensor:
-        """Return what both taps read, oldest first, (L, N, 2H)."""
-        h = self.scaled(torch.cat([self.h_left, h]))
-        return torch.cat([h[:-1], h[1:]], dim=2)
+    def conv_h(self, h: Tensor) -> Tensor:
+        """Return Conv1D(h) of all steps, (L, N, 4H)."""
+        return self.tap(torch.cat([self.h_left, h[:-1]]), self.old) + self.tap(h, self.new)
 
     def activate(self, z_x: Tensor, z_h: Tensor, cells: Tensor) -> Tensor:
         """Apply the gates to steps (·, N, 4H) of x̃ and of Conv1D(h): (·, N, 2H)."""
-        return torch.cat(streaming.activate(self.kernels, z_x, z_h, cells.contiguous(), z_x.size(0), last=True), dim=2)
+        return torch.cat(self.cell(z_x, z_h, cells.contiguous(), last=True), dim=2)
 
     def segment(self, z: Tensor) -> Tensor:
         """Evaluate all steps at once."""
         h, c = z.chunk(2, dim=2)
-        cells = torch.cat([self.c_left, c[:-1]])
-        return self.activate(self.x_tilde, self.multiply(self.taps(h), self.kernels.weight_h), cells)
+        return self.activate(self.x_tilde, self.conv_h(h), torch.cat([self.c_left, c[:-1]]))
 
     def in_time(self, tolerance: float, max_evaluations: int) -> Solution:
         """Solve step after step, each from the solution of the step before: z is (L, N, 2H)."""
@@ -177,10 +177,10 @@ class _FastLayer:
         solutions = []
         for x_tilde in self.x_tilde:
             h, cells = z.chunk(2, dim=1)
-            z_x = (x_tilde + self.multiply(self.scaled(h), self.old)).unsqueeze(0)
+            z_x = (x_tilde + self.tap(h, self.old)).unsqueeze(0)
 
             def f(z: Tensor, z_x: Tensor = z_x, cells: Tensor = cells) -> Tensor:
-                z_h = self.multiply(self.scaled(z[:, : self.H]), self.new)
+                z_h = self.tap(z[:, : cells.size(1)], self.new)
                 return self.activate(z_x, z_h.unsqueeze(0), cells.unsqueeze(0))[0]
 
             solutions.append(anderson(f, z, tolerance, max_evaluations))
@@ -190,8 +190,8 @@ class _FastLayer:
     def adjoint(self, z: Tensor) -> "_Adjoint":
         """Linearise at z (L, N, 2H)."""
         h, c = z.chunk(2, dim=2)
-        z_hat = self.x_tilde + self.multiply(self.taps(h), self.kernels.weight_h)
-        return _Adjoint(self, z_hat.to(z.dtype), torch.cat([self.c_left, c[:-1]]))
+        z_hat = (self.x_tilde + self.conv_h(h)).to(z.dtype)
+        return _Adjoint(self, z_hat, torch.cat([self.c_left, c[:-1]]))
 
 
 class _Adjoint:
@@ -221,7 +221,8 @@ class _Adjoint:
 
     def hidden(self, d_z: Tensor, weight: Tensor) -> Tensor:
         """Return the gradient of the h that one tap reads."""
-        return self.layer.scaled(self.layer.multiply(d_z, weight).to(d_z.dtype))
+        d_h, scale = self.layer.multiply(d_z, weight).to(d_z.dtype), self.layer.scale
+        return d_h if scale is None else d_h * scale
 
     def segment(self, u: Tensor) -> Tensor:
         """Return Jᵀu for all steps at once, (L, N, 2H)."""
@@ -366,7 +367,7 @@ class EquilibriumTrellisNet(TrellisNet):
     def _equilibrium(self, layer: _Layer, weights: ops.Weights, N: int, L: int) -> Tensor:
         """Return z* (N, 2H, L) as a function of weights, x and state."""
         with torch.no_grad():
-            fast = _FastLayer(layer, streaming.prepare(weights, self.spec, self.execution, N))
+            fast = _FastLayer(layer, weights, self.spec, self.execution)
             zero = self.bias.new_zeros(L, N, 2 * self.hidden_size)
             if self.solver == "stepwise":
                 solution = fast.in_time(self.tolerance, self.max_evaluations)

@@ -27,7 +27,61 @@ from trellisnet.ops import gemm as products
 from trellisnet.ops.fused import gates_of
 from trellisnet.ops.gates import Step
 from trellisnet.ops.pruning import Layer, Read
-from trellisnet.ops.spec import Execution, TrellisSpec, Weights
+from trellisnet.ops.spec import Activation, Execution, TrellisSpec, Weights
+
+
+@lru_cache(maxsize=256)
+def _one_to_one(steps: int, injected: bool) -> Layer:
+    """Return a plan in which each position reads the row of its own number: the taps are gathered already."""
+    every = Read(0, range(steps))
+    return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps), {})
+
+
+class Cell(NamedTuple):
+    """Gates and cell of a layer, for any number of time steps.
+
+    Args:
+        bias: (GH,).
+        activation: the activation.
+        compute: dtype of the products.
+        kernels: gate kernels; None for the activation of the reference.
+    """
+
+    bias: Tensor
+    activation: Activation
+    compute: torch.dtype
+    kernels: ModuleType | None
+
+    def __call__(
+        self, z_x: Tensor | None, z_h: Tensor | None, cells: Tensor | None, *, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return h and c, (T, N, H); h is in the dtype of the products, except in the last layer.
+
+        Args:
+            z_x: x̃ (T, N, GH); None if x does not enter this layer.
+            z_h: Conv1D(h), which may be overwritten; None if the layer below is zero.
+            cells: what the cell path reads, (T, N, H); None for zeros.
+            last: whether this is the last layer.
+        """
+        bias, activation, compute = self.bias, self.activation, self.compute
+        if self.kernels is None:
+            z_x = bias if z_x is None else z_x.to(bias.dtype)
+            z_h = torch.zeros_like(z_x) if z_h is None else z_h.to(z_x.dtype)
+            cells = z_x.new_zeros(()) if cells is None else cells
+            h, c = activation.function(z_x.expand_as(z_h), z_h, cells, dim=2)
+            return h if last else h.to(compute), c
+        T, N, GH = (z_x if z_h is None else z_h).shape
+        layer, shape = _one_to_one(T, z_x is not None), (T, N, GH // activation.gates)
+        c = bias.new_empty(shape) if activation.has_cell else None
+        h = bias.new_empty(shape, dtype=bias.dtype if last else compute)
+        step = Step(
+            activation=activation, layer=layer, above=None if last else layer, product=0 if z_h is None else T,
+            gates=bias.new_empty(T, N, GH, dtype=compute) if z_h is None else z_h,
+            x=bias.to(compute) if z_x is None else z_x, c=c, c_below=cells, c0=None, scale=None,
+            taps=None if last else h.unsqueeze(2), out=h if last else None,
+        )  # fmt: skip
+        self.kernels.forward(step)
+        return h, h if c is None else c
 
 
 class Kernels(NamedTuple):
@@ -43,6 +97,10 @@ class Kernels(NamedTuple):
     product: products.Product
     add: Callable[[Tensor, Tensor, Any], None]  # (target, rows, weight): target += rows · weightᵀ, one row per sequence
     gates: ModuleType | None  # gate kernels; None for the activation of the reference
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.bias, self.spec.activation, self.weight_h.dtype, self.gates)
 
 
 class Stream(NamedTuple):
@@ -64,35 +122,41 @@ class Stream(NamedTuple):
     layers: int = 0
 
 
-def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_size: int) -> Kernels:
-    """Arrange the kernels for streams of `batch_size` sequences; arguments as in :func:`trellisnet.ops.trellis`.
+def choose(
+    bias: Tensor, activation: Activation, execution: Execution
+) -> tuple[torch.dtype, products.Product, ModuleType | None]:
+    """Return the dtype of the products, the product and the gate kernels for a network with this bias.
 
     Within `torch.autocast` the products are in its dtype.
     """
+    device, compute, kernels = bias.device, bias.dtype, None
+    if torch.is_autocast_enabled(device.type) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(device.type)
+    if activation.name in eager.FUNCTIONS:
+        kernels = gates_of(execution.gates, device, compute, activation.name)
+    return compute, products.resolve(execution.gemm, device, compute), kernels
+
+
+def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_size: int) -> Kernels:
+    """Arrange the kernels for streams of `batch_size` sequences; arguments as in :func:`trellisnet.ops.trellis`."""
     activation = spec.activation
     if spec.kernel_groups is not None:
         weights = mixed_group.dense(*weights, spec.kernel_groups, activation.gates)
     weight_x, weight_h, bias = weights
-    device = bias.device
-    compute = bias.dtype
-    if torch.is_autocast_enabled(device.type) and compute != torch.float64:
-        compute = torch.get_autocast_dtype(device.type)
+    compute, product, gate_kernels = choose(bias, activation, execution)
 
     def arranged(weight):  # a copy, so that later training steps do not change a stream
         return weight.detach().transpose(1, 2).flatten(1).to(compute, copy=True)
 
     H, k = weight_h.shape[1:]
-    w, product = arranged(weight_h), products.resolve(execution.gemm, device, compute)
-    gate_kernels = None
-    if activation.name in eager.FUNCTIONS:
-        gate_kernels = gates_of(execution.gates, device, compute, activation.name)
+    w = arranged(weight_h)
     # Contiguous now, because each product would copy a strided one.
     oldest, newest = w[:, : (k - 1) * H].contiguous(), w[:, (k - 1) * H :].contiguous()
     w_x = arranged(weight_x)
     if gate_kernels is compiled and batch_size <= compiled.FEW:
         add, pack = compiled.add_product, compiled.pack
     else:
-        single = products.for_single_rows(device, compute, product)
+        single = products.for_single_rows(bias.device, compute, product)
         add = partial(products.add_product, product=single)
         pack = partial(products.pack, rows=batch_size, product=single)
     oldest = products.pack(oldest, (spec.num_layers - 1) * batch_size, product)
@@ -150,45 +214,6 @@ def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
     return product(rows.flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 
 
-@lru_cache(maxsize=256)
-def _one_to_one(steps: int, injected: bool) -> Layer:
-    """Return a plan in which each position reads the row of its own number: the taps are gathered already."""
-    every = Read(0, range(steps))
-    return Layer(1, steps, steps, (every,), every, range(steps) if injected else None, range(steps), {})
-
-
-def activate(
-    kernels: Kernels, z_x: Tensor | None, z_h: Tensor | None, cells: Tensor | None, steps: int, last: bool
-) -> tuple[Tensor, Tensor]:
-    """Return h and c of a layer, (steps, N, H); h is in the dtype of the products, except in the last layer.
-
-    Args:
-        z_x: x̃ (steps, N, GH); None if x does not enter this layer.
-        z_h: Conv1D(h), which may be overwritten; None if the layer below is zero.
-        cells: what the cell path reads, (steps, N, H); None for zeros.
-    """
-    compute, activation = kernels.weight_h.dtype, kernels.spec.activation
-    if kernels.gates is None:
-        z_x = kernels.bias if z_x is None else z_x.to(kernels.bias.dtype)
-        z_h = torch.zeros_like(z_x) if z_h is None else z_h.to(z_x.dtype)
-        cells = z_x.new_zeros(()) if cells is None else cells
-        h, c = activation.function(z_x.expand_as(z_h), z_h, cells, dim=2)
-        return h if last else h.to(compute), c
-    N, GH = (z_x if z_h is None else z_h).shape[1:]
-    layer = _one_to_one(steps, z_x is not None)
-    bias, shape = kernels.bias, (steps, N, GH // activation.gates)
-    c = bias.new_empty(shape) if activation.has_cell else None
-    h = bias.new_empty(shape, dtype=bias.dtype if last else compute)
-    step = Step(
-        activation=activation, layer=layer, above=None if last else layer, product=0 if z_h is None else steps,
-        gates=bias.new_empty(steps, N, GH, dtype=compute) if z_h is None else z_h,
-        x=bias.to(compute) if z_x is None else z_x, c=c, c_below=cells, c0=None, scale=None,
-        taps=None if last else h.unsqueeze(2), out=h if last else None,
-    )  # fmt: skip
-    kernels.gates.forward(step)
-    return h, h if c is None else c
-
-
 def _moved(below: Tensor, above: Tensor, channels: int) -> float:
     """Return how far the last `channels` of h moved from a layer to the next, relative to their norm."""
     a, b = (h[:, :, h.size(2) - channels :].float() for h in (below, above))
@@ -209,6 +234,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
         h and c of the last layer, (N, T, H), and the stream after these steps.
     """
     kernels, spec = _usable(stream.kernels), stream.kernels.spec
+    cell = kernels.cell
     T, k, last = x.size(1), spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.transpose(0, 1)])
     x_tilde = _x_tilde(kernels, x, k, T)
@@ -218,7 +244,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
     for i, d in enumerate(spec.dilations):
         z_x = x_tilde[d] if spec.injected(i) else None
         if i == 0:  # the layer below is zero
-            h, c = activate(kernels, z_x, None, None, T, i == last)
+            h, c = cell(z_x, None, None, last=i == last)
             continue
         below, cells = torch.cat([stream.h[i - 1], h]), torch.cat([stream.c[i - 1], c])
         new_h.append(below[T:].clone())
@@ -226,7 +252,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
         if settled:
             continue
         z_h = _product(kernels.product, _taps(below, k, d, T), kernels.weight_h)
-        before, (h, c) = h, activate(kernels, z_x, z_h, cells[:T], T, i == last)
+        before, (h, c) = h, cell(z_x, z_h, cells[:T], last=i == last)
         layers = i + 1
         # x climbs one of the groups per layer, and moves no output before it has reached the last one.
         settled = tolerance > 0 and i >= (spec.kernel_groups or 1) and _moved(before, h, spec.output_size) < tolerance
@@ -251,6 +277,7 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         h and c of the last layer, (N, H); the stream after this step; number of layer-steps computed.
     """
     kernels, spec = _usable(stream.kernels), stream.kernels.spec
+    cell = kernels.cell
     k, last = spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.unsqueeze(0)])
     x_tilde, low = {}, x.to(kernels.weight_x.dtype)
@@ -270,12 +297,12 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         z_x = x_tilde[d] if spec.injected(i) else None
         layer_steps += 1
         if i == 0:
-            h, c = activate(kernels, z_x, None, None, 1, i == last)
+            h, c = cell(z_x, None, None, last=i == last)
             continue
         new_h.append(_shift(stream.h[i - 1], h))
         new_c.append(_shift(stream.c[i - 1], c))
         z_h = z_old[i - 1]
         kernels.add(z_h[0], h[0], kernels.newest)
-        h, c = activate(kernels, z_x, z_h, stream.c[i - 1][:1], 1, i == last)
+        h, c = cell(z_x, z_h, stream.c[i - 1][:1], last=i == last)
     stream = stream._replace(x=x[1:].clone(), h=tuple(new_h), c=tuple(new_c), layers=layer_steps)
     return h[0], c[0], stream, layer_steps
