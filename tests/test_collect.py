@@ -490,6 +490,30 @@ def test_parts_of_the_recipe_are_compared(root):
     assert collect.main(["--root", str(folder)]) == 2
 
 
+def test_short_runs_are_listed_in_their_order(root, capsys):
+    folder = root()
+    short = folder / "results" / "short_runs"
+    short.mkdir()
+    for i, (flags, epoch) in enumerate([("", 1), (" --finetune --load_weight runs/a", 0)]):
+        command = f"python word_ptb/train.py --model rhn{flags} --threads 1 --out runs/x --metrics runs/x/m.json"
+        metrics = METRICS | {"command": command, "best_epoch": epoch}
+        (short / f"{i}_run.json").write_text(json.dumps(metrics))
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    first, second = re.findall(r"^\| `python word_ptb/train.py --model rhn.*", text, re.M)
+    assert first.startswith("| `python word_ptb/train.py --model rhn` | Penn Treebank |")
+    assert "| 121.51 |" in first
+    assert "--finetune --load_weight runs/a` | Penn Treebank |" in second
+    assert "| 121.51, as loaded |" in second
+    (short / "0_run.json").write_text(json.dumps(METRICS | {"command": "python x.py --load_weight /home/me/w.pkl"}))
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "0_run.json: the command names a path of one machine" in capsys.readouterr().err
+    for path in short.iterdir():
+        path.unlink()
+    assert collect.main(["--root", str(folder)]) == 2
+    assert "short_runs: has no runs" in capsys.readouterr().err
+
+
 def test_precisions_are_compared(root):
     folder = root()
     (folder / "results" / "precision").mkdir()

@@ -302,6 +302,21 @@ def read_precisions(folder: Path) -> list[Record]:
         return sorted(runs, key=lambda run: (run["precision"], run["seed"]), reverse=True)
 
 
+def read_short_runs(folder: Path) -> list[Record]:
+    """Runs of the other cores' recipes at a small size, from results/short_runs/<number>_<name>.json, in this order."""
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        metrics = read_metrics(path)
+        command = without(metrics["command"], "out", "metrics", "threads", "overwrite", "no-download")
+        check_portable(path, command)
+        runs.append(metrics | {"command": command})
+    if not runs:
+        raise UserError(f"{folder}: has no runs")
+    with refusing(folder):
+        check_alike(folder, runs, "machine threads torch precision")
+    return runs
+
+
 def read_recipe(folder: Path) -> list[tuple[str, Record]]:
     """Rows of scripts/recipe.sh, labelled, from results/recipe/<row>.json."""
     runs = {path.stem: read_metrics(path) for path in sorted(folder.glob("*.json"))}

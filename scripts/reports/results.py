@@ -216,6 +216,31 @@ def recipe(folder: Path) -> str:
         )
 
 
+def short_runs(folder: Path) -> str:
+    """Runs of the other cores' recipes at a small size, from results/short_runs."""
+    runs = records.read_short_runs(folder)
+    with refusing(folder):
+        one, rows = runs[0], []
+        for run in runs:
+            valid, test = score_of(run["valid"]), score_of(run["test"])
+            when = "" if run["best_epoch"] else ", as loaded"
+            counts = f"{run['params']:,}", run["epochs"], f"{run['seconds'] / 60:.1f}"
+            scores = f"{valid}{when}", f"{test} {test.score_name}"
+            rows.append((f"`{run['command']}`", run["corpus"], *counts, *scores, f"`{run['commit']}`"))
+        columns = ("command", "data", "parameters:", "epochs:", "minutes:", "valid:", "test:", "commit")
+        return _text(
+            [
+                "## Short runs of other recipes",
+                "",
+                f"Finetuning, bytes and other cores at a size for minutes on a busy machine: {one['machine']}, "
+                f"{threads(one)}, {one['precision']}, torch {one['torch']}, one seed. They show that a recipe trains, "
+                "not what it reaches. Minutes are wall time, no measure of speed.",
+                "",
+                *table(columns, rows),
+            ]
+        )
+
+
 def precisions(folder: Path) -> str:
     """Runs that differ in precision and seed only, from results/precision."""
     runs = records.read_precisions(folder)
