@@ -590,9 +590,9 @@ def test_scores_by_depth_and_with_early_exit(root, capsys):
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     rows = text[text.index("## Depth of scoring") :].splitlines()
-    assert "| `words` | 4 | 5 | 111.00 | 110.00 | perplexity |  |" in rows
-    assert "| `words` | 8 | 9 | 101.00 | 100.00 | perplexity | as trained |" in rows
-    assert "| `words` | 16 | 17 | 100.00 | 99.00 | perplexity | chosen |" in rows
+    assert "| `words` | 4 | 5 | 111.00 | 110.00 | perplexity | 9 |  |" in rows
+    assert "| `words` | 8 | 9 | 101.00 | 100.00 | perplexity | 9 | as trained |" in rows
+    assert "| `words` | 16 | 17 | 100.00 | 99.00 | perplexity | 9 | chosen |" in rows
     assert f"- `words`: `{command}`; CPU, 2 cores, fp32, torch 2.13.0, commit `0123456789ab`" in rows
 
     (folder / "results" / "exit").mkdir()
@@ -607,7 +607,7 @@ def test_scores_by_depth_and_with_early_exit(root, capsys):
     assert "**Early exit**, `words` with 16 layers, read as streams: " in text
     assert "| all layers | 16.0 | 101.00 | 2.0 |  |\n| 0.1 | 5.2 | 101.10 | 1.0 | 50% |\n" in text
     for file, content, change, message in (
-        (path, metrics, {"complete": False}, "not a complete run"),
+        (path, metrics, {"test": metrics["test"] | {"tokens": 8}}, "scored on different parts of the test data"),
         (path, METRICS, {}, "has no scores by depth; score the run with --eval_depths"),
         (path, metrics, {"test_depth_4": {}}, "it has no 'nlevels'"),
         (other, METRICS, {}, "has no scores by tolerance; score the run with --early_exit"),

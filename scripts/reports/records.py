@@ -384,7 +384,7 @@ def read_adapted(path: Path) -> tuple[Record, dict[str, tuple[Record, Record]]]:
 
 def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
     """A trained model scored with `--eval_depths`: metrics, and validation and test result of every depth, in order."""
-    metrics = read_metrics(path)
+    metrics = read_metrics(path, complete=False)
     with refusing(path):
         command = without(metrics["command"], "metrics", "threads")
         check_portable(path, command)
@@ -393,8 +393,10 @@ def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
             raise UserError(f"{path}: has no scores by depth; score the run with --eval_depths")
         pairs = {metrics[f"test{key}"]["nlevels"]: (metrics[f"valid{key}"], metrics[f"test{key}"]) for key in depths}
         pairs[metrics["test"]["nlevels"]] = metrics["valid"], metrics["test"]
-        for pair in pairs.values():
-            [(score_of(result), result["receptive_field"]) for result in pair]
+        for split, results in zip(("valid", "test"), zip(*pairs.values(), strict=True), strict=True):
+            [(score_of(result), result["receptive_field"]) for result in results]
+            if len({result[score_of(result).count] for result in results}) > 1:
+                raise UserError(f"{path}: the depths are scored on different parts of the {split} data")
     return metrics | {"command": command}, [pairs[layers] for layers in sorted(pairs)]
 
 

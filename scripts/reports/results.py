@@ -322,7 +322,8 @@ def depths(root: Path) -> str:
                 rows.append(
                     (
                         f"`{path.stem}`", layers, f"{test['receptive_field']:,}", score_of(valid), score_of(test),
-                        score_of(test).title, ", ".join(marks),
+                        score_of(test).title, f"{test[score_of(test).count]:,}" + " (partial)" * ("partial" in test),
+                        ", ".join(marks),
                     )
                 )  # fmt: skip
     lines = [
@@ -332,7 +333,7 @@ def depths(root: Path) -> str:
         "results/NAME --eval --eval_depths …`. The depth that `--eval_nlevels auto` takes is the best one on the "
         "validation data, here *chosen*. The same numbers [as a picture](results/figures/depth.svg).",
         "",
-        *table(["model", "layers:", "sees:", "valid:", "test:", "score", ""], rows),
+        *table(["model", "layers:", "sees:", "valid:", "test:", "score", "scored of test:", ""], rows),
         "",
         *(f"- `{name}`: `{m['command']}`; {m['machine']}, {m['precision']}, torch {m['torch']}, commit `{m['commit']}`"
           for name, m in commands),
