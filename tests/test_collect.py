@@ -66,6 +66,7 @@ def test_a_section_has_all_facts_of_a_run(root):
         ({"complete": False}, "not a complete run"),
         ({"epochs": 3}, "not a complete run"),
         ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
+        ({"corpus": "enwik8"}, "the paper has no score on enwik8; use a folder for short runs"),
         ({"commit": "0123456789ab-dirty"}, "the code was not committed"),
         ({"commit": None}, "the code was not committed"),
         ({"command": "python word_ptb/train.py --data /home/me/penn"}, "names a path of one machine"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.reports.tables import COMPARED, MEMORY, PUBLISHED, RECIPE, TABLES, Row
+from trellisnet.data import wikipedia
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.serialization import read_regular
 from trellisnet.training.runlog import read_records
@@ -204,6 +205,8 @@ def read_run(folder: Path, *ignored: str) -> Run:
         last = [r for r in events if r["event"] == "result"][-1:]
         evaluations = {name: result for r in last for name, result in r.items() if isinstance(result, dict)}
         score_of(metrics["test"])
+        if metrics["corpus"] in wikipedia.DATASETS:
+            raise UserError(f"{folder}: the paper has no score on {metrics['corpus']}; use a folder for short runs")
     return Run(folder, metrics | {"command": command}, epochs, evaluations)
 
 

@@ -44,9 +44,8 @@ def _section(run: Run, metrics: dict[str, Any]) -> str:
         paper += f", {published.not_permuted} without permutation,"
     valid = "none held out; the last epoch is scored"
     if metrics["valid"]:
-        when = (
-            f"at epoch {metrics['best_epoch']}" if metrics["best_epoch"] else "as loaded"
-        )  # if finetuning gained nothing
+        # Finetuning that gains nothing keeps the loaded weights.
+        when = f"at epoch {metrics['best_epoch']}" if metrics["best_epoch"] else "as loaded"
         valid = f"{score_of(metrics['valid'])} {when}"
     facts = {
         "Command": f"`{metrics['command']}`",
