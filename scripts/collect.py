@@ -13,6 +13,7 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
     recipe                      what scripts/recipe.sh has trained, as <row>.json
     short_runs                  metrics of runs of a few minutes, as <number>_<name>.json
     compare_<minutes>_minutes   what scripts/compare.sh has trained, a result <row>/ each
+    growth                      what scripts/depth.sh has trained, as <row>-<seed>.json
     depth, exit                 metrics of --eval with --eval_depths or --early_exit, <model>.json each
     adapted                     metrics of --eval with --cache or --dynamic_eval
     memory, speed               metrics of a few updates; what scripts/bench.py has written: for blocks of pages
@@ -54,7 +55,7 @@ Train scores are those of training, with dropout on.
 # Sections by the first word of a folder's name; folders that have none of their own.
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "precision": results.precisions, "recipe": results.recipe, "compare": results.equal_time,
-    "short": results.short_runs,
+    "short": results.short_runs, "growth": results.growth,
 }  # fmt: skip
 ELSEWHERE = ("figures", "compatibility", "memory", "speed", "torture", "adapted", "long_memory", "depth", "exit")
 

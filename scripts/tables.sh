@@ -33,7 +33,7 @@ if ! command -v "$PY" >/dev/null; then
 fi
 
 # Flags that reduce any row to a few seconds.
-SMOKE_ALL="--data synthetic --overwrite --epochs 2 --max_steps 2 --max_eval_tokens 100 --nhid 8"
+SMOKE_ALL="--data synthetic --overwrite --epochs 9 --max_steps 2 --max_eval_tokens 100 --nhid 8"
 SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
 
 # finished OUT: whether the run in a folder has come to its end.

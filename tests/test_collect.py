@@ -578,6 +578,33 @@ def test_cache_and_dynamic_evaluation(root, capsys):
         assert error.count("\n") == 1
 
 
+def test_growing_and_random_depth(root, capsys):
+    folder = root()
+    (folder / "results" / "growth").mkdir()
+    runs = {"word_fixed-1": 120.0, "word_grown-1": 110.0, "word_grown-2": 112.0, "word_depth_2-1": 150.0}
+    for name, ppl in runs.items():
+        metrics = METRICS | {"seed": int(name[-1]), "test": METRICS["test"] | {"ppl": ppl}}
+        (folder / "results" / "growth" / f"{name}.json").write_text(json.dumps(metrics))
+    depths = {f"test_depth_{layers}": {"ppl": 153.0} for layers in (2, 4, 6)}
+    path = folder / "results" / "growth" / "word_random-1.json"
+    path.write_text(json.dumps(METRICS | {"seed": 1, "test": METRICS["test"] | {"ppl": 126.0}} | depths))
+    assert collect.main(["--root", str(folder)]) == 0
+    rows = (folder / "RESULTS.md").read_text().splitlines()
+    assert "| word | 3 epochs of 8 layers | 7.08M | 1 | 121.51 | 120.00 | 60 |" in rows
+    spread = "121.51 ± 0.00 | 111.00 ± 1.41"
+    assert f"| word | 2 epochs of 2 layers, 2 epochs of 8 layers | 6.98M | 2 | {spread} | 60 |" in rows
+    assert "| word | 2 | 1 | 150.00 | 153.00 | +2.0% |" in rows
+    assert "| word | 8 | 1 | 120.00 | 126.00 | +5.0% |" in rows
+    for name, content, message in (
+        ("word_random-1", METRICS, "it has no 'test_depth_2'"),
+        ("word_random-1", METRICS | depths | {"params": 7}, "the runs differ in params"),
+        ("words-1", METRICS, "expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"),
+    ):
+        (path.parent / f"{name}.json").write_text(json.dumps(content))
+        assert collect.main(["--root", str(folder)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_scores_by_depth_and_with_early_exit(root, capsys):
     folder = root()
     (folder / "results" / "depth").mkdir()

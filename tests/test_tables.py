@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from scripts.reports.tables import GROWTH
 from trellisnet.models import count_parameters
 from trellisnet.training import programs
 from trellisnet.training.config import PROJECT, parse
@@ -56,7 +58,15 @@ def smoke(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [*(f"table{number}" for number in TABLES), "sparse_table", "wikipedia_table", "rhn_table", "recipe", "compare"],
+    [
+        *(f"table{number}" for number in TABLES),
+        "sparse_table",
+        "wikipedia_table",
+        "rhn_table",
+        "recipe",
+        "compare",
+        "depth",
+    ],
 )
 def test_smoke(smoke, name):
     smoke(name, ["depth_3", "depth_1_untied"] if name == "rhn_table" else rows_of(name))
@@ -64,7 +74,8 @@ def test_smoke(smoke, name):
 
 @pytest.mark.parametrize("smoked", ["", "1"])
 @pytest.mark.parametrize(
-    "name", [*(f"table{number}" for number in TABLES), "sparse_table", "wikipedia_table", "rhn_table", "recipe"]
+    "name",
+    [*(f"table{number}" for number in TABLES), "sparse_table", "wikipedia_table", "rhn_table", "recipe", "depth"],
 )
 def test_the_flags_of_every_row_are_valid(name, smoked, tmp_path):
     """Parse the flags that are printed, and build the models on the meta device."""
@@ -260,3 +271,24 @@ def test_rows_of_table_6_have_the_size_of_the_dense_network(flags, paper, small)
         assert f"={nhid}" in script.split(f"\n{preset})", 1)[1].split(";;", 1)[0]
         config, _ = parse(Config, ["--preset", preset, *flags.format(nhid).split()])
         assert count_parameters(build_model(config, 10_000)) == pytest.approx(dense, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", GROWTH)
+def test_growing_and_fixed_plans_cost_equally_much(text):
+    """The multiply-adds of a token are the entries of its kernels, once per use, and of the softmax."""
+    outside, layer, plans = GROWTH[text]
+    rows = (PROJECT / "scripts" / "depth.sh").read_text()
+    program = programs.get(f"{text}_ptb")
+    flags = re.search(rf"^{text}\(\) {{ plan {text}_ptb (.*) \"\$@\"; }}$", rows, re.M)[1].split()
+    config, _ = parse(program.config_class, ["--preset", "small", *flags])
+    model = program.build_model(config, {"word": 10_000, "char": 50}[text])
+    kernels = (model.core.effective_weight(name).numel() for name in ("weight_x", "weight_h"))
+    assert [next(kernels) + model.head.weight.numel(), next(kernels)] == [outside, layer]
+    costs = []
+    for plan, epochs in plans.items():
+        own = re.search(rf"^{text}_{plan}\(\) {{ {text} (.*); }}$", rows, re.M)[1].split()
+        config, _ = parse(program.config_class, ["--preset", "small", *flags, *own])
+        layers = [config.depth(epoch) or config.nlevels for epoch in range(config.epochs)]
+        assert Counter(layers) == epochs
+        costs.append(sum(outside + n * layer for n in layers))
+    assert abs(costs[1] / costs[0] - 1) < 0.03

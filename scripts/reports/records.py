@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.reports.tables import COMPARED, MEMORY, PUBLISHED, RECIPE, TABLES, Row
+from scripts.reports.tables import COMPARED, GROWTH, MEMORY, PUBLISHED, RECIPE, TABLES, Row
 from trellisnet.data import wikipedia
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.serialization import read_regular
@@ -401,6 +401,31 @@ def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
             if len({result[score_of(result).count] for result in results}) > 1:
                 raise UserError(f"{path}: the depths are scored on different parts of the {split} data")
     return metrics | {"command": command}, [pairs[layers] for layers in sorted(pairs)]
+
+
+def read_growth(folder: Path) -> dict[str, list[Record]]:
+    """Runs of scripts/depth.sh by row, in the order of their seeds, from results/growth/<row>-<seed>.json."""
+    runs: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.json")):
+        row, metrics = path.stem.rpartition("-")[0], read_metrics(path)
+        with refusing(path):
+            text, _, plan = row.partition("_")
+            if text not in GROWTH or plan not in ("fixed", "grown", "random", "depth_2", "depth_4", "depth_6"):
+                raise UserError(
+                    f"{path}: expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"
+                )
+            score_of(metrics["valid"]), score_of(metrics["test"]), metrics["seconds"], metrics["seed"]
+            if plan == "random":
+                [score_of(metrics[f"test_depth_{layers}"]) for layers in (2, 4, 6)]
+            runs.setdefault(row, []).append(metrics)
+    if not runs:
+        raise UserError(f"{folder}: has no runs")
+    with refusing(folder):
+        for text in GROWTH:
+            own = [m for row, found in runs.items() for m in found if row.startswith(text)]
+            if own:
+                check_alike(folder, own, "task preset params data machine torch corpus precision")
+    return runs
 
 
 def read_exits(path: Path) -> tuple[Record, list[Record]]:

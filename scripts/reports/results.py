@@ -1,13 +1,15 @@
 """The sections of RESULTS.md, each from its records."""
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.reports import records
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import ADAPTED, Run, options, place, refusing, score_of, without
-from scripts.reports.tables import PUBLISHED
+from scripts.reports.records import ADAPTED, Run, Score, options, place, refusing, score_of, without
+from scripts.reports.tables import GROWTH, PUBLISHED
+from trellisnet.errors import counted
 
 ORDERS = {True: "permuted", False: "not permuted"}
 
@@ -300,6 +302,50 @@ def long_memory(root: Path) -> str:
                 *table(columns, rows),
             ]
         )
+
+
+def growth(folder: Path) -> str:
+    """Growing against fixed depth, and random depth against one network for each, from results/growth."""
+    runs = records.read_growth(folder)
+    with refusing(folder):
+        equal, every, one = [], [], next(iter(runs.values()))[0]
+        for text, (outside, layer, plans) in GROWTH.items():
+            for plan, epochs in plans.items():
+                if found := runs.get(f"{text}_{plan}"):
+                    cost = sum(n * (outside + layers * layer) for layers, n in epochs.items()) / 1e6
+                    stages = ", ".join(f"{counted(n, 'epochs')} of {layers} layers" for layers, n in epochs.items())
+                    seconds = sum(m["seconds"] for m in found) / len(found)
+                    scores = (_mean([score_of(m[split]) for m in found]) for split in ("valid", "test"))
+                    equal.append((text, stages, f"{cost:.2f}M", len(found), *scores, minutes(seconds)))
+            for layers in (2, 4, 6, 8):
+                alone = runs.get(f"{text}_fixed" if layers == 8 else f"{text}_depth_{layers}", [])
+                for m in runs.get(f"{text}_random", []):
+                    ours = score_of(m["test" if layers == 8 else f"test_depth_{layers}"])
+                    for other in (score_of(o["test"]) for o in alone if o["seed"] == m["seed"]):
+                        every.append((text, layers, m["seed"], other, ours, f"{ours.value / other.value - 1:+.1%}"))
+        lines = [
+            "## Growing and random depth",
+            "",
+            f"`bash scripts/depth.sh`, which has the commands: small networks on {one['machine']}, {one['precision']}, "
+            f"torch {one['torch']}, commit `{one['commit']}`, {one['corpus']}; perplexity of words, bits per symbol.",
+        ]
+        if equal:
+            columns = "text|epochs|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
+            lines += ["", "Plans of equal cost, the softmax included:", "", *table(columns.split("|"), equal)]
+        if every:
+            columns = "text|layers:|seed:|test, trained for this depth:|test, random depth:|difference:"
+            lines += [
+                "",
+                "One network of random depth, 2 to 8 layers, and one for each depth, of equally many updates:",
+            ]
+            lines += ["", *table(columns.split("|"), every)]
+        return _text(lines)
+
+
+def _mean(scores: Sequence[Score]) -> str:
+    values = [score.value for score in scores]
+    spread = f" ± {statistics.stdev(values):.{scores[0].digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{scores[0].digits}f}{spread}"
 
 
 def depths(root: Path) -> str:

@@ -187,6 +187,12 @@ MEMORY = {
     "trellisnet": "TrellisNet", "trellisnet_short": "TrellisNet, field too short", "tcn": COMPARED["tcn"],
     "awd_lstm": "LSTM", "rhn": COMPARED["rhn"],
 }  # fmt: skip
+# What scripts/depth.sh trains: by text, the multiply-adds per token outside the layers and in each of them, and the
+# epochs of each number of layers in the rows that cost equally much.
+GROWTH = {
+    "word": (721_920, 204_800, {"fixed": {8: 3}, "grown": {2: 2, 8: 2}}),
+    "char": (34_368, 131_072, {"fixed": {8: 2}, "grown": {2: 2, 3: 1, 8: 1}}),
+}
 # What scripts/recipe.sh trains.
 RECIPE = {
     "authors": "constant rate, authors' initial weights", "gain": "+ `--init_gain`", "onecycle": "+ one-cycle rate",

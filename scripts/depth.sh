@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Depth over a run, on words and characters, at a size that takes minutes on two CPU cores. `fixed` and `grown` cost equally
+# many multiply-adds to within 3 %; `random` is one network for all depths, `depth_N` one for each, of equally many updates.
+# See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
+. "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
+
+# plan TASK FLAGS...: train the row that calls the function that calls this.
+plan() { ROW_NAME="${FUNCNAME[2]}" train "$1" --preset small --schedule cosine "${@:2}"; }
+word() { plan word_ptb --emsize 64 --nhid 96 --nout 64 "$@"; }
+char() { plan char_ptb --emsize 32 --nhid 96 --nout 32 "$@"; }
+
+word_fixed() { word --epochs 3; }
+word_grown() { word --epochs 4 --grow 2:2; }
+word_random() { word --epochs 3 --random_depth 2 --eval_depths 2 4 6; }
+word_depth_2() { word --epochs 3 --nlevels 2; }
+word_depth_4() { word --epochs 3 --nlevels 4; }
+word_depth_6() { word --epochs 3 --nlevels 6; }
+char_fixed() { char --epochs 2; }
+char_grown() { char --epochs 4 --grow 2:2 3:1; }
+char_random() { char --epochs 2 --random_depth 2 --eval_depths 2 4 6; }
+char_depth_2() { char --epochs 2 --nlevels 2; }
+char_depth_4() { char --epochs 2 --nlevels 4; }
+char_depth_6() { char --epochs 2 --nlevels 6; }
+
+rows word_fixed word_grown word_random word_depth_2 word_depth_4 word_depth_6 \
+    char_fixed char_grown char_random char_depth_2 char_depth_4 char_depth_6
