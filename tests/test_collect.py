@@ -502,9 +502,9 @@ def test_short_runs_are_listed_in_their_order(root, capsys):
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     first, second = re.findall(r"^\| `python word_ptb/train.py --model rhn.*", text, re.M)
-    assert first.startswith("| `python word_ptb/train.py --model rhn` | Penn Treebank |")
+    assert first.startswith("| `python word_ptb/train.py --model rhn --out runs/x` | Penn Treebank |")
     assert "| 121.51 |" in first
-    assert "--finetune --load_weight runs/a` | Penn Treebank |" in second
+    assert "--finetune --load_weight runs/a --out runs/x` | Penn Treebank |" in second
     assert "| 121.51, as loaded |" in second
     (short / "0_run.json").write_text(json.dumps(METRICS | {"command": "python x.py --load_weight /home/me/w.pkl"}))
     assert collect.main(["--root", str(folder)]) == 2

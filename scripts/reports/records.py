@@ -310,7 +310,7 @@ def read_short_runs(folder: Path) -> list[Record]:
     runs = []
     for path in sorted(folder.glob("*.json")):
         metrics = read_metrics(path)
-        command = without(metrics["command"], "out", "metrics", "threads", "overwrite", "no-download")
+        command = without(metrics["command"], "metrics", "threads", "overwrite", "no-download")
         check_portable(path, command)
         runs.append(metrics | {"command": command})
     if not runs:
