@@ -28,6 +28,7 @@ from torch import Tensor
 
 from trellisnet import ops
 from trellisnet.core import State, TrellisNet, TrellisOutput, check_at_least, check_lengths, check_sequence
+from trellisnet.ops import gemm as products
 from trellisnet.ops import streaming
 from trellisnet.ops.reference import lstm
 from trellisnet.regularization import Masks, dropout_scale
@@ -141,14 +142,19 @@ class _Layer:
 class _FastLayer:
     """The same map without gradients, time first: z is (L, N, 2H). Products and gates are those of `ops.fused`."""
 
-    def __init__(self, layer: _Layer, weights: ops.Weights, spec: ops.TrellisSpec, execution: ops.Execution):
-        _, weight_h, bias = weights
+    def __init__(self, layer: _Layer, weights: ops.Weights, spec: ops.TrellisSpec, execution: ops.Execution, rows: int):
+        _, self.weight_h, bias = weights
+        self.rows = rows  # of a product
         compute, self.product, gates = streaming.choose(bias, spec.activation, execution)
         self.cell = streaming.Cell(bias, spec.activation, compute, gates)
-        self.old, self.new = (w.to(compute).contiguous() for w in weight_h.unbind(2))  # (4H, H)
+        self.old, self.new = map(self.packed, self.weight_h.unbind(2))  # (4H, H)
         self.x_tilde = layer.x_tilde.permute(2, 0, 1).to(compute).contiguous()  # (L, N, 4H)
         self.h_left, self.c_left = (part.permute(2, 0, 1) for part in (layer.h_left, layer.c_left))  # (1, N, H)
         self.scale = None if layer.scale is None else layer.scale.squeeze(2)  # (N, H)
+
+    def packed(self, weight: Tensor) -> Tensor:
+        """Return a matrix as the product reads it fastest."""
+        return products.pack(weight.to(self.cell.compute).contiguous(), self.rows, self.product)
 
     def tap(self, h: Tensor, weight: Tensor) -> Tensor:
         """Return what a tap contributes to Conv1D(h), (…, N, 4H)."""
@@ -156,7 +162,7 @@ class _FastLayer:
 
     def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Return rows (…, N, K) · weightᵀ in the dtype of the products."""
-        return self.product(rows.to(weight.dtype).flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
+        return self.product(rows.to(self.cell.compute).flatten(0, -2), weight).unflatten(0, rows.shape[:-1])
 
     def conv_h(self, h: Tensor) -> Tensor:
         """Return Conv1D(h) of all steps, (L, N, 4H)."""
@@ -205,7 +211,7 @@ class _Adjoint:
 
     def __init__(self, layer: _FastLayer, z_hat: Tensor, cells: Tensor):
         self.layer = layer
-        self.old, self.new = layer.old.t().contiguous(), layer.new.t().contiguous()  # (H, 4H)
+        self.old, self.new = (layer.packed(weight.t()) for weight in layer.weight_h.unbind(2))  # (H, 4H)
         z_i, z_o, z_g, z_f = z_hat.chunk(4, dim=2)
         i, o, g, f = z_i.sigmoid(), z_o.sigmoid(), z_g.tanh(), z_f.sigmoid()
         tanh_c = (f * cells + i * g).tanh()
@@ -367,7 +373,8 @@ class EquilibriumTrellisNet(TrellisNet):
     def _equilibrium(self, layer: _Layer, weights: ops.Weights, N: int, L: int) -> Tensor:
         """Return z* (N, 2H, L) as a function of weights, x and state."""
         with torch.no_grad():
-            fast = _FastLayer(layer, weights, self.spec, self.execution)
+            rows = N if self.solver == "stepwise" else N * L
+            fast = _FastLayer(layer, weights, self.spec, self.execution, rows)
             zero = self.bias.new_zeros(L, N, 2 * self.hidden_size)
             if self.solver == "stepwise":
                 solution = fast.in_time(self.tolerance, self.max_evaluations)
