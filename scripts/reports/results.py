@@ -376,7 +376,8 @@ def depths(root: Path) -> str:
         "",
         "Shipped models, read with more or fewer layers than they were trained with: the same weights, `--run "
         "results/NAME --eval --eval_depths …`. The depth that `--eval_nlevels auto` takes is the best one on the "
-        "validation data, here *chosen*. The same numbers [as a picture](results/figures/depth.svg).",
+        "validation data, here *chosen*. The models of text [as a picture](results/figures/depth.svg): `python "
+        "scripts/plot.py depth results/depth/*_ptb_*.json --out results/figures/depth.svg`.",
         "",
         *table(["model", "layers:", "sees:", "valid:", "test:", "score", "scored of test:", ""], rows),
         "",
