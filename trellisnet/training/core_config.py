@@ -161,7 +161,6 @@ class CoreConfig(RunConfig):
             raise UserError(f"--random_depth {self.random_depth}: expected less than --nlevels {self.nlevels}")
         if self.random_depth and self.grow:
             raise UserError("--grow and --random_depth exclude each other: leave one of the two out")
-
         if self.eval_nlevels < 0 and not self.eval_depths:
             raise UserError("--eval_nlevels auto: has no depths to choose from; name some with --eval_depths")
 
