@@ -151,7 +151,7 @@ def test_a_schedule_equals_runs_that_are_stopped_and_go_on_at_the_next_depth(tmp
     "flags",
     [
         [*GROW, "--horizon", "auto", "--seq_len", "44", "--lr", "5", "--anneal", "1", "--asgd"],
-        [*GROW, *CARRIED, *"--optim Adam --lr 0.01 --ema 0.9".split()],
+        pytest.param([*GROW, *CARRIED, *"--optim Adam --lr 0.01 --ema 0.9".split()], marks=pytest.mark.slow),
         ["--random_depth", "2", "--horizon", "auto", "--seq_len", "44", "--lr", "5", "--epochs", "2"],
     ],
     ids=["grow, horizon auto", "grow, carried", "random"],

@@ -110,7 +110,10 @@ def test_a_replayed_run_equals_the_run(main, flags, counts, tmp_path, capsys):
     assert settings["cuda_graph"] == "on"
 
 
-@pytest.mark.parametrize(("flags", "depths"), [("--random_depth 1", 3), ("--grow 1:1 2:1 --epochs 3", 3)])
+@pytest.mark.parametrize(
+    ("flags", "depths"),
+    [("--random_depth 1", 3), pytest.param("--grow 1:1 2:1 --epochs 3", 3, marks=pytest.mark.slow)],
+)
 def test_every_depth_has_a_recording(flags, depths, counts, tmp_path):
     flags = [*TEXT, *"--horizon auto --seq_len 44 --lr 5".split(), *flags.split()]
     for graph in ("off", "on"):
