@@ -235,8 +235,8 @@ def short_runs(folder: Path) -> str:
                 "",
                 f"Finetuning, bytes and other cores at a size for minutes on a busy machine: {one['machine']}, "
                 f"{threads(one)}, {one['precision']}, torch {one['torch']}, one seed. They show that a recipe trains, "
-                "not what it reaches; finetuning starts long before SGD has converged, and need not beat another epoch of "
-                "it. Minutes are wall time, no measure of speed.",
+                "not what it reaches; finetuning starts long before SGD has converged, and need not beat another epoch "
+                "of it. Minutes are wall time, no measure of speed.",
                 "",
                 *table(columns, rows),
             ]
