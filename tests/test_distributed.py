@@ -406,7 +406,8 @@ def test_ranks_that_differ_are_refused_by_name(tmp_path):
     *lines, codes = [line for line in err.splitlines() if not line.startswith("warning: none of this is the Penn")]
     built = not compiled.reason_against(torch.device("cpu"), torch.float32, "lstm")
     assert json.loads(codes) == [2, 2, 0, 2, 2, 2, 2, 2 if built else 0], err
-    assert other.splitlines() == [codes]
+    assert codes in other.splitlines()  # torch adds lines of its own if this rank outlives the other
+    assert "error:" not in other
     host = platform.node()
     shas = {rank: corpus.digest(texts)[:16] for rank, texts in splits.items()}
     sums = {rank: serialization.sha256_of_file(tmp_path / rank / "other.pkl")[:16] for rank in splits}
