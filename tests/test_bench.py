@@ -55,6 +55,7 @@ def test_it_measures_every_part_and_variant(measured):
     assert all(r["ratio"] == 1 for r in records if r["variant"] == "reference")
 
 
+@pytest.mark.slow
 def test_it_measures_memory_of_a_language_model(measured, monkeypatch):
     few = [workload.REFERENCE, workload.Variant("fused", "bf16", recompute=2)]  # each takes a process
     monkeypatch.setattr(bench, "variants_on", lambda *_: few)

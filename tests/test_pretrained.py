@@ -293,7 +293,13 @@ def test_the_file_matches_its_metrics(folder):
 
 # The smaller one of each kind of task; all are scored in full below.
 @pytest.mark.parametrize(
-    "folder", [path for path in FOUND if path.name in ("char_ptb_small", "pmnist_small")], ids=lambda path: path.name
+    "folder",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.name == "pmnist_small"))
+        for path in FOUND
+        if path.name in ("char_ptb_small", "pmnist_small")
+    ],
+    ids=lambda path: path.name,
 )
 def test_their_first_scores_are_the_recorded_ones(folder, tmp_path):
     recorded = json.loads((folder / "weights.json").read_text())["partial"]

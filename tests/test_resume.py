@@ -99,7 +99,7 @@ def text_to_get_worse_at(folder):
 
 
 @pytest.mark.parametrize(
-    "mode", [mode if mode in ("asgd", "repack") else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
+    "mode", [mode if mode == "repack" else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES]
 )
 def test_killed_twice_at_any_step_it_ends_bit_equal(tmp_path, mode):
     argv = [*MODEL, *MODES[mode].split()]
@@ -259,7 +259,8 @@ def test_one_process_per_folder(tmp_path, capsys):
     assert main(["--resume", str(tmp_path / "run" / "last.pt"), "--max_steps", "4"]) == 0
 
 
-@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "2"])
 def test_deterministic_runs_are_bit_equal(tmp_path, threads):
     argv = [*MODEL, "--lr", "5", "--max_steps", "12", "--deterministic", "--threads", threads]
     for out in ("a", "b"):

@@ -69,7 +69,8 @@ def smoke(tmp_path):
     ],
 )
 def test_smoke(smoke, name):
-    smoke(name, ["depth_3", "depth_1_untied"] if name == "rhn_table" else rows_of(name))
+    few = {"rhn_table": ["depth_3", "depth_1_untied"], "recipe": ["authors", "augment"]}
+    smoke(name, few.get(name) or rows_of(name))
 
 
 @pytest.mark.parametrize("smoked", ["", "1"])
@@ -103,6 +104,7 @@ def test_every_depth_has_two_rows():
     assert known == [f"depth_{depth}{suffix}" for depth in range(1, 11) for suffix in ("", "_untied")]
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
     """An update of this train.py takes 4 seconds in fp32, 2 in bfloat16, half with 2 layers; 300 make an epoch."""
     shutil.copytree(PROJECT / "scripts", tmp_path / "scripts")

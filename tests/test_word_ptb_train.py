@@ -454,7 +454,7 @@ def test_sizes_beyond_all_memory_fail_in_one_line(run):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("how", [["word_ptb/train.py"], ["-m", "word_ptb.train"]])
+@pytest.mark.parametrize("how", [["word_ptb/train.py"], pytest.param(["-m", "word_ptb.train"], marks=pytest.mark.slow)])
 def test_both_ways_to_start_it_from_another_folder(tmp_path, how):
     how = [str(PROJECT / how[0])] if len(how) == 1 else how
     done = subprocess.run(
