@@ -236,7 +236,7 @@ def test_context_follows_the_depth_and_targets_stay():
         assert task.training_windows.context == context
         again = task.batches(rows)
         for (inputs, targets), (now, _), expected in zip(again, full, scored, strict=True):
-            assert torch.equal(inputs, now)  # windows that are cut now have the length of now
+            assert torch.equal(inputs, now)  # a window cut after the change has the new length
             assert torch.equal(targets[:, context:], expected)
             assert task.size((inputs, targets)) == expected.numel()
         other = LanguageModeling(model, horizon=context, seq_len=context + 12, aux_weight=0.3, aux_every=2)

@@ -213,10 +213,24 @@ def test_arguments_are_checked():
         ({"aux_every": 1}, "no layers"),
         ({"start": 5}, "start"),
         ({"lengths": [1, 2, 3], "start": 1}, "lengths"),
-        ({"state": (torch.zeros(3, 12), torch.zeros(3, 12))}, "state: expected"),
+        ({"state": (torch.zeros(3, 12), torch.zeros(3, 12))}, "state: expected .h, c, x., got 2 parts"),
+        ({"state": (torch.zeros(3, 12), torch.zeros(3, 12), torch.zeros(3, 5))}, "state x: expected .3, 4., got"),
     ]:
         with pytest.raises(ValueError, match=message):
             net(x, **arguments)
+
+
+def test_dtypes_and_programs_are_refused_in_our_words():
+    net = EquilibriumTrellisNet(*SIZES)
+    x = torch.randn(3, 5, 4)
+    with pytest.raises(TypeError, match="x: expected float32"):
+        net(x.double())
+    with pytest.raises(TypeError, match="state h: expected float32"):
+        net(x, tuple(part.double() for part in net.init_stream(3)))
+    with pytest.raises(ValueError, match="torch cannot compile or transform it"):
+        torch.func.vmap(net)(x.unsqueeze(0))
+    with pytest.raises(Exception, match="torch cannot compile or transform it"):  # torch wraps the error
+        torch.export.export(net, (x,))
 
 
 def test_autocast():
@@ -271,6 +285,7 @@ def test_training(tmp_path, capsys):
         ("--equilibrium --ksize 3", "--equilibrium: needs --ksize 2"),
         ("--equilibrium --dilation 1 2", "--equilibrium: needs --dilation 1"),
         ("--equilibrium --aux 0.1 --aux_freq 2", "--equilibrium: needs --aux 0"),
+        ("--equilibrium --horizon auto --seq_len 500", "--horizon auto: an equilibrium reads everything"),
         ("--equilibrium --recompute", "--recompute: no effect with --equilibrium"),
         ("--equilibrium --grow 2:1 --epochs 3", "--grow: no effect with --equilibrium"),
         ("--solver anderson", "--solver: has no effect without --equilibrium"),

@@ -391,25 +391,11 @@ class TrellisNet(nn.Module):
             TypeError: x is not a tensor, or x or the state is not in the dtype of the weights.
             ValueError: a shape or setting does not fit.
         """
-        check_sequence(x, self.input_size, self.bias)
+        lengths = self._check_call(x, state, start, last_only, lengths)
         if aux_every is not None and aux_every < 1:
             raise ValueError(f"aux_every: expected None or at least 1, got {aux_every}")
-        if not 0 <= start < x.size(1):
-            raise ValueError(f"start: expected 0 to {x.size(1) - 1}, got {start}")
         if aux_every is not None and last_only:
             raise ValueError(f"aux_every: expected None with last_only, got {aux_every}")
-        if lengths is not None:
-            if last_only or start:
-                raise ValueError("lengths: expected None with last_only or start, which skip steps of all rows alike")
-            lengths = check_lengths(lengths, x)
-        expected = (x.size(0), self.hidden_size)
-        if state is not None and len(state) != 2:
-            raise ValueError(f"state: expected (h, c), got {len(state)} parts")
-        for name, part in () if state is None else zip("hc", state, strict=True):
-            if tuple(part.shape) != expected:
-                advice = _time_first(x, part.size(0)) if part.dim() == 2 and part.size(1) == self.hidden_size else ""
-                raise ValueError(f"state {name}: expected {expected}, got {tuple(part.shape)}{advice}")
-            check_dtype(f"state {name}", part, self.bias)
         out = ops.trellis(
             x,
             (self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias),
@@ -417,12 +403,39 @@ class TrellisNet(nn.Module):
             self._at_depth(num_layers),
             start=x.size(1) - 1 if last_only else start,
             aux_every=aux_every,
-            hidden_scale=dropout_scale(x, (*expected, 1), self.hidden_dropout, self.training, masks, "hidden"),
+            hidden_scale=dropout_scale(
+                x, (x.size(0), self.hidden_size, 1), self.hidden_dropout, self.training, masks, "hidden"
+            ),
             lengths=lengths,
             execution=self.execution,
         )
         # torch.jit.trace cannot infer the element type of an empty list.
         return TrellisOutput(out.output, out.state, out.aux or (() if torch.jit.is_tracing() else []))
+
+    def state_widths(self) -> dict[str, int]:
+        """Return the channels of each part of a state, by name."""
+        return {"h": self.hidden_size, "c": self.hidden_size}
+
+    def _check_call(
+        self, x: Tensor, state: State | None, start: int, last_only: bool, lengths: Tensor | Sequence[int] | None
+    ) -> Tensor | None:
+        """Check these arguments of :meth:`forward`; return `lengths` as int64 (N,), or None."""
+        check_sequence(x, self.input_size, self.bias)
+        if not 0 <= start < x.size(1):
+            raise ValueError(f"start: expected 0 to {x.size(1) - 1}, got {start}")
+        if lengths is not None:
+            if last_only or start:
+                raise ValueError("lengths: expected None with last_only or start, which skip steps of all rows alike")
+            lengths = check_lengths(lengths, x)
+        widths = self.state_widths()
+        if state is not None and len(state) != len(widths):
+            raise ValueError(f"state: expected ({', '.join(widths)}), got {len(state)} parts")
+        for (name, width), part in () if state is None else zip(widths.items(), state, strict=True):
+            if tuple(part.shape) != (x.size(0), width):
+                advice = _time_first(x, part.size(0)) if part.dim() == 2 and part.size(1) == width else ""
+                raise ValueError(f"state {name}: expected {(x.size(0), width)}, got {tuple(part.shape)}{advice}")
+            check_dtype(f"state {name}", part, self.bias)
+        return lengths
 
     @torch.no_grad()
     def init_stream(self, batch_size: int, *, num_layers: int | None = None) -> Stream:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trellisnet import ops
-from trellisnet.core import State, TrellisNet, TrellisOutput, check_at_least, check_lengths, check_sequence
+from trellisnet.core import State, TrellisNet, TrellisOutput, check_at_least
 from trellisnet.ops import gemm as products
 from trellisnet.ops import streaming
 from trellisnet.ops.reference import lstm
@@ -92,11 +92,11 @@ def anderson(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Solut
         f_z = f(z)
         slot, mixed = evaluations % MIXED, min(evaluations + 1, MIXED)
         evaluations += 1
-        with torch.autocast(z.device.type, enabled=False):  # which is for the products of f alone
+        with torch.autocast(z.device.type, enabled=False):  # 16 bits are too few for the least-squares problem
             values[:, slot] = f_z.flatten(1)
             differences[:, slot] = values[:, slot] - z.flatten(1)
-            products = differences[:, :mixed] @ differences[:, slot].unsqueeze(2)  # (N, mixed, 1)
-            gram[:, :mixed, slot] = gram[:, slot, :mixed] = products.squeeze(2)
+            column = differences[:, :mixed] @ differences[:, slot].unsqueeze(2)  # (N, mixed, 1)
+            gram[:, :mixed, slot] = gram[:, slot, :mixed] = column.squeeze(2)
             residual = (gram[:, slot, slot].sqrt() / _norm(values[:, slot]).clamp_min(tiny)).max()
             if residual <= tolerance or evaluations == max_evaluations:
                 return Solution(f_z, residual, evaluations)
@@ -233,10 +233,9 @@ class _Adjoint:
     def segment(self, u: Tensor) -> Tensor:
         """Return Jᵀu for all steps at once, (L, N, 2H)."""
         d_z, d_cells = self.gates(*u.chunk(2, dim=2))
-        past = torch.cat([self.hidden(d_z, self.old), d_cells], dim=2)[1:]
-        return torch.cat([self.hidden(d_z, self.new), torch.zeros_like(d_cells)], dim=2) + F.pad(
-            past, (0, 0, 0, 0, 0, 1)
-        )
+        u = F.pad(self.hidden(d_z, self.new), (0, d_cells.size(2)))  # no part of z_t depends on c_t
+        u[:-1] += torch.cat([self.hidden(d_z, self.old), d_cells], dim=2)[1:]
+        return u
 
     def in_time(self, gradient: Tensor, tolerance: float, max_evaluations: int) -> Solution:
         """Solve step by step from the last: only the part of u that belongs to h is unknown."""
@@ -317,6 +316,9 @@ class EquilibriumTrellisNet(TrellisNet):
         self.solver, self.tolerance, self.max_evaluations, self.phantom = solver, tolerance, max_evaluations, phantom
         self.solved: dict[str, tuple[Tensor, float]] = {}
 
+    def state_widths(self) -> dict[str, int]:
+        return super().state_widths() | {"x": self.input_size}
+
     def forward(
         self,
         x: Tensor,
@@ -338,26 +340,20 @@ class EquilibriumTrellisNet(TrellisNet):
             aux_every, num_layers: None; an equilibrium has no layers.
 
         Raises:
-            TypeError: x is not a tensor.
-            ValueError: a shape or setting does not fit.
+            TypeError: x is not a tensor, or x or the state is not in the dtype of the weights.
+            ValueError: a shape or setting does not fit; or torch is to compile, export, trace or transform the call.
         """
-        check_sequence(x, self.input_size)
+        if ops.traced() or ops.transformed():
+            raise ValueError("an equilibrium decides by its values when to stop: torch cannot compile or transform it")
+        lengths = self._check_call(x, state, start, last_only, lengths)
         for name, value in (("aux_every", aux_every), ("num_layers", num_layers)):
             if value is not None:
                 raise ValueError(f"{name}: an equilibrium has no layers; expected None, got {value}")
-        (N, L, C), H = x.shape, self.hidden_size
-        if not 0 <= start < L:
-            raise ValueError(f"start: expected 0 to {L - 1}, got {start}")
+        (N, L, _), H = x.shape, self.hidden_size
         if lengths is not None:
-            if last_only or start:
-                raise ValueError("lengths: expected None with last_only or start, which skip steps of all rows alike")
-            lengths = check_lengths(lengths, x)
             x = ops.hide_padding(x, lengths)
-        shapes = [(N, H), (N, H), (N, C)]
         if state is None:
-            state = tuple(x.new_zeros(shape) for shape in shapes)
-        if [tuple(part.shape) for part in state] != shapes:
-            raise ValueError(f"state: expected (h, c, x) of shapes {shapes}, got {[tuple(p.shape) for p in state]}")
+            state = tuple(x.new_zeros(N, width) for width in self.state_widths().values())
         weights = self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias
         scale = dropout_scale(x, (N, H, 1), self.hidden_dropout, self.training, masks, "hidden")
         layer = _Layer(weights, x, state, scale)
@@ -434,8 +430,7 @@ class EquilibriumTrellisNet(TrellisNet):
         check_at_least(1, batch_size=batch_size)
         if num_layers is not None:
             raise ValueError(f"num_layers: an equilibrium has no layers; expected None, got {num_layers}")
-        widths = (self.hidden_size, self.hidden_size, self.input_size)
-        return tuple(self.bias.new_zeros(batch_size, width) for width in widths)
+        return tuple(self.bias.new_zeros(batch_size, width) for width in self.state_widths().values())
 
     @torch.no_grad()
     def stream(self, x: Tensor, stream: State, tolerance: float = 0.0) -> tuple[Tensor, State]:

@@ -222,7 +222,7 @@ def read_shipped(root: Path) -> dict[str, tuple[Record, Record]]:
 
 
 def is_result(folder: Path) -> bool:
-    """Return whether a folder holds the files of one run, whatever it is called."""
+    """Return whether a folder holds the files of one run; its name is not read."""
     return any((folder / name).is_file() for name in ("metrics.json", "metrics.jsonl", "config.json"))
 
 

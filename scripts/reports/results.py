@@ -186,7 +186,7 @@ def ablations(folder: Path) -> str:
 
 
 def recipe(folder: Path) -> str:
-    """What each part of a recipe gives on validation data, from results/recipe."""
+    """Validation scores of a recipe, part by part, from results/recipe."""
     runs = records.read_recipe(folder)
     with refusing(folder):
         one, commands = runs[0][1], [options(without(m["command"], *HERE_ONLY, "threads")) for _, m in runs]

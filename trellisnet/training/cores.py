@@ -118,6 +118,8 @@ class _Trellis(Core):
                 raise UserError(f"--{name}: has no effect without --equilibrium")
 
     def reach(self, config: "CoreConfig") -> int:
+        if config.equilibrium:
+            raise UserError("--horizon auto: an equilibrium reads everything before; pass a number with --equilibrium")
         return self._spec(config).reach
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:

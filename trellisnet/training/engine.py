@@ -268,7 +268,7 @@ class Trainer:
             self._save(best=True)
 
     def _is_done(self) -> bool:
-        """Whether all epochs are finished, or finetuning or a rate that falls until `max_steps` has ended before."""
+        """Return whether the last epoch, finetuning, or a rate that falls until `max_steps` has ended."""
         falls = self.config.schedule != "step"
         return self.epoch >= self.config.epochs or self.schedule.ended or (falls and self._stopped())
 

@@ -276,7 +276,7 @@ class Schedule:
 
     @property
     def ended(self) -> bool:
-        """Whether finetuning is over."""
+        """True once finetuning has reached its plateau."""
         if not self.finetune or len(self.history) < max(self.min_epochs, 1):
             return False
         *before, last = self.history
