@@ -179,7 +179,7 @@ def test_anderson_survives_a_row_that_is_solved_and_one_that_is_not_finite():
 
 def test_a_solver_that_stops_early_says_so(backend):
     net, _ = network(backend, max_evaluations=2)
-    with pytest.warns(NotConverged, match="forward solution: above the tolerance after 2 evaluations"):
+    with pytest.warns(NotConverged, match="forward solution above the tolerance after 2 evaluations"):
         out = net(sequence())
     with pytest.warns(NotConverged, match="backward"):
         out.output.sum().backward()
@@ -263,6 +263,7 @@ FLAGS = (
 ).split()
 
 
+@pytest.mark.filterwarnings("default::trellisnet.equilibrium.NotConverged")
 def test_training(tmp_path, capsys):
     """Train unrolled, go on at the equilibrium, resume bit for bit, and score with and without it."""
     shallow = tmp_path / "shallow"
@@ -277,6 +278,10 @@ def test_training(tmp_path, capsys):
     assert 0 < result["test"]["residual"] <= 1e-3
     assert 1 <= result["test"]["evaluations"] <= 60
     capsys.readouterr()
+    few = ["--run", str(whole), "--eval", "--max_evaluations", "1"]
+    assert word_ptb.train.main(few) == 0
+    warning = "warning: forward solution above the tolerance after 1 evaluation: raise max_evaluations or tolerance"
+    assert capsys.readouterr().err.splitlines().count(warning) == 1
 
 
 @pytest.mark.parametrize(

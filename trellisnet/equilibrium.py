@@ -28,6 +28,7 @@ from torch import Tensor
 
 from trellisnet import ops
 from trellisnet.core import State, TrellisNet, TrellisOutput, check_at_least
+from trellisnet.errors import counted
 from trellisnet.ops import gemm as products
 from trellisnet.ops import streaming
 from trellisnet.ops.reference import lstm
@@ -413,7 +414,8 @@ class EquilibriumTrellisNet(TrellisNet):
         self.solved[name] = solution.residual, solution.evaluations
         if not solution.residual <= self.tolerance:
             warnings.warn(
-                f"{name} solution: above the tolerance after {self.max_evaluations} evaluations; see the residuals",
+                f"{name} solution above the tolerance after {counted(self.max_evaluations, 'evaluations')}: raise "
+                "max_evaluations or tolerance",
                 NotConverged,
                 stacklevel=4,
             )

@@ -1,7 +1,7 @@
 """The sections of RESULTS.md, each from its records."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,12 @@ def equal_time(folder: Path) -> str:
         )
 
 
+def _own_flags(command: Iterable[tuple[str, ...]], common: Container[tuple[str, ...]]) -> str:
+    """Return the flags of a command that are not common to its table, as code."""
+    own = " ".join(word for words in command if words not in common for word in words)
+    return f"`{own}`" if own else ""
+
+
 def ablations(folder: Path) -> str:
     """Rows of Table 6 after equally many updates, from results/table6_<preset>."""
     runs = records.read_ablations(folder)
@@ -156,8 +162,7 @@ def ablations(folder: Path) -> str:
         name, digits = score.score_name, score.digits
         common, rows = set(options(without(base["command"], *HERE_ONLY))), []
         for row, metrics in runs:
-            own = [words for words in options(without(metrics["command"], *HERE_ONLY)) if words not in common]
-            flags = f"`{' '.join(word for words in own for word in words)}`" if own else ""
+            flags = _own_flags(options(without(metrics["command"], *HERE_ONLY)), common)
             diverged = " — diverged with these settings" if metrics["test"]["loss"] > test["loss"] + 2 else ""
             difference = f"{metrics['test'][name] - test[name]:+.{digits}f}"
             paper = "" if row.paper is None else f"{row.paper - first.paper:+.{digits}f}"
@@ -193,14 +198,9 @@ def recipe(folder: Path) -> str:
         common = [words for words in commands[0] if all(words in command for command in commands)]
         rows, before = [], None
         for (label, metrics), command in zip(runs, commands, strict=True):
-            own = " ".join(word for words in command if words not in common for word in words)
             score = score_of(metrics["valid"])
             difference = "" if before is None else f"{score.value - before:+.{score.digits}f}"
-            rows.append(
-                (
-                    label, f"`{own}`" if own else "", score, difference, f"`{metrics['commit']}`",
-                )
-            )  # fmt: skip
+            rows.append((label, _own_flags(command, common), score, difference, f"`{metrics['commit']}`"))
             before = score.value
         name = score_of(one["valid"]).score_name
         return _text(

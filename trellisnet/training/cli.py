@@ -155,7 +155,9 @@ def plain_warnings() -> Iterator[None]:
         show = warnings.showwarning
 
         def plain(message, category, filename, *rest, **options):
-            if category is UserWarning and any(map(Path(filename).is_relative_to, OURS)):
+            # Those of a class of ours may arise in a call from torch.
+            ours = category is UserWarning and any(map(Path(filename).is_relative_to, OURS))
+            if ours or category.__module__.startswith("trellisnet."):
                 print(f"warning: {shown(message, LINE)}", file=sys.stderr)
             else:
                 show(message, category, filename, *rest, **options)
