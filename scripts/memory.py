@@ -119,7 +119,7 @@ class Config(CoreConfig):
     task: ClassVar[str] = "memory"
     presets: ClassVar = {
         "default": {},
-        "copy": {},
+        "copy": {"lr": 0.02},  # 0.004 copies as surely, but ten epochs end at ten times the loss
         "adding": {
             "problem": "adding", "name": "adding", "nlevels": 5, "nhid": 66, "ksize": 4, "epochs": 8,
             "dilation": [4**i for i in range(5)],
