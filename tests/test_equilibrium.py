@@ -274,12 +274,18 @@ def test_training(tmp_path, capsys):
     assert word_ptb.train.main([*go_on, "--max_steps", "2", "--out", str(parts)]) == 0
     assert word_ptb.train.main(["--resume", str(parts / "last.pt"), "--max_steps", "4"]) == 0
     assert (whole / "weights.pkl").read_bytes() == (parts / "weights.pkl").read_bytes()
-    result = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-1]
-    assert 0 < result["test"]["residual"] <= 1e-3
-    assert 1 <= result["test"]["evaluations"] <= 60
+    *_, epoch, result = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for residual, evaluations, unsolved in (
+        [result["test"][name] for name in ("residual", "evaluations", "unsolved")],
+        [epoch[f"train_{name}"] for name in ("residual", "evaluations", "unsolved")],
+    ):
+        assert 0 < residual <= 1e-3
+        assert 1 <= evaluations <= 60
+        assert unsolved == 0
     capsys.readouterr()
-    few = ["--run", str(whole), "--eval", "--max_evaluations", "1"]
+    few = ["--run", str(whole), "--eval", "--max_evaluations", "1", "--metrics", str(tmp_path / "few.json")]
     assert word_ptb.train.main(few) == 0
+    assert json.loads((tmp_path / "few.json").read_text())["test"]["unsolved"] == 1
     warning = "warning: forward solution above the tolerance after 1 evaluation: raise max_evaluations or tolerance"
     assert capsys.readouterr().err.splitlines().count(warning) == 1
 

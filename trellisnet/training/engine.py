@@ -191,7 +191,8 @@ class Trainer:
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(self.ranks.part(part).to(device) for part in carry)
         self._check_place()
-        self.running = {name: float(content["running"][name]) for name in self.running}
+        # Earlier versions measured less.
+        self.running = {name: float(content["running"].get(name, 0.0)) for name in self.running}
         self.seconds_before, self.skipped = content["seconds"], content["skipped"]
         self._restore_rng([content["rng"], *content["rng_others"]])
 
@@ -450,6 +451,7 @@ class Trainer:
             "finished": finished, "count": count, "train_seconds": seconds, "seconds": self.seconds,
         }  # fmt: skip
         record |= {} if self.depth is None else {"nlevels": self.depth}
+        record |= {f"train_{key}": mean for key, mean in train.items() if key not in ("loss", name)}
         line = epoch_line(self.task, record)
         self.folder.log(line)
         self.folder.record("epoch", **record)

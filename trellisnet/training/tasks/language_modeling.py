@@ -116,7 +116,7 @@ class LanguageModeling(Task):
         self.length_seed = length_seed
         self.label_smoothing = label_smoothing
         if isinstance(model.core, EquilibriumTrellisNet):
-            self.measured = (*self.measured, "residual", "evaluations")
+            self.measured = (*self.measured, "residual", "evaluations", "unsolved")
         self.ranks = ranks or Ranks()
 
     @property
@@ -232,7 +232,11 @@ class LanguageModeling(Task):
         if not isinstance(self.model.core, EquilibriumTrellisNet):
             return {}
         residual, evaluations = self.model.core.solved["forward"]
-        return {"residual": residual, "evaluations": torch.tensor(float(evaluations), device=residual.device)}
+        return {
+            "residual": residual,
+            "evaluations": torch.tensor(float(evaluations), device=residual.device),
+            "unsolved": 1.0 - (residual <= self.model.core.tolerance).float(),  # its mean: share of the windows
+        }
 
     def streams(self, windows: Windows) -> bool:
         """Return whether :meth:`evaluate` streams every row instead of cutting it into these windows.
