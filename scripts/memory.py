@@ -181,6 +181,11 @@ class Config(CoreConfig):
         super().validate()
         if self.data not in ("", "synthetic"):
             raise UserError(f"--data {self.data}: expected synthetic, or nothing: examples are always generated")
+        for name in ("label_smoothing", "mc_dropout"):
+            if getattr(self, name):
+                raise UserError(f"--{name}: no effect on these problems; leave it out")
+        if self.problem == "adding" and self.size() < 2:
+            raise UserError(f"--length {self.length}: two numbers are added; expected at least 2")
 
 
 # -- model and task ----------------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[MemoryTas
     rng = np.random.default_rng(DATA_SEED)
     data = [problem.generate(n, length, rng) for n in (examples, HELD_OUT, HELD_OUT)]
     model = build_model(config).to(device)
-    seen = getattr(model.core, "receptive_field", math.inf)
+    seen = getattr(model.core, "receptive_field", None) or math.inf
     needed = length + DIGITS + 1 if config.problem == "copy" else length
     notice = f"the model sees {seen} steps, too few to reach what it must remember, {needed - 1} steps back"
     task = TASKS[config.problem](

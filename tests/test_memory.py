@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from scripts import memory
 from scripts.reports.tables import MEMORY
+from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
 from trellisnet.training.config import PROJECT, parse
 
@@ -106,6 +107,26 @@ def test_data_folders_are_refused(run):
     code, printed, _ = run("--data", "somewhere")
     assert (code, printed.err.count("\n")) == (2, 1)
     assert printed.err.startswith("error: --data somewhere: expected synthetic")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--label_smoothing 0.1", "--label_smoothing: no effect on these problems; leave it out"),
+        ("--mc_dropout 2", "--mc_dropout: no effect on these problems; leave it out"),
+        ("--preset adding --length 1", "--length 1: two numbers are added; expected at least 2"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(flags, message):
+    with pytest.raises(UserError) as e:
+        parse(memory.Config, flags.split())
+    assert str(e.value) == message
+
+
+def test_an_equilibrium_remembers_too(run):
+    flags = "--length 3 --dilation 1 --equilibrium --tolerance 0.5 --examples 64 --max_steps 1 --max_eval_tokens 1"
+    code, printed, _ = run(*flags.split())
+    assert code == 0, printed
 
 
 def test_every_row_of_the_script_is_a_command_of_this_program():

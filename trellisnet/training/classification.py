@@ -136,7 +136,7 @@ class ClassificationProgram(Program):
         if config.augment and math.isqrt(length) ** 2 != length:
             raise UserError(f"--augment: needs square images, but these have {length} pixels; leave it out")
         model = build_model(config, channels, images.n_classes).to(device)
-        if (seen := model.core.receptive_field) < length:
+        if (seen := model.core.receptive_field or length) < length:  # None: unlimited
             warnings.warn(f"the model sees only the last {seen} of {length} pixels; raise --nlevels", stacklevel=2)
         # Copied to the device once: a copy per batch would synchronise with it.
         places = order.to(device)

@@ -111,7 +111,7 @@ class _Trellis(Core):
                 value = " ".join(map(str, value)) if isinstance(value, list) else value
                 raise UserError(f"--equilibrium: needs --{name} {value}")
         for name in LAYERED if config.equilibrium else ():
-            if getattr(config, name):
+            if getattr(config, name, None):  # early exits are of texts
                 raise UserError(f"--{name}: no effect with --equilibrium, which has no layers; leave it out")
         for name in () if config.equilibrium else SOLVING:
             if getattr(config, name) != config.preset_value(name):
