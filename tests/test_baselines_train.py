@@ -145,6 +145,7 @@ def test_finetuning_that_makes_no_sense_is_refused(run):
     for flags, message in (
         (["--finetune"], "error: --finetune: has no effect without --load_weight"),
         (["--preset", "finetune"], "error: --finetune: has no effect without --load_weight"),
+        (["--preset", "finetune", "--load_weight", "x", "--schedule", "cosine"], "error: --schedule cosine: "),
         (["--min_epochs", "3"], "error: --min_epochs: has no effect without --finetune"),
         (["--finetune", "--load_weight", "x", "--ema", "0.9"], "error: --ema: --finetune averages the weights as well"),
     ):

@@ -11,7 +11,7 @@ from trellisnet import load_pretrained
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint, depth
-from trellisnet.training.config import parse
+from trellisnet.training.config import check_settings, parse
 from trellisnet.training.scoring import depth_scores, set_depth
 from trellisnet.training.tasks import LanguageModeling, Windows
 from trellisnet.training.tasks.base import at_depth
@@ -59,7 +59,7 @@ def assert_same(ours, theirs):
 def test_stages_follow_each_other():
     stages = depth.read_stages(["2:3", "5:1"], 8, 6)
     assert [depth.depth_of(stages, epoch, 8) for epoch in range(7)] == [2, 2, 2, 5, 8, 8, 8]
-    assert depth.read_stages([], 8, 1) == depth.read_stages(["none"], 8, 1) == []
+    assert depth.read_stages([], 8, 1) == []
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,15 @@ def _options(flags):
         ("--model tcn --horizon auto", "--horizon auto: is the reach of a TrellisNet; pass a number with --model tcn"),
         ("--eval_depths 4 0", "--eval_depths: expected integers ≥ 1, got [4, 0]"),
         ("--eval_depths 100001", "--eval_depths: expected integers ≤ 100,000, got [100001]"),
-        ("--eval_nlevels auto", "--eval_nlevels auto: has no depths to choose from; name some with --eval_depths"),
+        (
+            "--eval_nlevels auto",
+            "--eval_nlevels auto: has no depths to choose from; name some with --eval_depths, or pass 0",
+        ),
+        ("--eval_depths none 4", "argument --eval_depths: none stands alone, got none 4; see --help"),
+        (
+            "--grow 1:1 --finetune --load_weight w",
+            "--grow: finetuning starts from trained weights, and could end before the last stage; pass --grow none",
+        ),
     ],
 )  # fmt: skip
 def test_what_no_run_can_do_is_one_line(flags, message):
@@ -120,6 +128,14 @@ def test_what_no_run_can_do_is_one_line(flags, message):
     with pytest.raises(UserError) as e:
         _options([*small, *flags])
     assert str(e.value) == message
+
+
+def test_lists_of_a_preset_can_be_emptied():
+    flags = "--preset grow --grow none --eval_depths none --eval_nlevels 0 --random_depth 2".split()
+    config, given = parse(Config, flags)
+    assert (config.grow, config.eval_depths, given["grow"], config.depths()) == ([], [], [], [2, 4, 6, 8])
+    assert parse(Config, "--model rhn --grow none".split())[0].grow == []
+    assert check_settings(Config, {"grow": ["none"], "eval_depths": "none"}, "") == {"grow": [], "eval_depths": []}
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -329,6 +345,17 @@ def test_a_loaded_run_has_the_depth_that_its_scores_have(tmp_path):
     assert load_pretrained(tmp_path / "run").model.core.num_layers == 7
     train(tmp_path / "grown", *flags, *"--grow 2:1 --epochs 2".split())
     assert load_pretrained(tmp_path / "grown").model.core.num_layers == 4
+
+
+def test_kept_passes_are_those_of_one_depth(tmp_path, capsys):
+    flags = [*MODEL, *CARRIED, *"--dropout 0.3 --lr 5 --max_steps 5 --epochs 1".split()]
+    train(tmp_path / "run", *flags)
+    scored = "--eval --threads 1 --mc_dropout 2 --eval_nlevels".split()
+    run = ["--run", str(tmp_path / "run"), "--mc_file", str(tmp_path / "passes"), *scored]
+    assert main([*run, "2"]) == 0
+    assert main([*run, "8"]) == 2
+    assert "holds passes with other weights, data or settings" in capsys.readouterr().err
+    assert main([*run, "2"]) == 0
 
 
 # -- early exit --------------------------------------------------------------------------------------------------------

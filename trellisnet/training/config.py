@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import os
@@ -328,7 +329,7 @@ def whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
-_READERS = {int: whole_number, list[int]: whole_number, list[str]: str}
+_READERS = {int: whole_number, list[int]: whole_number, list[str]: str, list[float]: float}
 
 
 def _reader(kind: type, properties: Setting) -> Callable[[str], Any]:
@@ -336,7 +337,22 @@ def _reader(kind: type, properties: Setting) -> Callable[[str], Any]:
     read = _READERS.get(kind, kind)
     if not properties.word:
         return read
-    return lambda text: properties.special if text == properties.word else read(text)
+    special = properties.word if isinstance(properties.special, list) else properties.special
+    return lambda text: special if text == properties.word else read(text)
+
+
+class _Values(argparse.Action):
+    """Store a list, or the special value of a setting for its word."""
+
+    def __init__(self, properties: Setting, **options: Any):
+        super().__init__(**options)
+        self.properties = properties
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        word = self.properties.word
+        if word and word in values and len(values) > 1:
+            raise argparse.ArgumentError(self, f"{word} stands alone, got {' '.join(map(str, values))}")
+        setattr(namespace, self.dest, list(self.properties.special) if values == [word] else values)
 
 
 def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
@@ -362,7 +378,8 @@ def build_parser(cls: type[RunConfig]) -> argparse.ArgumentParser:
         elif field.name == "preset":
             options["choices"] = cls.preset_names()
         elif isinstance(kind, types.GenericAlias):
-            options |= {"nargs": "+", "type": _READERS.get(kind, float), "metavar": properties.metavar or "N"}
+            options |= {"nargs": "+", "type": _reader(kind, properties), "metavar": properties.metavar or "N"}
+            options["action"] = functools.partial(_Values, properties)
         else:
             options |= {"type": _reader(kind, properties), "choices": properties.choices}
             options["metavar"] = None if properties.choices else properties.metavar or kind.__name__.upper()
@@ -520,7 +537,7 @@ def check_settings(cls: type[RunConfig], content: dict[str, Any], where: str) ->
             raise UserError(f"{where}: {name} is not stored in files; pass it on the command line")
         kind = hints[name]
         plain = list if isinstance(kind, types.GenericAlias) else kind
-        if properties.word and value == properties.word:
+        if properties.word and value in (properties.word, [properties.word]):
             value = properties.special
         if plain is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
             value = float(value)

@@ -46,15 +46,15 @@ class CoreConfig(RunConfig):
     nlevels: int = setting(58, "layers", group="model", at_least=1, at_most=MOST_LAYERS)
     grow: list[str] = setting(
         [], "begin with fewer layers: those of each stage and its epochs, or none; epochs after them have --nlevels",
-        group="optimisation", metavar="LAYERS:EPOCHS",
+        group="optimisation", metavar="LAYERS:EPOCHS", special=[], word="none",
     )  # fmt: skip
     random_depth: int = setting(
         0, "draw the layers of every update from up to four depths, N to --nlevels; 0: off",
         group="optimisation", at_least=0,
     )  # fmt: skip
     eval_depths: list[int] = setting(
-        [], "also score with these numbers of layers", group="evaluation", resumable=True,
-        at_least=1, at_most=MOST_LAYERS, special=[],
+        [], "also score with these numbers of layers, or none", group="evaluation", resumable=True,
+        at_least=1, at_most=MOST_LAYERS, special=[], word="none",
     )  # fmt: skip
     eval_nlevels: int = setting(
         0, "layers of all scores at the end, auto: the best of --eval_depths and --nlevels on the validation data; 0: "
@@ -162,7 +162,9 @@ class CoreConfig(RunConfig):
         if self.random_depth and self.grow:
             raise UserError("--grow and --random_depth exclude each other: leave one of the two out")
         if self.eval_nlevels < 0 and not self.eval_depths:
-            raise UserError("--eval_nlevels auto: has no depths to choose from; name some with --eval_depths")
+            raise UserError(
+                "--eval_nlevels auto: has no depths to choose from; name some with --eval_depths, or pass 0"
+            )
 
     def depths(self) -> list[int]:
         """Return the numbers of layers with which a run trains, in increasing order."""

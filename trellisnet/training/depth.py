@@ -27,13 +27,13 @@ class Stage(NamedTuple):
 
 
 def read_stages(words: Sequence[str], nlevels: int, epochs: int) -> list[Stage]:
-    """Read the stages of `--grow`, LAYERS:EPOCHS each, or the word none; the epochs after them have `nlevels` layers.
+    """Read the stages of `--grow`, LAYERS:EPOCHS each; the epochs after them have `nlevels` layers.
 
     Raises:
         UserError: a word of another form, a stage deeper than `nlevels`, or stages that leave no epoch after them.
     """
     stages, end = [], 0
-    for word in words if list(words) != ["none"] else ():
+    for word in words:
         numbers = word.split(":")
         if len(numbers) != 2 or not all(n.isascii() and n.isdigit() and 0 < int(n) < 2**31 for n in numbers):
             raise UserError(f"--grow {shown(word, NAME)}: expected LAYERS:EPOCHS, such as 4:10, each at least 1")

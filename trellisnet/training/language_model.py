@@ -124,6 +124,12 @@ class LanguageModelConfig(CoreConfig):
         blocks = min(self.emb_blocks, self.emsize)
         if not 1 / blocks <= self.emb_density <= 1:
             raise UserError(f"--emb_density: expected 1/{blocks} to 1 with {blocks} blocks, got {self.emb_density}")
+        if self.finetune and self.schedule != "step":  # also if a preset asks for it
+            raise UserError(f"--schedule {self.schedule}: finetuning keeps its rate; leave it out")
+        if self.finetune and self.grow:
+            raise UserError(
+                "--grow: finetuning starts from trained weights, and could end before the last stage; pass --grow none"
+            )
         if self.ema and self.schedule == "step" and (self.asgd or self.nonmono or self.finetune):
             flag = "--finetune" if self.finetune else "--asgd" if self.asgd else f"--nonmono {self.nonmono}"
             raise UserError(f"--ema: {flag} averages the weights as well; leave one of the two out")
@@ -235,8 +241,10 @@ class LanguageModelConfig(CoreConfig):
             if not (properties_of(self, name).resumable or name in ("mc_dropout", "load_weight"))
         }
 
-        def key() -> str:  # when the weights are loaded
-            return serialization.sha256_of({"settings": depends, "data": corpus.sha256, **task.model.state_dict()})
+        def key() -> str:  # when the weights are loaded and the depth of the scores is known
+            depth = {"nlevels": task.model.core.num_layers} if self.scoring_depths() else {}
+            content = {"settings": depends | depth, "data": corpus.sha256, **task.model.state_dict()}
+            return serialization.sha256_of(content)
 
         return Passes(path, key)
 

@@ -37,7 +37,7 @@ class Setting:
         at_most: upper bound.
         above: exclusive lower bound.
         special: value outside the bounds that is allowed and stands for a default.
-        word: spelling of `special` on the command line, such as auto.
+        word: spelling of `special` on the command line and in files, such as auto.
         metavar: name of a value in `--help`; empty for that of its type.
         rate: noun for a number in [0, 1), for the error message; empty for any other number.
         bits: an integer must be below 2**bits in size.
