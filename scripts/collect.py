@@ -11,12 +11,16 @@ A folder results/<name>/ with metrics.json, metrics.jsonl and log.txt is a resul
                                 `PRESET=small STEPS=N bash scripts/table6.sh` has trained
     precision                   what scripts/precision.sh has trained, as <precision>-<seed>.json
     recipe                      what scripts/recipe.sh has trained, as <row>.json
+    pos_table                   what scripts/pos_table.sh has trained, as <row>.json
     short_runs                  metrics of runs of a few minutes, as <number>_<name>.json
     compare_<minutes>_minutes   what scripts/compare.sh has trained, a result <row>/ each
     growth                      what scripts/depth.sh has trained, as <row>-<seed>.json
+    equilibrium                 what scripts/equilibrium.sh has trained and scored, as <row>.json, or
+                                <row>-<seed>.json if timed; of rows that train also metrics.jsonl, as <row>.jsonl
     depth, exit                 metrics of --eval with --eval_depths or --early_exit, <model>.json each
     adapted                     metrics of --eval with --cache or --dynamic_eval
-    memory, speed               metrics of a few updates; what scripts/bench.py has written: for blocks of pages
+    memory, speed               metrics of a few updates (of them paper_<way>.json also for the section on the
+                                equilibrium); what scripts/bench.py has written: for blocks of pages
     compatibility               what scripts/compatibility.py has written, for a block of a page
     long_memory                 what scripts/memory.sh has trained, a result <row>/ each
     torture                     what scripts/torture.py and, as ranks.json, scripts/compare_ranks.py have written
@@ -55,7 +59,8 @@ Train scores are those of training, with dropout on.
 # Sections by the first word of a folder's name; folders that have none of their own.
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "precision": results.precisions, "recipe": results.recipe, "compare": results.equal_time,
-    "short": results.short_runs, "growth": results.growth,
+    "short": results.short_runs, "growth": results.growth, "equilibrium": results.equilibrium,
+    "pos": results.tagging,
 }  # fmt: skip
 ELSEWHERE = ("figures", "compatibility", "memory", "speed", "torture", "adapted", "long_memory", "depth", "exit")
 

@@ -10,7 +10,7 @@ import pytest
 from cases import committed
 from scripts import collect
 from scripts.reports.pages import PAGES
-from scripts.reports.tables import COMPARED, PUBLISHED, TABLES
+from scripts.reports.tables import COMPARED, PUBLISHED, TABLES, TAGGED, WEIGHTS
 from trellisnet.training.config import PROJECT
 
 METRICS = {
@@ -602,6 +602,113 @@ def test_growing_and_random_depth(root, capsys):
     ):
         (path.parent / f"{name}.json").write_text(json.dumps(content))
         assert collect.main(["--root", str(folder)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def write_equilibrium(root):
+    """Write records of all rows of scripts/equilibrium.sh, and return their folder."""
+    folder, memory = root / "results" / "equilibrium", root / "results" / "memory"
+    folder.mkdir()
+    memory.mkdir()
+    solved = {"residual": 7.5e-4, "evaluations": 9.25, "unsolved": 0.0125}
+    trained = {f"train_{name}": value for name, value in solved.items()}
+
+    def write(name, ppl, more=(), **changes):
+        split = {"loss": 4.6, "ppl": ppl, "tokens": 9, **dict(more)}
+        metrics = METRICS | {"seed": 1, "schedule": "cosine", "test": split, "valid": split} | changes
+        (folder / f"{name}.json").write_text(json.dumps(metrics))
+
+    def write_epoch(name, steps, seconds, **more):
+        record = {"event": "epoch", "step": steps, "train_seconds": seconds, "train_score": 88.0, **more}
+        (folder / f"{name}.jsonl").write_text(json.dumps({"event": "train"}) + "\n" + json.dumps(record) + "\n")
+
+    for number, pair in enumerate(WEIGHTS.values()):
+        for more, row in zip(((), solved), pair, strict=True):
+            write(row, 100.0 - number - bool(more) / 2, more)
+    write_epoch("unrolled", 3000, 1500.0)
+    write_epoch("equilibrium", 3000, 4500.0, **trained)
+    for seed, seconds in enumerate((20.0, 25.0, 90.0), start=1):
+        write(f"timed_unrolled-{seed}", 150.0, complete=False)
+        write(f"timed_equilibrium-{seed}", 150.0, complete=False)
+        write_epoch(f"timed_unrolled-{seed}", 50, seconds)
+        write_epoch(f"timed_equilibrium-{seed}", 50, 2 * seconds, **trained)
+    measured = {"complete": False, "params": 12_345_678}
+    for way, peak in (("unrolled", 4e9), ("recompute", 2e9), ("equilibrium", 1e9)):
+        (memory / f"paper_{way}.json").write_text(json.dumps(METRICS | measured | {"peak_memory": peak}))
+    return folder
+
+
+def test_training_at_the_equilibrium(root):
+    path = root()
+    write_equilibrium(path)
+    (path / "README.md").write_text("<!-- equilibrium: begin -->\n<!-- equilibrium: end -->\n")
+    assert collect.main(["--root", str(path)]) == 0
+    rows = (path / "RESULTS.md").read_text().splitlines()
+    for row in (
+        "| as shipped | 16 layers | 100.00 | 100.00 |  |  |  |",
+        "| as shipped | equilibrium | 99.50 | 99.50 | 7.5e-04 | 9.2 | 1.25% |",
+        "| 16 layers | equilibrium | 98.50 | 98.50 | 7.5e-04 | 9.2 | 1.25% |",
+        "| equilibrium | 16 layers | 98.00 | 98.00 |  |  |  |",
+        "| unrolled | 3,000 | 88.00 |  |  |  | 0.500 | 4.00 GB |",
+        "| equilibrium | 3,000 | 88.00 | 7.5e-04 | 9.2 | 1.25% | 1.000 | 1.00 GB |",
+        "| unrolled, `--recompute` |  |  |  |  |  |  | 2.00 GB |",
+        "| here: Penn Treebank, 0.1M, memory of 12M | 99.00 | 97.50 | 4.00 GB, with `--recompute` 2.00 GB | 1.00 GB | "
+        "2.00, against 16 layers |",
+    ):
+        assert row in rows
+    block = (path / "README.md").read_text().splitlines()
+    assert "| test perplexity, 0.1M parameters, 16 layers | 99.00 | 97.50 | -1.5 % |" in block
+    assert "| seconds of an update of this model | 0.50 | 1.00 | +100.0 % |" in block
+    assert "| memory of training, 12M parameters, 55 layers | 4.00 GB | 1.00 GB | -75.0 % |" in block
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("equilibrium/unrolled", {"steps": 7}, "equilibrium: the runs differ in steps"),
+        ("equilibrium/start_solved", {"params": 7}, "equilibrium: the runs differ in params"),
+        ("equilibrium/timed_unrolled-2", {"machine": "another"}, "equilibrium: the runs differ in machine"),
+        ("equilibrium/unrolled_solved", {"test": {"loss": 4.6, "ppl": 99.0}}, "it has no 'residual'"),
+        ("equilibrium/equilibrium", {"complete": False}, "equilibrium.json: not a complete run"),
+        ("memory/paper_recompute", {"threads": 1}, "memory: the runs differ in threads"),
+    ],
+)
+def test_what_does_not_compare_with_an_equilibrium_is_refused(root, capsys, name, change, message):
+    path = root()
+    write_equilibrium(path)
+    file = path / "results" / f"{name}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert collect.main(["--root", str(path)]) == 2
+    assert message in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+
+
+def test_tagging_names_its_text(root, capsys):
+    path = root()
+    folder = path / "results" / "pos_table"
+    folder.mkdir()
+    text = next(iter(TAGGED))
+
+    def write(row, accuracy, **changes):
+        split = {"loss": 0.5, "accuracy": accuracy, "tokens": 2_500}
+        metrics = METRICS | {"task": "pos_tagging", "corpus": "tagged sentences", "data": text} | changes
+        (folder / f"{row}.json").write_text(json.dumps(metrics | {"valid": split, "test": split}))
+
+    write("sparse", 0.8125, params=7)
+    write("dense", 0.75)
+    assert collect.main(["--root", str(path)]) == 0
+    report = (path / "RESULTS.md").read_text()
+    assert f"`bash scripts/pos_table.sh` on {TAGGED[text]}: 5,000 tokens to train on, 2,500 test tokens" in report
+    dense = "| LSTM, embedding of width 5 | 123,456 | 60 | 75.00 % | 75.00 % | `0123456789ab` |"
+    sparse = "| LSTM, sparse embedding of width 20 | 7 | 60 | 81.25 % | 81.25 % | `0123456789ab` |"
+    assert f"{dense}\n{sparse}\n" in report
+    for row, change, message in (
+        ("sparse", {"data": "0" * 64}, "pos_table: sparse is of a text that TAGGED in scripts/reports/tables.py"),
+        ("sparse", {"seed": 7}, "pos_table: the runs differ in seed"),
+        ("crf", {}, "pos_table: crf is no row of scripts/pos_table.sh: dense, sparse, "),
+    ):
+        write(row, 0.8, **change)
+        assert collect.main(["--root", str(path)]) == 2
         assert message in capsys.readouterr().err
 
 

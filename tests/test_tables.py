@@ -66,17 +66,22 @@ def smoke(tmp_path):
         "recipe",
         "compare",
         "depth",
+        "equilibrium",
     ],
 )
 def test_smoke(smoke, name):
     few = {"rhn_table": ["depth_3", "depth_1_untied"], "recipe": ["authors", "augment"]}
+    few["equilibrium"] = ["unrolled", "equilibrium", "timed_equilibrium", "paper_recompute"]  # others only score
     smoke(name, few.get(name) or rows_of(name))
 
 
 @pytest.mark.parametrize("smoked", ["", "1"])
 @pytest.mark.parametrize(
     "name",
-    [*(f"table{number}" for number in TABLES), "sparse_table", "wikipedia_table", "rhn_table", "recipe", "depth"],
+    [
+        *(f"table{number}" for number in TABLES),
+        *("sparse_table", "wikipedia_table", "rhn_table", "recipe", "depth", "equilibrium"),
+    ],
 )
 def test_the_flags_of_every_row_are_valid(name, smoked, tmp_path):
     """Parse the flags that are printed, and build the models on the meta device."""

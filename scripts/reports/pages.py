@@ -1,6 +1,7 @@
 """The README pages: which there are, and their blocks that come from records and settings."""
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,28 @@ def memory(root: Path) -> list[str]:
             for m in records.read_memories(root).values()
         ),
     )
+
+
+def equilibrium(root: Path) -> list[str]:
+    """What an equilibrium costs and what it is worth, from the records of scripts/equilibrium.sh."""
+    found = records.read_equilibrium(root)
+    with refusing(root / "results" / "equilibrium"):
+        ways, score = ("unrolled", "equilibrium"), score_of(found.scores["equilibrium"]["test"])
+        small, large = (m["params"] / 1e6 for m in (found.scores["equilibrium"], found.memories["equilibrium"]))
+        quantities = {
+            f"test {score.title}, {small:.1f}M parameters, 16 layers": (
+                [score_of(found.scores[way]["test"]).value for way in ways], "{:.2f}"
+            ),
+            "seconds of an update of this model": ([statistics.median(found.seconds[way]) for way in ways], "{:.2f}"),
+            f"memory of training, {large:.0f}M parameters, 55 layers": (
+                [found.memories[way]["peak_memory"] / 1e9 for way in ways], "{:.2f} GB"
+            ),
+        }  # fmt: skip
+        rows = (
+            (name, *(form.format(value) for value in values), f"{100 * (values[1] / values[0] - 1):+.1f} %")
+            for name, (values, form) in quantities.items()
+        )
+        return table(["", "unrolled:", "equilibrium:", "difference:"], rows)
 
 
 def shipped(root: Path) -> list[str]:
@@ -202,5 +225,6 @@ def blocks(text: str, root: Path) -> str:
 
 
 BLOCKS = {
-    "speed": speed, "compatibility": compatibility, "memory": memory, "shipped": shipped, "flags": lambda root: flags()
+    "speed": speed, "compatibility": compatibility, "memory": memory, "shipped": shipped, "equilibrium": equilibrium,
+    "flags": lambda root: flags(),
 }  # fmt: skip

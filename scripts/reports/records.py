@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts.reports.tables import COMPARED, GROWTH, MEMORY, PUBLISHED, RECIPE, TABLES, Row
+from scripts.reports.tables import COMPARED, GROWTH, MEMORY, PUBLISHED, RECIPE, TABLES, TAGGED, WEIGHTS, Row
 from trellisnet.data import wikipedia
 from trellisnet.errors import NAME, UserError, shown
 from trellisnet.serialization import read_regular
@@ -34,6 +34,7 @@ ADAPTED = {
     "static": "static", "static_segments": "static, in the segments of dynamic evaluation", "cache": "+ cache",
     "dynamic": "+ dynamic evaluation", "dynamic_cache": "+ dynamic evaluation + cache",
 }  # fmt: skip
+SOLVED = ("residual", "evaluations", "unsolved")  # keys of a result at the equilibrium
 RATES = ("evaluation", "generation")  # parts of a benchmark that are measured in tokens per second
 
 
@@ -332,6 +333,22 @@ def read_recipe(folder: Path) -> list[tuple[str, Record]]:
         return [(label, runs[row]) for row, label in RECIPE.items() if row in runs]
 
 
+def read_tagging(folder: Path) -> list[tuple[str, Record]]:
+    """Rows of scripts/pos_table.sh, labelled, from results/pos_table/<row>.json."""
+    labels = {row.name: row.label for row in TABLES["pos"].rows}
+    runs = {path.stem: read_metrics(path) for path in sorted(folder.glob("*.json"))}
+    if strange := sorted(runs.keys() - labels.keys()):
+        raise UserError(f"{folder}: {strange[0]} is no row of scripts/pos_table.sh: {', '.join(labels)}")
+    if not runs:
+        raise UserError(f"{folder}: has no runs")
+    with refusing(folder):
+        for name, metrics in runs.items():
+            if metrics["data"] not in TAGGED:
+                raise UserError(f"{folder}: {name} is of a text that TAGGED in scripts/reports/tables.py does not name")
+        check_alike(folder, runs.values(), "data epochs steps seed machine torch threads precision")
+        return [(labels[row], runs[row]) for row in labels if row in runs]
+
+
 def read_equal_time(folder: Path) -> tuple[str, list[tuple[str, Run]]]:
     """Minutes, and networks with their runs after about as many, from results/compare_<minutes>_minutes/<row>."""
     minutes = folder.name.removeprefix("compare_").removesuffix("_minutes")
@@ -426,6 +443,53 @@ def read_growth(folder: Path) -> dict[str, list[Record]]:
             if own:
                 check_alike(folder, own, "task preset params data machine torch corpus precision")
     return runs
+
+
+class Equilibrium(NamedTuple):
+    """What scripts/equilibrium.sh has found; ways are "unrolled" and "equilibrium", for memory also "recompute".
+
+    Args:
+        scores: metrics of the rows that score, by name.
+        epochs: the record of the epoch that either way trained.
+        seconds: of an update, by way; a median for each of the runs that were timed.
+        memories: metrics of the paper's model after a few updates, by way.
+    """
+
+    scores: dict[str, Record]
+    epochs: dict[str, Record]
+    seconds: dict[str, list[float]]
+    memories: dict[str, Record]
+
+
+def read_equilibrium(root: Path) -> Equilibrium:
+    """Rows of scripts/equilibrium.sh, from <row>.json in results/equilibrium, <row>.jsonl of those that train, and
+    results/memory/paper_<way>.json; rows that are timed have their seeds in their names.
+    """
+    folder = root / "results" / "equilibrium"
+    rows = [row for pair in WEIGHTS.values() for row in pair]
+    scores = {row: read_metrics(folder / f"{row}.json") for row in rows}
+    epochs, seconds = {}, {}
+    with refusing(folder):
+        timed = []
+        for way in ("unrolled", "equilibrium"):
+            epochs[way] = _last_epoch(folder / f"{way}.jsonl")
+            [epochs["equilibrium"][f"train_{name}"] for name in SOLVED if way == "equilibrium"]
+            paths = sorted(folder.glob(f"timed_{way}-*.json"))
+            timed += [read_metrics(path, complete=False) for path in paths]
+            updates = [_last_epoch(path.with_suffix(".jsonl")) for path in paths]
+            seconds[way] = [update["train_seconds"] / update["step"] for update in updates]
+        [scores[row]["test"][name] for row in ("start_solved", "unrolled_solved", "equilibrium") for name in SOLVED]
+        check_alike(folder, [*scores.values(), *timed], "task params data machine threads torch corpus precision")
+        check_alike(folder, [scores[way] for way in ("unrolled", "equilibrium")], "steps seed schedule load_weight")
+    folder, found = root / "results" / "memory", read_memories(root)
+    with refusing(folder):
+        memories = {way: found[f"paper_{way}"] for way in ("unrolled", "recompute", "equilibrium")}
+        check_alike(folder, memories.values(), "params data machine threads torch precision steps")
+    return Equilibrium(scores, epochs, seconds, memories)
+
+
+def _last_epoch(path: Path) -> Record:
+    return [record for record in read_events(path) if record["event"] == "epoch"][-1]
 
 
 def read_exits(path: Path) -> tuple[Record, list[Record]]:

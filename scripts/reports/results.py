@@ -8,7 +8,7 @@ from typing import Any
 from scripts.reports import records
 from scripts.reports.markdown import HERE_ONLY, table, threads
 from scripts.reports.records import ADAPTED, Run, Score, options, place, refusing, score_of, without
-from scripts.reports.tables import GROWTH, PUBLISHED
+from scripts.reports.tables import EQUILIBRIA, GROWTH, PUBLISHED, TAGGED, WEIGHTS
 from trellisnet.errors import counted
 
 ORDERS = {True: "permuted", False: "not permuted"}
@@ -243,6 +243,28 @@ def short_runs(folder: Path) -> str:
         )
 
 
+def tagging(folder: Path) -> str:
+    """Part-of-speech tagging with dense and sparse embeddings, from results/pos_table."""
+    runs = records.read_tagging(folder)
+    with refusing(folder):
+        one, rows = runs[0][1], []
+        for label, m in runs:
+            percents = (f"{100 * score_of(m[split]).value:.2f} %" for split in ("valid", "test"))
+            rows.append((label, f"{m['params']:,}", minutes(m["seconds"]), *percents, f"`{m['commit']}`"))
+        return _text(
+            [
+                "## Part-of-speech tagging",
+                "",
+                f"`bash scripts/pos_table.sh` on {TAGGED[one['data']]}: {one['train']['tokens']:,} tokens to train on, "
+                f"{one['test']['tokens']:,} test tokens, {one['epochs']} epochs. The text of the paper is another one, "
+                f"so its scores do not compare. {one['machine']}, {threads(one)}, torch {one['torch']}, seed "
+                f"{one['seed']} alone; minutes are wall time, no measure of speed.",
+                "",
+                *table(["model", "parameters:", "minutes:", "valid accuracy:", "test accuracy:", "commit"], rows),
+            ]
+        )
+
+
 def precisions(folder: Path) -> str:
     """Runs that differ in precision and seed only, from results/precision."""
     runs = records.read_precisions(folder)
@@ -347,6 +369,74 @@ def _mean(scores: Sequence[Score]) -> str:
     values = [score.value for score in scores]
     spread = f" ± {statistics.stdev(values):.{scores[0].digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{scores[0].digits}f}{spread}"
+
+
+def equilibrium(folder: Path) -> str:
+    """Training and scoring at the equilibrium against 16 layers, from results/equilibrium."""
+    found = records.read_equilibrium(folder.parent.parent)
+    with refusing(folder):
+        one, rows, ways = found.scores["equilibrium"], [], []
+        name = score_of(one["test"]).score_name
+        for label, pair in WEIGHTS.items():
+            for way, row in zip(("16 layers", "equilibrium"), pair, strict=True):
+                m = found.scores[row]
+                rows.append((label, way, score_of(m["valid"]), score_of(m["test"]), *_solved(m["test"])))
+        for way, epoch in found.epochs.items():
+            updates = [f"{epoch['step']:,}", f"{epoch['train_score']:.2f}", *_solved(epoch, "train_")]
+            ways.append((way, *updates, f"{statistics.median(found.seconds[way]):.3f}", _gb(found.memories[way])))
+        training = f"|updates:|train {name}:|{_SOLVED}|seconds of an update:|memory:"
+        recomputed = ("unrolled, `--recompute`", *[""] * 6, _gb(found.memories["recompute"]))
+        printed = [(e.label, e.unrolled, e.solved, e.peak, e.peak_solved, e.ratio) for e in EQUILIBRIA]
+        columns = "model|test ppl, unrolled:|at the equilibrium:|memory, unrolled:|at the equilibrium:|times as long:"
+        return _text(
+            [
+                f"## At the equilibrium, {one['task']}",
+                "",
+                "`bash scripts/equilibrium.sh`: `word_ptb_small`, trained with 8 layers, goes on with 16 and at the "
+                f"equilibrium, for {found.epochs['equilibrium']['step']:,} updates each. {one['params']:,} parameters, "
+                f"{one['machine']}, {threads(one)}, {one['precision']}, torch {one['torch']}, commit "
+                f"`{one['commit']}`, {one['corpus']}, seed {one['seed']} alone. Residual and evaluations are means "
+                "over windows of the largest residual in a window and of the evaluations of a step; *unsolved* is the "
+                "share of windows with a residual above the tolerance.",
+                "",
+                *table(f"trained with|scored with|valid {name}:|test {name}:|{_SOLVED}".split("|"), rows),
+                "",
+                f"Training. Seconds of an update are medians of {len(found.seconds['equilibrium'])} runs that took "
+                "turns on an otherwise idle machine, and memory is the peak of a process that trains the paper's model "
+                "of 55 layers and writes its checkpoint:",
+                "",
+                *table(training.split("|"), [*ways, recomputed]),
+                "",
+                "In print, and the same numbers here:",
+                "",
+                *table(columns.split("|"), [*printed, _ours(found)]),
+            ]
+        )
+
+
+_SOLVED = "residual:|evaluations:|unsolved:"
+
+
+def _solved(record: records.Record, prefix: str = "") -> list[str]:
+    """Cells of `_SOLVED`; empty ones without an equilibrium."""
+    if f"{prefix}residual" not in record:
+        return [""] * 3
+    residual, evaluations, unsolved = (record[f"{prefix}{key}"] for key in records.SOLVED)
+    return [f"{residual:.1e}", f"{evaluations:.1f}", f"{unsolved:.2%}"]
+
+
+def _gb(metrics: records.Record) -> str:
+    return f"{metrics['peak_memory'] / 1e9:.2f} GB"
+
+
+def _ours(found: records.Equilibrium) -> tuple[str, ...]:
+    """Our row beside :data:`EQUILIBRIA`."""
+    seconds, memories, one = found.seconds, found.memories, found.scores["equilibrium"]
+    unrolled, solved = (str(score_of(found.scores[way]["test"])) for way in ("unrolled", "equilibrium"))
+    ratio = statistics.median(seconds["equilibrium"]) / statistics.median(seconds["unrolled"])
+    recomputed = f"{_gb(memories['unrolled'])}, with `--recompute` {_gb(memories['recompute'])}"
+    label = f"here: {one['corpus']}, {one['params'] / 1e6:.1f}M, memory of {memories['unrolled']['params'] / 1e6:.0f}M"
+    return label, unrolled, solved, recomputed, _gb(memories["equilibrium"]), f"{ratio:.2f}, against 16 layers"
 
 
 def depths(root: Path) -> str:

@@ -198,3 +198,44 @@ RECIPE = {
     "authors": "constant rate, authors' initial weights", "gain": "+ `--init_gain`", "onecycle": "+ one-cycle rate",
     "ema": "+ averaged weights", "smoothing": "+ label smoothing", "augment": "+ augmentation",
 }  # fmt: skip
+
+
+# Tagged texts that scripts/pos_table.sh was run on, by their SHA-256 in a record.
+TAGGED = {
+    "59847bdf9217312f73ae8ffeba9c4570c53fd5779bcaab07a23a77e66215e61c": "the articles of Wikipedia in the Turkish Web "
+    "Treebank, tagged by hand (`turkish-treebanks` 1.0.0 of PyPI, Apache License 2.0; part-of-speech column `XPOS`)",
+}
+
+
+class Solved(NamedTuple):
+    """What is published of a TrellisNet at its equilibrium, beside the unrolled one; "" where nothing is.
+
+    Args:
+        label: data, size and source.
+        unrolled, solved: test perplexity.
+        peak, peak_solved: memory of training.
+        ratio: time of training, as a multiple of that of the unrolled network.
+    """
+
+    label: str
+    unrolled: str
+    solved: str
+    peak: str
+    peak_solved: str
+    ratio: str
+
+
+# Tables 2 to 4 of "Deep Equilibrium Models", and a public attempt by others.
+_DEEP_EQUILIBRIUM = "[Bai, Kolter & Koltun (2019)](https://arxiv.org/abs/1909.01377)"
+EQUILIBRIA = (
+    Solved(f"Penn Treebank, 24M, {_DEEP_EQUILIBRIUM}", "57.0", "57.1", "8.5 GB", "1.2 GB", ""),
+    Solved(
+        f"WikiText-103, 180M, {_DEEP_EQUILIBRIUM}", "29.2", "29.0", "24.7 GB, with checkpoints 5.2 GB", "3.3 GB", "2.4"
+    ),
+    Solved("Penn Treebank, 24.19M, others, Adam for 16,000 s", "", "75.6", "", "", "5.4, against 20 layers"),
+)
+# What scripts/equilibrium.sh trains: the rows that score it with 16 layers and at the equilibrium.
+WEIGHTS = {
+    "as shipped": ("start_unrolled", "start_solved"), "16 layers": ("unrolled", "unrolled_solved"),
+    "equilibrium": ("equilibrium_unrolled", "equilibrium"),
+}  # fmt: skip
