@@ -77,6 +77,7 @@ train() {
         fi
         read -ra more <<<"${ARGS:-}"
         echo "$TABLE $row, seed $seed: python $program ${flags[*]} ${more[*]:-}"
+        mkdir -p "$out" # for the metrics of rows that only score
         "$PY" "$ROOT/$program" "${flags[@]}" ${more[@]+"${more[@]}"} --out "$out" --metrics "$out/metrics.json"
     done
 }
