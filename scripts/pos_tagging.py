@@ -15,6 +15,7 @@ folders, --resume, --metrics, --eval.
 Letters: N sentences in a batch, L their length, V words, E embedding width, H hidden width per direction.
 """
 
+import dataclasses
 import functools
 import hashlib
 import random
@@ -25,7 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main takes signals: no traceback from an import
@@ -35,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trellisnet import ops
 from trellisnet.baselines import SparseEmbedding
 from trellisnet.baselines.lstm import WeightDropLSTM
 from trellisnet.core import TrellisNet, check_lengths, check_tensor
@@ -45,6 +47,7 @@ from trellisnet.ops import hide_padding
 from trellisnet.regularization import dropout_scale, scaled
 from trellisnet.training import cli
 from trellisnet.training.config import RunConfig
+from trellisnet.training.cores import resolve_execution
 from trellisnet.training.distributed import Ranks
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
@@ -125,6 +128,23 @@ class Config(RunConfig):
             raise UserError(f"--columns: expected two numbers other than 0, got {' '.join(map(str, self.columns))}")
         if self.save and self.out and Path(self.save) != Path(self.out):
             raise UserError("--save and --out both name the folder of the run; leave one of the two out")
+        if self.model != TrellisNet.core_name:
+            if self.nlevels != self.preset_value("nlevels"):
+                raise UserError(f"--nlevels: has no effect on --model {self.model}; leave it out")
+            if self.backend not in ("auto", "reference"):
+                raise UserError(
+                    f"--backend {self.backend}: only TrellisNet has it; --model {self.model} needs auto or reference"
+                )
+
+    def no_graph(self, device: torch.device) -> str:
+        return super().no_graph(device) or "sentences make batches of many shapes"
+
+    def resolved(self, device: torch.device) -> Self:
+        chosen = {"backend": "reference"}  # torch's own operators
+        if self.model == TrellisNet.core_name:
+            spec = ops.TrellisSpec(self.nlevels, self.nhid, ops.find_activation("lstm"), [1], 2)
+            chosen = resolve_execution(self, spec, device)
+        return dataclasses.replace(super().resolved(device), **chosen)
 
     def folder(self) -> Path:
         return Path(self.save) if self.save else super().folder()
@@ -266,6 +286,7 @@ class Tagger(nn.Module):
         num_layers: layers of a TrellisNet; None for an LSTM.
         emb_blocks, emb_density: blocks and density of the :class:`trellisnet.baselines.sparse.SparseEmbedding`.
         dropout, input_dropout, embedding_dropout, weight_dropout: rates, see the flags of :class:`Config`.
+        execution: `backend`, `gemm` and `gates` of a TrellisNet.
     """
 
     def __init__(
@@ -282,6 +303,7 @@ class Tagger(nn.Module):
         input_dropout: float = 0.0,
         embedding_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        **execution: str,
     ):
         super().__init__()
         self.dropout, self.input_dropout, self.embedding_dropout = dropout, input_dropout, embedding_dropout
@@ -289,7 +311,7 @@ class Tagger(nn.Module):
         if num_layers is None:
             core = functools.partial(WeightDropLSTM, embedding_size, hidden_size)
         else:
-            core = functools.partial(TrellisNet, embedding_size, hidden_size, num_layers, init_gain=2.0)
+            core = functools.partial(TrellisNet, embedding_size, hidden_size, num_layers, init_gain=2.0, **execution)
         self.forwards, self.backwards = (core(weight_dropout=weight_dropout) for _ in range(2))
         self.hidden = nn.Linear(2 * hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, n_tags)
@@ -382,6 +404,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
         num_layers=config.nlevels if config.model == TrellisNet.core_name else None,
         emb_blocks=config.emb_blocks, emb_density=config.emb_density, dropout=config.dropout,
         input_dropout=config.dropouti, embedding_dropout=config.emb_dropout, weight_dropout=config.wdrop,
+        backend=config.backend, gemm=config.gemm, gates=config.gates,
     ).to(device)  # fmt: skip
     task = Tagging(
         model, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size, seed=config.seed,

@@ -345,6 +345,9 @@ def test_a_loaded_run_has_the_depth_that_its_scores_have(tmp_path):
     assert load_pretrained(tmp_path / "run").model.core.num_layers == 7
     train(tmp_path / "grown", *flags, *"--grow 2:1 --epochs 2".split())
     assert load_pretrained(tmp_path / "grown").model.core.num_layers == 4
+    train(tmp_path / "chosen", *flags, *"--eval_depths 2 6 --eval_nlevels auto".split())
+    with pytest.warns(UserWarning, match="validation data chose .* the model has 4 layers"):
+        assert load_pretrained(tmp_path / "chosen").model.core.num_layers == 4
 
 
 def test_kept_passes_are_those_of_one_depth(tmp_path, capsys):

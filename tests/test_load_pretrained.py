@@ -32,6 +32,7 @@ CARRIED = ["--repack", "--seq_len", "0"]
 KINDS = {
     "words": ("word_ptb", [*SIZES, *CARRIED]),
     "overlapping windows": ("word_ptb", [*SIZES, "--seq_len", "17"]),
+    "another depth": ("word_ptb", [*SIZES, *"--seq_len 9 --horizon auto --eval_nlevels 12".split()]),
     "mixture": ("word_ptb", [*SIZES, *CARRIED, "--n_experts", "2"]),
     "awd-lstm": ("word_ptb", ["--model", "awd-lstm", *SIZES, *CARRIED]),
     "authors' stream": ("char_ptb", SIZES),

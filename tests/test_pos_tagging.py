@@ -182,6 +182,36 @@ def test_a_trellisnet_reads_both_ways(run, tmp_path):
     assert run(*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")[3]["test"] == metrics["test"]
 
 
+def test_records_name_the_backend_that_ran(run):
+    short = "--model trellisnet --nlevels 2 --max_steps 1".split()
+    for flags, expected in (
+        ([*short, "--backend", "reference"], "reference"),
+        ([*short, "--backend", "fused", "--gates", "eager", "--gemm", "mm"], "fused"),
+        (["--max_steps", "1"], "reference"),
+    ):
+        code, _, err, metrics = run(*flags, "--overwrite")
+        assert (code, err, metrics["backend"]) == (0, "", expected)
+        if expected == "fused":
+            assert (metrics["gates"], metrics["gemm"]) == ("eager", "mm")
+    model = pos.Tagger(9, 3, 4, 5, num_layers=2, backend="reference")
+    assert model.forwards.backend == model.backwards.backend == "reference"
+    config, _ = parse(pos.Config, ["--data", "synthetic"])
+    assert config.no_graph(torch.device("cuda")) == "sentences make batches of many shapes"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--nlevels 3", "--nlevels: has no effect on --model lstm; leave it out"),
+        ("--backend fused", "--backend fused: only TrellisNet has it; --model lstm needs auto or reference"),
+    ],
+)
+def test_an_lstm_has_no_settings_of_a_trellis(flags, message):
+    with pytest.raises(UserError) as e:
+        parse(pos.Config, ["--data", "synthetic", *flags.split()])
+    assert str(e.value) == message
+
+
 def test_files_from_the_command_line(run, tmp_path):
     files = []
     for split, part in zip(("train", "valid", "test"), pos.synthetic(), strict=True):

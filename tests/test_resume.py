@@ -13,6 +13,8 @@ import torch
 from trellisnet.data import synthetic
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
+from trellisnet.training.engine import Trainer
+from trellisnet.training.interrupts import Interrupted
 from trellisnet.training.runlog import alone, runnable
 from word_ptb.train import main
 
@@ -159,6 +161,17 @@ def test_a_signal_from_outside_is_handled_at_any_moment(tmp_path):
     assert err.startswith("interrupted; the last checkpoint is kept")
     assert err.count("\n") == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_a_run_whose_rate_is_planned_has_no_way_out(tmp_path, capsys, monkeypatch, schedule):
+    def stopped(trainer, resume_from=None):
+        trainer._save(best=False)
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "fit", stopped)
+    assert main([*MODEL, "--schedule", schedule, "--out", str(tmp_path / "run")]) == 143
+    assert ("no epoch is finished; score and save" in capsys.readouterr().err) == (schedule == "step")
 
 
 @pytest.mark.parametrize("flags", [("--checkpoint_steps", "4"), ("--checkpoint_minutes", "1e-9")])

@@ -439,7 +439,11 @@ def test_a_run_that_replaces_another_ends_like_one_in_a_new_folder(run, tmp_path
 def test_a_diverging_run_fails_with_exit_code_one(run):
     code, _, err, _ = run("--optim", "SGD", "--lr", "1e38", "--clip", "0")
     assert code == 1
-    assert re.match(r"failed: the (training|valid) loss (became|is) (nan|inf).*no checkpoint had been written yet", err)
+    assert re.match(
+        r"failed: the (training|valid) loss (became|is) (nan|inf).*no checkpoint had been written yet$", err
+    )
+    code, _, err, _ = run("--optim", "SGD", "--lr", "1e38", "--clip", "0", "--overwrite")
+    assert err.endswith("no checkpoint had been written yet, and the earlier run is deleted (--overwrite)\n")
     code, _, err, _ = run(
         "--optim", "SGD", "--lr", "1e5", "--overwrite", "--clip", "100"
     )  # the loss is finite, its perplexity is not

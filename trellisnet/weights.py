@@ -238,7 +238,10 @@ def locate(path: str | os.PathLike) -> str | os.PathLike:
         return file
     advice = f"name {WHAT}"
     if os.path.isfile(checkpoint):
-        advice = f"it is written after the first epoch, or now by train.py --resume {checkpoint} --max_steps 1"
+        advice = (
+            f"it is written after the first epoch, or with --schedule step now by train.py --resume {checkpoint} "
+            "--max_steps 1"
+        )
     raise UserError(f"{path}: the folder holds no {FILE}; {advice}")
 
 

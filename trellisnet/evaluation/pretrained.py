@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -79,7 +80,8 @@ class Pretrained:
         ids, unknown = vocabulary.encode(text)
         if len(ids) < 2:
             raise UserError(f"text: expected at least 2 {vocabulary.spelling.noun}, <eos> included, got {len(ids)}")
-        windows = {"horizon": config.horizon or None, "seq_len": config.task_seq_len(), "repackage": config.repack}
+        horizon = config.horizon or config.core.reach(config)  # of --nlevels, whatever the depth of the scores
+        windows = {"horizon": horizon, "seq_len": config.task_seq_len(), "repackage": config.repack}
         stream = torch.tensor(ids, device=self.device)
         with config.float32_products(), config.autocast(self.device):
             result = LanguageModeling(self.model, **windows).evaluate_all(stream, batch_size=config.eval_batch_size)
@@ -198,8 +200,14 @@ def restore(config: CoreConfig, vocabulary: Vocabulary | None, changed: str = ""
         model = language_model.build_model(config, len(vocabulary))
     options = {"vocabulary": vocabulary and vocabulary.sha256, "changed": changed, "task": config.task or None}
     weights.load_weights(model, config.load_weight, **options, **config.load_options())
-    if len(depths := config.scoring_depths()) == 1:  # otherwise validation data chose among them
+    if len(depths := config.scoring_depths()) == 1:
         model.core.num_layers = depths[0]
+    elif depths:
+        warnings.warn(
+            "validation data chose the depth of this run's scores (--eval_nlevels auto), but are not read here: the "
+            f"model has {config.nlevels} layers; for others set model.core.num_layers, in programs --eval_nlevels",
+            stacklevel=3,
+        )
     return Pretrained(model.to(device).eval(), config, device, vocabulary)
 
 

@@ -180,6 +180,7 @@ class _Program:
         self.setup = setup
         self.ranks = ranks
         self.folder: Path | None = None  # of the run, once there is one
+        self.replaced = self.stoppable = False  # the run has replaced another one; --max_steps may end it
         self.unfinished, self.scored = "", ""  # of --eval: the evaluation that ended it; where the scores before are
         self.stack = contextlib.ExitStack()  # holds the lock of the run folder
 
@@ -192,14 +193,15 @@ class _Program:
         if not self.folder.is_dir():
             return "there is nothing left to continue from"
         if not (self.folder / "last.pt").is_file():
-            return "no checkpoint had been written yet"
+            deleted = ", and the earlier run is deleted (--overwrite)" * self.replaced
+            return f"no checkpoint had been written yet{deleted}"
         resume = ["--resume", str(self.folder / "last.pt")]
         command = runnable(self.cls.program(), resume, self.ranks.launcher())
         return f"the last checkpoint is kept; continue with: {shown(command)}"
 
     def way_out(self) -> str:
         """How to get the weights of a run that was stopped in its first epoch, or ""."""
-        if self.folder is None or not (self.folder / "last.pt").is_file() or (self.folder / weights.FILE).exists():
+        if not self.stoppable or not (self.folder / "last.pt").is_file() or (self.folder / weights.FILE).exists():
             return ""
         resume = ["--resume", str(self.folder / "last.pt"), "--max_steps", "1"]  # no step more, if there was one
         command = runnable(self.cls.program(), resume, self.ranks.launcher())
@@ -344,7 +346,7 @@ class _Program:
                 rehearse(task, splits, config, self.ranks)
         with self.ranks.agreed():
             folder = self._folder(config, resumed is None) if self.ranks.first else NoFolder(config.folder())
-        self.folder = folder.path
+        self.folder, self.replaced, self.stoppable = folder.path, replaces, not config.fixed("max_steps")
         with contextlib.closing(folder):
             _say(f"run folder: {folder.path}")
             if resumed is None:

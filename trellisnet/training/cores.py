@@ -13,6 +13,7 @@ from trellisnet.core import TrellisNet
 from trellisnet.equilibrium import EquilibriumTrellisNet
 from trellisnet.errors import UserError
 from trellisnet.ops import gemm
+from trellisnet.training.hardware import HardwareConfig
 
 if TYPE_CHECKING:
     from trellisnet.training.core_config import CoreConfig
@@ -23,6 +24,48 @@ ROWS = 512  # rows of the products in that measurement
 SOLVING = ("solver", "tolerance", "max_evaluations", "phantom")  # settings of --equilibrium
 LAYERED = ("recompute", "grow", "random_depth", "eval_depths", "eval_nlevels", "early_exit")
 COMPUTE = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_execution(
+    config: HardwareConfig, spec: ops.TrellisSpec, device: torch.device, *, recompute: bool = False
+) -> dict[str, str]:
+    """Choose `backend`, `gemm` and `gates` for a TrellisNet all of whose channels `spec` outputs.
+
+    A run that is resumed on another machine takes what this one has.
+
+    Raises:
+        UserError: the settings request something that cannot run here.
+    """
+    dtype = COMPUTE[config.precision]
+    try:
+        backend = ops.resolve(spec, ops.Execution(config.backend, recompute=recompute))
+        if backend == "reference":
+            return {"backend": backend}
+        moved = config.is_continued() and config.gemm != "auto" and not gemm.usable(config.gemm, device, dtype)
+        wanted = "auto" if moved else config.gemm
+        route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
+        gates = _gates(config, backend, device, spec.activation.name)
+    except ValueError as e:
+        raise UserError(f"--{e}") from e
+    # Small products are fast by any route, and not worth results that depend on a measurement.
+    if wanted == "auto" and (channels := spec.output_size) >= MEASURED and not config.deterministic:
+        route = gemm.fastest(device, dtype, ROWS, spec.kernel_size * channels, spec.activation.gates * channels)
+    return {"backend": backend, "gemm": route, "gates": gates}
+
+
+def _gates(config: HardwareConfig, backend: str, device: torch.device, activation: str) -> str:
+    settings = (device, COMPUTE[config.precision], activation)
+    if backend == "triton":
+        try:
+            return ops.resolve_gates("triton", *settings)
+        except ValueError as e:
+            raise ValueError(f"backend: {str(e).removeprefix('gates: ').partition(';')[0]}") from e
+    try:
+        return ops.resolve_gates(config.gates, *settings)
+    except ValueError:
+        if not config.is_continued():
+            raise
+        return ops.resolve_gates("auto", *settings)
 
 
 class Core:
@@ -180,23 +223,7 @@ class _Trellis(Core):
         return [f"gates eager, {reason}"] if config.gates == "eager" and reason else []
 
     def resolve(self, config: "CoreConfig", device: torch.device) -> dict[str, str]:
-        dtype = COMPUTE[config.precision]
-        try:
-            backend = ops.resolve(self._spec(config), ops.Execution(config.backend, recompute=config.recompute))
-            if backend == "reference":
-                return {"backend": backend}
-            # A run that is resumed on another machine takes what this one has.
-            moved = config.is_continued() and config.gemm != "auto" and not gemm.usable(config.gemm, device, dtype)
-            wanted = "auto" if moved else config.gemm
-            route = next(name for name, p in gemm.ROUTES.items() if p is gemm.resolve(wanted, device, dtype))
-            gates = self._gates(config, backend, device)
-        except ValueError as e:
-            raise UserError(f"--{e}") from e
-        # Small products are fast by any route, and not worth results that depend on a measurement.
-        if wanted == "auto" and config.channels() >= MEASURED and not config.deterministic:
-            inputs, outputs = config.ksize * config.channels(), self._spec(config).activation.gates * config.channels()
-            route = gemm.fastest(device, dtype, ROWS, inputs, outputs)
-        return {"backend": backend, "gemm": route, "gates": gates}
+        return resolve_execution(config, self._spec(config), device, recompute=config.recompute)
 
     @staticmethod
     def _spec(config: "CoreConfig") -> ops.TrellisSpec:
@@ -204,22 +231,6 @@ class _Trellis(Core):
         return ops.TrellisSpec(
             config.nlevels, config.channels(), activation, config.dilation, config.ksize, groups, config.inject_every
         )
-
-    @staticmethod
-    def _gates(config: "CoreConfig", backend: str, device: torch.device) -> str:
-        """Return the gate kernels; a run that is resumed on another machine takes what this one has."""
-        settings = (device, COMPUTE[config.precision], config.activation)
-        if backend == "triton":
-            try:
-                return ops.resolve_gates("triton", *settings)
-            except ValueError as e:
-                raise ValueError(f"backend: {str(e).removeprefix('gates: ').partition(';')[0]}") from e
-        try:
-            return ops.resolve_gates(config.gates, *settings)
-        except ValueError:
-            if not config.is_continued():
-                raise
-            return ops.resolve_gates("auto", *settings)
 
 
 class _AWDLSTM(Core):
