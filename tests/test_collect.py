@@ -581,13 +581,17 @@ def test_cache_and_dynamic_evaluation(root, capsys):
 def test_growing_and_random_depth(root, capsys):
     folder = root()
     (folder / "results" / "growth").mkdir()
+    fixed = METRICS | {"epochs": 3, "grow": [], "random_depth": 0}
+    plans = {"fixed": fixed, "grown": fixed | {"epochs": 4, "grow": ["2:2"], "steps": 30, "commit": "cdef01234567"}}
     runs = {"word_fixed-1": 120.0, "word_grown-1": 110.0, "word_grown-2": 112.0, "word_depth_2-1": 150.0}
     for name, ppl in runs.items():
-        metrics = METRICS | {"seed": int(name[-1]), "test": METRICS["test"] | {"ppl": ppl}}
+        metrics = plans["grown" if "grown" in name else "fixed"] | {"seed": int(name[-1])}
+        metrics["test"] = METRICS["test"] | {"ppl": ppl}
         (folder / "results" / "growth" / f"{name}.json").write_text(json.dumps(metrics))
     depths = {f"test_depth_{layers}": {"ppl": 153.0} for layers in (2, 4, 6)}
     path = folder / "results" / "growth" / "word_random-1.json"
-    path.write_text(json.dumps(METRICS | {"seed": 1, "test": METRICS["test"] | {"ppl": 126.0}} | depths))
+    drawn = fixed | {"random_depth": 2, "seed": 1, "test": METRICS["test"] | {"ppl": 126.0}}
+    path.write_text(json.dumps(drawn | depths))
     assert collect.main(["--root", str(folder)]) == 0
     rows = (folder / "RESULTS.md").read_text().splitlines()
     assert "| word | 3 epochs of 8 layers | 7.08M | 1 | 121.51 | 120.00 | 60 |" in rows
@@ -595,10 +599,15 @@ def test_growing_and_random_depth(root, capsys):
     assert f"| word | 2 epochs of 2 layers, 2 epochs of 8 layers | 6.98M | 2 | {spread} | 60 |" in rows
     assert "| word | 2 | 1 | 150.00 | 153.00 | +2.0% |" in rows
     assert "| word | 8 | 1 | 120.00 | 126.00 | +5.0% |" in rows
+    assert "torch 2.13.0, commits `0123456789ab`, `cdef01234567`, Penn Treebank;" in "\n".join(rows)
     for name, content, message in (
-        ("word_random-1", METRICS, "it has no 'test_depth_2'"),
-        ("word_random-1", METRICS | depths | {"params": 7}, "the runs differ in params"),
+        ("word_random-1", drawn, "it has no 'test_depth_2'"),
+        ("word_random-1", drawn | depths | {"params": 7}, "the runs differ in params"),
+        ("word_random-1", drawn | depths | {"steps": 7}, "the runs differ in steps"),
+        ("word_random-1", drawn | depths | {"machine": "M"}, "the runs differ in machine"),
+        ("word_random-1", fixed | depths, "has random_depth 0, the row of scripts/depth.sh has 2"),
         ("words-1", METRICS, "expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"),
+        ("word_grown-1", fixed, "has epochs 3, the row of scripts/depth.sh has 4"),
     ):
         (path.parent / f"{name}.json").write_text(json.dumps(content))
         assert collect.main(["--root", str(folder)]) == 2
@@ -729,6 +738,17 @@ def test_scores_by_depth_and_with_early_exit(root, capsys):
     assert "| `words` | 8 | 9 | 101.00 | 100.00 | perplexity | 9 | as trained |" in rows
     assert "| `words` | 16 | 17 | 100.00 | 99.00 | perplexity | 9 | chosen |" in rows
     assert f"- `words`: `{command}`; CPU, 2 cores, fp32, torch 2.13.0, commit `0123456789ab`" in rows
+
+    shipped = folder / "results" / "words"
+    shipped.mkdir()
+    (shipped / "config.json").write_text('{"settings": {"nlevels": 4}}')  # the scores are those of another depth
+    assert collect.main(["--root", str(folder)]) == 0
+    rows = (folder / "RESULTS.md").read_text().splitlines()
+    assert "| `words` | 4 | 5 | 111.00 | 110.00 | perplexity | 9 | as trained |" in rows
+    assert "| `words` | 8 | 9 | 101.00 | 100.00 | perplexity | 9 |  |" in rows
+    (shipped / "config.json").unlink()
+    shipped.rmdir()
+    capsys.readouterr()
 
     (folder / "results" / "exit").mkdir()
     exits = METRICS | {"command": "python word_ptb/train.py --eval --early_exit 0.1", "complete": False}

@@ -403,8 +403,12 @@ def read_adapted(path: Path) -> tuple[Record, dict[str, tuple[Record, Record]]]:
 
 
 def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
-    """A trained model scored with `--eval_depths`: metrics, and validation and test result of every depth, in order."""
-    metrics = read_metrics(path, complete=False)
+    """A trained model scored with `--eval_depths`: metrics, and validation and test result of every depth, in order.
+
+    The metrics have the depth that it was trained with as `nlevels`, from config.json if the model of this name is
+    shipped, else that of its test score.
+    """
+    metrics, config = read_metrics(path, complete=False), path.parents[1] / path.stem / "config.json"
     with refusing(path):
         command = without(metrics["command"], "metrics", "threads")
         check_portable(path, command)
@@ -413,11 +417,12 @@ def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
             raise UserError(f"{path}: has no scores by depth; score the run with --eval_depths")
         pairs = {metrics[f"test{key}"]["nlevels"]: (metrics[f"valid{key}"], metrics[f"test{key}"]) for key in depths}
         pairs[metrics["test"]["nlevels"]] = metrics["valid"], metrics["test"]
+        trained = read_json(config)["settings"]["nlevels"] if config.is_file() else metrics["test"]["nlevels"]
         for split, results in zip(("valid", "test"), zip(*pairs.values(), strict=True), strict=True):
             [(score_of(result), result["receptive_field"]) for result in results]
             if len({result[score_of(result).count] for result in results}) > 1:
                 raise UserError(f"{path}: the depths are scored on different parts of the {split} data")
-    return metrics | {"command": command}, [pairs[layers] for layers in sorted(pairs)]
+    return metrics | {"command": command, "nlevels": trained}, [pairs[layers] for layers in sorted(pairs)]
 
 
 def read_growth(folder: Path) -> dict[str, list[Record]]:
@@ -432,16 +437,26 @@ def read_growth(folder: Path) -> dict[str, list[Record]]:
                     f"{path}: expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"
                 )
             score_of(metrics["valid"]), score_of(metrics["test"]), metrics["seconds"], metrics["seed"]
+            plans = GROWTH[text][2]
+            epochs = plans.get(plan, plans["fixed"])
+            stages = [f"{layers}:{n}" for layers, n in epochs.items()][:-1]
+            planned = {"epochs": sum(epochs.values()), "grow": stages, "random_depth": 2 * (plan == "random")}
+            for key, value in planned.items():
+                if metrics[key] != value:
+                    raise UserError(f"{path}: has {key} {metrics[key]}, the row of scripts/depth.sh has {value}")
             if plan == "random":
                 [score_of(metrics[f"test_depth_{layers}"]) for layers in (2, 4, 6)]
             runs.setdefault(row, []).append(metrics)
     if not runs:
         raise UserError(f"{folder}: has no runs")
     with refusing(folder):
+        check_alike(folder, itertools.chain(*runs.values()), "machine torch corpus precision")
         for text in GROWTH:
-            own = [m for row, found in runs.items() for m in found if row.startswith(text)]
-            if own:
-                check_alike(folder, own, "task preset params data machine torch corpus precision")
+            own = {row: found for row, found in runs.items() if row.startswith(text)}
+            equal = [m for row, found in own.items() for m in found if not row.endswith("grown")]
+            for several, keys in ((itertools.chain(*own.values()), "task preset params data"), (equal, "steps")):
+                if several := list(several):
+                    check_alike(folder, several, keys)
     return runs
 
 

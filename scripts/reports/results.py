@@ -332,6 +332,7 @@ def growth(folder: Path) -> str:
     runs = records.read_growth(folder)
     with refusing(folder):
         equal, every, one = [], [], next(iter(runs.values()))[0]
+        commits = dict.fromkeys(f"`{m['commit']}`" for found in runs.values() for m in found)
         for text, (outside, layer, plans) in GROWTH.items():
             for plan, epochs in plans.items():
                 if found := runs.get(f"{text}_{plan}"):
@@ -350,7 +351,8 @@ def growth(folder: Path) -> str:
             "## Growing and random depth",
             "",
             f"`bash scripts/depth.sh`, which has the commands: small networks on {one['machine']}, {one['precision']}, "
-            f"torch {one['torch']}, commit `{one['commit']}`, {one['corpus']}; perplexity of words, bits per symbol.",
+            f"torch {one['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}, {one['corpus']}; "
+            "perplexity of words, bits per symbol.",
         ]
         if equal:
             columns = "text|epochs|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
@@ -449,7 +451,7 @@ def depths(root: Path) -> str:
         metrics, pairs = records.read_depths(path)
         with refusing(path):
             commands.append((path.stem, metrics))
-            own, best = metrics["test"]["nlevels"], pairs[0]
+            own, best = metrics["nlevels"], pairs[0]
             for pair in pairs[1:]:
                 best = pair if score_of(pair[0]).is_better(score_of(best[0])) else best
             for valid, test in pairs:
