@@ -605,8 +605,8 @@ def test_growing_and_random_depth(root, capsys):
         ("word_random-1", drawn | depths | {"params": 7}, "the runs differ in params"),
         ("word_random-1", drawn | depths | {"steps": 7}, "the runs differ in steps"),
         ("word_random-1", drawn | depths | {"machine": "M"}, "the runs differ in machine"),
-        ("word_random-1", fixed | depths, "has random_depth 0, the row of scripts/depth.sh has 2"),
         ("words-1", METRICS, "expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"),
+        ("word_random-1", fixed | depths, "has random_depth 0, the row of scripts/depth.sh has 2"),
         ("word_grown-1", fixed, "has epochs 3, the row of scripts/depth.sh has 4"),
     ):
         (path.parent / f"{name}.json").write_text(json.dumps(content))
