@@ -314,10 +314,10 @@ class TrellisLanguageModel(nn.Module):
             ValueError: shapes do not fit, or a single softmax is given a latent mask.
         """
         x = torch.stack(list(outputs))
-        shape = next((mask.shape for mask in latent_masks or () if mask is not None), None)
-        latent = self._latent(None if shape is None else latent_masks, draw)
-        if shape is not None:
-            identity = x.new_full(shape, 1 - self.head.dropout)  # becomes 1 when the head divides by 1 − p
+        given = [mask for mask in latent_masks or () if mask is not None]
+        latent = self._latent(latent_masks if given else None, draw)
+        if given:
+            identity = x.new_full(given[0].shape, 1 - self.head.dropout)  # becomes 1 when the head divides by 1 − p
             latent["latent_mask"] = torch.stack([identity if mask is None else mask.to(x) for mask in latent_masks])
         return self.head.losses(x, target, weights, **latent)
 
