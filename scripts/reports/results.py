@@ -404,8 +404,8 @@ def equilibrium(folder: Path) -> str:
                 *table(f"trained with|scored with|valid {name}:|test {name}:|{_SOLVED}".split("|"), rows),
                 "",
                 f"Training. Seconds of an update are medians of {len(found.seconds['equilibrium'])} runs that took "
-                "turns on an otherwise idle machine, and memory is the peak of a process that trains the paper's model "
-                "of 55 layers and writes its checkpoint:",
+                "turns while other trainings stood still, and memory is the peak of a process that trains the paper's "
+                "model of 55 layers and writes its checkpoint:",
                 "",
                 *table(training.split("|"), [*ways, recomputed]),
                 "",
