@@ -384,40 +384,66 @@ def test_a_network_can_be_compiled_and_exported(backend, options):
     assert all(p.grad is not None for p in module.parameters())
 
 
-@pytest.mark.parametrize("arena", [1 << 30, 20_000, 0])
-@pytest.mark.parametrize("carried", [False, True])
-def test_the_gradient_of_the_kernel_is_one_product_if_it_fits_into_the_arena(arena, carried, monkeypatch):
-    """As on a GPU, which has no buckets."""
-    inputs, products = random_inputs(2, 30), []
-    options = {"num_layers": 12, "dilation": (1, 2), "output_size": 3, "start": 20, "carried": carried, "gemm": "mm"}
-    theirs, _ = run("fused", inputs, **options)
-    multiply = fused._KernelGradient._multiply
+def on_a_gpu(function):
+    """Let a function of fused.py that takes the geometry decide as on a GPU."""
 
-    def counted(kernel):
-        products.append(kernel.complete)
-        multiply(kernel)
-
-    def on_a_gpu(geometry, rows):
+    def decide(*arguments):
+        geometry = next(a for a in arguments if isinstance(a, fused._Geometry))
         device, geometry.device = geometry.device, torch.device("cuda")
         try:
-            return at_once(geometry, rows)
+            return function(*arguments)
         finally:
             geometry.device = device
 
-    at_once = fused._layers_at_once
+    return decide
+
+
+@pytest.mark.parametrize("arena", [1 << 30, 20_000, 0])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("inject_every", [1, 2])
+def test_sums_over_layers_are_made_at_once_if_they_fit_into_the_arena(arena, carried, inject_every, monkeypatch):
+    """As on a GPU, which has no buckets: the gradient of the kernel by one product, those of x̃ once per dilation."""
+    inputs, products, sums, adding = random_inputs(2, 30), [], [], []
+    options = {"num_layers": 12, "dilation": (1, 2, 2), "output_size": 3, "start": 20, "carried": carried, "gemm": "mm"}
+    options |= {"inject_every": inject_every, "gates": "eager"}
+    theirs, _ = run("fused", inputs, **options)
+    total, sum_rows, backward = fused._LayerSums._sum, eager.sum_rows, eager.backward
+
+    def counted(self):
+        products.append(self.complete)
+        total(self)
+
+    def recorded(dx, dz, layers, add):
+        sums.append((layers[0][0].dilation, len(layers)))
+        sum_rows(dx, dz, layers, add)
+
+    def noted(step):
+        if step.layer.x is not None and step.dx is not None:
+            adding.append(step.layer.dilation)
+        backward(step)
+
     monkeypatch.setattr(fused, "BUCKET", 1)
     monkeypatch.setattr(fused, "ARENA", arena)
-    monkeypatch.setattr(fused, "_layers_at_once", on_a_gpu)
-    monkeypatch.setattr(fused._KernelGradient, "_multiply", counted)
+    monkeypatch.setattr(fused, "empty", lambda shape, **options: torch.full(shape, float("nan"), **options))
+    for name in ("_layers_at_once", "_sums_x"):
+        monkeypatch.setattr(fused, name, on_a_gpu(getattr(fused, name)))
+    monkeypatch.setattr(fused._LayerSums, "_sum", counted)
+    monkeypatch.setattr(eager, "sum_rows", recorded)
+    monkeypatch.setattr(eager, "backward", noted)
     ours, _ = run("fused", inputs, **options)
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, atol=1e-12, rtol=1e-12)
+    # The gate kernels add for the first layer, whose dz does not cover all its positions, and where a dilation has only
+    # one layer.
+    assert adding == [1] * inject_every
     if arena > 1 << 20:
-        steps = ops.dependencies(30, 12, (1, 2), 2, 20)
+        steps = ops.dependencies(30, 12, (1, 2, 2), 2, 20)
         # The input of the first layer is zero, except for the state carried into its first step.
         assert products == [2 * sum(map(len, steps[1:])) + 2 * (carried and 0 in steps[0])]
+        assert sums == ([(1, 3), (2, 8)] if inject_every == 1 else [(2, 4)])
     else:
         assert len(products) > 1
+        assert len(sums) > len({dilation for dilation, _ in sums})
 
 
 def test_products_in_a_wider_type_are_not_rounded(monkeypatch):

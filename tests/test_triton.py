@@ -15,27 +15,49 @@ CHILD = """
 import sys
 import torch
 sys.path.insert(0, {tests!r})
-from test_fused import random_inputs, relative, run
+from test_fused import on_a_gpu, random_inputs, relative, run
 from trellisnet import ops
-from trellisnet.ops import fused, triton_gates
+from trellisnet.ops import fused, gates, triton_gates
 
+on_a_cpu, calls = fused._sums_x, []
+sum_rows = triton_gates.sum_rows
+
+def counted(dx, dz, layers, add):
+    calls.append(add)
+    sum_rows(dx, dz, layers, add)
+
+triton_gates.sum_rows = counted
 triton_gates.BLOCK = 4
 for low in (None, torch.bfloat16):
     for k, dilation, length in ((2, (1,), 3), (3, (1, 2), 4)):
         inputs = {{name: t.float() for name, t in random_inputs(k, length, hidden=6).items()}}
         scale = torch.tensor([[1.5, 0, 1.5, 0, 1.5, 1.5], [0, 1.5, 1.5, 1.5, 0, 1.5]])[:, :, None]
         for num_layers, carried, start, inject_every, recompute in (
-            (1, True, 0, 1, 0), (3, False, length - 1, 1, 0), (4, True, 1, 2, 2)
+            (1, True, 0, 1, 0), (3, False, length - 1, 1, 0), (4, True, 1, 2, 2), *[(7, True, 0, 1, 0)] * (k == 2)
         ):
             options = {{"num_layers": num_layers, "dilation": dilation, "output_size": 5, "start": start}}
             options |= {{"aux_every": 2, "inject_every": inject_every, "carried": carried, "autocast": low}}
             options |= {{"hidden_scale": None if num_layers == 3 else scale, "recompute": recompute, "gemm": "mm"}}
+            fused._sums_x = on_a_gpu(on_a_cpu)
             ours, steps = run("triton", inputs, **options)
+            fused._sums_x = on_a_cpu
             theirs, same = run("fused", inputs, gates="eager", **options)
             assert steps == same
             for a, b in zip(ours, theirs, strict=True):
                 error = relative(a, b.double())
                 assert error < (4e-6 if low is None else 5e-2), (low, error)
+
+assert True in calls and False in calls  # several sums for one dilation, too
+for dtype in (torch.float32, torch.bfloat16):
+    plan = fused.pruning.plan(9, ops.TrellisSpec(4, 1, ops.ACTIVATIONS["lstm"], (2,)), 6, torch.device("cpu"))
+    held = [(layer, 2 + 40 * i) for i, layer in enumerate(plan.layers)]
+    dz, dx = torch.randn(160, 8).to(dtype), torch.full((sum(map(len, [plan.layers[0].x])), 2, 8), float("nan"))
+    expected = torch.zeros(dx.shape, dtype=torch.float64)
+    gates.sum_rows(expected, dz, held, add=True)
+    triton_gates.sum_rows(dx, dz, held, add=False)
+    assert relative(dx, expected) < 1e-6
+    triton_gates.sum_rows(dx, dz, held, add=True)
+    assert relative(dx, 2 * expected) < 1e-6
 
 x = torch.cat([torch.logspace(-20, 3, 2000), torch.linspace(0, 20, 2000)])
 x = torch.cat([x, -x])
@@ -70,18 +92,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from trellisnet.ops import triton_gates
 
-flags = dict.fromkeys("X BELOW LEFT SCALE TAPS OUT DTAPS ABOVE DC DZ ADD".split(), True)
-for kernel, indices in ((triton_gates._forward, 5), (triton_gates._backward, 8)):
-    known = {"H": 1400, "out_from": 1000, "K": 2, "BLOCK": triton_gates.BLOCK, **flags}
+flags = dict.fromkeys("X BELOW LEFT SCALE TAPS OUT DTAPS ABOVE DC DZ DX ADD".split(), True)
+for kernel, indices in ((triton_gates._forward, 5), (triton_gates._backward, 8), (triton_gates._sum_rows, 2)):
+    known = {"H": 1400, "GH": 5600, "LAYERS": 50, "out_from": 1000, "K": 2, "BLOCK": triton_gates.BLOCK, **flags}
     types, constants, aligned = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in known:
             types[name], constants[i,] = "constexpr", known[name]
-        elif name in ("S", "N", "product"):
+        elif name in ("S", "N", "P", "product"):
             types[name] = "i32"
         else:
             low = name in ("gates", "x", "taps", "dtaps", "dz")
-            types[name] = "*i32" if name.endswith("_row") else "*bf16" if low else "*fp32"
+            types[name] = "*i32" if name.endswith(("_row", "readers")) else "*bf16" if low else "*fp32"
             aligned[i,] = [["tt.divisibility", 16]]
     made = compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32))
     loads = re.findall(r"ld\\.global\\S*", made.asm["ptx"])

@@ -12,6 +12,8 @@ It computes the equation of :mod:`trellisnet.ops.reference`, with these differen
   backward pass recomputes K layers at a time.
 - **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once:
   on a GPU over all of them, if their operands take no more than `ARENA`.
+- **The gradient of x̃** is summed there, too, on a GPU: once per dilation, in single precision, from the operands of
+  these products. On a CPU each layer adds to it in the gate kernels, which have its numbers in the cache.
 
 Products may be in bfloat16; cells, gate arithmetic and sums over layers are then in float32.
 
@@ -24,6 +26,7 @@ Letters: N batch, L length, H hidden channels, G gates, k kernel size, S positio
 """
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -35,7 +38,7 @@ from trellisnet.ops import compiled, higher_order, last_step, pruning
 from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
 from trellisnet.ops.gates import Step
-from trellisnet.ops.pruning import Plan
+from trellisnet.ops.pruning import Layer, Plan
 from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
 empty = torch.empty  # a name in this module, so that tests can fill uninitialised memory with NaN
@@ -160,27 +163,41 @@ def _layers_at_once(geometry: _Geometry, rows: Sequence[int]) -> int:
     return max(LAYERS_AT_ONCE, ARENA // (max(rows) * width) - 1)
 
 
-class _KernelGradient:
-    """Gradient of the kernel, Σ over layers of tapsᵀ · dz, (k·H, GH), one product for several layers.
+class _LayerSums:
+    """Gradients that are sums over layers, computed for several layers at once from their dz: of the kernel and of x̃.
 
-    (k·H, GH) and not its transpose, because oneDNN is a few percent faster that way. The layers arrive from the top
-    down, and the taps of each arrive one layer after its dz: they are the h of the layer below.
+    That of the kernel is Σ tapsᵀ · dz, (k·H, GH), and not its transpose, because oneDNN is a few percent faster that
+    way. The layers arrive from the top down, and the taps of each arrive one layer after its dz: they are the h of the
+    layer below.
 
     Args:
+        setting: of the call.
         sizes: positions of the layers, from the lowest up.
-        low_memory: hold two layers at most.
+        dx: gradients of x̃ by dilation, to be added to.
+        shapes: their shapes.
     """
 
-    def __init__(self, geometry: _Geometry, sizes: list[int], product: products.Product, low_memory: bool):
-        self.geometry, self.product = geometry, product
+    def __init__(
+        self, setting: Setting, geometry: _Geometry, sizes: list[int], dx: dict[int, Tensor], shapes: dict[int, tuple]
+    ):
+        self.setting, self.geometry, self.dx, self.shapes = setting, geometry, dx, shapes
         self.rows_ahead = [geometry.rows(size) for size in sizes if size]  # of the layers still to come
+        low_memory = len(setting.segments) > 1  # hold two layers at most
         at_once = 1 if low_memory else _layers_at_once(geometry, self.rows_ahead)
         self.capacity = min(sum(self.rows_ahead), (at_once + 1) * max(self.rows_ahead, default=0))
         self.dz = _Rows(geometry, geometry.GH, self.capacity)
         self.taps = _Rows(geometry, geometry.k * geometry.H, self.capacity)
         self.complete = 0  # rows with both dz and taps
         self.last = 0  # positions of the layer with dz but no taps yet
-        self.sum: Tensor | None = None
+        self.kernel: Tensor | None = None
+        self.sums_x = _sums_x(setting, geometry)
+        self.held: list[tuple[Layer, int]] = []  # layers whose dz belongs to a gradient of x̃, and its first row
+
+    def takes_x(self, number: int) -> bool:
+        """Return whether x̃'s gradient is summed here for layer `number`, and not by the gate kernels."""
+        layer = self.setting.plan.layers[number - 1]
+        # The product, and so dz, covers all positions of all layers but the first.
+        return number > 1 and layer.x is not None and layer.dilation in self.sums_x
 
     def next_dz(self, positions: int) -> Tensor:
         """Return the rows for dz of the next layer down, to be filled together with :meth:`last_taps`."""
@@ -190,34 +207,60 @@ class _KernelGradient:
         """Return the rows for the taps that belong to the last dz."""
         return self.taps.take(self.last, self.complete)
 
-    def advance(self, positions: int) -> Tensor:
-        """Take over the filled rows, multiply if the next layer would not fit, and return where dz lies now."""
+    def advance(self, number: int, positions: int) -> Tensor:
+        """Take over the filled rows, sum up if the next layer would not fit, and return where dz lies now.
+
+        Args:
+            number: of the layer that dz belongs to.
+            positions: number of its positions in dz.
+        """
         self.complete += self.geometry.rows(self.last)
         self.last = positions
         rows = self.rows_ahead.pop()
         dz = self.dz.memory[self.complete : self.complete + rows]
+        if self.takes_x(number):
+            self.held.append((self.setting.plan.layers[number - 1], self.complete))
         if self.complete + rows + (self.rows_ahead[-1] if self.rows_ahead else 0) <= self.capacity:
             return dz
-        self._multiply()
+        self._sum()
         self.complete = 0
         self.dz.memory[:rows] = dz.clone()  # source and target may overlap
         return self.dz.memory[:rows]
 
     def finish(self) -> Tensor:
-        """Return the gradient, once the taps of the lowest layer are filled."""
+        """Return the gradient of the kernel, once the taps of the lowest layer are filled; complete those of x̃."""
         self.complete += self.geometry.rows(self.last)
-        self._multiply()
-        if self.sum is None:
+        self._sum()
+        if self.kernel is None:
             return self.geometry.zeros(self.geometry.k * self.geometry.H, self.geometry.GH)
-        return self.sum
+        return self.kernel
 
-    def _multiply(self) -> None:
+    def _sum(self) -> None:
+        for dilation in sorted({layer.dilation for layer, _ in self.held}):
+            add = dilation in self.dx
+            if not add:
+                self.dx[dilation] = self.geometry.empty(*self.shapes[dilation])
+            held = [(layer, first) for layer, first in self.held if layer.dilation == dilation]
+            self.setting.gates.sum_rows(self.dx[dilation], self.dz.memory, held, add)
+        self.held = []
         if self.complete:
             dz, taps = (rows.memory[: self.complete] for rows in (self.dz, self.taps))
-            if self.sum is None:
-                self.sum = products.product_in(self.geometry.sum, taps.t(), dz.t(), self.product)
+            if self.kernel is None:
+                self.kernel = products.product_in(self.geometry.sum, taps.t(), dz.t(), self.setting.product)
             else:
-                products.add_product(self.sum, taps.t(), dz.t(), self.product)
+                products.add_product(self.kernel, taps.t(), dz.t(), self.setting.product)
+
+
+def _sums_x(setting: Setting, geometry: _Geometry) -> set[int]:
+    """Return the dilations whose x̃ gets its gradient from the collected rows of dz: on a GPU, those of several layers.
+
+    For a single layer it would cost another reading of dz and save nothing; with `recompute`, layers are collected one
+    by one.
+    """
+    if geometry.device.type != "cuda" or len(setting.segments) > 1:
+        return set()
+    layers = Counter(layer.dilation for layer in setting.plan.layers[1:] if layer.x is not None)
+    return {dilation for dilation, count in layers.items() if count > 1}
 
 
 class _Layers:
@@ -382,10 +425,10 @@ def backward(
     geometry = run.geometry
     N, H, GH, k = geometry.N, geometry.H, geometry.GH, geometry.k
     w_t = products.pack(weight.to(setting.compute).t().contiguous(), run.max_rows, setting.product)  # (k·H, GH)
-    kernel = _KernelGradient(geometry, run.edges, setting.product, low_memory=len(setting.segments) > 1)
     dbias, dh_left, dc_left = geometry.zeros(GH), geometry.zeros(N, H), geometry.zeros(N, H)
     dx: dict[int, Tensor] = {}
     shape_of = dict(zip(setting.inject_dilations, shapes, strict=True))
+    sums = _LayerSums(setting, geometry, run.edges, dx, shape_of)
     daux = {i: grad.contiguous() for i, grad in zip(sorted(setting.aux_layers), daux, strict=True)}
 
     dc = geometry.zeros(layers[-1].size, N, H)
@@ -401,14 +444,16 @@ def backward(
         for number in range(end, first - 1, -1):
             layer, edge = layers[number - 1], run.edges[number - 1]
             if above:
-                taps = run.fill(kernel.last_taps(), number + 1)
-            dz = kernel.next_dz(edge)
+                taps = run.fill(sums.last_taps(), number + 1)
+            dz = sums.next_dz(edge)
             reads_cell = activation.has_cell and (number > 1 or c0 is not None)
             dc_below = geometry.empty(layer.size, N, H) if reads_cell else None
             # The first layer of a dilation writes the gradient of x̃ if it covers all rows, else it adds to zeros.
             add = layer.x is not None and (layer.dilation in dx or len(layer.x) < shape_of[layer.dilation][0])
             if layer.x is None:
                 dx_layer = geometry.empty(layer.size, N, GH)
+            elif sums.takes_x(number):
+                dx_layer = None
             elif layer.dilation in dx:
                 dx_layer = dx[layer.dilation]
             else:
@@ -426,15 +471,15 @@ def backward(
             if dc_below is not None and c0 is not None:
                 dc_left += dc_below[: layer.cell.left].sum(0)
             if edge:
-                dz = kernel.advance(edge)
+                dz = sums.advance(number, edge)
                 dtaps = _positions(setting.product(dz, w_t), edge, N, k, H)
                 for j, read in enumerate(layer.taps if h0 is not None else ()):
                     dh_left += dtaps[: read.left, :, j].sum(0, dtype=geometry.sum)
             dc, above = dc_below, layer
         del cells, gates
     if run.edges[0]:
-        run.fill(kernel.last_taps(), 1)
-    dw = kernel.finish().t()
+        run.fill(sums.last_taps(), 1)
+    dw = sums.finish().t()
     if scale is not None:
         dh_left *= run.scale
     state = [None if s is None else g.to(s.dtype) for g, s in ((dh_left, h0), (dc_left, c0))]

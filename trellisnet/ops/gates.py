@@ -7,7 +7,7 @@ i, o, g, f. What depends on the activation is in `FUNCTIONS`.
 Letters: N batch, H hidden channels, G gates, k kernel size, S positions of a layer, P rows of x̃.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class Step:
             the last layer, the gradient of its cell, (S, N, H).
         dz: gradient of the products, (product, N, GH), written by `backward`.
         dc: gradient that this layer's cell path passes down, (S, N, H), written by `backward`, or None.
-        dx: gradient of x̃, (P, N, GH); in a layer without x, (S, N, GH).
+        dx: gradient of x̃, (P, N, GH); in a layer without x, (S, N, GH). None: :func:`sum_rows` makes it from dz.
         add: whether `backward` adds to `dx`. It may overwrite if this layer covers all rows of x̃.
     """
 
@@ -224,11 +224,27 @@ def backward(step: Step) -> None:
         h = function(step, a, gate, dh[a:b], None if dc is None else dc[a:b], dz)
         if h_masked is not None:
             h_masked[a:b] = h if step.scale is None else h * step.scale
-        if not step.add:
-            step.dx[a:b] = dz
-        else:
+        if step.dx is not None and step.add:
             add_rows(step.dx, layer.x[a:b], dz)
+        elif step.dx is not None:
+            step.dx[a:b] = dz
         if a < step.product and not direct:
             step.dz[a:b] = dz
     if h_masked is not None:
         _spread(step, h_masked)
+
+
+def sum_rows(dx: Tensor, dz: Tensor, layers: Sequence[tuple[Layer, int]], add: bool) -> None:
+    """Sum the dz of several layers that x̃ enters with one dilation: its gradient.
+
+    Args:
+        dx: gradient of x̃, (P, N, GH).
+        dz: rows of GH numbers, in the dtype of the products.
+        layers: each layer, and the row of `dz` from which on its positions lie.
+        add: add to `dx` instead of overwriting it.
+    """
+    N, GH = dx.shape[1:]
+    if not add:
+        dx.zero_()
+    for layer, first in layers:
+        add_rows(dx, layer.x, dz[first : first + layer.size * N].view(layer.size, N, GH))

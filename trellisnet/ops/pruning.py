@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     cell: Read
     x: Index | None  # rows of x̃ of this dilation; None if x does not enter this layer
     wanted: Index  # rows of S_n
-    cache: dict[Any, "Places"]  # results of :func:`places`, which live as long as the layer
+    cache: dict[Any, Any]  # results of :func:`places` and :func:`readers_of_x`, which live as long as the layer
 
 
 class Plan(NamedTuple):
@@ -144,23 +144,50 @@ def places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
 
 @torch.inference_mode(False)
 def _places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
-    def array(index: Index) -> Tensor:
-        return torch.tensor(index) if isinstance(index, range) else index.cpu()
-
     def inverse(index: Index, first: int) -> Tensor:
         """Return, for each position of the layer, which of first, first + 1, … reads it."""
         readers = torch.full((layer.size,), -1)
-        readers[array(index).long()] = torch.arange(first, first + len(index))
+        readers[_array(index).long()] = torch.arange(first, first + len(index))
         return readers
 
     taps, dc = None, torch.arange(layer.size)
     if above is not None:
         taps = torch.stack([inverse(read.rows, read.left) for read in above.taps])
         dc = inverse(above.cell.rows, above.cell.left)
-    cell = torch.cat([torch.full((layer.cell.left,), -1), array(layer.cell.rows)])
-    x = None if layer.x is None else array(layer.x)
+    cell = torch.cat([torch.full((layer.cell.left,), -1), _array(layer.cell.rows)])
+    x = None if layer.x is None else _array(layer.x)
     arrays = (x, cell, inverse(layer.wanted, 0), taps, dc)
     return Places(*(None if a is None else a.to(device, torch.int32) for a in arrays))
+
+
+def readers_of_x(layers: Sequence[tuple[Layer, int]], rows: int, batch: int, device: torch.device) -> Tensor:
+    """Return which rows of a buffer belong to each row of x̃, on `device`.
+
+    Args:
+        layers: layers of one dilation that x̃ enters, and the row of the buffer from which on each lies, as rows of
+            (position, sequence).
+        rows: P.
+        batch: N.
+
+    Returns:
+        (layers, P) int32: row of the layer's position that reads this row of x̃, for the first sequence; −1 for none.
+    """
+    # The key names the first layer alone: the others are those below it, wherever its plan puts them.
+    key = *(first for _, first in layers), batch, device
+    cache = layers[0][0].cache
+    return cache[key] if key in cache else cache.setdefault(key, _readers_of_x(layers, rows, batch).to(device))
+
+
+@torch.inference_mode(False)
+def _readers_of_x(layers: Sequence[tuple[Layer, int]], rows: int, batch: int) -> Tensor:
+    readers = torch.full((len(layers), rows), -1, dtype=torch.int32)
+    for reader, (layer, first) in zip(readers, layers, strict=True):
+        reader[_array(layer.x).long()] = torch.arange(first, first + layer.size * batch, batch, dtype=torch.int32)
+    return readers
+
+
+def _array(index: Index) -> Tensor:
+    return torch.tensor(index) if isinstance(index, range) else index.cpu()
 
 
 def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, dim: int = 0) -> Tensor:

@@ -111,7 +111,7 @@ def _backward(
     S, N, product,
     H: tl.constexpr, out_from: tl.constexpr, K: tl.constexpr, X: tl.constexpr, BELOW: tl.constexpr, LEFT: tl.constexpr,
     SCALE: tl.constexpr, TAPS: tl.constexpr, OUT: tl.constexpr, DTAPS: tl.constexpr, ABOVE: tl.constexpr,
-    DC: tl.constexpr, DZ: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    DC: tl.constexpr, DZ: tl.constexpr, DX: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     s, n = row // N, row % N
@@ -154,12 +154,12 @@ def _backward(
     if X:
         place = tl.load(x_row + s).to(tl.int64)
     there = dx + (place * N + n) * 4 * H + u
-    if ADD:
+    if DX and ADD:
         tl.store(there, _load(there, inside) + dz_i, mask=inside)
         tl.store(there + H, _load(there + H, inside) + dz_o, mask=inside)
         tl.store(there + 2 * H, _load(there + 2 * H, inside) + dz_g, mask=inside)
         tl.store(there + 3 * H, _load(there + 3 * H, inside) + dz_f, mask=inside)
-    else:
+    elif DX:
         tl.store(there, dz_i, mask=inside)
         tl.store(there + H, dz_o, mask=inside)
         tl.store(there + 2 * H, dz_g, mask=inside)
@@ -172,6 +172,22 @@ def _backward(
         tl.store(rows + H, dz_o.to(dtype), mask=has_product)
         tl.store(rows + 2 * H, dz_g.to(dtype), mask=has_product)
         tl.store(rows + 3 * H, dz_f.to(dtype), mask=has_product)
+
+
+@triton.jit(do_not_specialize=["P", "N"])
+def _sum_rows(dx, dz, readers, P, N, GH: tl.constexpr, LAYERS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    p, n = row // N, row % N
+    u = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = u < GH
+    there = dx + row.to(tl.int64) * GH + u
+    total = tl.zeros_like(u).to(tl.float32)
+    if ADD:
+        total += _load(there, inside)
+    for layer in range(LAYERS):
+        reader = tl.load(readers + layer * P + p)
+        total += _load(dz + (reader.to(tl.int64) + n) * GH + u, inside & (reader >= 0))
+    tl.store(there, total, mask=inside)
 
 
 KERNELS = {"lstm": (_forward, _backward)}
@@ -246,9 +262,17 @@ def backward(step: Step) -> None:
     )  # fmt: skip
     flags = {
         "DTAPS": step.dtaps is not None, "ABOVE": step.dc_above is not None, "DC": step.dc is not None,
-        "DZ": step.dz is not None and step.dz.numel() > 0, "ADD": step.add,
+        "DZ": step.dz is not None and step.dz.numel() > 0, "DX": step.dx is not None, "ADD": step.add,
     }  # fmt: skip
     _launch(KERNELS[step.activation.name][1], grid, arguments, options | flags)
+
+
+def sum_rows(dx: torch.Tensor, dz: torch.Tensor, layers: Sequence[tuple[pruning.Layer, int]], add: bool) -> None:
+    """Do the work of :func:`trellisnet.ops.gates.sum_rows`, writing `dx` once."""
+    P, N, GH = dx.shape
+    readers = pruning.readers_of_x(layers, P, N, dx.device)
+    options = {"P": P, "N": N, "GH": GH, "LAYERS": len(layers), "ADD": add, "BLOCK": BLOCK, "num_warps": WARPS}
+    _launch(_sum_rows, (P * N, triton.cdiv(GH, BLOCK)), (dx, dz, readers), options)
 
 
 def _launch(kernel, grid: tuple[int, int], arguments: Sequence[torch.Tensor | None], options: dict) -> None:
