@@ -200,6 +200,15 @@ def test_no_head_holds_all_logits(in_chunks, make, step):
     assert seen.largest < P * V / 8
 
 
+@pytest.mark.parametrize(("device", "logits"), [("cpu", 1 << 21), ("meta", 1 << 26)])  # meta: as on a GPU
+@pytest.mark.parametrize(("K", "V"), [(1, 10_000), (15, 10_000), (15, 50)])
+def test_a_chunk_has_as_many_logits_as_the_device_can_take(device, logits, K, V):
+    x, weight = torch.empty(900, K, 280, device=device), torch.empty(V, 280, device=device)
+    setting = module._setting(x, weight, torch.float32, "mm", 0.0, True)
+    spare = (K + setting.bucket) * V  # of a position that is left out, and to fill up the last bucket
+    assert logits - spare < setting.positions * K * V <= max(logits, module.ROWS * V) + spare
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
 def test_memory_does_not_grow_with_the_length_times_the_vocabulary():
     """Peak memory of a process at 600 and 8000 positions; all logits of the latter would take 128 or 256 MB."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from trellisnet.ops import gemm as products
 from trellisnet.ops import higher_order
 
-CHUNK, CHUNK_GPU = 1 << 21, 1 << 24  # logits of a chunk; the first is 8 MB in fp32
+CHUNK, CHUNK_GPU = 1 << 21, 1 << 26  # logits of a chunk: 8 and 268 MB in fp32; on a GPU it takes some 50 launches
 ROWS = 128  # of a chunk at least, because every chunk reads W twice and adds to its gradient
 BUCKET = 32  # round rows up to a multiple on a CPU, where oneDNN keeps a megabyte for every distinct number of rows
 
