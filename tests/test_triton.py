@@ -93,35 +93,48 @@ from triton.compiler import ASTSource, compile
 from trellisnet.ops import triton_gates
 
 flags = dict.fromkeys("X BELOW LEFT SCALE TAPS OUT DTAPS ABOVE DC DZ DX ADD".split(), True)
-for kernel, indices in ((triton_gates._forward, 5), (triton_gates._backward, 8), (triton_gates._sum_rows, 2)):
-    known = {"H": 1400, "GH": 5600, "LAYERS": 50, "out_from": 1000, "K": 2, "BLOCK": triton_gates.BLOCK, **flags}
-    types, constants, aligned = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in known:
-            types[name], constants[i,] = "constexpr", known[name]
-        elif name in ("S", "N", "P", "product"):
-            types[name] = "i32"
-        else:
-            low = name in ("gates", "x", "taps", "dtaps", "dz")
-            types[name] = "*i32" if name.endswith(("_row", "readers")) else "*bf16" if low else "*fp32"
-            aligned[i,] = [["tt.divisibility", 16]]
-    made = compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", 90, 32))
-    loads = re.findall(r"ld\\.global\\S*", made.asm["ptx"])
-    narrow = [load for load in loads if ".v" not in load]
-    assert len(narrow) == indices, loads
+for H in (1400, 136):
+    for kernel, indices in ((triton_gates._forward, 5), (triton_gates._backward, 8), (triton_gates._sum_rows, 1)):
+        channels = 4 * H if kernel is triton_gates._sum_rows else H
+        block, warps = triton_gates.launch_shape(channels)
+        known = {"H": H, "GH": channels, "LAYERS": 50, "out_from": H - 96, "K": 2, "BLOCK": block, **flags}
+        types, constants, aligned = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            if name in known:
+                types[name], constants[i,] = "constexpr", known[name]
+            elif name in ("S", "N", "P", "product"):
+                types[name] = "i32"
+            else:
+                low = name in ("gates", "x", "taps", "dtaps", "dz")
+                types[name] = "*i32" if name.endswith(("_row", "readers")) else "*bf16" if low else "*fp32"
+                aligned[i,] = [["tt.divisibility", 16]]
+        source, target = ASTSource(kernel, types, constants, aligned), GPUTarget("cuda", 90, 32)
+        made = compile(source, target=target, options={"num_warps": warps})
+        accesses = re.findall(r"(?:ld|st)\\.global\\S*", made.asm["ptx"])
+        narrow = [access for access in accesses if not access.endswith(".v4.b32")]
+        assert narrow == ["ld.global.b32"] * indices, (H, kernel, narrow)
+        assert len(accesses) > indices
 print("compiled")
 """
 
 
 @installed
-def test_they_compile_for_a_gpu_with_wide_loads(tmp_path):
-    """All loads but those of indices are vector loads."""
+def test_they_compile_for_a_gpu_with_wide_accesses(tmp_path):
+    """All loads and stores but those of indices are 16 bytes wide, in bfloat16, too."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", COMPILER], env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
+
+
+@installed
+def test_a_program_has_no_more_channels_than_there_are():
+    from trellisnet.ops import triton_gates
+
+    shapes = {channels: triton_gates.launch_shape(channels) for channels in (1400, 512, 256, 130, 4)}
+    assert shapes == {1400: (512, 2), 512: (512, 2), 256: (256, 1), 130: (256, 1), 4: (4, 1)}
 
 
 def test_it_is_refused_where_it_cannot_run(monkeypatch):

@@ -18,8 +18,8 @@ import triton.language as tl
 from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
-BLOCK = 512  # channels per program: loads are 8 or 16 bytes wide, and 1,400 channels leave few lanes idle
-WARPS = 4  # per program
+BLOCK = 512  # channels per program, or fewer if there are fewer: 1,400 channels leave few lanes idle
+WARPS = 2  # for a whole block: 8 channels per thread, so that accesses are 16 bytes wide in bfloat16, too
 
 
 @triton.jit
@@ -229,18 +229,24 @@ def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def launch_shape(channels: int) -> tuple[int, int]:
+    """Return the channels and the warps of a program."""
+    block = min(BLOCK, triton.next_power_of_2(channels))
+    return block, max(1, WARPS * block // BLOCK)
+
+
 def _common(step: Step) -> tuple[pruning.Places, tuple[int, int], dict]:
     size, N, GH = step.gates.shape
     H = GH // step.activation.gates
     places = pruning.places(step.layer, step.above, step.gates.device)
     sizes = {"S": size, "N": N, "H": H, "product": step.product, "K": len(step.layer.taps)}
-    sizes |= {"BLOCK": BLOCK, "num_warps": WARPS}
+    sizes["BLOCK"], sizes["num_warps"] = launch_shape(H)
     sizes["out_from"] = 0 if step.out is None else H - step.out.size(2)
     flags = {
         "X": step.layer.x is not None, "BELOW": step.c_below is not None, "LEFT": step.c0 is not None,
         "SCALE": step.scale is not None, "TAPS": step.taps is not None, "OUT": step.out is not None,
     }  # fmt: skip
-    return places, (size * N, triton.cdiv(H, BLOCK)), sizes | flags
+    return places, (size * N, triton.cdiv(H, sizes["BLOCK"])), sizes | flags
 
 
 def forward(step: Step) -> None:
@@ -271,8 +277,9 @@ def sum_rows(dx: torch.Tensor, dz: torch.Tensor, layers: Sequence[tuple[pruning.
     """Do the work of :func:`trellisnet.ops.gates.sum_rows`, writing `dx` once."""
     P, N, GH = dx.shape
     readers = pruning.readers_of_x(layers, P, N, dx.device)
-    options = {"P": P, "N": N, "GH": GH, "LAYERS": len(layers), "ADD": add, "BLOCK": BLOCK, "num_warps": WARPS}
-    _launch(_sum_rows, (P * N, triton.cdiv(GH, BLOCK)), (dx, dz, readers), options)
+    block, warps = launch_shape(GH)
+    options = {"P": P, "N": N, "GH": GH, "LAYERS": len(layers), "ADD": add, "BLOCK": block, "num_warps": warps}
+    _launch(_sum_rows, (P * N, triton.cdiv(GH, block)), (dx, dz, readers), options)
 
 
 def _launch(kernel, grid: tuple[int, int], arguments: Sequence[torch.Tensor | None], options: dict) -> None:
