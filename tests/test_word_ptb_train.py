@@ -175,8 +175,11 @@ def test_settings_of_a_run_can_be_used_for_another_run(run, tmp_path):
 def test_overwrite_deletes_nothing_if_the_input_is_bad(run, tmp_path):
     run("--epochs", "1")
     before = (tmp_path / "run" / "last.pt").read_bytes()
-    for wrong in (["--optim", "Sgd"], ["--optim", "Rprop"], ["--load_weight", "nothing.pkl"], ["--data", "nowhere"]):
-        assert run("--overwrite", *wrong)[0] == 2
+    wrong = ["--optim", "Sgd"], ["--optim", "Rprop"], ["--load_weight", "nothing.pkl"], ["--data", "nowhere"]
+    for flags in (*wrong, ["--load_weight", tmp_path / "run"]):
+        code, _, err, _ = run("--overwrite", *flags)
+        assert code == 2
+    assert err.startswith("error: --overwrite: would delete the weights of --load_weight ")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 

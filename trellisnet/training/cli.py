@@ -340,6 +340,8 @@ class _Program:
     ) -> Result:
         replaces = self.ranks.share(config.overwrite and resumed is None and _holds_files(config.folder()))
         with self.ranks.agreed():
+            if replaces and config.load_weight:
+                _check_kept(config.load_weight, config.folder())
             # Fail on bad settings before an earlier run is deleted.
             optimizer = make_optimizer(task.model.parameters(), config)
             if replaces:
@@ -429,6 +431,12 @@ def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
         digests["weights"] = serialization.sha256_of_file(weights.locate(weight_file))
     facts = {f"{name} sha256": f"{digest[:16]}…" for name, digest in digests.items() if digest}
     return {"data sizes": splits.sizes, **facts}
+
+
+def _check_kept(weight_file: str, folder: Path) -> None:
+    """Raise UserError if the weights that a run starts from lie in the folder whose run it is to replace."""
+    if Path(weights.locate(weight_file)).resolve().parent == folder.resolve():
+        raise UserError(f"--overwrite: would delete the weights of --load_weight {weight_file}; name another --out")
 
 
 def _holds_files(folder: Path) -> bool:
