@@ -376,7 +376,7 @@ def test_a_run_stopped_in_its_first_epoch_says_how_to_get_its_weights(run, tmp_p
     file.unlink()  # like a run stopped in its first epoch
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "run")
     assert code == 2
-    assert err.endswith(f"or now by train.py --resume {last} --max_steps 1\n")
+    assert err.endswith(f"or with --schedule step now by train.py --resume {last} --max_steps 1\n")
     assert main(["--resume", str(last), "--max_steps", "1", "--data", str(text)]) == 0, capsys.readouterr().err
     model = build_model(Config(emsize=8, nhid=6, nout=8, nlevels=3), 10)
     load_weights(model, tmp_path / "run")

@@ -191,8 +191,7 @@ class Trainer:
         carry = content["carry"]
         self.carry = carry if carry is None else tuple(self.ranks.part(part).to(device) for part in carry)
         self._check_place()
-        # Earlier versions measured less.
-        self.running = {name: float(content["running"].get(name, 0.0)) for name in self.running}
+        self.running = {name: float(content["running"][name]) for name in self.running}
         self.seconds_before, self.skipped = content["seconds"], content["skipped"]
         self._restore_rng([content["rng"], *content["rng_others"]])
 
