@@ -160,7 +160,7 @@ def compared(sizes, cases, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:the model sees only the last .* pixels")
 def test_two_ranks_compute_what_one_does(tmp_path):
-    compared([2], ["word_ptb", "word_ptb, carried, mixture, 2 slices", "pmnist"], tmp_path)
+    compared([2], ["word_ptb, carried, mixture, 2 slices", "pmnist"], tmp_path)
 
 
 @pytest.mark.slow
@@ -172,14 +172,14 @@ def test_ranks_compute_what_one_does(tmp_path):
 def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     """Bad settings, a full run, one that a signal to one rank stops, its continuation, one that fails, a score."""
     capsys.readouterr()
-    short, bands = [*MODEL, "--max_steps", "100"], ["--cutoffs", 20, 50]
+    short, bands = [*MODEL, "--max_steps", "80"], ["--cutoffs", 20, 50]
     to = lambda name: ["--metrics", tmp_path / f"{name}.json"]  # noqa: E731
     assert word_ptb.train.main([*MODEL, "--max_steps", "30", "--out", str(tmp_path / "alone")]) == 0
     out = {name: tmp_path / name for name in ("whole", "parts", "bad")}
     plan = [
         ["word_ptb", *MODEL, "--batch_size", "25", "--out", out["bad"]],
         ["wt103", *short, *bands, "--out", out["whole"], *to("whole")],
-        ["wt103", "signal", 1, 75, *short, *bands, "--out", out["parts"]],
+        ["wt103", "signal", 1, 70, *short, *bands, "--out", out["parts"]],
         ["wt103", "--resume", out["parts"] / "last.pt", *to("parts")],
         ["word_ptb", *MODEL, "--lr", "1e30", "--clip", "0", "--optim", "SGD", "--out", out["bad"]],
         ["wt103", *MODEL, *bands, "--eval", "--load_weight", out["whole"] / "weights.pkl", *to("eval")],
@@ -215,9 +215,9 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     assert last["carry"][0].size(0) == 24
     assert len(last["rng_others"]) == 1
     capsys.readouterr()
-    assert wt103.train.main(["--resume", str(out["whole"] / "last.pt"), "--max_steps", "104"]) == 0
+    assert wt103.train.main(["--resume", str(out["whole"] / "last.pt"), "--max_steps", "84"]) == 0
     assert "NOTICE: the checkpoint is of 2 ranks, this run has 1: " in capsys.readouterr().out
-    assert checkpoint.load(out["whole"] / "last.pt")["step"] == 104
+    assert checkpoint.load(out["whole"] / "last.pt")["step"] == 84
     assert "NOTICE: the checkpoint is of 1 rank, this run has 2: " in (tmp_path / "alone" / "log.txt").read_text()
     assert checkpoint.load(tmp_path / "alone" / "last.pt")["step"] == 34
 
@@ -246,6 +246,7 @@ def started(tmp_path, size, *argv, code=DRIVER, plan=None):
     return processes
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
     flags = [*MODEL, "--checkpoint_steps", "20", "--out", tmp_path / "run"]
     processes = started(tmp_path, 2, "word_ptb", "kill", 1, 50, *flags)
@@ -453,6 +454,7 @@ ranks.leave()
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tmp_path):
     processes = started(tmp_path, 2, code=HANG)
     said = [process.communicate(timeout=100)[1].splitlines() for process in processes]

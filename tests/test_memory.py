@@ -142,6 +142,7 @@ def test_every_row_of_the_script_is_a_command_of_this_program():
         assert ((recipe["receptive_field"] or math.inf) < needed) == row.endswith("_short")
 
 
+@pytest.mark.slow
 def test_the_script_trains_a_row(tmp_path):
     environment = os.environ | {"PY": sys.executable, "OMP_NUM_THREADS": "1", "SMOKE": "1", "ROWS": "copy_rhn"}
     command = ["bash", str(PROJECT / "scripts" / "memory.sh")]

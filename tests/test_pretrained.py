@@ -158,7 +158,7 @@ def earlier(run_folder, tmp_path):
     return out
 
 
-@pytest.mark.parametrize("how", ["fails", "is stopped", "is killed"])
+@pytest.mark.parametrize("how", ["fails", "is stopped", pytest.param("is killed", marks=pytest.mark.slow)])
 def test_an_interrupted_export_leaves_the_earlier_one_intact(run_folder, earlier, how, monkeypatch, capsys):
     before = contents(earlier)
     argv = [str(run_folder), str(earlier), "--overwrite"]

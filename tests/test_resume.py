@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from trellisnet.training.runlog import alone, runnable
 from word_ptb.train import main
 
 MODEL = """--data synthetic --emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 3 --seq_len 13 --batch_size 50
---aux_freq 2 --log-interval 20 --threads 1 --max_eval_tokens 2000 --epochs 3""".split()
+--aux_freq 2 --log-interval 20 --threads 1 --max_eval_tokens 2000 --epochs 2""".split()
 MODES = {
     "sgd": "--lr 5",
     "adam": "--optim Adam --lr 0.01",
     "asgd": "--asgd --anneal 1 --optim Adam --lr 0.03 --epochs 5 --data",  # on text that it gets worse at
-    "repack": "--repack --seq_len 0 --horizon 10 --lr 5",
+    "repack": "--repack --seq_len 0 --horizon 25 --lr 5",
     "mixture": "--n_experts 2 --lr 5 --accumulate 2",
 }
 # Runs main, and a second signal comes while the first one's checkpoint is written.
@@ -148,6 +149,7 @@ def test_a_signal_writes_a_checkpoint_and_prints_how_to_continue(tmp_path, signu
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_from_outside_is_handled_at_any_moment(tmp_path):
     command = [sys.executable, str(PROJECT / "word_ptb" / "train.py"), *MODEL, "--epochs", "99", "--out", "run"]
     options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
@@ -174,7 +176,9 @@ def test_a_run_whose_rate_is_planned_has_no_way_out(tmp_path, capsys, monkeypatc
     assert ("no epoch is finished; score and save" in capsys.readouterr().err) == (schedule == "step")
 
 
-@pytest.mark.parametrize("flags", [("--checkpoint_steps", "4"), ("--checkpoint_minutes", "1e-9")])
+@pytest.mark.parametrize(
+    "flags", [("--checkpoint_steps", "4"), pytest.param(("--checkpoint_minutes", "1e-9"), marks=pytest.mark.slow)]
+)
 def test_checkpoints_come_by_steps_and_by_minutes(tmp_path, flags):
     died = interrupted(9, signal.SIGKILL, *MODEL, "--lr", "5", "--out", tmp_path / "run", *flags)
     assert died.returncode == -signal.SIGKILL
@@ -201,14 +205,21 @@ def test_a_second_signal_does_not_interrupt_the_checkpoint(tmp_path):
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 13
 
 
-@pytest.fixture
-def cut(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
     """A run cut short in its second epoch, with best.pt, last.previous.pt and last.pt; and the uninterrupted run."""
-    argv = [*MODEL, "--lr", "5", "--checkpoint_steps", "7"]
-    assert main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    steps = checkpoint.load(tmp_path / "whole" / "last.pt")["step"] // 3
-    assert main([*argv, "--out", str(tmp_path / "run"), "--max_steps", str(steps + 9)]) == 0
-    return tmp_path / "run", outcome(tmp_path / "whole")
+    folder, argv = tmp_path_factory.mktemp("trained"), [*MODEL, "--lr", "5", "--checkpoint_steps", "7"]
+    assert main([*argv, "--out", str(folder / "whole")]) == 0
+    steps = checkpoint.load(folder / "whole" / "last.pt")["step"] // 2
+    assert main([*argv, "--out", str(folder / "run"), "--max_steps", str(steps + 9)]) == 0
+    return folder / "run", outcome(folder / "whole")
+
+
+@pytest.fixture
+def cut(trained, tmp_path):
+    """The two of `trained`; the first is a copy."""
+    run, whole = trained
+    return shutil.copytree(run, tmp_path / "run"), whole
 
 
 @pytest.mark.parametrize("gone", [["last.pt"], ["last.pt", "last.previous.pt"]])

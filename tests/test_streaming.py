@@ -37,10 +37,10 @@ def pieces(module, x, sizes):
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), GEOMETRIES)
-@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("size", [1, 7, 64, 200])
 def test_pieces_equal_one_long_pass(kernel_size, dilation, size):
-    module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(1003)
-    sizes = [size] * (1003 // size) + [1003 % size] * bool(1003 % size)
+    module, x = net(kernel_size=kernel_size, dilation=dilation), x_of(203)
+    sizes = [size] * (203 // size) + [203 % size] * bool(203 % size)
     output, _ = pieces(module, x, sizes)
     assert_close(output, module(x).output, atol=1e-12, rtol=0)
 

@@ -70,7 +70,8 @@ def smoke(tmp_path):
     ],
 )
 def test_smoke(smoke, name):
-    few = {"rhn_table": ["depth_3", "depth_1_untied"], "recipe": ["authors", "augment"]}
+    few = {"rhn_table": ["depth_3", "depth_1_untied"], "table4": ["permuted_mnist", "permuted_mnist_tcn"]}
+    few["recipe"] = ["augment"]
     few["equilibrium"] = ["unrolled", "equilibrium", "timed_equilibrium", "paper_recompute"]  # others only score
     smoke(name, few.get(name) or rows_of(name))
 

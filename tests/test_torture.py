@@ -55,6 +55,7 @@ def test_a_run_survives_a_full_disk(folder):
     assert runs.full(folder, 5, seed=1, epochs=1)["no room"] == 5
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_second_process(folder):
     assert runs.locks(folder, seed=1, epochs=1) == {"refused": 3}
 
@@ -115,6 +116,7 @@ def test_payloads_run_in_an_ordinary_unpickler(tmp_path):
             trap.rmdir()
 
 
+@pytest.mark.slow
 def test_memory_is_watched(tmp_path):
     found = runs.soak(tmp_path, 0.05, seed=1)
     assert found["steps"] > 0

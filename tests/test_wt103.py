@@ -17,10 +17,10 @@ from wt103 import data
 from wt103.model import Config, build_model
 from wt103.train import main
 
-SMALL = """--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 5 --batch_size 8 --eval_batch_size 3 --aux_freq 2
+SMALL = """--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 5 --batch_size 16 --eval_batch_size 3 --aux_freq 2
 --epochs 2 --lr 0.02 --max_eval_tokens 1500 --log-interval 50 --cutoffs 20 50""".split()
 SAMPLE = PROJECT / "data" / "wikitext"
-LINES = {"train": 80, "valid": 20, "test": 20}
+LINES = {"train": 40, "valid": 20, "test": 20}
 
 
 @pytest.fixture(autouse=True)
