@@ -141,6 +141,20 @@ def test_a_forward_pass_leaves_nothing_behind():
     assert module.float()(x.float()).output.dtype == torch.float32
 
 
+@pytest.mark.parametrize("arguments", [{}, {"last_only": True}, {"start": 3}, {"aux_every": 2}, {"lengths": [3, 5]}])
+@pytest.mark.parametrize("activation", ["lstm", "tanh", "gru"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_an_output_changed_in_place_changes_nothing_else(backend, activation, arguments):
+    x = torch.randn(2, 5, 3)
+    with torch.no_grad():
+        out = TrellisNet(3, 4, 4, activation=activation, backend=backend)(x, **arguments)
+        others = [*out.state, *out.aux]
+        before = [part.clone() for part in others]
+        out.output.zero_()
+    for part, value in zip(others, before, strict=True):
+        assert torch.equal(part, value)
+
+
 def test_evaluation_draws_no_random_numbers_and_training_does():
     module, x = net(hidden_dropout=0.5, weight_dropout=0.5), x_of()
     state = torch.get_rng_state()

@@ -124,6 +124,25 @@ def test_segments_are_one_pass(backend, solver, length):
         assert_close(got, want, rtol=0, atol=1e-9)
 
 
+def test_a_state_does_not_change_with_the_memory_of_input_and_output(backend):
+    net, _ = network(backend)
+    net.eval()
+    x, stream = sequence(6).detach(), net.init_stream(3)
+    buffer, at, outputs, steps = torch.empty_like(x[:, :3]), torch.empty_like(x[:, 0]), [], []
+    with torch.no_grad():
+        whole, state = net(x).output, None
+        for part in x.split(3, dim=1):
+            output, state, _ = net(buffer.copy_(part), state)
+            outputs.append(output.clone())
+            output.zero_()
+        for step in x.unbind(1):
+            output, stream = net.step(at.copy_(step), stream)
+            steps.append(output.clone())
+            output.zero_()
+    assert_close(torch.cat(outputs, dim=1), whole, rtol=0, atol=1e-9)
+    assert_close(torch.stack(steps, dim=1), whole, rtol=0, atol=1e-9)
+
+
 def test_streams_read_without_dropout(backend):
     net, _ = network(backend)  # in training mode
     x = sequence(9).detach()

@@ -409,8 +409,10 @@ class TrellisNet(nn.Module):
             lengths=lengths,
             execution=self.execution,
         )
+        # Copied, because backends return views of all outputs: what changes these in place must not change the state.
+        state = tuple(part.clone() for part in out.state)
         # torch.jit.trace cannot infer the element type of an empty list.
-        return TrellisOutput(out.output, out.state, out.aux or (() if torch.jit.is_tracing() else []))
+        return TrellisOutput(out.output, state, out.aux or (() if torch.jit.is_tracing() else []))
 
     def state_widths(self) -> dict[str, int]:
         """Return the channels of each part of a state, by name."""

@@ -361,8 +361,8 @@ class EquilibriumTrellisNet(TrellisNet):
         z = self._equilibrium(layer, weights, N, L)
         h, c = z.chunk(2, dim=1)  # (N, H, L)
         output = h[:, H - self.output_size :, L - 1 if last_only else start :].transpose(1, 2)
-        if lengths is None:
-            return TrellisOutput(output, (h[:, :, -1], c[:, :, -1], x[:, -1]), [])
+        if lengths is None:  # copied, because the caller may change x and the output in place
+            return TrellisOutput(output, tuple(part.clone() for part in (h[:, :, -1], c[:, :, -1], x[:, -1])), [])
         last = (lengths - 1).view(N, 1, 1)
         state = (part.gather(2, last.expand(-1, part.size(1), 1)).squeeze(2) for part in (h, c, x.transpose(1, 2)))
         return TrellisOutput(output, tuple(state), [])

@@ -112,6 +112,8 @@ def trellis(
             aux.append(h[:, H - output_size :].transpose(1, 2))  # (N, L, output_size)
 
     output = h[:, H - output_size :].transpose(1, 2)  # (N, L, output_size)
+    if aux_every is not None and spec.num_layers % aux_every == 0:
+        aux[-1] = aux[-1].clone()  # not the memory of the output, which the caller may change in place
     if lengths is None:
         return output, (h[:, :, -1], c[:, :, -1]), aux
     last = (lengths - 1).view(N, 1, 1).expand(-1, H, 1)

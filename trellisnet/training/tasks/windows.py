@@ -130,7 +130,7 @@ class Windows:
 
     def carry(self, state: State) -> State | None:
         """The state to start the next window from."""
-        # The state is a view of all outputs of a window; a copy lets these be freed.
+        # The state of a core may be a view of all outputs of a window; a copy lets these be freed.
         return tuple(part.detach().clone() for part in state) if self.carried else None
 
 
