@@ -21,6 +21,7 @@ import hashlib
 import random
 import re
 import signal
+import string
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ from trellisnet.training.tasks.base import tracked
 from trellisnet.wrappers import both_ways
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # cross_entropy ignores the last
-COLUMN = re.compile(r"\S+", re.ASCII)  # words may contain other white space, such as a no-break space
+# Words may contain other white space, such as a no-break space, and blanks if the columns are separated by tabs.
+SPACE, TAB = re.compile(r"\s+", re.ASCII), re.compile(r"\s*\t\s*", re.ASCII)
 RANGE = re.compile(r"\d+[-.]\d+")  # id of several words together, or of one that is not in the text (CoNLL-U)
 FILES = {"train": "train", "valid": "valid|dev", "test": "test"}  # what their names contain, in a folder
 THEIR_ORDERS = {"up": "frequency_up", "down": "frequency", "rand": "random", "none": "appearance"}
@@ -156,8 +158,8 @@ class Config(RunConfig):
 def sentences(text: str, name: str = "text", columns: Sequence[int] = (1, -1)) -> list[Sentence]:
     """Read tagged sentences: a word and its tag per line, blank lines between sentences.
 
-    Where the word is not in the first column, that column is an id, as in CoNLL-U: comments (#) before a sentence and
-    ids of ranges and empty nodes are left out.
+    Columns are separated by tabs or, in a line without tabs, by white space. Where the word is not in the first column,
+    that column is an id, as in CoNLL-U: comments (#) before a sentence and ids of ranges and empty nodes are left out.
 
     Args:
         columns: of word and tag, from 1, or from the end with -1.
@@ -169,11 +171,12 @@ def sentences(text: str, name: str = "text", columns: Sequence[int] = (1, -1)) -
     word, tag = (column - (column > 0) for column in columns)
     needed = max(2, *(column if column > 0 else -column for column in columns))
     for number, line in enumerate(text.split("\n"), start=1):
-        cells = COLUMN.findall(line)
+        line = line.strip(string.whitespace)
+        cells = (TAB if "\t" in line else SPACE).split(line) if line else []
         if cells and word and (RANGE.fullmatch(cells[0]) or (cells[0].startswith("#") and not sentence)):
             continue
         if 0 < len(cells) < needed:
-            raise UserError(f"{name}, line {number}: expected a word and its tag, got {line.strip()[:40]!r}")
+            raise UserError(f"{name}, line {number}: expected a word and its tag, got {line[:40]!r}")
         if cells:
             sentence.append((cells[word], cells[tag]))
         elif sentence:

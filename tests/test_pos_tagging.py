@@ -18,6 +18,8 @@ from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
 from trellisnet.ops import hide_padding
 from trellisnet.training.config import PROJECT, parse
+from trellisnet.training.distributed import Ranks
+from trellisnet.training.gradients import Gradients
 
 SMALL = "--emsize 8 --nhid 6 --threads 1 --lr 0.02".split()
 
@@ -103,6 +105,8 @@ def test_columns_of_other_formats():
     )
     expected = [[("Do", "AUX"), ("n't", "PART"), ("#", "SYM")], [("Go", "VERB")]]
     assert pos.sentences(conllu, columns=(2, 4)) == expected
+    blanks = "1\t10 000\t10000\tNUM\n2\t Đây là\t\tđây là \tPRON\t\n"  # words of French and Vietnamese
+    assert pos.sentences(blanks, columns=(2, 4)) == [[("10 000", "NUM"), ("Đây là", "PRON")]]
     assert pos.sentences("EU NNP I-NP I-ORG\n", columns=(1, 2)) == [[("EU", "NNP")]]  # CoNLL-2003
     assert pos.sentences("# #\n$ $\n") == [[("#", "#"), ("$", "$")]]  # words of the Wall Street Journal
     with pytest.raises(UserError, match="text, line 1: expected a word and its tag, got '1 a'"):
@@ -170,6 +174,21 @@ def test_it_learns_and_its_weights_score_the_same(run, tmp_path):
     scored = run(*flags, "--eval", "--load_weight", tmp_path / "run" / "weights.pkl")[3]
     assert scored["test"] == metrics["test"]
     assert run("--resume", "--epochs", "3", base=())[3]["epochs"] == 3
+
+
+def test_slices_of_a_batch_count_by_their_words():
+    """As `--accumulate` promises, they give the gradient and the means of the batch, whose loss is one per word."""
+    torch.manual_seed(0)
+    task = pos.Tagging(pos.Tagger(9, 3, 4, 4).double(), batch_size=4, eval_batch_size=4, seed=0)
+    lengths = torch.tensor([7, 1, 2, 4])
+    batch = torch.randint(9, (4, 7)), torch.randint(3, (4, 7)), lengths
+    results = []
+    for slices in (1, 2, 3):
+        config = pos.Config(data="synthetic", batch_size=4, accumulate=slices)
+        _, *numbers = Gradients(task, config, Ranks())(batch, None)
+        results.append([*numbers, *(parameter.grad.clone() for parameter in task.model.parameters())])
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
 
 
 def test_a_trellisnet_reads_both_ways(run, tmp_path):

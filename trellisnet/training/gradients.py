@@ -54,7 +54,7 @@ class Gradients:
         """
         config, model, ranks = self.config, self.task.model, self.ranks
         model.zero_grad(set_to_none=True)
-        rows, own = batch[0].size(0), [ranks.part(part) for part in batch]
+        units, own = self.task.size(batch), [ranks.part(part) for part in batch]
         if idle := own[0].size(0) == 0:  # the last batch of an epoch may have fewer rows than there are ranks
             own = [part[:1] for part in batch]  # an idle rank takes part in the reduction with a weight of 0
         pieces = min(config.accumulate, own[0].size(0))
@@ -64,7 +64,7 @@ class Gradients:
             states = list(zip(*(part.tensor_split(pieces) for part in carry), strict=True))
         means, carried, total = dict.fromkeys(self.task.measured, 0.0), [], 0.0
         for number, (part, state) in enumerate(zip(slices, states, strict=True), start=1):
-            share = 0.0 if idle else part[0].size(0) / rows
+            share = 0.0 if idle else self.task.size(part) / units
             losses, state = self._backward(part, state, share, last=number == len(slices))
             total = total + losses["loss"] * share  # not detached: this keeps alive what a recorded graph reads
             for name in means:
@@ -83,7 +83,7 @@ class Gradients:
         Args:
             part: the slice.
             state: the state to start from.
-            share: number of its rows as a fraction of the rows of all ranks.
+            share: number of its units (`Task.size`) as a fraction of those of the batch.
             last: it is the last slice of the batch, after which the gradients are summed over the ranks.
 
         Returns:
