@@ -110,6 +110,24 @@ def test_a_stream_can_be_continued_twice_and_keeps_its_kernels():
     assert torch.equal(module.stream(x[:, 6:], stream)[0], first)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"gates": "auto"}, {"gates": "eager"}, {"activation": "gru"}])
+def test_weights_of_16_bits(options, dtype):
+    """Cells and gates are in float32, as in a forward pass, and outputs in the dtype of the weights."""
+    module, x = net(**options).to(dtype), x_of(9).to(dtype)
+    exact = net(**options, backend="reference")
+    exact.load_state_dict(module.state_dict())
+    outputs, stream = pieces(module, x[:, :5], [2, 3])
+    steps = []
+    for x_t in x[:, 5:].unbind(1):
+        output, stream = module.step(x_t, stream)
+        steps.append(output)
+    outputs = torch.cat([outputs, torch.stack(steps, dim=1)], dim=1)
+    assert outputs.dtype == dtype
+    assert {part.dtype for part in stream.c} == {torch.float32}
+    assert_close(outputs.double(), exact(x.double()).output, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
 def test_no_dropout_and_no_gradients():
     module, x = net(hidden_dropout=0.5, weight_dropout=0.5), x_of(5)
     expected = module(x).output

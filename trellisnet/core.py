@@ -478,7 +478,7 @@ class TrellisNet(nn.Module):
         if tolerance > 0 and ops.traced():
             raise ValueError(f"tolerance: expected 0 in a compiled, exported or traced program, got {tolerance}")
         h, _, stream = streaming.piece(x, stream, tolerance)
-        return h[:, :, self.hidden_size - self.output_size :], stream
+        return h[:, :, self.hidden_size - self.output_size :].to(self.bias.dtype), stream
 
     def step(self, x_t: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """Read one step: every layer computes one position, with a single product for the old taps of all layers.
@@ -496,7 +496,7 @@ class TrellisNet(nn.Module):
         """
         self._check_piece(x_t, stream, 2)
         h, _, stream, _ = streaming.step(x_t, stream)
-        return h[:, self.hidden_size - self.output_size :], stream
+        return h[:, self.hidden_size - self.output_size :].to(self.bias.dtype), stream
 
     def _check_piece(self, x: Tensor, stream: Stream, dimensions: int) -> None:
         check_tensor(name := "x" if dimensions == 3 else "x_t", x)

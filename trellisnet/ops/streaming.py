@@ -92,7 +92,7 @@ class Kernels(NamedTuple):
     oldest: Tensor  # (GH, (k−1)·H), all taps but the newest, packed for a row of every layer but the first
     newest: Any  # (GH, H), packed for `add`
     weight_x_single: Any  # weight_x, packed for `add`
-    bias: Tensor  # (GH,)
+    bias: Tensor  # (GH,), in the dtype of gates and cells: float32 at least
     spec: TrellisSpec
     product: products.Product
     add: Callable[[Tensor, Tensor, Any], None]  # (target, rows, weight): target += rows · weightᵀ, one row per sequence
@@ -160,9 +160,8 @@ def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_siz
         add = partial(products.add_product, product=single)
         pack = partial(products.pack, rows=batch_size, product=single)
     oldest = products.pack(oldest, (spec.num_layers - 1) * batch_size, product)
-    return Kernels(
-        w_x, w, oldest, pack(newest), pack(w_x), bias.detach().clone(), spec, product, add, gates=gate_kernels
-    )
+    bias = bias.detach().to(torch.promote_types(bias.dtype, torch.float32), copy=True)
+    return Kernels(w_x, w, oldest, pack(newest), pack(w_x), bias, spec, product, add, gates=gate_kernels)
 
 
 def start(kernels: Kernels, batch_size: int) -> Stream:
@@ -231,7 +230,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
             whole piece, and let all layers above hold the same h and c.
 
     Returns:
-        h and c of the last layer, (N, T, H), and the stream after these steps.
+        h and c of the last layer, (N, T, H), float32 at least; and the stream after these steps.
     """
     kernels, spec = _usable(stream.kernels), stream.kernels.spec
     cell = kernels.cell
@@ -274,7 +273,7 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
         stream: the stream after the steps before; it is left unchanged.
 
     Returns:
-        h and c of the last layer, (N, H); the stream after this step; number of layer-steps computed.
+        h and c of the last layer, (N, H), float32 at least; the stream after this step; number of layer-steps computed.
     """
     kernels, spec = _usable(stream.kernels), stream.kernels.spec
     cell = kernels.cell
