@@ -104,7 +104,7 @@ class Config(AdaptiveConfig):
     helps: ClassVar = {
         "anneal": "no effect without --asgd or --finetune, as in the authors' script; see --when",
         "emb_dropout": "dropout of whole symbols of the alphabet",
-        "horizon": "length of a window; without --repack, its unscored positions, auto: as many as the layers reach "
+        "horizon": "length of a window; without --repack: its unscored positions; auto: as many as the layers reach "
         "back",
         "data": "a text file, a folder with train.txt, valid.txt and test.txt, or 'synthetic'; enwik8 and text8: any "
         "file, or the folder that holds it; default: {default_data}, or data/NAME, in the project",
@@ -116,7 +116,7 @@ class Config(AdaptiveConfig):
     )  # fmt: skip
     stream: str = setting(
         "authors",
-        "spelling of the text: of the authors' code, or standard in the literature",
+        "spelling of the text: as in the authors' code, or the standard of the literature",
         group="data",
         choices=tuple(STREAMS),
     )

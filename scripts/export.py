@@ -134,7 +134,7 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="(default: float16)")
     parser.add_argument("--max_mb", type=float, default=LARGEST, help=f"refuse a larger file (default: {LARGEST})")
-    parser.add_argument("--partial", type=int, default=0, help="tokens or images of the short score")
+    parser.add_argument("--partial", type=int, default=0, help="tokens or images of the quick score")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args, flags = parser.parse_known_args(argv)
     config = read_run_config(args.run)

@@ -47,8 +47,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most probable token (default: 1)")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the K most probable tokens; 0: from all")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the smallest set with total probability P")
-    parser.add_argument("--seed", type=int, default=1111, help="(default: 1111)")
-    parser.add_argument("--width", type=int, default=100, help="of printed lines; 0: no wrapping (default: 100)")
+    parser.add_argument("--seed", type=int, default=1111, help="seed of the draws (default: 1111)")
+    parser.add_argument("--width", type=int, default=100, help="length of printed lines; 0: no wrapping (default: 100)")
     args, flags = parser.parse_known_args(argv)
     check_bounds(args, length=1, samples=1, width=0, seed=0)
     try:

@@ -152,8 +152,8 @@ class Config(CoreConfig):
     }
 
     problem: str = setting("copy", "task to learn", group="data", choices=tuple(PROBLEMS))
-    length: int = setting(0, "T; 0: 400 to copy, 600 to add", group="data", at_least=0)
-    examples: int = setting(0, "training examples; 0: 10,000 to copy, 50,000 to add", group="data", at_least=0)
+    length: int = setting(0, "length T of the problem; 0: 400 for copy, 600 for adding", group="data", at_least=0)
+    examples: int = setting(0, "training examples; 0: 10,000 for copy, 50,000 for adding", group="data", at_least=0)
     model: str = setting(
         TrellisNet.core_name, "core in front of the linear map", group="model",
         choices=tuple(core.core_name for core in (TrellisNet, AWDLSTM, TCN, RHN)),

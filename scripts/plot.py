@@ -113,7 +113,7 @@ def run(argv: Sequence[str]) -> None:
     command.add_argument("runs", nargs="+", type=Path, help="folders with a metrics.jsonl")
     command.add_argument("--by", choices=("epoch", "minutes"), default="epoch", help="(default: epoch)")
     command.add_argument("--out", type=Path, default=Path("curves.svg"))
-    command = commands.add_parser("tables", help="speed, memory and tables of scores, a picture each")
+    command = commands.add_parser("tables", help="speed, memory and tables of scores, one picture each")
     command.add_argument("--format", choices=FORMATS, default="svg")
     command.add_argument("--out", type=Path, default=Path("pictures"), help="folder (default: pictures)")
     command.add_argument("--root", type=Path, default=PROJECT, help="folder with results/ and runs/tables/")
@@ -123,7 +123,7 @@ def run(argv: Sequence[str]) -> None:
     command = commands.add_parser("depth", help="scores against layers")
     command.add_argument("files", nargs="+", type=Path, help="what train.py --eval --eval_depths --metrics has written")
     command.add_argument("--out", type=Path, default=Path("depth.svg"))
-    command = commands.add_parser("trellis", help="the trellis and what an output of it sees (svg)")
+    command = commands.add_parser("trellis", help="the trellis and the inputs that an output sees (svg)")
     command.add_argument("--out", type=Path, default=PROJECT / "results" / "figures" / "trellis.svg")
     args = parser.parse_args(argv)
     if args.what == "tables":

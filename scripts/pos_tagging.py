@@ -87,8 +87,8 @@ class Config(RunConfig):
     columns: list[int] = setting([1, -1], "columns of word and tag; negative ones count from the end", group="data")
     save: str = setting("", "the same as --out", group="run and checkpoints", process=True)
     emsize: int = setting(100, "embedding width", group="model", at_least=1)
-    model: str = setting("lstm", "core of either direction", group="model", choices=("lstm", TrellisNet.core_name))
-    nhid: int = setting(50, "hidden width of either direction", group="model", at_least=1)
+    model: str = setting("lstm", "core of each direction", group="model", choices=("lstm", TrellisNet.core_name))
+    nhid: int = setting(50, "hidden width of each direction", group="model", at_least=1)
     nlevels: int = setting(8, "layers of a TrellisNet", group="model", at_least=1)
     emb_blocks: int = setting(
         1, "column blocks of the embedding, shorter for rarer words; 1: dense", group="model", at_least=1
@@ -99,14 +99,14 @@ class Config(RunConfig):
         choices=(*ALL_ORDERS, *THEIR_ORDERS),
     )  # fmt: skip
     dropout: float = setting(
-        0.0, "dropout before either linear map, elementwise", group="regularisation", rate="probability"
+        0.0, "dropout before each linear map, elementwise", group="regularisation", rate="probability"
     )
     dropouti: float = setting(0.0, "input dropout, one mask per sentence", group="regularisation", rate="probability")
     emb_dropout: float = setting(
         0.0, "dropout of whole words of the vocabulary", group="regularisation", rate="probability"
     )
     wdrop: float = setting(
-        0.0, "DropConnect on the recurrent weights of either direction", group="regularisation", rate="probability"
+        0.0, "DropConnect on the recurrent weights of each direction", group="regularisation", rate="probability"
     )
 
     @classmethod

@@ -67,7 +67,7 @@ class Config(AdaptiveConfig):
     helps: ClassVar = {"anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never"}
 
     recite: bool = setting(
-        False, "score by the share of words to which the model gives the highest probability", group="evaluation"
+        False, "score by accuracy, the share of words that the model ranks first", group="evaluation"
     )
 
     def validate(self) -> None:

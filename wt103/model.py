@@ -59,7 +59,7 @@ class Config(AdaptiveConfig):
     }  # fmt: skip
     helps: ClassVar = {
         "anneal": "plateau patience in epochs: divide the learning rate by 10; 0: never",
-        "horizon": "length of a window; without --repack, its unscored positions, auto: as many as the layers reach "
+        "horizon": "length of a window; without --repack: its unscored positions; auto: as many as the layers reach "
         "back",
     }
 

@@ -39,23 +39,23 @@ class AdaptiveConfig(LanguageModelConfig):
     )
     dynamic_eval: bool = setting(False, "with --eval: also score with weights that learn from the text", **_SCORING)
     dynamic_eval_tune: bool = setting(
-        False, "choose its rate and decay on the validation data: half, once and twice", **_DYNAMIC
+        False, "choose rate and decay on the validation data, from 0.5, 1 and 2 times the given ones", **_DYNAMIC
     )
     dynamic_eval_rule: str = setting("rms", "update rule of dynamic evaluation", **_DYNAMIC, choices=dynamic.RULES)
     dynamic_eval_lr: float = setting(
-        -1.0, "its rate; -1: 1e-5 per position of a segment, with sgd 0.02", **_DYNAMIC, at_least=0, special=-1
+        -1.0, "learning rate; -1: 1e-5 per position of a segment, with sgd 0.02", **_DYNAMIC, at_least=0, special=-1
     )
     dynamic_eval_decay: float = setting(
-        -1.0, "its decay towards the trained weights; -1: 4e-4 per position of a segment, with sgd 0",
+        -1.0, "decay towards the trained weights; -1: 4e-4 per position of a segment, with sgd 0",
         **_DYNAMIC, at_least=0, special=-1,
     )  # fmt: skip
     dynamic_eval_epsilon: float = setting(2e-5, "epsilon of the rule rms", **_DYNAMIC, above=0)
-    dynamic_eval_segment: int = setting(5, "positions to score, then learn from", **_DYNAMIC, at_least=1)
+    dynamic_eval_segment: int = setting(5, "positions that are scored, then trained on", **_DYNAMIC, at_least=1)
     dynamic_eval_stats: int = setting(
         0, "segments of the training data for the gradient statistics of rms; 0: all", **_DYNAMIC, at_least=0
     )
     early_exit: list[float] = setting(
-        [], "with --eval: also score with as many layers as it takes the features to move less than these shares",
+        [], "with --eval: also score with early exit from the layer whose output moves by less than these shares",
         **_SCORING,
     )  # fmt: skip
     adapt_rows: int = setting(

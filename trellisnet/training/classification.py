@@ -88,7 +88,7 @@ class ClassificationConfig(CoreConfig):
     permute: bool = setting(True, "permute the pixels, in the same order for all images", group="data")
     permutation_seed: int = setting(0, "seed of the permutation, independent of --seed", group="data", at_least=0)
     augment: bool = setting(
-        False, "vary training images at random before they are permuted, each task in its own way", group="data"
+        False, "transform training images at random, before the permutation; how depends on the task", group="data"
     )
     validation: bool = setting(True, "hold out the last 5,000 training images to choose the best epoch", group="data")
 

@@ -63,7 +63,7 @@ class RunConfig(HardwareConfig):
         "", "start from weights in the authors' layout (.pkl), or from a run's folder", group=RUN
     )
     run: str = setting(
-        "", "with --eval: run folder, or shipped model, whose settings and weights to take; flags override",
+        "", "with --eval: run folder or shipped model to take settings and weights from; flags override its settings",
         group=EVALUATION, process=True,
     )  # fmt: skip
     eval: bool = setting(False, "score the validation and test data without training", group=EVALUATION, process=True)
@@ -89,7 +89,7 @@ class RunConfig(HardwareConfig):
         0, "score only N tokens of each split, and mark the result as partial; 0: all", group=EVALUATION, at_least=0
     )
     batch_size: int = setting(16, "rows in a training batch", group=OPTIMISATION, at_least=1)
-    eval_batch_size: int = setting(10, "rows for validation and test", group=EVALUATION, at_least=1)
+    eval_batch_size: int = setting(10, "rows in a validation or test batch", group=EVALUATION, at_least=1)
     momentum: float = setting(0.0, "momentum, if the optimiser has one", group=OPTIMISATION, rate="probability")
     ema: float = setting(
         0.0, "score and save an exponential moving average of the weights with this decay per update; 0: none",
@@ -103,7 +103,7 @@ class RunConfig(HardwareConfig):
         group=OPTIMISATION, choices=SCHEDULES,
     )  # fmt: skip
     warmup: int = setting(
-        0, "updates over which the learning rate rises at first; 0: none, or 30 % of the run with onecycle",
+        0, "updates at the start over which the learning rate rises; 0: none, or 30 % of the run with onecycle",
         group=OPTIMISATION, at_least=0,
     )  # fmt: skip
     when: list[int] = setting(

@@ -45,11 +45,11 @@ class CoreConfig(RunConfig):
     nhid: int = setting(1000, "hidden channels, not counting the output channels", group="model", at_least=1)
     nlevels: int = setting(58, "layers", group="model", at_least=1, at_most=MOST_LAYERS)
     grow: list[str] = setting(
-        [], "begin with fewer layers: those of each stage and its epochs, or none; epochs after them have --nlevels",
+        [], "begin with fewer layers, in stages of LAYERS for EPOCHS each, before training with --nlevels; none: off",
         group="optimisation", metavar="LAYERS:EPOCHS", special=[], word="none",
     )  # fmt: skip
     random_depth: int = setting(
-        0, "draw the layers of every update from up to four depths, N to --nlevels; 0: off",
+        0, "draw the number of layers for every update from up to four values between N and --nlevels; 0: off",
         group="optimisation", at_least=0,
     )  # fmt: skip
     eval_depths: list[int] = setting(
@@ -57,8 +57,9 @@ class CoreConfig(RunConfig):
         at_least=1, at_most=MOST_LAYERS, special=[], word="none",
     )  # fmt: skip
     eval_nlevels: int = setting(
-        0, "layers of all scores at the end, auto: the best of --eval_depths and --nlevels on the validation data; 0: "
-        "--nlevels", group="evaluation", resumable=True, at_least=0, at_most=MOST_LAYERS, special=-1, word="auto",
+        0, "number of layers for all final scores; auto: the best of --eval_depths and --nlevels on the validation "
+        "data; 0: --nlevels",
+        group="evaluation", resumable=True, at_least=0, at_most=MOST_LAYERS, special=-1, word="auto",
     )  # fmt: skip
     ksize: int = setting(2, "kernel size", group="model", at_least=2)
     dilation: list[int] = setting([1], "dilations, cycled over the layers", group="model", at_least=1)
@@ -92,11 +93,11 @@ class CoreConfig(RunConfig):
         False, "solve for the output of infinitely many layers instead of computing --nlevels of them", group="model"
     )
     solver: str = setting(
-        "stepwise", "how --equilibrium solves: step by step, or all steps at once", group="model", choices=WAYS
+        "stepwise", "solver of --equilibrium: step by step, or for all steps at once", group="model", choices=WAYS
     )
     tolerance: float = setting(1e-3, "relative residual at which --equilibrium is solved", group="model", at_least=0)
     max_evaluations: int = setting(
-        60, "evaluations of the layer until --equilibrium gives up, stepwise of each step", group="model", at_least=1
+        60, "limit on evaluations of the layer with --equilibrium; per step with stepwise", group="model", at_least=1
     )
     phantom: int = setting(
         0, "backpropagate through the last N evaluations of --equilibrium; 0: implicit gradient",

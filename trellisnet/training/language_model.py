@@ -49,7 +49,7 @@ class LanguageModelConfig(CoreConfig):
         "direct", "layers of a sparse LSTM that are made sparse", group="settings of other cores", choices=sparse.MODES
     )
     sparse_fract: float = setting(
-        1.0, "fraction of their inputs or outputs that is kept", group="settings of other cores", above=0, at_most=1
+        1.0, "fraction of inputs or outputs that these layers keep", group="settings of other cores", above=0, at_most=1
     )
     emb_blocks: int = setting(
         1, "column blocks of a sparse embedding, shorter for words with low ids; 1: dense", group="model", at_least=1
@@ -73,7 +73,7 @@ class LanguageModelConfig(CoreConfig):
         group="optimisation", step_rule=True, at_least=0,
     )  # fmt: skip
     finetune: bool = setting(
-        False, "train by averaged SGD alone, from --load_weight on, and end the run on the first plateau",
+        False, "train by averaged SGD alone, starting from --load_weight, and end the run on the first plateau",
         group="optimisation", step_rule=True, needs=["load_weight"],
     )  # fmt: skip
     min_epochs: int = setting(
@@ -98,10 +98,10 @@ class LanguageModelConfig(CoreConfig):
     emb_dropout: float = setting(
         0.0, "dropout of whole words of the vocabulary", group="regularisation", rate="probability"
     )
-    emb_dropout_rows: bool = setting(False, "draw the dropped words anew for each row", group="regularisation")
+    emb_dropout_rows: bool = setting(False, "drop different words in each row", group="regularisation")
 
     horizon: int = setting(
-        58, "unscored positions at the start of a window, auto: as many as the layers reach back; with --repack, "
+        58, "unscored positions at the start of a window; auto: as many as the layers reach back; with --repack: "
         "length of a window", group="data", at_least=1, special=0, word="auto",
     )  # fmt: skip
     seq_len: int = setting(0, "length of a window, unscored positions included", group="data", at_least=0)
