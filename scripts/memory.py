@@ -183,7 +183,7 @@ class Config(CoreConfig):
             raise UserError(f"--data {self.data}: expected synthetic, or nothing: examples are always generated")
         for name in ("label_smoothing", "mc_dropout"):
             if getattr(self, name):
-                raise UserError(f"--{name}: no effect on these problems; leave it out")
+                raise UserError(f"--{name}: has no effect on these problems; leave it out")
         if self.problem == "adding" and self.size() < 2:
             raise UserError(f"--length {self.length}: two numbers are added; expected at least 2")
 

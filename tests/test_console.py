@@ -56,7 +56,7 @@ def test_a_full_output_is_reported_once_and_does_not_end_a_run(tmp_path, monkeyp
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main([*SHORT, "--out", str(tmp_path / "run")]) == 0
-    notice = "NOTICE: standard output cannot be written (No space left on device); going on without it\n"
+    notice = "NOTICE: standard output cannot be written (No space left on device); continuing without it\n"
     assert capsys.readouterr().err == notice
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 3
 

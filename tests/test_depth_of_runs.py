@@ -108,7 +108,7 @@ def _options(flags):
             "--seq_len 4: must be larger than --horizon 4, or nothing is scored; increase it or pass --repack "
             "--seq_len 0",
         ),
-        ("--model tcn --horizon auto", "--horizon auto: is the reach of a TrellisNet; pass a number with --model tcn"),
+        ("--model tcn --horizon auto", "--horizon auto: works only for a TrellisNet; pass a number with --model tcn"),
         ("--eval_depths 4 0", "--eval_depths: expected integers ≥ 1, got [4, 0]"),
         ("--eval_depths 100001", "--eval_depths: expected integers ≤ 100,000, got [100001]"),
         (

@@ -216,9 +216,11 @@ def test_a_run_of_two_ranks_is_one_run(tmp_path, torchrun, capsys):
     assert len(last["rng_others"]) == 1
     capsys.readouterr()
     assert wt103.train.main(["--resume", str(out["whole"] / "last.pt"), "--max_steps", "84"]) == 0
-    assert "NOTICE: the checkpoint is of 2 ranks, this run has 1: " in capsys.readouterr().out
+    assert "NOTICE: the checkpoint was written by 2 ranks, this run has 1: " in capsys.readouterr().out
     assert checkpoint.load(out["whole"] / "last.pt")["step"] == 84
-    assert "NOTICE: the checkpoint is of 1 rank, this run has 2: " in (tmp_path / "alone" / "log.txt").read_text()
+    assert (
+        "NOTICE: the checkpoint was written by 1 rank, this run has 2: " in (tmp_path / "alone" / "log.txt").read_text()
+    )
     assert checkpoint.load(tmp_path / "alone" / "last.pt")["step"] == 34
 
 

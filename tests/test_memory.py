@@ -112,8 +112,8 @@ def test_data_folders_are_refused(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--label_smoothing 0.1", "--label_smoothing: no effect on these problems; leave it out"),
-        ("--mc_dropout 2", "--mc_dropout: no effect on these problems; leave it out"),
+        ("--label_smoothing 0.1", "--label_smoothing: has no effect on these problems; leave it out"),
+        ("--mc_dropout 2", "--mc_dropout: has no effect on these problems; leave it out"),
         ("--preset adding --length 1", "--length 1: two numbers are added; expected at least 2"),
     ],
 )

@@ -190,7 +190,7 @@ def test_tail_vectors_are_saved_and_required(tmp_path):
     torch.save(authors_state_dict(model()), tmp_path / "plain.pkl")
     before = [p.detach().clone() for p in again.parameters()]
     with pytest.raises(
-        UserError, match="has no criterion.tail_vectors: .* pass init_tail=True to go on with untrained ones"
+        UserError, match="has no criterion.tail_vectors: .* pass init_tail=True to continue with untrained ones"
     ):
         load_weights(again, tmp_path / "plain.pkl")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), before, strict=True))

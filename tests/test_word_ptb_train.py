@@ -153,7 +153,7 @@ def test_resume_refuses_corrupt_files(run, tmp_path, capsys):
     assert "best.pt: not a checkpoint of a run" in capsys.readouterr().err
     checkpoint.save(folder / "best.pt", whole | {"best": whole["best"] | {"epoch": 7}})
     assert main(argv) == 2
-    assert "best.pt: is of epoch 7, last.pt names epoch 1; put the files of one run together" in (
+    assert "best.pt: holds epoch 7, but last.pt names epoch 1; put the files of one run together" in (
         capsys.readouterr().err
     )
     (folder / "best.pt").unlink()

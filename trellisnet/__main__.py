@@ -1,4 +1,4 @@
-"""Report for bugs: `python -m trellisnet` prints versions, hardware, kernels, and the folders of data and models."""
+"""Bug report: `python -m trellisnet` prints versions, hardware, kernels, and the folders of data and models."""
 
 import os
 import platform
@@ -95,7 +95,7 @@ LINES: dict[str, Callable[[], str]] = {
 
 
 def lines() -> Iterator[str]:
-    """Lines of the report; one that cannot be found out says why."""
+    """Lines of the report; a line that cannot be determined gives the reason."""
     for label, line in LINES.items():
         try:
             text = line()

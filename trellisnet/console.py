@@ -71,7 +71,7 @@ def lenient() -> Iterator[None]:
 def _report_loss(error: Exception) -> None:
     if not isinstance(error, BrokenPipeError):
         reason = error.strerror if isinstance(error, OSError) else error
-        print(f"NOTICE: standard output cannot be written ({reason}); going on without it", file=sys.stderr)
+        print(f"NOTICE: standard output cannot be written ({reason}); continuing without it", file=sys.stderr)
 
 
 def _fill_descriptors() -> None:

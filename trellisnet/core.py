@@ -150,8 +150,8 @@ class TrellisNet(nn.Module):
             1, Eq. 5): group g reads its own past taps and the current tap of group g − 1; x enters group 1.
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6). The bias enters every layer.
         init_gain: None to start from the authors' N(0, 0.01²). Otherwise kernels start from N(0, gain² / fan-in),
-            biases from zero, and those of an LSTM's forget gate from one. With the authors' small weights hardly any
-            signal of a distant input passes many dilated layers; with a gain of 2 it does.
+            biases from zero, and those of an LSTM's forget gate from one. The authors' small weights let almost no
+            signal of a distant input through many dilated layers; a gain of 2 does.
         recompute: store only the input of every `recompute_every`-th layer for the backward pass and recompute the
             layers in between: less memory, a third more time.
         recompute_every: None for about √num_layers, which needs least memory.
@@ -302,8 +302,8 @@ class TrellisNet(nn.Module):
     def receptive_field(self) -> int:
         """Number of time steps of x that one output depends on: 1 + Σ_layers (k−1)·dilation.
 
-        With `kernel_groups`, x spends one layer, without a step back, on each group it climbs; the result is 0 if the
-        network is too shallow for x to reach the output.
+        With `kernel_groups`, x climbs one group per layer, and takes no step back in these layers; the result is 0 if
+        the network is too shallow for x to reach the output.
         """
         cycle = self.spec.dilations
         if self.kernel_groups is None:
@@ -465,7 +465,7 @@ class TrellisNet(nn.Module):
             x: (N, T, input_size), T ≥ 1; pieces may differ in length.
             stream: the stream after the steps before. It is left unchanged, so that several continuations can share it.
             tolerance: above 0, stop at the first layer whose output moves by less than this share of its norm ("early
-                exit"); `stream.layers` then says how many were computed. An approximation, unlike 0.
+                exit"); `stream.layers` then says how many were computed. 0 is exact, anything above an approximation.
 
         Returns:
             outputs (N, T, output_size), and the stream after these steps.

@@ -65,7 +65,7 @@ def iterate(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Soluti
 
     Args:
         f: maps (N, …) to (N, …), row by row.
-        z: where to begin.
+        z: initial value, (N, …).
         tolerance: stop when the residual of no row is above this.
         max_evaluations: stop after this many evaluations, 1 or more.
     """
@@ -216,7 +216,7 @@ class _Adjoint:
         z_i, z_o, z_g, z_f = z_hat.chunk(4, dim=2)
         i, o, g, f = z_i.sigmoid(), z_o.sigmoid(), z_g.tanh(), z_f.sigmoid()
         tanh_c = (f * cells + i * g).tanh()
-        self.forget, self.cell = f, o * (1 - tanh_c.square())  # derivatives of c by c_{t−1}, of h by c
+        self.forget, self.cell = f, o * (1 - tanh_c.square())  # dc/dc_{t−1}, dh/dc
         self.by_o = tanh_c * o * (1 - o)  # of h by the gate; of c by the others
         self.by_i, self.by_g, self.by_f = g * i * (1 - i), i * (1 - g.square()), cells * f * (1 - f)
 
@@ -276,8 +276,8 @@ class EquilibriumTrellisNet(TrellisNet):
         solver: one of `WAYS`. `stepwise` needs far fewer evaluations; `anderson` and `iterate` update all steps of a
             segment at once, and `iterate` may circle around the solution.
         tolerance: relative residual ‖f(z) − z‖ / ‖f(z)‖ at which a row is solved, forwards and backwards.
-        max_evaluations: evaluations of the layer at most, stepwise of each step. Stopping above the tolerance issues
-            the warning :class:`NotConverged`.
+        max_evaluations: limit on the evaluations of the layer, with `stepwise` for each step. Stopping above the
+            tolerance issues the warning :class:`NotConverged`.
         phantom: 0 for the implicit gradient (Bai, Kolter & Koltun, 2019, Theorem 1), else the number of evaluations
             to backpropagate through.
 
@@ -345,7 +345,7 @@ class EquilibriumTrellisNet(TrellisNet):
             ValueError: a shape or setting does not fit; or torch is to compile, export, trace or transform the call.
         """
         if ops.traced() or ops.transformed():
-            raise ValueError("an equilibrium decides by its values when to stop: torch cannot compile or transform it")
+            raise ValueError("an equilibrium stops by the values it computes: torch cannot compile or transform it")
         lengths = self._check_call(x, state, start, last_only, lengths)
         for name, value in (("aux_every", aux_every), ("num_layers", num_layers)):
             if value is not None:
@@ -410,7 +410,7 @@ class EquilibriumTrellisNet(TrellisNet):
         return rows._replace(z=rows.z.transpose(0, 1))
 
     def _checked(self, name: str, solution: Solution) -> Tensor:
-        """Keep how good a solution is, warn if it is not, and return it."""
+        """Return z of a solution; record its residual and evaluations in `solved`, and warn if it is not converged."""
         self.solved[name] = solution.residual, solution.evaluations
         if not solution.residual <= self.tolerance:
             warnings.warn(

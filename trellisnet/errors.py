@@ -49,11 +49,11 @@ class _Message(Exception):
 
 
 class UserError(_Message, ValueError):
-    """The user's input is wrong. The message says what is wrong and what to do; exit code 2."""
+    """Wrong input by the user. The message says what is wrong and what to do; exit code 2."""
 
 
 class ArgumentError(UserError):
-    """A UserError that says which arguments to pass. Python code sees their names, a program's user its flags.
+    """A UserError that says which arguments to pass: in Python by their names, on the command line by their flags.
 
     Args:
         line: what is wrong.
@@ -73,20 +73,20 @@ class ArgumentError(UserError):
 
 
 class RunError(_Message, RuntimeError):
-    """The input was right but the run cannot go on (a loss that is not finite, a full disk); exit code 1."""
+    """A failed run although the input was right (a non-finite loss, a full disk); exit code 1."""
 
 
 def of_system(error: OSError, path: object = None) -> str:
-    """Return an error of the system and its file as one printable line; `path` is used if the error names no file."""
+    """Return a system error and its file as one printable line; `path` is used if the error names no file."""
     name = error.filename or path
     return shown(f"{error.strerror or error}" + (f" ({name})" if name else ""), LINE)
 
 
 def from_system(error: OSError, path: object = None) -> UserError | RunError:
-    """Build the exception for an error of the system: a UserError if the path cannot be reached, else a RunError.
+    """Build the exception for a system error: a UserError if the path cannot be reached, else a RunError.
 
     Args:
-        error: the error of the system.
+        error: the system error.
         path: named if the error names no file.
     """
     if error.errno in _UNREACHABLE:
@@ -99,7 +99,7 @@ def unwritable(what: str, error: OSError) -> UserError | RunError:
 
     Args:
         what: beginning of the message, such as "FOLDER: NAME cannot be written there".
-        error: the error of the system.
+        error: the system error.
     """
     kind = RunError if error.errno in _DISK_FULL else UserError
     return kind(f"{what} ({error.strerror}); make room or name another folder")

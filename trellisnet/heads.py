@@ -154,7 +154,7 @@ def _in_chunks(function: Callable[..., Tensor], logits: int, *tensors: Tensor) -
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return logits x · weightᵀ + bias in float32 at least: the product may be in bfloat16, softmax and loss not."""
+    """Return logits x · weightᵀ + bias in float32 at least, for softmax and loss; the product may be in bfloat16."""
     logits = F.linear(x, weight, bias)
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
@@ -385,7 +385,7 @@ class SplitSoftmax(_Softmax):
         return torch.cat([head[..., : self.sizes[0]], *bands], dim=-1)
 
     def _losses(self, x: Tensor, target: Tensor, scale: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        if only_torch():  # none of these has a number of positions that depends on the targets
+        if only_torch():  # here no shape may depend on the values of the targets
             losses = -self.log_prob(x).gather(-1, target.unsqueeze(-1)).view(-1)
             return None if scale is None else (losses * scale).sum(), losses
         # A band is computed only at the positions whose target lies in it.
@@ -395,7 +395,7 @@ class SplitSoftmax(_Softmax):
         entry = torch.where(band > 0, head[1].numel() - band, flat)
         total, losses = cross_entropy(x, *head, entry, scale, gemm=self.gemm)
         for i, part in enumerate(bands, 1):
-            if torch.compiler.is_compiling():  # nor has this, but the operator can choose the positions itself
+            if torch.compiler.is_compiling():  # nor here, but the operator can select the positions itself
                 shifted, options = flat - self.cutoffs[i - 1], {"within": band == i, "gemm": self.gemm}
                 band_total, band_losses = cross_entropy(x, *part, shifted, scale, **options)
                 total, losses = None if scale is None else total + band_total, losses + band_losses

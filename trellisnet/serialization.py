@@ -174,7 +174,7 @@ def stands_for(path: str | os.PathLike) -> int | None:
 
 
 def keep(path: Path, previous: Path) -> None:
-    """Keep a file that is about to be replaced under a second name, which replaces what had that name.
+    """Keep a file that is about to be replaced under a second name, replacing any file of that name.
 
     Until then both names refer to one file, so the disk never holds more than two. Nothing is copied, unless `path` is
     a link to another file system.
@@ -354,14 +354,14 @@ def load(path: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
 
 
 def read(file: BinaryIO, name: str | os.PathLike, what: str, *, mmap: bool = False) -> Any:
-    """Do the same as :func:`load` for an open file; `name` is for the message and, with `mmap`, its path."""
+    """Read an open file as :func:`load` does; `name` is for the message and, with `mmap`, its path."""
     try:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         zipped = file.read(len(_ZIP)) == _ZIP
         stored = (_check_members if zipped else _check_claims)(file, size)
         file.seek(0)
-        with warnings.catch_warnings(action="ignore"):  # of old formats, which do not concern the user
+        with warnings.catch_warnings(action="ignore"):  # warnings about old formats do not concern the user
             source = name if mmap and zipped else file
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and zipped)
         _check_content(content, size, stored)
@@ -416,15 +416,15 @@ def _check_claims(file: BinaryIO, size: int) -> int:
 def _check_content(content: Any, size: int, stored: int) -> None:
     """Refuse content that a file of `size` bytes cannot hold, or that is more than plain values.
 
-    That is: tensors that repeat the numbers of their storage, containers nested in one another over and over, and
-    attributes, which may shadow methods. `stored` is the number of bytes of tensor data in the file; if tensors claim
-    more, some versions of torch (2.6) return uninitialised memory.
+    This refuses tensors that repeat the numbers of their storage, containers that contain one another many times over,
+    and attributes, which may shadow methods. `stored` is the number of bytes of tensor data in the file; if tensors
+    claim more, some versions of torch (2.6) return uninitialised memory.
     """
     waiting, parts, storages = [content], 0, {}
     while waiting:
         value = waiting.pop()
         parts += 1
-        if parts > size:  # each takes a byte at least
+        if parts > size:  # each takes at least a byte
             raise ValueError("its parts contain one another over and over")
         if getattr(value, "__dict__", {}).keys() - ({"_metadata"} if isinstance(value, OrderedDict) else set()):
             raise ValueError(f"a {type(value).__name__} in it has attributes")

@@ -14,7 +14,7 @@ The kernel is the mixed group convolution of Eq. 5: :math:`W_{hh}^{(i)}` reads t
 :math:`W_{hx}^{(i)}` the current tap of group i − 1, or of x for i = 1. By Eq. 6, layer j of the trellis holds
 :math:`h^{(i)}_{t,\,t-j+i}`, layer i of the network started at t − j + i. If that network has not started yet (i > j),
 the value is zero, and the trellis must compute it as zero. This requires f(0) = 0, hence tanh (or relu, which
-`TrellisNet` lacks) or an LSTM cell, but no sigmoid, and **no biases**. With a single layer there is no such network,
+`TrellisNet` lacks) or an LSTM cell, but no sigmoid, and **no biases**. With a single layer this case does not arise,
 and a bias is harmless once M inputs have been seen (t ≥ M; here also before, because the trellis is padded with zeros
 in every layer).
 """
@@ -24,11 +24,11 @@ from torch import nn
 
 from trellisnet.core import TrellisNet
 
-_ROWS = {"lstm": (0, 3, 2, 1), "tanh": (0,)}  # where torch, with the order i, f, g, o, has our i, o, g, f
+_ROWS = {"lstm": (0, 3, 2, 1), "tanh": (0,)}  # positions of our i, o, g, f in torch's order i, f, g, o
 
 
 def from_rnn(rnn: nn.RNN, horizon: int) -> TrellisNet:
-    """Convert a truncated `nn.RNN` with tanh to an equal trellis network.
+    """Convert a truncated `nn.RNN` with tanh to an equivalent trellis network.
 
     Args:
         rnn: L layers of d units, unidirectional, without biases unless L = 1 (see above). Dropout between its layers,

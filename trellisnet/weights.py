@@ -1,4 +1,4 @@
-"""Weight files in the authors' layout: names, saving, loading, and messages that say what does not fit.
+"""Weight files in the authors' layout: names, saving, loading, and messages about mismatches.
 
 The authors' state dict holds every tensor of the trellis twice (`tnet.*` and `network.0.*`), repeats `encoder.weight`
 as a tied `decoder.weight`, and names raw kernels `*_raw`, or `*_v_raw` and `*_g` with weight normalisation. We add
@@ -138,8 +138,8 @@ def save_weights(
         model: the model.
         path: file to write; in the format of the package safetensors if it ends in .safetensors.
         legacy: write the container of torch < 1.6, which the authors' 2019 environment reads, instead of a zip.
-        vocabulary: digest of what the ids, or the positions of a sequence, stand for. It is stored in the metadata of
-            the state dict, so that :func:`load_weights` can refuse weights of another vocabulary.
+        vocabulary: digest of the vocabulary, or of the order of the pixels. It is stored in the metadata of the state
+            dict, so that :func:`load_weights` can refuse weights of another one.
         task: name of the task, stored beside it.
 
     Raises:
@@ -260,7 +260,7 @@ class Summary(NamedTuple):
 
 
 def summarise(path: str | os.PathLike) -> Summary:
-    """Return what a weight file says of its model.
+    """Return the metadata of a weight file that describe its model.
 
     Raises:
         UserError: as in :func:`load_weights`.
@@ -318,7 +318,7 @@ def _load(
         raise ArgumentError(
             f"{path}: has no {missing_tail[0]}: the authors' script trains the tail vectors but does not save them, so "
             "this file cannot reproduce its scores",
-            purpose=" to go on with untrained ones",
+            purpose=" to continue with untrained ones",
             init_tail=True,
         )
     expected = {name: parameter for name, parameter in expected.items() if name not in missing_tail}
@@ -487,7 +487,7 @@ def _check_names(
 
 
 def _origin(state: dict[str, Tensor]) -> str:
-    """Say what kind of model the weights are from, by their names alone."""
+    """Describe the kind of model that the weights come from, by their names alone."""
     if "linear.weight" in state:
         return "the file is from another model or task, a classifier of pixels (pmnist, cifar10)"
     if "encoder.weight" in state and state["encoder.weight"].dim() == 2:
@@ -542,7 +542,7 @@ def _advice(name: str, state: dict[str, Tensor], model: TrellisLanguageModel) ->
 
 
 def _classifiers_advice(name: str, state: dict[str, Tensor], model: TrellisClassifier) -> Advice:
-    """Do the same for a classifier."""
+    """Name the first argument in which file and model differ, for a classifier."""
     kernel = state.get(_PIXEL_CORE + "weight1_v_raw", state.get(_PIXEL_CORE + "weight1_raw"))
     gates, bias, linear = model.core.spec.activation.gates, state[_PIXEL_CORE + "bias2"], state["linear.weight"]
     if (kernel.dim(), bias.dim(), linear.dim()) != (3, 1, 2) or bias.numel() % gates:

@@ -1,4 +1,4 @@
-"""Cores in other interfaces: in both directions, and in the place of `torch.nn.LSTM`.
+"""Wrappers of cores: both directions, and the interface of `torch.nn.LSTM`.
 
 Letters: N batch, L length, H hidden channels, D directions (1 or 2).
 """
@@ -48,7 +48,7 @@ def both_ways(
 
 
 class Bidirectional(nn.Module):
-    """Two cores with parameters of their own, of which one reads a sequence forwards and the other backwards.
+    """Two cores with separate parameters, one of which reads a sequence forwards and the other backwards.
 
     It suits tasks whose input is complete, such as tagging. A language model must not see the words it predicts.
 
@@ -88,11 +88,11 @@ class Bidirectional(nn.Module):
 
 
 class TrellisLSTM(nn.Module):
-    """A TrellisNet with the interface of `torch.nn.LSTM`, for a program in which one line is to be changed.
+    """A TrellisNet with the interface of `torch.nn.LSTM`, to replace it in an existing program by changing one line.
 
     As in an LSTM, outputs are causal in one direction and see both sides with `bidirectional`; h and c of one call
     start the next; a missing state is zero; `PackedSequence` and unbatched input are accepted, and the state is then
-    that of the last valid step. There are these differences:
+    that of the last valid step. The differences are:
 
     - **The receptive field is finite.** An output depends on `receptive_field` inputs, num_layers + 1 without dilation,
       and on the state of the call before only where these reach beyond the first step. Choose `num_layers` (or

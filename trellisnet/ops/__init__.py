@@ -105,7 +105,7 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
     if backend in ("fused", "triton") and reason:
         raise ValueError(f"backend: {backend} cannot run this, {reason}; expected auto or reference")
     if backend == "reference" or reason:
-        # Under tracing the reference runs whatever was asked for, so that any model can be exported.
+        # Under tracing the reference runs even if `recompute` is set, so that any model can be exported.
         if execution.recompute and not traced():
             reason = reason or "the backend is reference"
             raise ValueError(f"recompute: only the backend fused can, and {reason}; pass recompute=False")

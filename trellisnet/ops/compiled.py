@@ -3,8 +3,8 @@
 gates.c computes the gates of :mod:`trellisnet.ops.gates` in one pass over memory, for products in float32 or bfloat16.
 product.c multiplies a few rows, as a step of a stream needs, as fast as the matrix can be read from memory.
 
-`pip install -e .` builds the library if there is a C compiler. Nothing depends on it: it changes speed, and results
-only by rounding.
+`pip install -e .` builds the library if there is a C compiler. It is optional: it makes the gates faster and changes
+results only by rounding.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ def fingerprint(folder: Path = HERE) -> str:
 
 @lru_cache
 def _library() -> ctypes.CDLL | str:
-    """Load the library, or say why there is none."""
+    """Load the library, or return the reason why there is none."""
     path = next((p for suffix in EXTENSION_SUFFIXES if (p := HERE / f"_compiled{suffix}").exists()), None)
     if path is None:
         return "it has not been built (pip install -e . builds it where there is a C compiler)"

@@ -9,9 +9,9 @@ Expert k of a mixture (Yang et al., 2018) has the logits a_k = W x_k + b. For a 
 
 and a single softmax is the mixture of one, ρ = 1. So if the weights of the sum of losses are known beforehand, a chunk
 of positions needs its logits only once, for the losses and for the gradient of the sum. Both are computed in the
-forward pass, chunk by chunk, with the three products that forward and backward pass take anyway; recomputing the logits
-would take a fourth, and does for the gradient of anything but the sum. If the backward pass is itself differentiated,
-the definition is used instead, with all logits at once.
+forward pass, chunk by chunk, with the three products that forward and backward pass take anyway. The gradient of
+anything but the sum takes a fourth product, which recomputes the logits. If the backward pass is itself
+differentiated, the definition is used instead, with all logits at once.
 
 Letters: P positions, K experts, E width of x, V classes, R rows of a product: K for each position of a chunk.
 """
@@ -27,7 +27,7 @@ from trellisnet.ops import gemm as products
 from trellisnet.ops import higher_order
 
 CHUNK, CHUNK_GPU = 1 << 21, 1 << 26  # logits of a chunk: 8 and 268 MB in fp32; on a GPU it takes some 50 launches
-ROWS = 128  # of a chunk at least, because every chunk reads W twice and adds to its gradient
+ROWS = 128  # least rows of a chunk, because every chunk reads W twice and adds to its gradient
 BUCKET = 32  # round rows up to a multiple on a CPU, where oneDNN keeps a megabyte for every distinct number of rows
 
 
@@ -53,7 +53,7 @@ def reference(
 
 
 def _log_softmax(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax of logits (R, V), and its logarithm at y (R, 1)."""
+    """Return the softmax of logits (R, V), and its logarithm at y, (R, 1)."""
     p = torch.softmax(logits, dim=1)
     # The largest probability is 1 / Σ exp(a − max a), so log Σ exp(a) costs no further exponentials.
     log_sum = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
@@ -197,8 +197,8 @@ def cross_entropy(
         log_prior: log-prior of every expert, (P, K). None for a single expert.
         log_epsilon: added to the probability.
         gemm: matrix products, one of `trellisnet.ops.GEMMS`.
-        within: in a program that is compiled, positions to compute, bool (P,); the losses of others are zero. None for
-            all. Eager code selects the positions itself.
+        within: in a compiled program, the positions to compute, bool (P,); losses elsewhere are zero. None for all.
+            Eager code selects the positions itself.
 
     Returns:
         The sum of scale · loss, 0-dim (or None), and the losses (P,): float64 if weight is, else float32.

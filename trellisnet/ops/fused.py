@@ -7,13 +7,13 @@ It computes the equation of :mod:`trellisnet.ops.reference`, with these differen
 - **One product per layer**: the rows of all taps side by side, (S·N, k·H), times the kernel.
 - **Gates in one pass** (:mod:`trellisnet.ops.gates` or :mod:`trellisnet.ops.compiled`), in the memory of the product.
   They write h straight into the taps of the layer above.
-- **Stored for the backward pass** are the gates (in the dtype of the products) and the cell, (S, N, 5H) per layer;
+- **For the backward pass** the gates (in the dtype of the products) and the cell are stored, (S, N, 5H) per layer;
   hidden states are recomputed from them. With `recompute` only the input of every K-th layer is stored, and the
   backward pass recomputes K layers at a time.
 - **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once:
   on a GPU over all of them, if their operands take no more than `ARENA`.
-- **The gradient of x̃** is summed there, too, on a GPU: once per dilation, in single precision, from the operands of
-  these products. On a CPU each layer adds to it in the gate kernels, which have its numbers in the cache.
+- **The gradient of x̃** is summed on a GPU once per dilation, in single precision, from the operands of these products.
+  On a CPU each layer adds to it in the gate kernels, which have its numbers in the cache.
 
 Products may be in bfloat16; cells, gate arithmetic and sums over layers are then in float32.
 
@@ -43,7 +43,7 @@ from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
 empty = torch.empty  # a name in this module, so that tests can fill uninitialised memory with NaN
 BUCKET = 128  # round the rows of a CPU product up to a multiple: oneDNN caches something for every distinct number
-LAYERS_AT_ONCE = 4  # layers per product into the gradient of the kernel, on a CPU
+LAYERS_AT_ONCE = 4  # layers per product for the gradient of the kernel, on a CPU
 ARENA = 2 << 30  # bytes of rows that are collected for that product on a GPU
 
 
@@ -153,7 +153,7 @@ def _positions(rows: Tensor, positions: int, *shape: int) -> Tensor:
 
 
 def _layers_at_once(geometry: _Geometry, rows: Sequence[int]) -> int:
-    """Return the number of layers per product into the kernel's gradient."""
+    """Return the number of layers per product for the kernel's gradient."""
     # Not a function of free memory: the order of summation, and so the rounding, has to be reproducible.
     if geometry.device.type != "cuda":
         return LAYERS_AT_ONCE
@@ -194,7 +194,7 @@ class _LayerSums:
         self.held: list[tuple[Layer, int]] = []  # layers whose dz belongs to a gradient of x̃, and its first row
 
     def takes_x(self, number: int) -> bool:
-        """Return whether x̃'s gradient is summed here for layer `number`, and not by the gate kernels."""
+        """Return whether the gradient of x̃ for layer `number` is summed here instead of by the gate kernels."""
         layer = self.setting.plan.layers[number - 1]
         # The product, and so dz, covers all positions of all layers but the first.
         return number > 1 and layer.x is not None and layer.dilation in self.sums_x
@@ -254,7 +254,7 @@ class _LayerSums:
 def _sums_x(setting: Setting, geometry: _Geometry) -> set[int]:
     """Return the dilations whose x̃ gets its gradient from the collected rows of dz: on a GPU, those of several layers.
 
-    For a single layer it would cost another reading of dz and save nothing; with `recompute`, layers are collected one
+    For a single layer this would cost another pass over dz and save nothing; with `recompute`, layers are collected one
     by one.
     """
     if geometry.device.type != "cuda" or len(setting.segments) > 1:

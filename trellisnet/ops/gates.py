@@ -1,6 +1,6 @@
 """Forward and backward pass of the gates of one layer, between the products of the fused operator.
 
-This is the version in torch's operations; :mod:`trellisnet.ops.compiled` does the same in one pass over memory. Both
+This version uses torch's operations; :mod:`trellisnet.ops.compiled` does the same in one pass over memory. Both
 work in place on the buffers of a :class:`Step`. Rows are (position, sequence), time first; LSTM gates lie in the order
 i, o, g, f. What depends on the activation is in `FUNCTIONS`.
 
@@ -40,7 +40,7 @@ class Step:
         c: cell (S, N, H), written by `forward`; None if there is none.
         c_below: cell of the layer below; None for zeros.
         c0: cell to the left of the first step, (N, H); None for zeros.
-        scale: factor on h as the layer above reads it, (N, H); None for one.
+        scale: factor on h as the layer above reads it, (N, H); None for 1.
         taps: (S of the layer above, N, k, H), or None: where h goes, the k taps of a position side by side. Taps before
             the first step are left alone.
         out: (wanted, N, ·), or None: where the last channels of h go, unmasked, at `layer.wanted`; in `backward`, the
@@ -50,7 +50,7 @@ class Step:
             the last layer, the gradient of its cell, (S, N, H).
         dz: gradient of the products, (product, N, GH), written by `backward`.
         dc: gradient that this layer's cell path passes down, (S, N, H), written by `backward`, or None.
-        dx: gradient of x̃, (P, N, GH); in a layer without x, (S, N, GH). None: :func:`sum_rows` makes it from dz.
+        dx: gradient of x̃, (P, N, GH); in a layer without x, (S, N, GH). None: :func:`sum_rows` computes it from dz.
         add: whether `backward` adds to `dx`. It may overwrite if this layer covers all rows of x̃.
     """
 
@@ -240,7 +240,7 @@ def sum_rows(dx: Tensor, dz: Tensor, layers: Sequence[tuple[Layer, int]], add: b
     Args:
         dx: gradient of x̃, (P, N, GH).
         dz: rows of GH numbers, in the dtype of the products.
-        layers: each layer, and the row of `dz` from which on its positions lie.
+        layers: each layer, and the row of `dz` at which its positions begin.
         add: add to `dx` instead of overwriting it.
     """
     N, GH = dx.shape[1:]

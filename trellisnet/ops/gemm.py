@@ -1,7 +1,7 @@
 """Matrix products of the fused operator, by one of several routes to the same result.
 
 On an AMD CPU, `torch.mm` in single precision may be half as fast as oneDNN. Torch exposes oneDNN's product only under a
-private name, so that route is used where it exists and works, and nothing depends on it.
+private name, so that route is used only where it exists and works.
 
 Letters: M, K, N rows and columns of any matrices.
 """

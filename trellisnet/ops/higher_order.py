@@ -21,14 +21,14 @@ def for_onnx() -> bool:
 
 
 def only_torch() -> bool:
-    """Return whether this code may run no operator but torch's own, as under a transform or in a torch.jit trace."""
+    """Return whether this code may use only torch's own operators, as under a transform or in a torch.jit trace."""
     return transformed() or torch.jit.is_tracing() or for_onnx()
 
 
 def needed(grads: Sequence[Tensor | None]) -> bool:
     """Return whether this backward pass must consist of torch's own operations.
 
-    It must if autograd records it (`create_graph=True`, which turns gradient mode on within `backward`), or if vmap
+    This is so if autograd records it (`create_graph=True`, which turns gradient mode on within `backward`), or if vmap
     runs it for many gradients at once (`is_grads_batched=True`): vmap's tensors have no memory to point to.
     """
     return torch.is_grad_enabled() or not all(grad is None or _has_memory(grad) for grad in grads)

@@ -1,8 +1,8 @@
 """The trellis restricted to the layer-steps that the requested outputs depend on, in differentiable operations.
 
 :mod:`trellisnet.ops.pruning` determines these layer-steps. The equation is that of :mod:`trellisnet.ops.reference`.
-This replaces the reference for the last time step alone, and it is what the fused operator differentiates for second
-and higher derivatives.
+This replaces the reference for the last time step alone, and the fused operator differentiates it for second and
+higher derivatives.
 
 Letters: N batch, L length, C input channels, H hidden channels, G gates, k kernel size, S positions of a layer, P rows
 of x̃.
@@ -68,7 +68,7 @@ def layers(
 
     h_carried = masked(h0)
     first, *above = plan.layers
-    # Layer 0 is zero, with the carried state to its left. At least one position reads them, so that autograd returns a
+    # Layer 0 is zero, with the carried state to its left. At least one position reads both, so that autograd returns a
     # gradient, if only zero, for the state and the hidden kernel even if no output depends on them.
     edge = max(1, first.edge)
     zero = torch.zeros_like(h0)

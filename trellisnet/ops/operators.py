@@ -4,7 +4,7 @@
 :mod:`trellisnet.ops.cross_entropy` do, by the same functions. Torch sees an operator as one node with a schema of
 tensors, numbers and strings. So everything that decides how to compute (dtype, choice of gate kernels and products) is
 an argument, and what the backward pass reads is among the results: as a list of tensors, because a single buffer would
-take a copy of every product of oneDNN, which cannot write into given memory.
+require a copy of every product of oneDNN, which cannot write into given memory.
 
 Eager code calls the functions directly: an operator may neither return None nor hand over memory it has stored.
 

@@ -164,8 +164,8 @@ def readers_of_x(layers: Sequence[tuple[Layer, int]], rows: int, batch: int, dev
     """Return which rows of a buffer belong to each row of x̃, on `device`.
 
     Args:
-        layers: layers of one dilation that x̃ enters, and the row of the buffer from which on each lies, as rows of
-            (position, sequence).
+        layers: layers of one dilation that x̃ enters, and the row of the buffer, counted as (position, sequence), at
+            which each begins.
         rows: P.
         batch: N.
 

@@ -1,4 +1,4 @@
-"""Description of a trellis, :class:`TrellisSpec`, and of its computation, :class:`Execution`. Both check themselves."""
+"""Description of a trellis, :class:`TrellisSpec`, and of its computation, :class:`Execution`; both are validated."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class TrellisSpec:
         activation: activation of a layer, one of `trellisnet.ops.ACTIVATIONS`.
         dilation: dilations, cycled over the layers.
         kernel_size: k taps.
-        kernel_groups: None for a dense kernel, else the number of groups of Theorem 1's: weight_x is then
+        kernel_groups: None for a dense kernel, else the number of groups in Theorem 1: weight_x is then
             (GH/groups, C, k) and weight_h (GH, H/groups, k), with rows ordered as in
             :mod:`trellisnet.ops.mixed_group`.
         inject_every: x enters layers 1, 1 + inject_every, 1 + 2·inject_every, …; the bias enters every layer.
@@ -112,7 +112,7 @@ class Execution:
         gemm: matrix products of `fused`, one of `GEMMS`; `auto` follows a fixed rule, see :mod:`trellisnet.ops.gemm`.
         gates: gate kernels of `fused`, one of `GATE_KERNELS`; `auto` takes the fastest that can run.
         recompute: store only the input of every `recompute_every`-th layer for the backward pass, which recomputes the
-            layers in between. Only `fused` can.
+            layers in between. Needs `fused`.
         recompute_every: None for about √num_layers, which needs least memory.
 
     Raises:

@@ -214,7 +214,7 @@ def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _moved(below: Tensor, above: Tensor, channels: int) -> float:
-    """Return how far the last `channels` of h moved from a layer to the next, relative to their norm."""
+    """Return how far the last `channels` of h moved from one layer to the next, relative to their norm."""
     a, b = (h[:, :, h.size(2) - channels :].float() for h in (below, above))
     return (torch.linalg.vector_norm(b - a) / torch.linalg.vector_norm(b)).item()
 
@@ -227,7 +227,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
         x: (N, T, C), T ≥ 1.
         stream: the stream after the steps before; it is left unchanged.
         tolerance: above 0, stop at the first layer whose output moves by less than this share of its norm, over the
-            whole piece, and let all layers above hold the same h and c.
+            whole piece, and assume that all layers above hold the same h and c.
 
     Returns:
         h and c of the last layer, (N, T, H), float32 at least; and the stream after these steps.

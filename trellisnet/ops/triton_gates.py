@@ -19,7 +19,7 @@ from trellisnet.ops import pruning
 from trellisnet.ops.gates import Step
 
 BLOCK = 512  # channels per program, or fewer if there are fewer: 1,400 channels leave few lanes idle
-WARPS = 2  # for a whole block: 8 channels per thread, so that accesses are 16 bytes wide in bfloat16, too
+WARPS = 2  # for a whole block: 8 channels per thread, so that accesses are 16 bytes wide in bfloat16 too
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How the C library of the process manages memory."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 import sys
@@ -8,10 +8,10 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what it frees, for the next training step; False where the C library has no such thing.
+    """Let the process keep the memory it frees, for the next training step; False where the C library cannot.
 
     Blocks of many megabytes otherwise go back to the system when they are freed, and each new one is cleared page by
-    page as it is touched, which may take longer than what is computed in it.
+    page as it is touched, which may take longer than the computation in it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, -1))

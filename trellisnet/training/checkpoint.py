@@ -97,7 +97,7 @@ def _is_best(value: Any) -> bool:
 
 
 def is_rng_state(value: Any) -> bool:
-    """Return whether :func:`set_rng_state` can take it; tried on other generators."""
+    """Return whether :func:`set_rng_state` accepts the value, tried on other generators."""
     if not _is_table(value):  # a tensor would warn of its index
         return False
     try:
@@ -230,7 +230,7 @@ def load_best(path: Path, best: dict[str, Any], model: nn.Module) -> dict[str, A
     if content["best"] != best:
         epoch = content["best"] and content["best"]["epoch"]
         raise UserError(
-            f"{path}: is of epoch {epoch}, last.pt names epoch {best['epoch']}; put the files of one run together"
+            f"{path}: holds epoch {epoch}, but last.pt names epoch {best['epoch']}; put the files of one run together"
         )
     # If last.pt and best.pt swapped names, digests would match, but the weights would not be the best.
     # Only the last epoch of a run may be cut short: `epoch` does not count it then.

@@ -102,7 +102,7 @@ class Core:
         Raises:
             UserError: it has no such limit.
         """
-        raise UserError(f"--horizon auto: is the reach of a TrellisNet; pass a number with --model {self.name}")
+        raise UserError(f"--horizon auto: works only for a TrellisNet; pass a number with --model {self.name}")
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
         """Return keywords for a model: the class of the core, `core`, and options of that class."""
@@ -155,14 +155,14 @@ class _Trellis(Core):
                 raise UserError(f"--equilibrium: needs --{name} {value}")
         for name in LAYERED if config.equilibrium else ():
             if getattr(config, name, None):  # early exits are of texts
-                raise UserError(f"--{name}: no effect with --equilibrium, which has no layers; leave it out")
+                raise UserError(f"--{name}: has no effect with --equilibrium, which has no layers; leave it out")
         for name in () if config.equilibrium else SOLVING:
             if getattr(config, name) != config.preset_value(name):
                 raise UserError(f"--{name}: has no effect without --equilibrium")
 
     def reach(self, config: "CoreConfig") -> int:
         if config.equilibrium:
-            raise UserError("--horizon auto: an equilibrium reads everything before; pass a number with --equilibrium")
+            raise UserError("--horizon auto: an equilibrium has no finite reach; pass a number with --equilibrium")
         return self._spec(config).reach
 
     def options(self, config: "CoreConfig") -> dict[str, Any]:
@@ -305,5 +305,5 @@ class _SparseLSTM(Core):
 
 
 CORES = {core.name: core for core in (_Trellis(), _AWDLSTM(), _TCN(), _RHN(), _SparseLSTM())}
-# Settings that only some cores read. Other cores refuse them, lest they be ignored silently.
+# Settings that only some cores read. Other cores refuse them instead of ignoring them silently.
 PARTICULAR = frozenset().union(*(core.reads for core in CORES.values()))

@@ -1,4 +1,4 @@
-"""Several processes that train together, started by torchrun, or one that is alone.
+"""Several processes that train together, started by torchrun, or a single one.
 
 Each process is a *rank* and has the whole model. Each computes its own rows of a batch, and DistributedDataParallel
 sums the gradients over the ranks during the backward pass, so that all ranks make the same update. One small all-reduce
@@ -41,7 +41,7 @@ class LostError(RunError):
 
 @contextlib.contextmanager
 def reaching(progress: Progress | None = None) -> Iterator[None]:
-    """Turn errors of a broken connection into LostError; with `progress`, mark a collective call."""
+    """Turn errors from a broken connection into LostError; with `progress`, mark a collective call."""
     try:
         with progress.meeting() if progress is not None else contextlib.nullcontext():
             yield
@@ -162,7 +162,7 @@ class Ranks:
             yield
 
     def leave(self) -> None:
-        """Disconnect once all ranks are here. From now on torchrun cannot end one because another failed."""
+        """Disconnect once all ranks are here. From then on torchrun cannot end one because another failed."""
         if self.size == 1 or not dist.is_initialized():
             return
         for signum in SIGNALS:

@@ -65,7 +65,7 @@ class Trainer:
         schedule: the learning rate.
         save_weights: writes a model's weights to a path, in a task-independent layout (weights.pkl).
         command: the command line that started the run, stored in checkpoints.
-        interrupts: if the caller has entered it, a signal ends the run with a checkpoint, never within a step.
+        interrupts: if the caller has entered it, a signal ends the run between two steps, with a checkpoint.
         say: prints a line for the user; the default keeps clear of the progress bar.
         ranks: the processes that train together, of which the first writes files; by default this one is alone.
     """
@@ -201,7 +201,7 @@ class Trainer:
             self.optimizer = make_averaging(self.task.model.parameters(), self.config)
 
     def _check_place(self) -> None:
-        """Raise ValueError unless the epoch has as many batches, and the carried state fits the next one."""
+        """Raise ValueError unless the epoch has `batch` batches or more, and the carried state fits the next one."""
         batches = self.task.batches(self.splits.train, self.epoch)
         if self.batch > len(batches):
             raise ValueError(f"batch {self.batch} of an epoch of {len(batches)}")
@@ -217,8 +217,8 @@ class Trainer:
             ranks.seed(self.config.seed, self.step)
         if ranks.size != len(states):
             line = (
-                f"NOTICE: the checkpoint is of {counted(len(states), 'ranks')}, this run has {ranks.size}: the first "
-                "continues its random numbers, others start new ones"
+                f"NOTICE: the checkpoint was written by {counted(len(states), 'ranks')}, this run has {ranks.size}: "
+                "the first continues its random numbers, the others start new ones"
             )
             self._announce(line)
 
@@ -242,7 +242,7 @@ class Trainer:
             with self.ranks.agreed():
                 self.restore(resume_from)
         if self.ranks.size > 1:
-            self.interrupts.note()  # ranks end together, or would wait for each other in vain
+            self.interrupts.note()  # ranks must end together, or some would wait for the others in vain
         try:
             if self.schedule.finetune and self.best is None:
                 self._score_loaded()
@@ -259,7 +259,7 @@ class Trainer:
         return checkpoint.load_best(self.folder.file("best.pt"), self.best, self.task.model)
 
     def _score_loaded(self) -> None:
-        """Make the weights that finetuning starts from the best ones so far, as those of epoch 0."""
+        """Count the weights that finetuning starts from as the best so far, under epoch 0."""
         valid = self._evaluate(self.splits.valid, "valid")
         with self.interrupts.held():
             self.best = {"epoch": 0, "valid": valid}

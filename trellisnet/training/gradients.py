@@ -84,7 +84,7 @@ class Gradients:
             part: the slice.
             state: the state to start from.
             share: number of its units (`Task.size`) as a fraction of those of the batch.
-            last: it is the last slice of the batch, after which the gradients are summed over the ranks.
+            last: whether it is the last slice of the batch, after which the gradients are summed over the ranks.
 
         Returns:
             losses and state of `Task.loss`; with several ranks the losses are detached.

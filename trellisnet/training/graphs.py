@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trellisnet.errors import RunError
 
-WARM_UP = 3  # calls before one is recorded: libraries choose and compile their kernels in the first ones
+WARM_UP = 3  # calls before one is recorded, in which libraries choose and compile their kernels
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[Tensors, Tensors | None], Tensors]
@@ -34,11 +34,11 @@ class Recorder(Protocol):
 
 
 class CUDARecorder:
-    """Records on a stream of its own, which runs the calls before, too, because autograd remembers streams."""
+    """Records on a stream of its own, on which the earlier calls run too, because autograd remembers streams."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
-        # Several recordings share their memory, since none reads what another has left there.
+        # All recordings share this memory, since none reads what another has left there.
         self._pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
@@ -57,7 +57,7 @@ class CUDARecorder:
 
 
 class Recorded:
-    """A function whose calls of one shape are recorded and replayed: the first shape to come more than WARM_UP times.
+    """A function whose calls of one shape are recorded and replayed: the first shape seen more than WARM_UP times.
 
     Args:
         function: (batch, carry) → tensors. It computes the gradients of `parameters` anew. Results may require

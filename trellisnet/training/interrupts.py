@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as exceptions that never fall into the middle of a step."""
+"""SIGINT, SIGTERM and SIGHUP as exceptions that are never raised in the middle of a step."""
 
 import contextlib
 import signal
@@ -18,9 +18,9 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, raise :class:`Interrupted` at the first of SIGNALS, or at the end of :meth:`held` if inside it.
+    """While entered, raise :class:`Interrupted` on the first of SIGNALS, or at the end of :meth:`held` if inside it.
 
-    Signals that follow are ignored, so that the last checkpoint is complete. Only the main thread can handle signals;
+    Later signals are ignored, so that the last checkpoint is complete. Only the main thread can handle signals;
     in other threads, and if never entered, this has no effect. After :meth:`note` nothing is raised: a process that
     trains with others reads `pending` and agrees with them when to end. A SIGHUP that is ignored, as under nohup, stays
     ignored.

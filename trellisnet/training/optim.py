@@ -44,8 +44,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
 
 
 def _try(cls: type[torch.optim.Optimizer], dtype: torch.dtype, options: dict[str, float]) -> None:
-    """Make one step from 1 with gradient 1; raise what the optimiser raises, or ValueError if it is not finite."""
-    probe = nn.Parameter(torch.ones(1, 1, dtype=dtype))  # on the CPU, so that no device is waited for
+    """Make one step from 1 with gradient 1; raise the optimiser's error, or ValueError if the result is not finite."""
+    probe = nn.Parameter(torch.ones(1, 1, dtype=dtype))  # on the CPU, to wait for no device
     probe.grad = torch.ones_like(probe)
     cls([probe], **options).step()
     if not probe.isfinite().all():
@@ -284,7 +284,7 @@ class Schedule:
 
     @property
     def patience(self) -> int:
-        """Epochs that a plateau is defined by."""
+        """Number of epochs by which a plateau is defined."""
         return self.recent or self.anneal
 
     def _is_plateau(self, loss: float, history: list[float]) -> bool:
@@ -295,7 +295,7 @@ class Schedule:
 
 
 def make_schedule(config: RunConfig, updates: Callable[[int], int], **plateaus: Any) -> Schedule:
-    """The schedule that the settings ask for.
+    """Build the schedule that the settings describe.
 
     Args:
         config: the settings.

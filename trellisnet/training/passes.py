@@ -1,4 +1,4 @@
-"""Passes of a Monte Carlo evaluation, kept in a file so that a stopped evaluation can go on."""
+"""Passes of a Monte Carlo evaluation, kept in a file so that a stopped evaluation can continue."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Passes:
 
     Args:
         path: the file; created if missing.
-        key: computes a digest of all that the passes depend on but their number, with the weights as they are.
+        key: computes a digest of everything except their number that the passes depend on, current weights included.
     """
 
     def __init__(self, path: Path, key: Callable[[], str]):

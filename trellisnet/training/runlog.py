@@ -1,4 +1,4 @@
-"""The folder of a run, its log and metrics, and the commands and versions that they name."""
+"""The folder of a run, its log and metrics, and the commands and versions that they record."""
 
 import contextlib
 import hashlib
@@ -54,7 +54,7 @@ def runnable(program: str, argv: Sequence[str], launcher: Sequence[str] = ("pyth
 
 
 def python() -> list[str]:
-    """How to call this Python from the working directory: by its name if that is on PATH, else by its path."""
+    """Command for this Python from the working directory: its name if that is on PATH, else its path."""
     for name in ("python", "python3"):
         if _is_on_path(name) and os.path.samefile(shutil.which(name), sys.executable):
             return [name]
@@ -415,7 +415,7 @@ class RunFolder:
 
 
 def _mend(path: Path, is_complete: Callable[[bytes], bool] = bytes.__len__) -> None:
-    """Before lines are appended, end a last line that a kill has torn, or cut it off unless it is complete."""
+    """Before lines are appended, terminate a last line that a kill cut short, or drop it if it is incomplete."""
     if path.is_file():
         *_, torn = path.read_bytes().rpartition(b"\n")
         if torn and is_complete(torn):
@@ -434,7 +434,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl, leaving out a last line that a kill has torn.
+    """Read a metrics.jsonl, leaving out a last line that a kill cut short.
 
     Raises:
         OSError: it cannot be read.

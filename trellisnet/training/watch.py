@@ -1,8 +1,8 @@
-"""Say which rank the others are waiting for when one hangs.
+"""Report which rank the others are waiting for when one hangs.
 
 All ranks make the same collective calls in the same order, so a rank that has made fewer than another is the one that
 the other waits for. A thread of each rank publishes its count through the store of torchrun; the threads communicate in
-no other way, and a thread that cannot reach the store ends: dead ranks are noticed by the collectives themselves.
+no other way, and a thread that cannot reach the store ends: the collectives themselves notice dead ranks.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class _Report(NamedTuple):
 
 
 class Watch:
-    """The thread that publishes a rank's progress and reports for whom the rank is waiting.
+    """The thread that publishes a rank's progress and reports which rank this one is waiting for.
 
     Args:
         connect: opens a connection to the store that no other thread uses.

@@ -241,7 +241,7 @@ class LanguageModeling(Task):
     def streams(self, windows: Windows) -> bool:
         """Return whether :meth:`evaluate` streams every row instead of cutting it into these windows.
 
-        It does where that is exact: where no score depends on positions before its window.
+        This is done where it is exact, that is, where no score depends on positions before its window.
         """
         reach = getattr(self.model.core, "reach", math.inf)  # only TrellisNet has streams
         return windows.context > 0 and windows.context >= reach and self.measured == ("loss",)
@@ -257,7 +257,7 @@ class LanguageModeling(Task):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (N, l, output_size) and targets (N, l) that :meth:`evaluate` scores, piece by piece in text order.
 
-        To be consumed in evaluation mode. Yields only this rank's part of the pieces if `ranks` are given; the other
+        Consume it in evaluation mode. It yields only this rank's part of the pieces if `ranks` are given; the other
         arguments and the errors are those of :meth:`evaluate`.
         """
         windows, ranks = windows or self.evaluation_windows, ranks or Ranks()
@@ -341,7 +341,7 @@ class LanguageModeling(Task):
     def evaluate_exit(
         self, rows: Tensor, *, tolerance: float, max_tokens: int | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Score rows as streams that stop at the layer from which the features hardly move (early exit).
+        """Score rows as streams that stop at the layer beyond which the features hardly change (early exit).
 
         Every row is read from a zero state with its exact history, which is never repackaged. The scored positions are
         those of :meth:`evaluate`.

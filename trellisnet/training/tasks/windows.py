@@ -58,7 +58,7 @@ class Windows:
         return cls(0, horizon, repackage)
 
     def with_context(self, context: int) -> Self:
-        """Windows of less context that score the same positions."""
+        """Windows with less context that score the same positions."""
         skipped = self.skipped + self.context - context
         return dataclasses.replace(self, context=context, skipped=skipped)
 
@@ -212,8 +212,8 @@ def windowed_features(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and targets of the scored positions of rows (N, L), window by window.
 
-    Each window is computed on demand, with the weights, mode and gradient setting of that moment. For weights that
-    change in between, a carried state is recomputed over the last `recomputed` windows.
+    Each window is computed on demand, with the current weights, mode and gradient setting. If the weights change
+    between windows, a carried state is recomputed over the last `recomputed` windows.
     """
     state: State | None = None
     before: deque[tuple[Tensor, State | None]] = deque(maxlen=recomputed)  # inputs and initial states
