@@ -176,6 +176,19 @@ def test_dropout_acts_in_training_only_and_leaves_the_output_whole():
     assert torch.equal(model(x)[0], model(x)[0])
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_depth_and_dropout_can_be_changed(bidirectional):
+    """As in `nn.LSTM`, where `dropout` is read in every call."""
+    torch.manual_seed(0)
+    x, options = torch.randn(7, 2, 3), {"bidirectional": bidirectional, "init_gain": 2.0}
+    model, shallow = TrellisLSTM(3, 8, 4, dropout=0.5, **options), TrellisLSTM(3, 8, 2, **options)
+    shallow.load_state_dict(model.state_dict())
+    assert (model.num_layers, model.dropout) == (4, 0.5)
+    model.num_layers, model.dropout = 2, 0.0
+    assert (model.num_layers, model.dropout, model.receptive_field) == (2, 0.0, 3)
+    assert torch.equal(model(x)[0], shallow(x)[0])
+
+
 def test_wrong_input_is_refused():
     model = TrellisLSTM(3, 4, 2, batch_first=True)
     with pytest.raises(TypeError, match="^input: expected a tensor, got list$"):

@@ -87,6 +87,19 @@ class Bidirectional(nn.Module):
         return both_ways(self.forwards, self.backwards, x, state, lengths)
 
 
+def _of_cores(name: str) -> property:
+    """Expose an attribute of the cores of a :class:`TrellisLSTM`, which is the same for both directions."""
+
+    def read(self):
+        return getattr(self.cores[0], name)
+
+    def write(self, value):
+        for core in self.cores:
+            setattr(core, name, value)
+
+    return property(read, write)
+
+
 class TrellisLSTM(nn.Module):
     """A TrellisNet with the interface of `torch.nn.LSTM`, to replace it in an existing program by changing one line.
 
@@ -131,15 +144,23 @@ class TrellisLSTM(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.batch_first, self.bidirectional, self.dropout = batch_first, bidirectional, dropout
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.batch_first, self.bidirectional = batch_first, bidirectional
         make = Bidirectional if bidirectional else lambda core, *sizes, **others: core(*sizes, **others)
         self.core = make(TrellisNet, input_size, hidden_size, num_layers, hidden_dropout=dropout, **options)
+
+    num_layers = _of_cores("num_layers")
+    dropout = _of_cores("hidden_dropout")
+
+    @property
+    def cores(self) -> tuple[TrellisNet, ...]:
+        """The core of each direction."""
+        return (self.core.forwards, self.core.backwards) if self.bidirectional else (self.core,)
 
     @property
     def receptive_field(self) -> int:
         """Number of inputs that one output depends on, in each direction; see :class:`trellisnet.TrellisNet`."""
-        return (self.core.forwards if self.bidirectional else self.core).receptive_field
+        return self.cores[0].receptive_field
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
