@@ -266,6 +266,38 @@ def test_bad_settings_are_named(options, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("output_size", "output_size: expected 1 to hidden_size = 5, got 6"),
+        ("kernel_size", "expected kernels of 6 taps"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_size_set_later_must_fit_the_kernels(backend, name, message):
+    module = TrellisNet(3, 5, 2, backend=backend)
+    setattr(module, name, 6)
+    with pytest.raises(ValueError, match=message):
+        module(torch.zeros(2, 7, 3))
+    with pytest.raises(ValueError, match=message):
+        module.init_stream(2)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"last_only": True}, {"lengths": [7, 3]}])
+@pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"activation": "gru"}])
+def test_an_input_in_16_bits_within_autocast_gives_float32(options, arguments):
+    """The input is rounded in the products, whatever its dtype; cells and outputs are in the dtype of the weights."""
+    torch.manual_seed(0)
+    module, x, state = TrellisNet(3, 5, 4, init_gain=2.0, **options), torch.randn(2, 7, 3), torch.randn(2, 5)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for low, high in ((None, None), ((state.bfloat16(),) * 2, (state.bfloat16().float(),) * 2)):
+            out = module(x.bfloat16(), low, **arguments)
+            expected = module(x.bfloat16().float(), high, **arguments)
+            for ours, theirs in ((out.output, expected.output), *zip(out.state, expected.state, strict=True)):
+                assert ours.dtype == torch.float32
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"x": torch.zeros(2, 3)}, r"x: expected \(N, L ≥ 1, 3\), got \(2, 3\)"),

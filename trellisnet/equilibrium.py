@@ -353,8 +353,10 @@ class EquilibriumTrellisNet(TrellisNet):
         (N, L, _), H = x.shape, self.hidden_size
         if lengths is not None:
             x = ops.hide_padding(x, lengths)
+        x = ops.widened(x, self.bias)
         if state is None:
             state = tuple(x.new_zeros(N, width) for width in self.state_widths().values())
+        state = tuple(ops.widened(part, self.bias) for part in state)
         weights = self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias
         scale = dropout_scale(x, (N, H, 1), self.hidden_dropout, self.training, masks, "hidden")
         layer = _Layer(weights, x, state, scale)

@@ -38,6 +38,7 @@ __all__ = [
     "traced",
     "transformed",
     "trellis",
+    "widened",
 ]
 
 
@@ -67,6 +68,11 @@ def hide_padding(x: Tensor, lengths: Tensor, value: float = 0) -> Tensor:
     padding = torch.arange(x.size(1), device=x.device) >= lengths.unsqueeze(1)  # (N, L)
     # Not a product with a mask, which would let NaN through.
     return x.masked_fill(padding.view(*padding.shape, *[1] * (x.dim() - 2)), value)
+
+
+def widened(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return `tensor` in the dtype of `weight` if that is wider: within autocast only products are in 16 bits."""
+    return tensor.to(torch.promote_types(tensor.dtype, weight.dtype))
 
 
 def find_activation(name: str) -> Activation:
@@ -154,8 +160,7 @@ def trellis(
         ValueError: the kernels do not match the spec, or the backend, gemm or gates cannot run here.
     """
     _, weight_h, bias = weights
-    if weight_h.size(2) != spec.kernel_size:
-        raise ValueError(f"weights: expected kernels of {spec.kernel_size} taps, got {weight_h.size(2)}")
+    spec.check_kernel(weight_h)
     backend, gates = execution.backend, spec.activation.gates
     if hidden_scale is not None and hidden_scale.requires_grad:
         if backend in ("fused", "triton"):
@@ -172,9 +177,9 @@ def trellis(
         run = operators.trellis if torch.compiler.is_compiling() else fused.trellis
         return Trellis(*run(x, weights, state, spec, **options, execution=execution))
     N, L, _ = x.shape
-    if state is None:
-        zero = x.new_zeros(N, bias.numel() // gates)
-        state = (zero, zero)
+    x = widened(x, bias)
+    zero = x.new_zeros(N, bias.numel() // gates)
+    state = (zero, zero) if state is None else tuple(widened(part, bias) for part in state)
     # Under tracing the equation is recorded; the sets of positions of the pruned path depend on L.
     if start == L - 1 and aux_every is None and lengths is None and not traced():
         if spec.kernel_groups is not None:

@@ -97,6 +97,14 @@ class TrellisSpec:
         """Number of time steps back that any path, through h or c, reads: Σ_layers max(k − 1, 1)·dilation."""
         return max(self.kernel_size - 1, 1) * sum(self.dilations)
 
+    def check_kernel(self, weight_h: Tensor) -> None:
+        """Raise ValueError unless a kernel (GH, ·, k) has this trellis's taps and enough channels for its output."""
+        rows, _, k = weight_h.shape
+        if k != self.kernel_size:
+            raise ValueError(f"weights: expected kernels of {self.kernel_size} taps, got {k}")
+        if (H := rows // self.activation.gates) < self.output_size:
+            raise ValueError(f"output_size: expected 1 to hidden_size = {H}, got {self.output_size}")
+
     def injected(self, layer: int) -> bool:
         """Return whether x enters this layer, counted from 0."""
         return layer % self.inject_every == 0

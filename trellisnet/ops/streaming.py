@@ -140,6 +140,7 @@ def choose(
 def prepare(weights: Weights, spec: TrellisSpec, execution: Execution, batch_size: int) -> Kernels:
     """Arrange the kernels for streams of `batch_size` sequences; arguments as in :func:`trellisnet.ops.trellis`."""
     activation = spec.activation
+    spec.check_kernel(weights[1])
     if spec.kernel_groups is not None:
         weights = mixed_group.dense(*weights, spec.kernel_groups, activation.gates)
     weight_x, weight_h, bias = weights
