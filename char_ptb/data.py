@@ -40,7 +40,7 @@ def load(
     Args:
         stream: a name in `STREAMS`.
         order: order of the alphabet, see :func:`trellisnet.data.corpus.reordered`.
-        dataset: "ptb", or one for :func:`trellisnet.data.wikipedia.load`, which has no stream and no order.
+        dataset: "ptb", or one of :func:`trellisnet.data.wikipedia.load`, to which stream and order do not apply.
     """
     if dataset != "ptb":
         return wikipedia.load(dataset, folder, download)

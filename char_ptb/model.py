@@ -24,8 +24,8 @@ _RHN = {
     "optim": "SGD", "lr": 0.2 * _STEPS, "clip": 10 / _STEPS, "wdecay": 1e-7 / _STEPS, "decay": 1.03, "decay_from": 5,
     "when": [-1], "epochs": 500, "batch_size": 128, "eval_batch_size": 128,
 }  # fmt: skip
-# TrellisNets of the same size. The settings are ours: those of Table 5 for characters, and the epochs of its
-# WikiText-103, a corpus as large.
+# TrellisNets of the same size. The settings are ours: those of Table 5 for characters, with the number of epochs for
+# WikiText-103, a corpus of about the same size.
 _WIKIPEDIA = {
     "emsize": 512, "nout": 512, "nlevels": 125, "horizon": 125, "aux_freq": 70, "emb_dropout": 0.0, "dropouth": 0.1,
     "wdrop": 0.1, "wdecay": 0.0, "epochs": 25, "when": [15, 20],
@@ -58,7 +58,7 @@ class Config(AdaptiveConfig):
         # and learn faster. The gains of weight normalisation start small; a high learning rate and small batches get
         # past the first plateau.
         "small": {"name": "small", **SMALL},
-        # As long as `small` to within a tenth, but twelve layers in the end.
+        # As long as `small`, to within a tenth, but with twelve layers at the end.
         "grow": {
             "name": "grow", **SMALL, "nlevels": 12, "grow": ["2:2", "6:2"], "epochs": 6, "decay": 1.0,
             "schedule": "cosine",

@@ -1,1 +1,1 @@
-"""Programs beside the package: they measure, report and check it. README.md lists them."""
+"""Programs around the package, which measure, report and check it. README.md lists them."""

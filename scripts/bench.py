@@ -6,7 +6,7 @@
 
 Text and images are random but have the real shapes; dropout is that of training. Before anything is timed, every
 variant must reproduce the conv1d reference (one conv1d per layer on h, the x part once per dilation, nothing pruned)
-on the very tensors that are timed. Variants then take turns, so that a slow spell of the machine slows all of them.
+on the same tensors that are timed. Variants then take turns, so that a slow spell of the machine affects all of them.
 
 Parts:
 
@@ -72,7 +72,7 @@ def weighed(task: str, args: argparse.Namespace) -> dict[str, str]:
 
 
 class Display:
-    """Progress: a bar on a terminal, elsewhere a line for each part.
+    """Progress display: a bar on a terminal, elsewhere a line for each part.
 
     Args:
         total: number of parts, comparisons with the reference included.

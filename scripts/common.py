@@ -24,7 +24,7 @@ def check_bounds(args: argparse.Namespace, **least: int) -> None:
 
 
 def origin(program: str, argv: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Command, machine, versions and commit of a measurement, which stand at the head of its record."""
+    """Command, machine, versions and commit of a measurement, for the head of its record."""
     return {
         "command": command_line(program, argv),
         "machine": machine(device),

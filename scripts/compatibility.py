@@ -1,10 +1,10 @@
-"""Try which ways of running a network work with which backend, and print a table.
+"""Test which ways of running a network work with which backend, and print a table.
 
     python scripts/compatibility.py [--device cuda] [--json results/compatibility/cpu.json]
 
 Every cell runs a small network and compares its outputs (and, where it says so, gradients) with those of the reference
-in plain Python. The cell says `yes` if the backend of the column ran, `reference` if that took its place, and otherwise
-why not. `scripts/collect.py` writes the records of results/compatibility/ into trellisnet/README.md.
+in plain Python. The cell says `yes` if the backend of the column ran, `reference` if that ran instead, and otherwise
+the reason. `scripts/collect.py` writes the records of results/compatibility/ into trellisnet/README.md.
 """
 
 import functools
@@ -92,7 +92,7 @@ def with_gradients(run: Compute, net: TrellisNet) -> Compute:
 
 
 def direct(function: Callable[[TrellisNet], Compute]) -> Callable[[TrellisNet, Tensor], tuple[Any, bool]]:
-    """Make a row of a function that calls the network in plain Python, or has it traced."""
+    """Make a row of the table from a function that calls the network in plain Python, or traces it."""
 
     def row(net: TrellisNet, x: Tensor) -> tuple[Any, bool]:
         with called() as names:
@@ -182,7 +182,7 @@ ROWS: dict[str, tuple[Callable[[TrellisNet], Compute], Callable[[TrellisNet, Ten
 
 
 def lacking(row: str, column: str, device: torch.device) -> bool:
-    """Return whether this machine has not what a cell needs."""
+    """Return whether this machine lacks what a cell needs."""
     if row.startswith("CUDA") and device.type != "cuda":
         return True
     if row.startswith("ONNX") and not all(map(importlib.util.find_spec, ("onnx", "onnxruntime", "onnxscript"))):

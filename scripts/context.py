@@ -3,8 +3,8 @@
     python scripts/context.py --run runs/word_ptb/small --json context.json
     python scripts/plot.py context context.json --out context.svg
 
-The loss of the same targets, spread evenly over the validation text, is computed from the 1, 2, 4, … tokens before
-each of them alone, and for a TrellisNet or a TCN also from as many as its receptive field has, and twice as many.
+The loss of the same targets, spread evenly over the validation text, is computed from only the 1, 2, 4, … tokens before
+each of them; for a TrellisNet or a TCN also from as many tokens as its receptive field has, and from twice as many.
 """
 
 import functools

@@ -6,7 +6,7 @@ The second folder receives:
 
     weights.pkl     the weights in the authors' layout, rounded to float16; a model in float32 loads them as they are
     config.json     the settings of the run, without those that belong to one machine
-    weights.json    checksum and scores of the file, measured after rounding on all of the data and on their beginning
+    weights.json    checksum and scores of the file, measured after rounding, on all of the data and on their beginning
     vocabulary.json of a language model: its words or symbols with their ids
     log.txt, metrics.jsonl, metrics.json    if the run's folder has them
 
@@ -44,7 +44,7 @@ from trellisnet.training import programs
 from trellisnet.training.cli import guarded
 from trellisnet.training.config import AUTOMATIC, PROJECT, Parser, check_settings, read_run_config
 
-PARTIAL = {"tokens": 5000, "examples": 256}  # size of the short score
+PARTIAL = {"tokens": 5000, "examples": 256}  # size of the quick score
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = 10  # MB
 WRITTEN = ("weights.pkl", "config.json", "weights.json", vocabulary.FILE)

@@ -5,8 +5,8 @@
 
 The text goes to standard output, with a line feed for each `<eos>`, the speed to standard error. The model reads the
 prompt from a zero state, as the first words (or characters) of a text. A line feed in the prompt is `<eos>`, and an
-empty prompt is a single `<eos>`. All words must be in the vocabulary, which lies beside the weights; the data are only
-read where it does not. The same seed gives the same text on the same machine.
+empty prompt is a single `<eos>`. All words must be in the vocabulary, which lies beside the weights; the data are read
+only if it does not. The same seed gives the same text on the same machine.
 """
 
 import functools

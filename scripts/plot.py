@@ -1,8 +1,8 @@
-"""Pictures of results; the format is that of the file's name (svg, png, pdf).
+"""Draw pictures of results; the file's name determines the format (svg, png, pdf).
 
     python scripts/plot.py curves runs/word_ptb/small results/word_ptb_small --out curves.svg
     python scripts/plot.py tables --out pictures                 every table that has numbers
-    python scripts/plot.py context context.json --out context.svg   what scripts/context.py has measured
+    python scripts/plot.py context context.json --out context.svg   measurements of scripts/context.py
     python scripts/plot.py depth depths.json --out depth.svg     metrics of --eval with --eval_depths
     python scripts/plot.py trellis --out results/figures/trellis.svg
 

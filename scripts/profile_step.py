@@ -1,4 +1,4 @@
-"""Show where the time of a training step goes: times of whole steps, their kernels, and other launch shapes.
+"""Show where the time of a training step goes: times of whole steps, of their kernels, and with other launch shapes.
 
     python scripts/profile_step.py                            times, then kernels, of five steps: two minutes on a GPU
     python scripts/profile_step.py sweep                      two steps with other blocks and warps of the gate kernels

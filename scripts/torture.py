@@ -1,8 +1,8 @@
-"""Test real runs and files against kills, full disks, jumping clocks, damage and hostile content.
+"""Test real runs and files against kills, full disks, jumping clocks, corruption and hostile content.
 
     python scripts/torture.py                          everything but the soak: a quarter of an hour
     python scripts/torture.py --kills 10 --mutations 0 --no-payloads
-    python scripts/torture.py --soak 30                and half an hour of training, whose memory must not grow
+    python scripts/torture.py --soak 30                also half an hour of training, whose memory must not grow
 
 The faults themselves are in tests/faults.
 """
@@ -41,7 +41,7 @@ def hostile(folder: Path) -> dict[str, Any]:
 
 
 def damaged(folder: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """Read damaged files; damage must be detected or harmless."""
+    """Read corrupted files; the corruption must be detected or harmless."""
     records = mutations.run(folder, count, seed)
     expect(not (wrong := mutations.broken(records)), "; ".join(wrong))
     return records

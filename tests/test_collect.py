@@ -131,7 +131,7 @@ def test_a_block_that_results_quotes_may_stand_on_any_page(root):
     block = "<!-- not comparable: begin -->\n- sizes\n<!-- not comparable: end -->\n"
     (folder / "word_ptb" / "README.md").write_text(f"before\n{block}after\n")
     assert collect.main(["--root", str(folder)]) == 0
-    assert "\n## What in the published tables is not comparable\n\n- sizes\n" in (folder / "RESULTS.md").read_text()
+    assert "\n## What is not comparable in the published tables\n\n- sizes\n" in (folder / "RESULTS.md").read_text()
 
 
 def test_shipped_models(root):
@@ -416,7 +416,7 @@ def test_findings_of_torture(root):
     for part in (
         "`python scripts/torture.py --soak 9` on M, torch 2, commit `0123456789ab`, seed 1.",
         "- Kills survived: 90 (40 in step, 30 in evaluation, 20 in checkpoint) in 1 run(s) of 12 epochs; and 10 times",
-        "- Writes that failed: 150 for want of room, 1 for a limit on the size of files; folders that may not",
+        "- Writes that failed: 150 for lack of space, 1 for a limit on file size; read-only folders: ",
         "231, opened 889 times; 0 ran code, and memory grew by 73 MB",
         "in 9 minutes of training (6,789 updates, 5 epochs, each evaluated and saved) from 300.0 to 301.0 MB",
         "| weights | 1,200 | 900 | 300 | 0 |",
@@ -667,8 +667,8 @@ def test_training_at_the_equilibrium(root):
         assert row in rows
     block = (path / "README.md").read_text().splitlines()
     assert "| test perplexity, 0.1M parameters, 16 layers | 99.00 | 97.50 | -1.5 % |" in block
-    assert "| seconds of an update of this model | 0.50 | 1.00 | +100.0 % |" in block
-    assert "| memory of training, 12M parameters, 55 layers | 4.00 GB | 1.00 GB | -75.0 % |" in block
+    assert "| seconds per update of this model | 0.50 | 1.00 | +100.0 % |" in block
+    assert "| training memory, 12M parameters, 55 layers | 4.00 GB | 1.00 GB | -75.0 % |" in block
 
 
 @pytest.mark.parametrize(
@@ -707,7 +707,7 @@ def test_tagging_names_its_text(root, capsys):
     write("dense", 0.75)
     assert collect.main(["--root", str(path)]) == 0
     report = (path / "RESULTS.md").read_text()
-    assert f"`bash scripts/pos_table.sh` on {TAGGED[text]}: 5,000 tokens to train on, 2,500 test tokens" in report
+    assert f"`bash scripts/pos_table.sh` on {TAGGED[text]}: 5,000 training tokens, 2,500 test tokens" in report
     dense = "| LSTM, embedding of width 5 | 123,456 | 60 | 75.00 % | 75.00 % | `0123456789ab` |"
     sparse = "| LSTM, sparse embedding of width 20 | 7 | 60 | 81.25 % | 81.25 % | `0123456789ab` |"
     assert f"{dense}\n{sparse}\n" in report

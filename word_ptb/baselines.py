@@ -8,7 +8,7 @@ _UNREGULARISED = {
     "wdecay": 0.0,
 }  # fmt: skip
 
-# Recipe from the README of AWD-LSTM. The presets `…-finetune` are those of its second program.
+# Recipe from the README of AWD-LSTM. The presets `…-finetune` are for its second program.
 _AWD_LSTM = {
     "model": "awd-lstm", **_CARRIED, "nlevels": 3, "emsize": 400, "nhid": 1150, "nout": 400, "dropout": 0.4,
     "dropouti": 0.4, "dropouth": 0.25, "emb_dropout": 0.1, "wdrop": 0.5, "alpha": 2.0, "beta": 1.0, "wdecay": 1.2e-6,
@@ -20,7 +20,7 @@ _RECITE = {
     **_UNREGULARISED, "recite": True, "nonmono": 0, "lr": 5.0, "momentum": 0.9, "decay": 1 / 0.97, "epochs": 150,
     "seed": 0,
 }  # fmt: skip
-# The settings of TrellisNet's preset `small` that other cores share.
+# Settings of TrellisNet's preset `small` that the other cores share.
 _SMALL = {
     **_UNREGULARISED, "emsize": 200, "nout": 200, "horizon": 30, "batch_size": 10, "dropout": 0.25, "dropouti": 0.1,
     "dropouth": 0.1, "wdecay": 1.2e-6, "lr": 20.0, "clip": 0.225, "epochs": 9, "when": [6, 8], "anneal": 10, "aux": 0.0,

@@ -141,7 +141,7 @@ def _trained(root: Path) -> Iterator[Chart]:
 
 
 def read_charts(root: Path) -> list[Chart]:
-    """All scores that there are in results/ and runs/tables/.
+    """All scores in results/ and runs/tables/.
 
     Raises:
         UserError: a corrupt file, or runs that must not be quoted.

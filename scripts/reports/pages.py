@@ -1,4 +1,4 @@
-"""The README pages: which there are, and their blocks that come from records and settings."""
+"""The README pages, and their blocks that are generated from records and settings."""
 
 import re
 import statistics
@@ -86,7 +86,7 @@ def memory(root: Path) -> list[str]:
 
 
 def equilibrium(root: Path) -> list[str]:
-    """What an equilibrium costs and what it is worth, from the records of scripts/equilibrium.sh."""
+    """Cost and gain of an equilibrium, from the records of scripts/equilibrium.sh."""
     found = records.read_equilibrium(root)
     with refusing(root / "results" / "equilibrium"):
         ways, score = ("unrolled", "equilibrium"), score_of(found.scores["equilibrium"]["test"])
@@ -95,8 +95,8 @@ def equilibrium(root: Path) -> list[str]:
             f"test {score.title}, {small:.1f}M parameters, 16 layers": (
                 [score_of(found.scores[way]["test"]).value for way in ways], "{:.2f}"
             ),
-            "seconds of an update of this model": ([statistics.median(found.seconds[way]) for way in ways], "{:.2f}"),
-            f"memory of training, {large:.0f}M parameters, 55 layers": (
+            "seconds per update of this model": ([statistics.median(found.seconds[way]) for way in ways], "{:.2f}"),
+            f"training memory, {large:.0f}M parameters, 55 layers": (
                 [found.memories[way]["peak_memory"] / 1e9 for way in ways], "{:.2f} GB"
             ),
         }  # fmt: skip

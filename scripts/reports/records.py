@@ -1,4 +1,4 @@
-"""Records of runs and measurements: read here alone, with every check that makes them quotable.
+"""Records of runs and measurements: read only here, with all checks that make them quotable.
 
 A result is a folder results/<name>/ with the files of one complete run on real data: metrics.json (written by
 `--metrics`), metrics.jsonl and log.txt (from the run folder; the log is for people, no program reads it).
@@ -461,7 +461,7 @@ def read_growth(folder: Path) -> dict[str, list[Record]]:
 
 
 class Equilibrium(NamedTuple):
-    """What scripts/equilibrium.sh has found; ways are "unrolled" and "equilibrium", for memory also "recompute".
+    """Results of scripts/equilibrium.sh; ways are "unrolled" and "equilibrium", for memory also "recompute".
 
     Args:
         scores: metrics of the rows that score, by name.

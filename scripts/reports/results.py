@@ -108,11 +108,11 @@ def summary(runs: Iterable[Run]) -> str:
     columns = "table: task|the paper's model|paper:|ours:|preset|parameters:|data|minutes:"
     return _text(
         [
-            "## Tables 1 to 4 of the paper, and what is here",
+            "## Tables 1 to 4 of the paper, and our results",
             "",
-            "TrellisNet in the paper (without a mixture of softmaxes), and the best result below on the same task. "
-            "Where sizes or data differ these do not compare: what the paper's models come to with this code is not "
-            "known before they have been trained.",
+            "The paper's TrellisNet (without a mixture of softmaxes), beside the best result below on the same task. "
+            "Where sizes or data differ, the two do not compare; what the paper's models reach with this code is "
+            "unknown until they are trained.",
             "",
             *table(columns.replace("table: ", "table:|").split("|"), rows),
         ]
@@ -133,13 +133,13 @@ def equal_time(folder: Path) -> str:
                     score_of(m["test"]), f"`{m['command']}`",
                 )
             )  # fmt: skip
-        columns = "network|parameters:|precision|epochs:|minutes:|tokens/s of training:|valid ppl:|test ppl:|command"
+        columns = "network|parameters:|precision|epochs:|minutes:|training tokens/s:|valid ppl:|test ppl:|command"
         return _text(
             [
                 f"## Networks of one size after about {planned} minutes each, {m['task']}",
                 "",
-                f"`MINUTES={planned} bash scripts/compare.sh`: every network in the precision in which it is faster. "
-                f"{m['machine']}, threads {m['threads']}, torch {m['torch']}, commit `{m['commit']}`, data sha256 "
+                f"`MINUTES={planned} bash scripts/compare.sh`: each network in the precision in which it is faster. "
+                f"{m['machine']}, {threads(m)}, torch {m['torch']}, commit `{m['commit']}`, data sha256 "
                 f"`{m['data'][:16]}…`; one seed.",
                 "",
                 *table(columns.split("|"), rows),
@@ -181,9 +181,9 @@ def ablations(folder: Path) -> str:
                 "",
                 f"`{without(base['command'], *HERE_ONLY)} --max_steps {steps}` and the flags of the row: "
                 f"`PRESET={preset} STEPS={steps} bash scripts/table6.sh`. "
-                f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}, seed "
-                f"{base['seed']} alone; a small network and few updates: no test of the paper's differences, which are "
-                "those of 500 epochs at 24M parameters. Minutes are wall time, no measure of speed.",
+                f"{base['machine']}, torch {base['torch']}, commit `{base['commit']}`, {base['corpus']}, one seed "
+                f"({base['seed']}). A small network and few updates do not test the paper's differences, which are "
+                "those after 500 epochs at 24M parameters. Minutes are wall time, not a measure of speed.",
                 "",
                 *table(columns.split("|"), rows),
             ]
@@ -208,9 +208,9 @@ def recipe(folder: Path) -> str:
                 f"## Parts of the recipe, {one['task']}, preset `{one['preset']}`, {one['epochs']} epochs each",
                 "",
                 f"`{' '.join(word for words in common for word in words)} --epochs {one['epochs']}` and the flags of "
-                "the row, which adds one part to the row above it: `bash scripts/recipe.sh`. Scores are those of the "
-                f"validation images. {one['machine']}, {one['precision']}, torch {one['torch']}, {one['corpus']}, seed "
-                f"{one['seed']} alone.",
+                "the row, which adds one part to the row above it: `bash scripts/recipe.sh`. Scores are on the "
+                f"validation images. {one['machine']}, {one['precision']}, torch {one['torch']}, {one['corpus']}, one "
+                f"seed ({one['seed']}).",
                 "",
                 *table(["row", "flags", f"valid {name}:", "difference:", "commit"], rows),
             ]
@@ -233,10 +233,10 @@ def short_runs(folder: Path) -> str:
             [
                 "## Short runs of other recipes",
                 "",
-                f"Finetuning, bytes and other cores at a size for minutes on a busy machine: {one['machine']}, "
+                f"Finetuning, bytes and other cores, at sizes that take minutes on a busy machine: {one['machine']}, "
                 f"{threads(one)}, {one['precision']}, torch {one['torch']}, one seed. They show that a recipe trains, "
-                "not what it reaches; finetuning starts long before SGD has converged, and need not beat another epoch "
-                "of it. Minutes are wall time, no measure of speed.",
+                "not how well; finetuning starts long before SGD has converged, so it need not beat another epoch of "
+                "SGD. Minutes are wall time, not a measure of speed.",
                 "",
                 *table(columns, rows),
             ]
@@ -255,10 +255,10 @@ def tagging(folder: Path) -> str:
             [
                 "## Part-of-speech tagging",
                 "",
-                f"`bash scripts/pos_table.sh` on {TAGGED[one['data']]}: {one['train']['tokens']:,} tokens to train on, "
-                f"{one['test']['tokens']:,} test tokens, {one['epochs']} epochs. The text of the paper is another one, "
-                f"so its scores do not compare. {one['machine']}, {threads(one)}, torch {one['torch']}, seed "
-                f"{one['seed']} alone; minutes are wall time, no measure of speed.",
+                f"`bash scripts/pos_table.sh` on {TAGGED[one['data']]}: {one['train']['tokens']:,} training tokens, "
+                f"{one['test']['tokens']:,} test tokens, {one['epochs']} epochs. The paper used another text, so "
+                f"its scores do not compare. {one['machine']}, {threads(one)}, torch {one['torch']}, one seed "
+                f"({one['seed']}); minutes are wall time, not a measure of speed.",
                 "",
                 *table(["model", "parameters:", "minutes:", "valid accuracy:", "test accuracy:", "commit"], rows),
             ]
@@ -281,7 +281,7 @@ def precisions(folder: Path) -> str:
                 "",
                 f"`{command} --precision … --seed …`: `bash scripts/precision.sh`. {one['params']:,} parameters, "
                 f"{one['machine']}, torch {one['torch']}, commit `{one['commit']}`, {one['corpus']}. "
-                "Minutes are wall time, no measure of speed.",
+                "Minutes are wall time, not a measure of speed.",
                 "",
                 *table(["precision", "seed:", "minutes:", f"valid {title}:", f"test {title}:"], rows),
             ]
@@ -289,7 +289,7 @@ def precisions(folder: Path) -> str:
 
 
 def long_memory(root: Path) -> str:
-    """Problems of pure memory, from results/long_memory; empty without runs."""
+    """Copy task and adding problem, from results/long_memory; empty without runs."""
     problems = records.read_long_memory(root)
     if not problems:
         return ""
@@ -309,17 +309,17 @@ def long_memory(root: Path) -> str:
                 )  # fmt: skip
         columns = (
             "problem", "T:", "network", "parameters:", "receptive field:", "epochs:", "minutes:", "test loss:",
-            "digits right:", "loss by chance:", "commit",
+            "digits correct:", "chance loss:", "commit",
         )  # fmt: skip
         return _text(
             [
-                "## Problems of pure memory",
+                "## Copy task and adding problem",
                 "",
-                "The copy task and the adding problem of "
+                "The tests of memory of "
                 "[Bai, Kolter & Koltun (2018)](https://arxiv.org/abs/1803.01271): `bash scripts/memory.sh`. "
                 f"{first['machine']}, {threads(first)}, torch {first['torch']}, seed {first['seed']}. "
-                "The loss of copying is the cross-entropy in nats per step, that of adding the mean "
-                "squared error. A network that sees too little stays at chance, as it must: see "
+                "The loss is the cross-entropy in nats per step for copying, and the mean squared error for "
+                "adding. A network that sees too little stays at chance, as it must: see "
                 "[the curves](results/figures/long_memory.svg).",
                 "",
                 *table(columns, rows),
@@ -352,7 +352,7 @@ def growth(folder: Path) -> str:
             "",
             f"`bash scripts/depth.sh`, which has the commands: small networks on {one['machine']}, {one['precision']}, "
             f"torch {one['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}, {one['corpus']}; "
-            "perplexity of words, bits per symbol.",
+            "perplexity for words, bits per symbol for characters.",
         ]
         if equal:
             columns = "text|epochs|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
@@ -361,7 +361,7 @@ def growth(folder: Path) -> str:
             columns = "text|layers:|seed:|test, trained for this depth:|test, random depth:|difference:"
             lines += [
                 "",
-                "One network of random depth, 2 to 8 layers, and one for each depth, of equally many updates:",
+                "One network of random depth, 2 to 8 layers, against one network per depth, with equally many updates:",
             ]
             lines += ["", *table(columns.split("|"), every)]
         return _text(lines)
@@ -386,30 +386,30 @@ def equilibrium(folder: Path) -> str:
         for way, epoch in found.epochs.items():
             updates = [f"{epoch['step']:,}", f"{epoch['train_score']:.2f}", *_solved(epoch, "train_")]
             ways.append((way, *updates, f"{statistics.median(found.seconds[way]):.3f}", _gb(found.memories[way])))
-        training = f"|updates:|train {name}:|{_SOLVED}|seconds of an update:|memory:"
+        training = f"|updates:|train {name}:|{_SOLVED}|seconds per update:|memory:"
         recomputed = ("unrolled, `--recompute`", *[""] * 6, _gb(found.memories["recompute"]))
         printed = [(e.label, e.unrolled, e.solved, e.peak, e.peak_solved, e.ratio) for e in EQUILIBRIA]
-        columns = "model|test ppl, unrolled:|at the equilibrium:|memory, unrolled:|at the equilibrium:|times as long:"
+        columns = "model|test ppl, unrolled:|at the equilibrium:|memory, unrolled:|at the equilibrium:|time ratio:"
         return _text(
             [
                 f"## At the equilibrium, {one['task']}",
                 "",
-                "`bash scripts/equilibrium.sh`: `word_ptb_small`, trained with 8 layers, goes on with 16 and at the "
-                f"equilibrium, for {found.epochs['equilibrium']['step']:,} updates each. {one['params']:,} parameters, "
-                f"{one['machine']}, {threads(one)}, {one['precision']}, torch {one['torch']}, commit "
-                f"`{one['commit']}`, {one['corpus']}, seed {one['seed']} alone. Residual and evaluations are means "
-                "over windows of the largest residual in a window and of the evaluations of a step; *unsolved* is the "
-                "share of windows with a residual above the tolerance.",
+                "`bash scripts/equilibrium.sh`: `word_ptb_small`, trained with 8 layers, continues with 16 layers or "
+                f"at the equilibrium, for {found.epochs['equilibrium']['step']:,} updates each. {one['params']:,} "
+                f"parameters, {one['machine']}, {threads(one)}, {one['precision']}, torch {one['torch']}, commit "
+                f"`{one['commit']}`, {one['corpus']}, one seed ({one['seed']}). *Residual* is the largest one in a "
+                "window and *evaluations* their number per step, both averaged over windows; *unsolved* is the share "
+                "of windows with a residual above the tolerance.",
                 "",
                 *table(f"trained with|scored with|valid {name}:|test {name}:|{_SOLVED}".split("|"), rows),
                 "",
-                f"Training. Seconds of an update are medians of {len(found.seconds['equilibrium'])} runs that took "
-                "turns while other trainings stood still, and memory is the peak of a process that trains the paper's "
-                "model of 55 layers and writes its checkpoint:",
+                f"Training. Seconds per update are medians of {len(found.seconds['equilibrium'])} alternating runs "
+                "without other load; memory is the peak of a process that trains the paper's model of 55 layers and "
+                "writes its checkpoint:",
                 "",
                 *table(training.split("|"), [*ways, recomputed]),
                 "",
-                "In print, and the same numbers here:",
+                "Published numbers, and ours:",
                 "",
                 *table(columns.split("|"), [*printed, _ours(found)]),
             ]
@@ -467,12 +467,12 @@ def depths(root: Path) -> str:
     lines = [
         "## Depth of scoring",
         "",
-        "Shipped models, read with more or fewer layers than they were trained with: the same weights, `--run "
-        "results/NAME --eval --eval_depths …`. The depth that `--eval_nlevels auto` takes is the best one on the "
-        "validation data, here *chosen*. The models of text [as a picture](results/figures/depth.svg): `python "
+        "Shipped models, scored with more or fewer layers than they were trained with, with the same weights: `--run "
+        "results/NAME --eval --eval_depths …`. The depth that `--eval_nlevels auto` takes, the best one on the "
+        "validation data, is marked *chosen*. The language models [as a picture](results/figures/depth.svg): `python "
         "scripts/plot.py depth results/depth/*_ptb_*.json --out results/figures/depth.svg`.",
         "",
-        *table(["model", "layers:", "sees:", "valid:", "test:", "score", "scored of test:", ""], rows),
+        *table(["model", "layers:", "receptive field:", "valid:", "test:", "score", "test units scored:", ""], rows),
         "",
         *(f"- `{name}`: `{m['command']}`; {m['machine']}, {m['precision']}, torch {m['torch']}, commit `{m['commit']}`"
           for name, m in commands),
@@ -493,7 +493,7 @@ def _exits(path: Path) -> list[str]:
         return [
             f"**Early exit**, `{path.stem}` with {full['layers']:.0f} layers, read as streams: `{metrics['command']}` "
             f"on {metrics['machine']}, {threads(metrics)}, {metrics['precision']}, torch {metrics['torch']}, commit "
-            f"`{metrics['commit']}`; {full['tokens']:,} test tokens. Layers are those computed on average.",
+            f"`{metrics['commit']}`; {full['tokens']:,} test tokens. Layers are averages.",
             "",
             *table(["tolerance:", "layers:", f"test {name}:", "minutes:", "time saved:"], rows),
         ]
@@ -518,8 +518,8 @@ def adapted(path: Path) -> str:
                 f"`{metrics['command']}` on {metrics['machine']}, {threads(metrics)}, {metrics['device']}, "
                 f"{metrics['precision']}, torch {metrics['torch']}, commit `{metrics['commit']}`, {metrics['corpus']}; "
                 f"{metrics['params']:,} parameters, seed {metrics['seed']}; {metrics['test_static']['tokens']:,} test "
-                "tokens. Minutes and the peak of the process's memory are those of scoring the test data, after what "
-                "was prepared and tuned once, on training and validation data.",
+                "tokens. Minutes and the peak memory of the process are those of scoring the test data, after "
+                "preparation and tuning on training and validation data.",
                 "",
                 *table(["", f"valid {name}:", f"test {name}:", "minutes:", "peak:", "prepared in:", "settings"], rows),
             ]
@@ -537,14 +537,14 @@ def faults(path: Path) -> str:
             f"## Faults, seed {found['seed']}",
             "",
             f"`{found['command']}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`, seed "
-            f"{found['seed']}. Every run that something was done to ended, to the bit, with the weights, the optimiser "
-            "and the random numbers of one that was left alone.",
+            f"{found['seed']}. Every disturbed run ended, to the bit, with the weights, the optimiser state and the "
+            "random numbers of an undisturbed one.",
             "",
             f"- Kills survived: {sum(moments.values())} ({listed}) in {kills['runs']} run(s) of {kills['epochs']} "
             f"epochs; and {kills['terminated']} times SIGTERM, after which the run ended with a checkpoint within "
             f"{kills['seconds to terminate']:g} s",
-            f"- Writes that failed: {disk['no room']} for want of room, {disk['too large']} for a limit on the size of "
-            f"files; folders that may not be written: {disk['read-only']}",
+            f"- Writes that failed: {disk['no room']} for lack of space, {disk['too large']} for a limit on file size; "
+            f"read-only folders: {disk['read-only']}",
             f"- Second processes refused: {found['locks']['refused']}; runs with jumping clocks: "
             f"{found['clocks']['runs']}",
             f"- Hostile files: {hostile['files']}, opened {hostile['opened']} times; {hostile['executed']} ran code, "
@@ -561,7 +561,7 @@ def faults(path: Path) -> str:
              *(f"{r[key]:,}" for key in ("tried", "detected", "harmless", "unnoticed")))
             for r in found["mutations"]
         )  # fmt: skip
-        columns = ["damaged at random", "tried:", "detected:", "harmless:", "not noticed:"]
+        columns = ["corrupted at random", "tried:", "detected:", "harmless:", "undetected:"]
         return _text([*lines, "", *table(columns, rows)])
 
 
@@ -579,7 +579,7 @@ def ranks(path: Path) -> str:
                 "## Several ranks",
                 "",
                 f"`{found['command']}` on {found['machine']}, torch {found['torch']}, commit `{found['commit']}`: tiny "
-                f"networks without dropout, {found['steps']} updates. The largest difference from one process of "
+                f"networks without dropout, {found['steps']} updates. The largest difference from one process in "
                 "losses, gradients, weights and scores, relative to the largest entry.",
                 "",
                 *table(["task", "ranks:", "float32:", "float64:"], rows),

@@ -177,23 +177,23 @@ TABLES = {
         ],
     ),
 }  # fmt: skip
-# What scripts/compare.sh trains: the name of a row and of its network.
+# Rows of scripts/compare.sh: the name of a row and of its network.
 COMPARED = {
     "trellisnet": "TrellisNet", "grown": "TrellisNet, half of the time with 2 layers", "awd_lstm": "AWD-LSTM",
     "tcn": "Generic TCN", "rhn": "Recurrent highway network", "sparse_lstm": "Sparse LSTM",
 }  # fmt: skip
-# What scripts/memory.sh trains: the name of a row, less its problem, and of its network.
+# Rows of scripts/memory.sh: the name of a row, without its problem, and of its network.
 MEMORY = {
     "trellisnet": "TrellisNet", "trellisnet_short": "TrellisNet, field too short", "tcn": COMPARED["tcn"],
     "awd_lstm": "LSTM", "rhn": COMPARED["rhn"],
 }  # fmt: skip
-# What scripts/depth.sh trains: by text, the multiply-adds per token outside the layers and in each of them, and the
+# Rows of scripts/depth.sh: by text, the multiply-adds per token outside the layers and in each of them, and the
 # epochs of each number of layers in the rows that cost equally much.
 GROWTH = {
     "word": (721_920, 204_800, {"fixed": {8: 3}, "grown": {2: 2, 8: 2}}),
     "char": (34_368, 131_072, {"fixed": {8: 2}, "grown": {2: 2, 3: 1, 8: 1}}),
 }
-# What scripts/recipe.sh trains.
+# Rows of scripts/recipe.sh.
 RECIPE = {
     "authors": "constant rate, authors' initial weights", "gain": "+ `--init_gain`", "onecycle": "+ one-cycle rate",
     "ema": "+ averaged weights", "smoothing": "+ label smoothing", "augment": "+ augmentation",
@@ -203,18 +203,18 @@ RECIPE = {
 # Tagged texts that scripts/pos_table.sh was run on, by their SHA-256 in a record.
 TAGGED = {
     "59847bdf9217312f73ae8ffeba9c4570c53fd5779bcaab07a23a77e66215e61c": "the articles of Wikipedia in the Turkish Web "
-    "Treebank, tagged by hand (`turkish-treebanks` 1.0.0 of PyPI, Apache License 2.0; part-of-speech column `XPOS`)",
+    "Treebank, tagged by hand (`turkish-treebanks` 1.0.0 on PyPI, Apache License 2.0; part-of-speech column `XPOS`)",
 }
 
 
 class Solved(NamedTuple):
-    """What is published of a TrellisNet at its equilibrium, beside the unrolled one; "" where nothing is.
+    """Published numbers of a TrellisNet at its equilibrium, beside the unrolled one; "" where there are none.
 
     Args:
         label: data, size and source.
         unrolled, solved: test perplexity.
-        peak, peak_solved: memory of training.
-        ratio: time of training, as a multiple of that of the unrolled network.
+        peak, peak_solved: training memory.
+        ratio: training time, as a multiple of that of the unrolled network.
     """
 
     label: str
@@ -235,7 +235,7 @@ EQUILIBRIA = (
     ),
     Solved(f"Penn Treebank, 24.19M, {_ATTEMPT}, Adam for 16,000 s", "", "75.6", "", "", "5.4, against 20 layers"),
 )
-# What scripts/equilibrium.sh trains: the rows that score it with 16 layers and at the equilibrium.
+# Weights of scripts/equilibrium.sh: the rows that score them with 16 layers and at the equilibrium.
 WEIGHTS = {
     "as shipped": ("start_unrolled", "start_solved"), "16 layers": ("unrolled", "unrolled_solved"),
     "equilibrium": ("equilibrium_unrolled", "equilibrium"),

@@ -1,4 +1,4 @@
-"""Networks to compare TrellisNet with: cores that :mod:`trellisnet.models` accepts instead of it."""
+"""Baselines: cores that :mod:`trellisnet.models` accepts in place of TrellisNet."""
 
 from trellisnet.baselines.lstm import AWDLSTM
 from trellisnet.baselines.rhn import RHN

@@ -24,8 +24,9 @@ class WeightDropLSTM(nn.LSTM):
     """One layer of `torch.nn.LSTM`, batch first, with DropConnect on its recurrent matrix (section 2 of the paper).
 
     One mask per forward pass is shared by all time steps. The dropped matrix is passed to torch's function as a value
-    and never replaces the parameter, so that evaluation, a copy or an exception cannot leave it behind. The function is
-    always called in training mode when gradients are enabled: otherwise cuDNN refuses to backpropagate in evaluation.
+    and never replaces the parameter, so that an evaluation, a copy or an exception cannot leave it in place. The
+    function is always called in training mode when gradients are enabled: otherwise cuDNN refuses to backpropagate in
+    evaluation mode.
 
     Args:
         input_size, hidden_size: as in `torch.nn.LSTM`.

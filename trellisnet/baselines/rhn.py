@@ -167,7 +167,7 @@ class RHN(nn.Module):
         return transform, x_transformed, self.weight_h.mT.unbind(0), self.bias[1:].unbind(0)
 
     def _separate(self, x: Tensor, masks: Masks | None) -> tuple[Any, ...]:
-        """The same as a batch of two products, with a mask each."""
+        """The same with a mask for each transform, as a batch of two products."""
         explicit = (None, None) if masks is None or masks.hidden is None else masks.hidden
         on_x, on_s = (
             dropout_scale(x, shape, p, self.training, masks if masks is None else Masks(hidden=mask), "hidden")

@@ -202,9 +202,9 @@ def _ratio(density: float, count: int) -> float:
 def staircase(vocab_size: int, embedding_size: int, blocks: int, density: float) -> list[tuple[int, int]]:
     """Return the trainable rows and the width of every column block of a sparse embedding (section 3.2 of the paper).
 
-    The rows shrink from block to block by a nearly constant factor, chosen so that about density·V·E numbers are
-    trainable; a block's rows are the *last* ones of the matrix. The budget follows the authors' code: its remainder is
-    computed before a block's own numbers are subtracted, and the last block gets the rest.
+    The number of rows shrinks from block to block by a nearly constant factor, chosen so that about density·V·E numbers
+    are trainable; a block's rows are the *last* ones of the matrix. The budget follows the authors' code: its remainder
+    is computed before a block's own numbers are subtracted, and the last block gets the rest.
 
     Args:
         vocab_size: V.
@@ -279,7 +279,7 @@ class SparseEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Assembled matrix, (V, E): every block with zeros above it for the rows it lacks."""
+        """Assembled matrix, (V, E): every block, with zeros above it for the rows that it lacks."""
         V = self.num_embeddings
         return torch.cat([F.pad(block, (0, 0, V - block.size(0), 0)) for block in self.blocks], dim=1)
 

@@ -22,7 +22,7 @@ INIT_STD = 0.01
 class WeightNorm(nn.Module):
     """Weight normalisation of a kernel as a parametrization, with the names and values of torch's own.
 
-    Torch's own has a fused kernel whose second derivatives are wrong (torch 2.13 on a CPU).
+    Torch's has a fused kernel whose second derivatives are wrong (torch 2.13 on a CPU).
     """
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:

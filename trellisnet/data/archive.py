@@ -1,4 +1,4 @@
-"""Safe extraction from untrusted archives: only the requested files, of bounded size, into their folder alone."""
+"""Safe extraction from untrusted archives: only the requested files, of bounded size, and only into their folder."""
 
 import contextlib
 import lzma
@@ -38,7 +38,7 @@ class _Member:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses overlong headers, which would otherwise be read into memory whatever their size."""
+    """Refuses overlong headers, which would otherwise be read into memory regardless of their size."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _LONG and self.size > _HEADER:
@@ -56,7 +56,7 @@ def extract(archive: Path, members: dict[str, str], folder: Path, *, max_size: i
         archive: the archive.
         members: name in the archive → name of the file.
         folder: target folder, created if missing.
-        max_size: maximal size of each file in bytes, whatever size the archive claims.
+        max_size: limit on the size of each file in bytes, regardless of the size that the archive claims.
 
     Returns:
         paths of the files, in the order of `members`.

@@ -37,7 +37,7 @@ class Corpus:
         label: name of the corpus in logs and results.
         spelled: for text that can be spelled in several ways: spelling → split → number of symbols.
         notices: lines for the user on how the text was read.
-        changed: what was normalised that version 0.1.0 left alone, in words that follow "it is read"; or "".
+        changed: normalisation that version 0.1.0 did not do, in words that follow "it is read"; or "".
         stored_sha256: digest of the files as stored, which differs from `sha256` if the text was normalised.
     """
 
@@ -76,7 +76,7 @@ def words(text: str) -> Iterator[str]:
 
 
 def open_words(text: str) -> list[str]:
-    """Return the :func:`words` of a text to be continued: no `<eos>` at its end unless there is a line feed."""
+    """Return the :func:`words` of a text to be continued: without `<eos>` at its end unless it ends in a line feed."""
     tokens = list(words(text))
     return tokens if text.endswith("\n") else tokens[:-1]
 
@@ -124,7 +124,7 @@ def only_held_out(corpus: Corpus) -> dict[str, tuple[int, int]]:
 def by_frequency(corpus: Corpus) -> Corpus:
     """Renumber the tokens of a corpus, the most frequent ones of the training split first.
 
-    Ties, and tokens that only valid and test have, keep their order. Streams are int64.
+    Ties, and tokens that occur only in valid and test, keep their order. Streams are int64.
     """
     counts = torch.bincount(corpus.train, minlength=len(corpus.vocabulary))
     return _renumbered(corpus, torch.argsort(counts, descending=True, stable=True))
@@ -137,7 +137,7 @@ def reordered(corpus: Corpus, order: str, seed: int = 0) -> Corpus:
         corpus: numbered by first appearance, with int64 streams.
         order: "appearance": unchanged. "frequency": :func:`by_frequency`. "frequency_up": the rarest tokens of the
             training split first; ties keep their order. "random": the tokens of the training split in an order drawn
-            from `seed`. Tokens that only valid and test have always come last.
+            from `seed`. Tokens that occur only in valid and test always come last.
 
     Raises:
         ValueError: unknown order.
@@ -178,7 +178,7 @@ def cache_folder() -> Path:
 
 
 def digest(texts: Iterable[str]) -> str:
-    """Return the sha256 of the concatenated texts in hexadecimal, whatever the borders between them."""
+    """Return the sha256 of the concatenated texts in hexadecimal, regardless of the borders between them."""
     total = hashlib.sha256()
     for text in texts:
         total.update(text.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""Downloads with mirrors, resume, and size and checksum known beforehand; only a complete file gets its name."""
+"""Downloads with mirrors, resumption, and sizes and checksums known in advance; only a complete file gets its name."""
 
 import argparse
 import contextlib
@@ -80,11 +80,11 @@ class Source:
 
 
 class _MirrorError(Exception):
-    """This mirror does not deliver the file; the message says why."""
+    """Failure of a mirror to deliver the file; the message gives the reason."""
 
 
 class _ResumeError(_MirrorError):
-    """The partial file cannot be continued, but a download from the start may succeed."""
+    """Failure to continue a partial file; a download from the start may succeed."""
 
 
 def fetch(source: Source, folder: str | Path) -> Path:
@@ -96,10 +96,10 @@ def fetch(source: Source, folder: str | Path) -> Path:
 def fetch_all(sources: Iterable[Source], folder: str | Path) -> list[Path]:
     """Download the files that are missing in `folder`, which is created if missing.
 
-    If a download fails, what has arrived is kept as `<name>.part`, and the next mirror or call continues it; a link or
-    special file of that name is removed first. Only a complete file with the right checksum gets its name; one with
-    another is kept as `<name>.wrong`, replacing an older one. Processes that download the same file at the same time
-    take turns, and the later ones find it done.
+    If a download fails, the part that has arrived is kept as `<name>.part`, and the next mirror or call continues it; a
+    link or special file of that name is removed first. Only a complete file with the right checksum gets its name; one
+    with a wrong checksum is kept as `<name>.wrong`, replacing an older one. Processes that download the same file at
+    the same time take turns, and the later ones find it done.
 
     Args:
         sources: the files. Those that exist cause no network traffic.
@@ -249,7 +249,7 @@ def _complete(source: Source, url: str, file: BinaryIO) -> None:
 
 
 def _check(source: Source, file: BinaryIO, error: type[_MirrorError]) -> None:
-    """Check what has arrived; `error` is raised for a wrong checksum, _MirrorError for a short file."""
+    """Check the received file; `error` is raised for a wrong checksum, _MirrorError for a short file."""
     file.flush()
     if (size := _size(file)) < source.size:
         raise _MirrorError(f"ended after {size:,} of {source.size:,} bytes")
@@ -272,7 +272,7 @@ def _keep_aside(file: BinaryIO, path: Path) -> str:
 
 
 def _receive(source: Source, url: str, file: BinaryIO, offset: int) -> None:
-    """Append what the mirror sends from `offset` (bytes) on, or start over if it sends everything; check the file."""
+    """Append the mirror's bytes from `offset` on, or start over if it sends the whole file; check the result."""
     with _open(url, offset) as response:
         if response.status == HTTPStatus.PARTIAL_CONTENT and offset:
             if not re.match(rf"bytes {offset}-\d+/({source.size}|\*)$", response.headers.get("Content-Range", "")):

@@ -39,7 +39,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: 2^64 divided by th
 
 
 def encode_files(texts: Texts, cache: Path, *, order: str = "appearance", label: str) -> Corpus:
-    """Do the same as :func:`corpus.encode <trellisnet.data.corpus.encode>` for the words of three texts, in low memory.
+    """Encode the words of three texts as :func:`corpus.encode <trellisnet.data.corpus.encode>` does, in low memory.
 
     The ids are cached in a folder of `cache` that is named after the content of the texts. Before they are reused, the
     files are checked against their digests, the ids against the vocabulary, and both against the text. Only a complete
@@ -173,11 +173,11 @@ def _load(folder: Path, source: _Words | _Bytes, order: str) -> tuple[list[str],
 
 
 def _are_ids_of(texts: Texts, vocabulary: list[str], streams: list[Tensor]) -> bool:
-    """Return whether the streams can be the ids of these texts; digests only prove that the cache is as it was written.
+    """Return whether the streams can be the ids of these texts; digests only prove that the cache is unchanged.
 
     Every id must have its own word, there must be one `<eos>` per line, and the first words of each text must be right.
-    A cache that was forged further on, with digests to match, passes: noticing that would take decoding the whole text,
-    as long as encoding it again.
+    A cache that was forged after those words, with matching digests, passes: detecting that would require decoding the
+    whole text, which takes as long as encoding it again.
     """
     if len(set(vocabulary)) < len(vocabulary) or EOS not in vocabulary:
         return False
@@ -210,7 +210,7 @@ def _open(folder: Path) -> tuple[list[str], list[Tensor]]:
 
 
 def _build(source: _Words | _Bytes, order: str, folder: Path) -> tuple[list[str], list[Tensor]]:
-    """Encode the texts into `folder`, or load what another process has put there in the meantime."""
+    """Encode the texts into `folder`, or load the cache that another process has put there in the meantime."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _workspace(folder.parent) as space:
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The Penn Treebank as prepared by Mikolov: three text files, shared by the word-level and the character-level task."""
+"""Penn Treebank as prepared by Mikolov: three text files, shared by the word-level and the character-level task."""
 
 import hashlib
 import warnings

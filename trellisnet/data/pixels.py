@@ -106,7 +106,7 @@ def normalise(pixels: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
 
 
 def permutation(length: int, seed: int) -> Tensor:
-    """Return a permutation of 0 … length - 1, (length,) int64, fixed by the seed; the global RNG is left alone."""
+    """Return a permutation of 0 … length - 1, (length,) int64, fixed by the seed; the global RNG is not used."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))
 
 
@@ -215,15 +215,15 @@ _SHAPES = [
 def synthetic_strokes(*, colour: bool, seed: int = SEED) -> tuple[Split, Split]:
     """Draw small images of strokes, crosses, arcs and boxes: 28 × 28 in grey, or 32 × 32 in colour.
 
-    Size, position, slant, thickness and brightness vary, and there is noise. The images are made up, and scores on them
-    are comparable to nothing.
+    Size, position, slant, thickness and brightness vary, and noise is added. The images are artificial, so scores on
+    them compare with nothing.
 
     Returns:
         train and test split, determined by the seed on every machine.
     """
     side, colours = (32, 3) if colour else (28, 1)
     n = TRAIN_IMAGES + TEST_IMAGES
-    # Raw generator output is all that numpy promises to keep stable. The rest is arithmetic and square roots, which
+    # Numpy promises to keep only the raw output of generators stable. The rest is arithmetic and square roots, which
     # every machine rounds alike.
     draw = np.random.PCG64(seed).random_raw
     labels = (draw(n) % np.uint64(CLASSES)).astype(np.int64)

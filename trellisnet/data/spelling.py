@@ -3,9 +3,9 @@
 `words`: split at white space, `<eos>` at the end of every line. `authors`: every character is a symbol, the two spaces
 around a line of the Penn Treebank too, and the line feed is `<eos>`. `standard`: the stream of Mikolov's character
 files, which AWD-LSTM and most of the literature use: lines are stripped, a space is `_`, and every line ends with
-`<eos>`. On the Penn Treebank the two streams differ by two spaces per line, which carry no information. It has no `_`
-of its own; that of another text is `<underscore>` in the standard stream, lest it be taken for a space. `bytes`: every
-byte of UTF-8 is a symbol.
+`<eos>`. On the Penn Treebank the two streams differ by two spaces per line, which carry no information. It contains no
+`_`; one in another text becomes `<underscore>` in the standard stream, so that it is not taken for a space. `bytes`:
+every byte of UTF-8 is a symbol.
 """
 
 import functools
@@ -55,7 +55,7 @@ def _standard(text: str) -> Iterator[str]:
 
 
 def _open_standard(text: str) -> list[str]:
-    """The end of the last line is not stripped."""
+    """Return the standard tokens of a text to be continued: the end of the last line is not stripped."""
     *lines, last = text.split("\n")
     ended = _standard("\n".join([*lines, ""])) if lines else ()
     last = last.lstrip()
@@ -75,7 +75,7 @@ def _bytes(text: str) -> list[str]:
 
 
 def _text_of_bytes(tokens: Iterable[str]) -> str:
-    """Bytes that are not UTF-8 become U+FFFD."""
+    """Return the text of bytes; those that are not UTF-8 become U+FFFD."""
     return bytes(map(BYTE_VALUES.__getitem__, tokens)).decode("utf-8", "replace")
 
 

@@ -2,8 +2,8 @@
 
 A model can learn from it, in order of distance: articles and adjectives go with the noun's class; the verb agrees in
 number with its subject across a relative clause or a prepositional phrase; a question ends with the word that its
-opening asks for; and every paragraph keeps to one topic, named by its first word. The text is made up, and scores on it
-are comparable to nothing.
+opening asks for; and every paragraph keeps to one topic, named by its first word. The text is artificial, so scores on
+it compare with nothing.
 """
 
 import random

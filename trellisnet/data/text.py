@@ -1,4 +1,4 @@
-"""Text files, read the same way for every task: as UTF-8, without byte order mark, with LF at the end of lines.
+"""Text files, read the same way for every task: as UTF-8, without byte order mark, with LF as the line end.
 
 A text is three files, or a single file whose lines are divided into three parts.
 """
@@ -74,7 +74,7 @@ class Part:
         """Yield the normalised text piece by piece.
 
         Args:
-            changes: receives what was normalised, in words, once the file has been read to its end.
+            changes: receives a description of the normalisation once the file has been read to its end.
 
         Raises:
             UserError: missing, unreadable, not a regular file, not UTF-8, or only white space in these lines.
@@ -162,7 +162,7 @@ class Texts:
         lines: number of lines per text; a last one without a line feed counts.
         sha256: digest of the normalised text.
         eos: number of times that `<eos>` occurs in the text.
-        changed: what was normalised, in words that follow "it is read"; or "".
+        changed: the normalisation, in words that follow "it is read"; or "".
         notices: lines for the user on how the text was read.
 
     Raises:
@@ -230,7 +230,7 @@ class Texts:
         return ["".join(part.pieces()) for part in self.parts]
 
     def describe(self, corpus: Corpus) -> Corpus:
-        """Add to the corpus of this text what its files tell, and warn if they contain `<eos>`."""
+        """Add digests, notices and changes of these files to their corpus, and warn if they contain `<eos>`."""
         if self.eos:
             warnings.warn(
                 f"the text holds {EOS} {self.eos:,} times, and every line gets one more at its end: lines that already "

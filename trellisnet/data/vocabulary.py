@@ -39,7 +39,7 @@ class Vocabulary:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The digest that weights carry."""
+        """Digest of the tokens, which weights carry."""
         return digest_of_tokens(self.tokens)
 
     def text(self, ids: Iterable[int]) -> str:

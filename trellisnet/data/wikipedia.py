@@ -1,4 +1,4 @@
-"""enwik8 and text8, byte by byte: 10⁸ bytes of the English Wikipedia of March 2006, as they are and reduced to small
+"""enwik8 and text8, byte by byte: 10⁸ bytes of the English Wikipedia of March 2006, raw and reduced to lower-case
 letters and spaces (Mahoney, http://mattmahoney.net/dc/textdata.html). The last five million bytes are the test text,
 the five million before them the valid text, as in published results.
 """

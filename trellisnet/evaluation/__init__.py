@@ -1,1 +1,1 @@
-"""Uses of a trained language model: adaptive scores, loss by length of context, generated text."""
+"""Uses of trained models: loading, adaptive scores, loss by context length, generated text."""

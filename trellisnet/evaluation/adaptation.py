@@ -103,7 +103,7 @@ def scores(config: AdaptiveConfig, task: LanguageModeling, corpus: Corpus) -> Sc
 
     `<split>_static` is the score of the model as it is, in its own windows, and `<split>_static_segments` in the
     segments of dynamic evaluation, if these differ. `<split>_cache` and `<split>_dynamic` are the adaptive ones.
-    `<split>_dynamic_cache` adds a cache to dynamic evaluation, of whose features and losses it is made.
+    `<split>_dynamic_cache` adds a cache, made of the features and losses of dynamic evaluation.
 
     Raises:
         UserError: a text that is too short for the settings.
@@ -206,7 +206,7 @@ class _Adapted:
         return result | taken | {"settings": settings} | _preparation(details, preparing)
 
     def learning_cached(self, split: str, rows: Tensor, **_: Any) -> dict[str, Any]:
-        """Score with both: a cache of the features and losses of :meth:`learning`, whose time and memory are added."""
+        """Score with a cache of the features and losses of :meth:`learning`; its time and memory are included."""
         with cost(self.device) as tuning:
             best, details = self._best_cache(True, lambda: self.histories["valid"])
         with cost(self.device) as taken:
@@ -226,7 +226,7 @@ class _Adapted:
     def _best_cache(
         self, is_dynamic: bool, valid: Callable[[], cache.History]
     ) -> tuple[cache.Cache, dict[str, Any] | None]:
-        """The cache to use, tuned if asked for, and the first time the grid of its tuning."""
+        """The cache to use, tuned on request, and the grid of its tuning, the first time."""
         if is_dynamic in self.caches:
             return self.caches[is_dynamic], None
         window, theta, weight = self.config.cache

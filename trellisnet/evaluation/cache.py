@@ -1,4 +1,4 @@
-r"""The neural cache: words of the recent past are more likely to come again (Grave, Joulin & Usunier, 2017, "Improving
+r"""The neural cache: recent words are more likely to come again (Grave, Joulin & Usunier, 2017, "Improving
 Neural Language Models with a Continuous Cache", arXiv:1612.04426).
 
 With the features h of a trained model (the input of its head) and the words y that followed, at a position t with more
@@ -8,8 +8,8 @@ than W positions before it in its row,
     a_j \propto \exp(\theta\, h_j \cdot h_t), \quad j = t - W, \dots, t - 1, \qquad
     p(w) = \lambda \sum_j a_j\,[y_j = w] + (1 - \lambda)\, p_\mathrm{model}(w),
 
-and elsewhere p is the model's: as in AWD-LSTM's `pointer`, a cache that is only partly filled is not used. Nothing is
-learned, and the model runs once: its features and the losses of the targets serve any W, θ and λ.
+and elsewhere p is the model's: as in AWD-LSTM's `pointer`, a partly filled cache is not used. Nothing is learned, and
+the model runs once: its features and the losses of the targets serve any W, θ and λ.
 
 Letters: N batch (rows), T scored positions of a row, C channels of the features, B positions of a block.
 """

@@ -44,7 +44,7 @@ def loss_by_context(
         model: the language model; nothing is dropped.
         stream: token ids, 1-D int64 or int32.
         lengths: numbers n ≥ 1 of tokens.
-        targets: how many tokens to predict; fewer if the stream is shorter.
+        targets: number of tokens to predict; fewer if the stream is shorter.
 
     Returns:
         for every length, in increasing order, `context`, `loss` (nats per token), and `error`: the standard error of

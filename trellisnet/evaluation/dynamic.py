@@ -7,7 +7,7 @@ weights θ that scored it, with the gradient g of its mean loss. With the traine
 .. math::
     \theta \leftarrow \theta + \lambda\,(\theta_0 - \theta) - \eta\, g,
 
-and `rms` divides each gradient by its usual size and decays less towards θ₀ where that is small: with G, for each
+and `rms` divides each gradient by its typical size and decays less towards θ₀ where that is small: with G, for each
 weight the root mean square of its gradients over segments of the training data, and m, the mean over tensors of the
 mean of G,
 
@@ -48,7 +48,7 @@ Visit = Callable[[Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Update:
-    """How a segment is learned from.
+    """Settings of an update after a segment.
 
     Args:
         rule: "rms" or "sgd", as above.
@@ -176,7 +176,7 @@ def evaluate(
     Args:
         task: the model and its losses; a carried state is recomputed over `task.horizon` positions.
         rows: int64 (N, L). All rows share one set of weights; the authors adapt to a single row.
-        update: how to learn.
+        update: rule and rates of learning.
         statistics: from :func:`gradient_statistics`; not needed by the rule `sgd`.
         segments: how rows are cut.
         max_tokens: stop after the segment in which this many tokens have been scored.

@@ -1,4 +1,4 @@
-"""Text from a language model that remembers what it has read, so that each further token costs one step.
+"""Generation of text by a language model that keeps its state, so that each further token costs one step.
 
 Letters: N batch (texts side by side), T tokens of a piece, V vocabulary.
 """
@@ -21,7 +21,7 @@ PIECE = 1024  # positions × texts read at a time
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from its distribution p. Settings act in this order.
+    """Settings for drawing the next token from its distribution p. They act in this order.
 
     Args:
         temperature: draw from p^(1/temperature), normalised; 0: always take the most probable token.

@@ -1,4 +1,4 @@
-"""Trained models from the folders of their runs, without the data and the program that they were trained with."""
+"""Trained models loaded from the folders of their runs, without the data and program of their training."""
 
 import dataclasses
 import os
@@ -54,7 +54,7 @@ class Pretrained:
         model: the model, on `device`.
         config: its settings.
         device: where it computes.
-        vocabulary: what its ids stand for; None for a classifier of images.
+        vocabulary: tokens of its ids; None for an image classifier.
     """
 
     model: TrellisLanguageModel | TrellisClassifier
