@@ -149,6 +149,7 @@ class Config(CoreConfig):
         "nhid": "hidden channels",
         "batch_size": "examples in a training batch",
         "eval_batch_size": "examples evaluated at a time",
+        "anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never",
     }
 
     problem: str = setting("copy", "task to learn", group="data", choices=tuple(PROBLEMS))
@@ -317,7 +318,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[MemoryTas
         "loss by chance": f"{chance(config.problem, length):.4f}",
     }
     steps = 0 if config.eval else len(task.batches(splits.train))
-    return task, splits, make_schedule(config, lambda epoch: steps), facts
+    return task, splits, make_schedule(config, lambda epoch: steps, anneal=config.anneal), facts
 
 
 main = functools.partial(cli.main, Config, setup)

@@ -79,6 +79,7 @@ class Config(RunConfig):
         "'synthetic' for sentences drawn from a chain of tags",
         "batch_size": "sentences in a training batch",
         "eval_batch_size": "sentences evaluated at a time",
+        "anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never",
     }
 
     train: str = setting("", "file of tagged sentences", group="data")
@@ -422,7 +423,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
         notices=tuple(notices),
     )
     facts = {"training tokens": splits.sizes[0], "words": len(words), "tags": len(tags)}
-    schedule = make_schedule(config, lambda epoch: len(task.batches(data["train"], epoch)))
+    schedule = make_schedule(config, lambda epoch: len(task.batches(data["train"], epoch)), anneal=config.anneal)
     return task, splits, schedule, facts
 
 

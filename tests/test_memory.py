@@ -17,6 +17,7 @@ from scripts.reports.tables import MEMORY
 from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
 from trellisnet.training.config import PROJECT, parse
+from trellisnet.training.distributed import Ranks
 
 
 def test_the_targets_of_copying_are_the_first_digits():
@@ -101,6 +102,12 @@ def test_every_network_adds(run, model):
     code, printed, metrics = run(*flags, "--nhid", 8, "--max_eval_tokens", 200)
     assert code == 0, printed
     assert metrics["test"]["mse"] == metrics["test"]["loss"] < 10
+
+
+def test_a_plateau_divides_the_rate():
+    config = memory.Config(schedule="step", anneal=1, lr=1.0, examples=32, length=4, dilation=[7])
+    schedule = memory.setup(config, torch.device("cpu"), Ranks())[2]
+    assert [schedule.step(epoch, 1.0 + epoch) for epoch in (1, 2, 3)] == [1.0, 1.0, 0.25]
 
 
 def test_data_folders_are_refused(run):

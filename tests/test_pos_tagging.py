@@ -191,6 +191,11 @@ def test_slices_of_a_batch_count_by_their_words():
     assert_close(results[2], results[0])
 
 
+def test_a_plateau_divides_the_rate():
+    schedule = pos.setup(pos.Config(data="synthetic", anneal=1, lr=1.0), torch.device("cpu"), Ranks())[2]
+    assert [schedule.step(epoch, 1.0 + epoch) for epoch in (1, 2, 3)] == [1.0, 1.0, 0.25]
+
+
 def test_a_trellisnet_reads_both_ways(run, tmp_path):
     flags = "--model trellisnet --nlevels 3 --epochs 1".split()
     code, _, err, metrics = run(*flags)
