@@ -360,6 +360,17 @@ def test_products_in_bfloat16(name):
     assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+def test_states_are_in_the_dtype_of_the_weights_within_autocast(name):
+    """Also if the input comes from a product in bfloat16: in 16 bits a slowly changing state would stand still."""
+    torch.manual_seed(0)
+    core, x = CORES[name](3, 8, 2), torch.randn(2, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = core(x.bfloat16())
+        out = core(x.bfloat16(), out.state)
+    assert {part.dtype for part in (out.output, *out.state)} == {torch.float32}
+
+
 def test_an_lstm_stays_in_float32_on_a_cpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr("trellisnet.ops.gemm.usable", lambda route, device, dtype: route == "mm")
     torch.manual_seed(0)

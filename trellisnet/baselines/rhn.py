@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trellisnet.baselines.lstm import check_call, check_state
 from trellisnet.core import TrellisOutput, check_at_least
+from trellisnet.ops import widened
 from trellisnet.regularization import Masks, check_rate, draw_mask, dropout_scale, scaled
 
 INIT_RANGE = 0.04
@@ -142,7 +143,8 @@ class RHN(nn.Module):
         check_call(x, self.input_size, start, aux_every)
         shape = (x.size(0), self.hidden_size)
         check_state(state, [shape])
-        s = x.new_zeros(shape) if state is None else state[0]
+        x = widened(x, self.bias)
+        s = x.new_zeros(shape) if state is None else widened(state[0], self.bias)
         transform, x_transformed, weights, biases = (self._separate if self.separate_masks else self._shared)(x, masks)
         outputs = []
         for z_x in x_transformed:
