@@ -364,7 +364,7 @@ def test_products_in_bfloat16(name):
 def test_states_are_in_the_dtype_of_the_weights_within_autocast(name):
     """Also if the input comes from a product in bfloat16: in 16 bits a slowly changing state would stand still."""
     torch.manual_seed(0)
-    core, x = CORES[name](3, 8, 2), torch.randn(2, 5, 3)
+    core, x = CORES[name](8, 12, 2), torch.randn(2, 5, 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = core(x.bfloat16())
         out = core(x.bfloat16(), out.state)
