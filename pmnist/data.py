@@ -101,7 +101,7 @@ def load(folder: str | Path, download: bool = False, validation: bool = True) ->
     others = [paths[name].name for name, array in arrays.items() if pixels.idx_md5(array) != MD5[name]]
     if others:
         which = "these are" if len(others) == len(MD5) else f"{', '.join(others)} {'is' if len(others) == 1 else 'are'}"
-        warnings.warn(f"{folder}: {which} not of {LABEL}; going on with images of your own", stacklevel=2)
+        warnings.warn(f"{folder}: {which} not of {LABEL}; continuing with images of your own", stacklevel=2)
     return pixels.assemble(train, test, validation=validation, label=OWN if others else LABEL)
 
 

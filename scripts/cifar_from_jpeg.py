@@ -40,7 +40,7 @@ from trellisnet.training.runlog import pip_install
 LABEL = "CIFAR-10 (JPEG)"
 KEYS = [f"{split}_{key}" for split in ("train", "test") for key in ("jpeg", "offsets", "labels")]
 
-# What numpy raises for a corrupt file; MemoryError for one that claims too large a size.
+# Exceptions of numpy on a corrupt file; MemoryError if it claims too large a size.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, MemoryError)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train all networks on word-level Penn Treebank with the same number of parameters (presets `small`, 3.21M within 1 %) for
 # about the same time, and print the finished runs as a table. A short measurement finds the faster precision for each
-# network on this machine, and the number of updates that fit; the learning rate falls to 0 over them along a cosine.
-# Started again, the script goes on where it stopped, with the same choices. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
+# network on this machine, and the number of updates that fit; over these the learning rate falls to 0 along a cosine.
+# Started again, the script continues where it stopped, with the same choices. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
 #
 #   MINUTES=60      minutes of training for each network
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
@@ -12,7 +12,7 @@ MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
 PROBE=300 # updates of the measurement; the first ones are faster than later ones
 
-# probe NAME FLAGS...: make PROBE updates, and print their seconds each and the updates of an epoch.
+# probe NAME FLAGS...: make PROBE updates, and print the seconds per update and the updates per epoch.
 probe() {
     local out="$ROOT/runs/tables/$TABLE/$ROW_NAME/probe-$1"
     shift

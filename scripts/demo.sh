@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a tiny TrellisNet for a few minutes, print its perplexities and a sample of its text, and say how to go on.
+# Train a tiny TrellisNet for a few minutes, print its perplexities, a sample of generated text, and commands to continue with.
 # usage: bash scripts/demo.sh [--data DIR] [any flag of word_ptb/train.py]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -21,7 +21,7 @@ if [ ${#data[@]} -eq 0 ]; then
     [ "$status" -lt 128 ] || exit "$status" # a signal
     if [ "$status" -ne 0 ]; then
         echo "NOTICE: no Penn Treebank in data/penn (train.txt, valid.txt, test.txt), and it could not be fetched;"
-        echo "NOTICE: training on a small synthetic corpus instead. Its perplexities mean nothing beyond it."
+        echo "NOTICE: training on a small synthetic corpus instead. Perplexities on it mean nothing elsewhere."
         synthetic=(--data synthetic)
     fi
 fi
@@ -30,7 +30,7 @@ echo "training; the first lines take a few seconds"
 [ -e "$out/weights.pkl" ] || exit 0
 
 generate=("$ROOT/scripts/generate.py" --run "$out" --length 60)
-printf '\nA sample of its text:\n\n'
+printf '\nA sample of generated text:\n\n'
 "$PY" "${generate[@]}" --temperature 0.8
 
 # Print a command as it can be typed here.
@@ -39,7 +39,7 @@ longer=("$ROOT/word_ptb/train.py" --preset small --precision bf16 --out "$ROOT/r
 longer+=(${data[@]+"${data[@]}"} ${synthetic[@]+"${synthetic[@]}"})
 [ ! -e "$ROOT/runs/longer/last.pt" ] || longer+=(--resume)
 printf '\nNext, activate the environment, generate more, or train longer (on Penn Treebank 42 minutes on two CPU cores\n'
-printf 'with bfloat16 instructions; without them leave --precision bf16 out):\n\n'
+printf 'with bfloat16 instructions; without them leave out --precision bf16):\n\n'
 show . "$ROOT/.venv/bin/activate"
 show python "${generate[@]}" --samples 3
 show python "${longer[@]}"

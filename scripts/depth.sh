@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Depth over a run, on words and characters, at a size that takes minutes on two CPU cores. `fixed` and `grown` cost equally
-# many multiply-adds to within 3 %; `random` is one network for all depths, `depth_N` one for each, of equally many updates.
+# Depth over a run, on words and characters, at a size that takes minutes on two CPU cores. `fixed` and `grown` cost the same
+# number of multiply-adds to within 3 %; `random` is one network for all depths, `depth_N` one for each, with equal updates.
 # See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 

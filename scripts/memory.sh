@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Problems of pure memory: the copy task (T = 400) and the adding problem (T = 600) of Bai, Kolter & Koltun (2018), for four
-# networks of one size; the recurrent highway network, the slowest, at T = 100. A row more trains a TrellisNet whose
+# Tests of memory: the copy task (T = 400) and the adding problem (T = 600) of Bai, Kolter & Koltun (2018), for four networks
+# of the same size; for the recurrent highway network, the slowest, T = 100. One more row of each trains a TrellisNet whose
 # receptive field is too short. See tables.sh for SEEDS, ROWS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 

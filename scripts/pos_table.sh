@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Part-of-speech tagging with a sparse embedding (Demeester et al., 2018, section 4.3): the three commands of the authors'
-# README, and a TrellisNet in the LSTM's place with about as many parameters and not more. Name the folder of the tagged text,
-# which is licensed, with ARGS="--data FOLDER"; or take one that is free, Turkish articles tagged by hand:
+# README, and a TrellisNet in the LSTM's place with about as many parameters, but no more. Name the folder of the tagged text,
+# which is licensed, with ARGS="--data FOLDER"; or take a free one, Turkish articles tagged by hand:
 #   pip download --no-deps turkish-treebanks==1.0.0
 #   unzip -j turkish_treebanks-1.0.0-py3-none-any.whl data/wiki.conllu -d data/turkish
 #   ARGS="--data data/turkish/wiki.conllu --columns 2 5" bash scripts/pos_table.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The parts of the recipe behind the presets `best` and `gpu`, on permuted MNIST: each row adds one, down to the last two,
-# for a fifth of the epochs of `best`. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
+# The recipe behind the presets `best` and `gpu`, on permuted MNIST, part by part: each row adds one part to the row before
+# it, and all train for a fifth of the epochs of `best`; the last two rows are its complete recipe and that with --augment. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 short() { ROW_NAME="${FUNCNAME[1]}" train pmnist --preset best --epochs 2 "$@"; }

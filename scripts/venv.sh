@@ -1,4 +1,4 @@
-# Sourced by the other scripts: make .venv, or reuse it, and install the project into it.
+# Sourced by the other scripts: create or reuse .venv, and install the project into it.
 # usage: use_venv EXTRAS     EXTRAS is empty or e.g. "dev"; sets $ROOT and $PY.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -35,7 +35,7 @@ use_venv() {
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 runpy.run_module("venv", run_name="__main__")' "$ROOT/.venv"
     fi
-    # Install again only after a change of what is installed.
+    # Install again only if the requirements have changed.
     stamp="$ROOT/.venv/.installed-${extras:-base}"
     wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum) $(echo "$ROOT"/*/__init__.py)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, made once because they take a while."""
+"""Fixtures that several test files share, created once because they take a while."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Downloads from a local server that also gives every kind of wrong answer."""
+"""Downloads from a local server, which also gives all kinds of wrong answers."""
 
 import contextlib
 import errno
@@ -566,8 +566,8 @@ def test_load_warns_of_a_mixture(ptb, tmp_path):
         assert data.load(tmp_path, download=True).label == "own corpus"
     (warning,) = caught
     assert str(warning.message) == (
-        f"{tmp_path}: train.txt, test.txt of the Penn Treebank, but valid.txt of another text; going on with them as a "
-        "corpus of your own"
+        f"{tmp_path}: train.txt, test.txt of the Penn Treebank, but valid.txt of another text; continuing with them as "
+        "a corpus of your own"
     )
     assert Path(warning.filename).name == "test_download.py"  # it points to the caller
     assert ptb.requests == []

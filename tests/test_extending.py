@@ -1,4 +1,4 @@
-"""trellisnet/README.md, done: what it adds is added to a copy of the project, and trained for a step."""
+"""The code of trellisnet/README.md, added to a copy of the project and trained for a step."""
 
 import importlib
 import re

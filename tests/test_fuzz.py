@@ -1,4 +1,4 @@
-"""Whatever is typed and whatever a file holds: an answer, or one line that says what is wrong.
+"""Any command line and any file content get an answer, or one line that says what is wrong.
 
 These need the package hypothesis and minutes: `pip install -e .[dev]`, then `pytest -m slow tests/test_fuzz.py`.
 """

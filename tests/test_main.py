@@ -1,4 +1,4 @@
-"""`python -m trellisnet`: the report that a bug report needs."""
+"""`python -m trellisnet`: the contents of a bug report."""
 
 import re
 

@@ -106,11 +106,11 @@ def test_other_images_are_labelled_as_such(folder):
     with warnings.catch_warnings(record=True, action="always") as caught:
         assert data.load(folder).label == "own images"
     (warning,) = caught
-    assert str(warning.message) == f"{folder}: {TRAIN_IMAGES} is not of MNIST; going on with images of your own"
+    assert str(warning.message) == f"{folder}: {TRAIN_IMAGES} is not of MNIST; continuing with images of your own"
     assert Path(warning.filename).name == Path(__file__).name  # it points at the caller
     for name, array in contents(train=40, side=(5, 7)).items():
         (folder / name).write_bytes(idx(array))
-    with pytest.warns(UserWarning, match="these are not of MNIST; going on with images of your own"):
+    with pytest.warns(UserWarning, match="these are not of MNIST; continuing with images of your own"):
         images = data.load(folder)
     assert images.train.pixels.shape == (36, 35, 1)
     assert images.label == "own images"

@@ -1,4 +1,4 @@
-"""All programs alike: interrupts, output that cannot be written, mistakes."""
+"""All programs: interrupts, output that cannot be written, wrong arguments."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The pages for readers: snippets and commands run, links and flags exist, every program and preset is described."""
+"""The README pages: snippets and commands run, links and flags exist, every program and preset is described."""
 
 import argparse
 import functools

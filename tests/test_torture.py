@@ -1,4 +1,4 @@
-"""scripts/torture.py on a small scale: runs and files survive its faults, and it notices what does not."""
+"""scripts/torture.py on a small scale: runs and files survive its faults, and it notices those that do not."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Cores in both directions, and a TrellisNet in the place of `torch.nn.LSTM`."""
+"""Cores in both directions, and a TrellisNet in place of `torch.nn.LSTM`."""
 
 import functools
 import math

@@ -37,7 +37,7 @@ def from_rnn(rnn: nn.RNN, horizon: int) -> TrellisNet:
 
     Returns:
         a network with M + L − 1 layers, Ld channels in L groups and output_size d, on the device and in the dtype of
-        `rnn`, with copies of its weights; it reads (N, T, C) whatever `rnn.batch_first` is.
+        `rnn`, with copies of its weights; it reads (N, T, C) regardless of `rnn.batch_first`.
 
     Raises:
         ValueError: no TrellisNet equals this network, or horizon is not an integer ≥ 1.

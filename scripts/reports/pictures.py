@@ -12,7 +12,7 @@ from trellisnet.training.runlog import pip_install
 # Colours that colour-blind readers can tell apart (Okabe & Ito, 2008), and two more.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255"]
 FAR = 20  # times the median: a score beyond it is off the axis
-WIDE = 2.5  # ratio of the largest to the smallest from which on an axis is logarithmic
+WIDE = 2.5  # least ratio of the largest to the smallest score for a logarithmic axis
 
 
 def pyplot() -> Any:

@@ -442,7 +442,7 @@ def _ours(found: records.Equilibrium) -> tuple[str, ...]:
 
 
 def depths(root: Path) -> str:
-    """Trained models read with other numbers of layers, from results/depth and results/exit; empty without them."""
+    """Trained models scored with other numbers of layers, from results/depth and results/exit; empty without them."""
     scored = sorted((root / "results" / "depth").glob("*.json"), key=place)
     if not scored:
         return ""
@@ -500,7 +500,7 @@ def _exits(path: Path) -> list[str]:
 
 
 def adapted(path: Path) -> str:
-    """Ways of scoring one run with a cache and dynamic evaluation, and what each costs."""
+    """Ways of scoring one run with a cache and dynamic evaluation, and their cost."""
     metrics, ways = records.read_adapted(path)
     with refusing(path):
         name, rows = score_of(metrics["test_static"]).score_name, []
@@ -566,7 +566,7 @@ def faults(path: Path) -> str:
 
 
 def ranks(path: Path) -> str:
-    """How far several ranks differ from one process, from what scripts/compare_ranks.py has written."""
+    """Differences of several ranks from one process, from the record of scripts/compare_ranks.py."""
     found = records.read_measurement(path)
     with refusing(path):
         worst: dict[tuple[str, int], dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""Damaged files: all damage is detected or harmless. Part of scripts/torture.py.
+"""Corrupted files: all corruption is detected or harmless. Part of scripts/torture.py.
 
 Files of an interrupted run, weights in both containers, encoded corpora and packed images are altered at random, one at
 a time, and read. The outcome is one of
@@ -43,7 +43,7 @@ class Target:
     Args:
         name: its name in the summary.
         path: the file.
-        read: reads the damaged file and returns the outcome.
+        read: reads the corrupted file and returns the outcome.
         others: files that may take its place.
         share: its share of the mutations, relative to the other targets.
         summed: it has a checksum; without one only truncation must be noticed.
@@ -91,7 +91,7 @@ def try_one(target: Target, rng: random.Random) -> tuple[str, str]:
 
 
 def digest_of(read: Callable[[], object]) -> Callable[[], str]:
-    """Outcome of a reader that refuses damaged files; digests tell whether the content is the same."""
+    """Outcome of a reader that refuses corrupt files; digests tell whether the content is the same."""
     expected = serialization.sha256_of(read())
 
     def outcome() -> str:
@@ -185,7 +185,7 @@ def image_targets(folder: Path) -> Iterator[Target]:
 
 
 class Run:
-    """An interrupted run that is resumed with a damaged file in its folder; the final weights are compared."""
+    """An interrupted run that is resumed with a corrupted file in its folder; the final weights are compared."""
 
     FILES = ("last.pt", "last.previous.pt", "best.pt", "config.json", "weights.pkl", "log.txt", "metrics.jsonl")
 

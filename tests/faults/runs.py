@@ -1,8 +1,8 @@
 """Faults that strike a run: kills, full disks, locked folders, jumping clocks, and memory that leaks. Part of
 scripts/torture.py.
 
-The runs are those of word_ptb/train.py with a tiny network. Whatever happened to one, it must end with the same weights
-and the same last checkpoint, to the bit, as an undisturbed run.
+The runs are those of word_ptb/train.py with a tiny network. After any fault it must end with the same
+weights and the same last checkpoint, to the bit, as an undisturbed run.
 """
 
 import contextlib
@@ -212,7 +212,7 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
 
 
 def full(folder: Path, attempts: int, seed: int, epochs: int = 2) -> dict[str, Any]:
-    """Limit the size of files, then fail each write once for want of space, then write-protect the folder."""
+    """Limit the size of files, then fail each write once for lack of space, then write-protect the folder."""
     expected = reference(folder, seed, epochs)
     job = Job(folder / "full", seed, epochs)
     job.run("--max_steps", "20")

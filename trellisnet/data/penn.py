@@ -83,7 +83,7 @@ def _report_own_text(texts: list[str], folder: Path, source: Texts) -> None:
         source.notices.append(f"{folder}: a text of your own, not the {LABEL}")
     elif others:
         warnings.warn(
-            f"{folder}: {', '.join(penn)} of the {LABEL}, but {', '.join(others)} of another text; going on with them "
-            "as a corpus of your own",
+            f"{folder}: {', '.join(penn)} of the {LABEL}, but {', '.join(others)} of another text; continuing with "
+            "them as a corpus of your own",
             stacklevel=4,
         )

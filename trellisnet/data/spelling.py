@@ -24,13 +24,13 @@ BYTE_VALUES = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 
 @dataclass(frozen=True)
 class Spelling:
-    """How text is spelled in tokens.
+    """Conversion between text and tokens.
 
     Args:
         name: key in `SPELLINGS`.
         noun: the tokens in the plural.
         tokens: from whole lines to their tokens; a missing line feed at the end may be added.
-        open_tokens: from a text whose last line goes on, such as a prompt, to its tokens.
+        open_tokens: from a text with an unfinished last line, such as a prompt, to its tokens.
         text: from tokens to text.
     """
 

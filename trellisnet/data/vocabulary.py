@@ -65,7 +65,7 @@ class Vocabulary:
         return [self.ids[UNKNOWN if token in unknown else token] for token in tokens], unknown
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Encode the beginning of a text, whose last line goes on.
+        """Encode the beginning of a text, whose last line is unfinished.
 
         Raises:
             UserError: a token is unknown.

@@ -1,4 +1,4 @@
-"""How far back a language model looks: the loss of the same tokens, given more and more context.
+"""Loss by context length: how well a language model predicts the same tokens, given more and more context.
 
 The protocol of Khandelwal et al., 2018, "Sharp Nearby, Fuzzy Far Away: How Neural Language Models Use Context",
 section 3, without its permutations: a trained model sees only the last n tokens before a target.

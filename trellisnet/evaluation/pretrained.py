@@ -80,7 +80,7 @@ class Pretrained:
         ids, unknown = vocabulary.encode(text)
         if len(ids) < 2:
             raise UserError(f"text: expected at least 2 {vocabulary.spelling.noun}, <eos> included, got {len(ids)}")
-        horizon = config.horizon or config.core.reach(config)  # of --nlevels, whatever the depth of the scores
+        horizon = config.horizon or config.core.reach(config)  # of --nlevels, regardless of the depth of the scores
         windows = {"horizon": horizon, "seq_len": config.task_seq_len(), "repackage": config.repack}
         stream = torch.tensor(ids, device=self.device)
         with config.float32_products(), config.autocast(self.device):
@@ -102,7 +102,7 @@ class Pretrained:
         """Continue a text.
 
         Args:
-            prompt: its beginning, whose last line goes on; an empty one stands for `<eos>`.
+            prompt: its beginning, whose last line is unfinished; an empty one stands for `<eos>`.
             length: tokens to generate.
             temperature, top_k, top_p: as in :class:`Sampling <trellisnet.evaluation.generate.Sampling>`.
             seed: the same seed gives the same text on the same machine.

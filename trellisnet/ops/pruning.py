@@ -26,7 +26,7 @@ Index = range | Tensor  # row numbers, ascending; a range is sliced, which copie
 
 
 class Read(NamedTuple):
-    """Where one tap of a layer reads: `left` positions read before the first step, the others these `rows`."""
+    """Rows that one tap of a layer reads: `left` positions read before the first step, the others these `rows`."""
 
     left: int
     rows: Index

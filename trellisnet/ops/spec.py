@@ -112,7 +112,7 @@ class TrellisSpec:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a trellis is computed. This changes speed, memory and rounding only.
+    """Computation of a trellis, which changes only speed, memory and rounding.
 
     Args:
         backend: one of `BACKENDS`. `auto` takes the fastest that supports the spec; `triton` is `fused` with Triton

@@ -108,7 +108,7 @@ def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         with Interrupts(), plain_warnings():
             code = function(sys.argv[1:] if argv is None else list(argv)) or EXIT_OK
         sys.stdout.flush()
-        # The output may be the whole result, so a failed write fails; but a reader may stop early.
+        # The output may be the only result, so a failed write is a failure; but a reader may stop early.
         return code if isinstance(sys.stdout.error, BrokenPipeError | None) else EXIT_FAILED
     except (UserError, RunError, OSError) as e:
         line, code = _verdict(from_system(e) if isinstance(e, OSError) else e)
@@ -125,7 +125,7 @@ def guarded(function: Callable[[Sequence[str]], int | None], argv: Sequence[str]
 
 
 def _verdict(e: UserError | RunError, way_on: str = "") -> tuple[str, int]:
-    """The message for an error and the exit code; `way_on`, how to continue, is added if the run failed."""
+    """The message for an error, and the exit code; `way_on`, which says how to continue, is added to a failure."""
     if isinstance(e, UserError):
         return f"error: {e}", EXIT_USER
     return "; ".join(filter(None, (f"failed: {e}", way_on))), EXIT_FAILED
@@ -200,7 +200,7 @@ class _Program:
         return f"the last checkpoint is kept; continue with: {shown(command)}"
 
     def way_out(self) -> str:
-        """How to get the weights of a run that was stopped in its first epoch, or ""."""
+        """Advice on getting the weights of a run that was stopped in its first epoch, or ""."""
         if not self.stoppable or not (self.folder / "last.pt").is_file() or (self.folder / weights.FILE).exists():
             return ""
         resume = ["--resume", str(self.folder / "last.pt"), "--max_steps", "1"]  # no step more, if there was one
@@ -293,7 +293,7 @@ class _Program:
             raise ended
 
     def _start(self, config: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, dict[str, Any] | None, str | None]:
-        """Settings, the checkpoint to continue and a notice on it. Only the first rank reads files."""
+        """Return settings, the checkpoint to continue, and a notice on it. Only the first rank reads files."""
         resumed, notice = None, None
         if not self.ranks.first:
             return config, resumed, notice

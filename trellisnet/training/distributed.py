@@ -88,7 +88,7 @@ class StepStatus:
 
     @property
     def finite(self) -> bool:
-        """Whether the step may update the weights."""
+        """True if the step may update the weights."""
         return self.finite_loss and self.finite_gradient and self.finite_state
 
 
@@ -173,7 +173,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes files and prints."""
+        """True for the rank that writes files and prints."""
         return self.rank == 0
 
     def claims(self) -> bool:

@@ -24,7 +24,7 @@ Function = Callable[[Tensors, Tensors | None], Tensors]
 
 
 class Recorder(Protocol):
-    """How a device records."""
+    """Interface of a device's recorder."""
 
     def beside(self) -> contextlib.AbstractContextManager[None]:
         """Run the body where calls are recorded, without recording."""

@@ -20,7 +20,7 @@ MOST_THREADS = 1024  # libraries crash if they cannot start as many as they are 
 
 @dataclass(kw_only=True)
 class HardwareConfig(Settings):
-    """Where a program computes, in which precision and with which kernels."""
+    """Device, precision and kernels of a program."""
 
     cuda: bool = setting(True, "use a CUDA device if there is one", group="hardware", resumable=True)
     device: str = setting(

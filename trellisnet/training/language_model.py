@@ -69,7 +69,7 @@ class LanguageModelConfig(CoreConfig):
         False, "switch to averaged SGD on the first plateau instead of annealing", group="optimisation", step_rule=True
     )
     nonmono: int = setting(
-        0, "switch to averaged SGD with a patience of N epochs, whatever --anneal is; 0: off",
+        0, "switch to averaged SGD with a patience of N epochs, regardless of --anneal; 0: off",
         group="optimisation", step_rule=True, at_least=0,
     )  # fmt: skip
     finetune: bool = setting(

@@ -68,7 +68,7 @@ class Setting:
 
     @property
     def may_change(self) -> bool:
-        """Whether the value may change when a run is resumed."""
+        """True if the value may change when a run is resumed."""
         return self.process or self.resumable
 
     def problem(self, value: Any) -> str:

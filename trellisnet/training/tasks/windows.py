@@ -26,7 +26,7 @@ SHORTEST, DEVIATION = 5, 5.0  # minimum and standard deviation of random window 
 
 @dataclass(frozen=True)
 class Windows:
-    """How rows of text are cut into windows, for training, evaluation and the segments of dynamic evaluation.
+    """Rule for cutting rows of text into windows, for training, evaluation and the segments of dynamic evaluation.
 
     Windows start `stride` = `scored` positions apart, so every position after the first `context` is scored once. The
     last window of a row may be shorter.
