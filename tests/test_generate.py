@@ -73,6 +73,15 @@ def test_a_prompt_is_read_in_pieces():
         assert_close(Reader(module, 2).read(prompt), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_may_come_in_the_same_memory(kind):
+    module = model(**KINDS[kind])
+    text, reader, buffer = torch.randint(V, (2, 5)), Reader(module, 2), torch.empty(2, 1, dtype=torch.int64)
+    for t in range(5):
+        said = reader.read(buffer.copy_(text[:, t : t + 1]))
+    assert_close(said, Reader(module, 2).read(text), atol=1e-12, rtol=0)
+
+
 def test_the_seed_determines_the_text():
     module, prompt = model(), torch.zeros(2, 1, dtype=torch.int64)
 

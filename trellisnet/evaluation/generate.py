@@ -129,7 +129,7 @@ class Reader:
             return output[:, -1]
         state = None
         if isinstance(core, TCN):
-            window = tokens if self._memory is None else torch.cat([self._memory, tokens], dim=1)
+            window = tokens.clone() if self._memory is None else torch.cat([self._memory, tokens], dim=1)
             self._memory = tokens = window[:, -core.receptive_field :]
         else:
             state = self._memory
