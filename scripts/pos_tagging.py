@@ -206,7 +206,7 @@ def read(config: Config) -> tuple[list[list[Sentence]], list[str]]:
         rest = len(everything) - 2 * held_out
         if rest < 1:
             raise UserError(f"{data}: {len(everything)} sentence(s) cannot be divided; name a longer file")
-        notice = f"{data}: {rest:,} sentences to train on, then {held_out:,} to validate and {held_out:,} to test"
+        notice = f"{data}: {rest:,} sentences for train, then {held_out:,} for valid and {held_out:,} for test"
         return [everything[:rest], everything[rest:-held_out], everything[-held_out:]], [notice]
     texts = Texts(paths)
     pairs = zip(texts.read(), paths, strict=True)

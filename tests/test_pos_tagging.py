@@ -146,7 +146,7 @@ def test_the_papers_commands(tmp_path, capsys):
     torch.set_num_threads(threads)
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "all.conll: 108 sentences to train on, then 6 to validate and 6 to test" in printed.out
+    assert "all.conll: 108 sentences for train, then 6 for valid and 6 for test" in printed.out
     again = ["--resume", "--save", str(tmp_path / "logs" / "pos_dense"), "--max_steps", "5"]
     assert pos.main(again) == 0, capsys.readouterr().err
     torch.set_num_threads(threads)

@@ -209,7 +209,7 @@ def test_a_single_file_is_divided_by_lines(tmp_path, monkeypatch, lines, sizes, 
     assert texts.read() == ["".join(plain[: ends[0]]), "".join(plain[ends[0] : ends[1]]), "".join(plain[ends[1] :])]
     assert texts.lines == list(sizes)
     assert texts.notices[0] == (
-        f"book.txt is cut by lines: {sizes[0]:,} to train on, then {sizes[1]:,} to validate and {sizes[2]:,} to test"
+        f"book.txt is split by lines: {sizes[0]:,} for train, then {sizes[1]:,} for valid and {sizes[2]:,} for test"
     )
 
 
@@ -302,7 +302,7 @@ def test_a_single_file_trains(run, tmp_path, task):
     (tmp_path / "book.txt").write_text("the cat sat on the mat\na dog ran off the mat\n" * 60)
     code, out, err = run(task, *SMALL, "--data", tmp_path / "book.txt", "--out", tmp_path / "run")
     assert (code, err) == (0, "")
-    assert "book.txt is cut by lines: 108 to train on, then 6 to validate and 6 to test\n" in out
+    assert "book.txt is split by lines: 108 for train, then 6 for valid and 6 for test\n" in out
     assert out.count("\n") < 20
     resumed = run(task, "--resume", tmp_path / "run" / "last.pt", "--max_steps", 5)
     assert (resumed[0], resumed[2]) == (0, "")

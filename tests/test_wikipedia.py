@@ -126,7 +126,7 @@ def test_other_files_and_what_is_refused(file, tmp_path):
     loaded = data.load(file, dataset="enwik8")
     assert loaded.label == "own corpus"
     assert loaded.notices == (
-        f"{file}: not the published enwik8; cut by bytes, 180,000 to train, 10,000 to valid, 10,000 to test",
+        f"{file}: not the published enwik8; split by bytes, 180,000 for train, 10,000 for valid, 10,000 for test",
     )
     assert data.load("synthetic", dataset="text8").label == "synthetic"
     with pytest.raises(UserError, match="enwik8: no such file; put enwik8 there"):

@@ -37,7 +37,7 @@ _CRITERION = "criterion."
 _TAIL = (_CRITERION + "tail_vectors", _CRITERION + "tail_bias")
 _REPEATED = {_CORE: "network.0.module.full_conv.", _MIXTURE: "network.1."}  # first → second prefix of a tensor
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that a file may hold
-_METADATA = "trellisnet"  # our entry in the metadata of a state dict, where torch looks up names of modules
+_METADATA = "trellisnet"  # our entry in the metadata of a state dict, in which torch looks up names of modules
 _SIZES = "pass the sizes that it was trained with (see the config.json of its run)"
 WHAT = "weights in the authors' layout (a state dict)"
 

@@ -47,7 +47,7 @@ def speed(root: Path) -> list[str]:
                 cells[r["variant"]] = cell
             lines += [
                 f"`{content['command']}` on {content['machine']}, {threads(content)}, torch {content['torch']}, "
-                f"commit `{content['commit']}`; medians, in brackets the share of one large product's rate:",
+                f"commit `{content['commit']}`; medians, with the share of a large matrix product's speed in brackets:",
                 "",
                 *table(
                     ["task", "", *(f"{variant}:" for variant in variants)],

@@ -175,7 +175,7 @@ def read_measurement(path: Path) -> dict[str, Any]:
 
 
 def finished_epochs(events: Iterable[Record]) -> list[Record]:
-    """Records of finished epochs; if a kill made a run log one twice, the later one."""
+    """Records of finished epochs; of an epoch logged twice because of a kill, the later one."""
     return list({r["epoch"]: r for r in events if r["event"] == "epoch" and r["finished"]}.values())
 
 

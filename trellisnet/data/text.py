@@ -18,7 +18,7 @@ from trellisnet.data.corpus import EOS, SPLITS, Corpus
 from trellisnet.errors import UserError
 from trellisnet.serialization import open_regular
 
-_BLOCK = 1 << 16  # bytes; small enough that what is computed from a block stays in the processor's cache
+_BLOCK = 1 << 16  # bytes; small enough that a block's intermediate results stay in the processor's cache
 _MARK = "\ufeff"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HELD_OUT = 20  # a single file is divided 18 : 1 : 1 into train, valid and test
@@ -207,8 +207,8 @@ class Texts:
         held_out = max(1, total // HELD_OUT)
         borders = [0, total - 2 * held_out, total - held_out, total]
         self.notices.append(
-            f"{path.name} is cut by lines: {borders[1]:,} to train on, then {held_out:,} to validate and {held_out:,} "
-            "to test"
+            f"{path.name} is split by lines: {borders[1]:,} for train, then {held_out:,} for valid and {held_out:,} "
+            "for test"
         )
         spans = list(itertools.pairwise(borders))
         return [Part(path, *span) for span in spans], [stop - first for first, stop in spans]

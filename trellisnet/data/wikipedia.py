@@ -105,15 +105,15 @@ def load(name: str, data: str | Path, download: bool = False) -> Corpus:
     if loaded.sha256 == DATASETS[name].sha256:
         loaded.check(SYMBOLS, DATASETS[name].alphabet)
         return loaded.renamed(name)
-    sizes = ", ".join(f"{getattr(loaded, split).numel():,} to {split}" for split in SPLITS)
-    return dataclasses.replace(loaded, notices=(f"{path}: not the published {name}; cut by bytes, {sizes}",))
+    sizes = ", ".join(f"{getattr(loaded, split).numel():,} for {split}" for split in SPLITS)
+    return dataclasses.replace(loaded, notices=(f"{path}: not the published {name}; split by bytes, {sizes}",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m trellisnet.data.wikipedia NAME [FOLDER]`, which downloads a dataset; return the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["no name"]
     if name not in DATASETS:
-        print(f"error: {name}: expected {' or '.join(DATASETS)}, and then perhaps a folder", file=sys.stderr)
+        print(f"error: {name}: expected {' or '.join(DATASETS)}, optionally followed by a folder", file=sys.stderr)
         return 2
     size = DATASETS[name].archive.size / 1e6
     program = f"trellisnet.data.wikipedia {name}", f"Fetch {name} ({size:.0f} MB).", f"data/{name}", [name]

@@ -155,7 +155,7 @@ def plain_warnings() -> Iterator[None]:
         show = warnings.showwarning
 
         def plain(message, category, filename, *rest, **options):
-            # Those of a class of ours may arise in a call from torch.
+            # Warnings of our own classes may arise in a call from torch.
             ours = category is UserWarning and any(map(Path(filename).is_relative_to, OURS))
             if ours or category.__module__.startswith("trellisnet."):
                 print(f"warning: {shown(message, LINE)}", file=sys.stderr)

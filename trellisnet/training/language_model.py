@@ -175,7 +175,7 @@ class LanguageModelConfig(CoreConfig):
         return "frequency_up" if self.emb_blocks > 1 else "appearance"
 
     def log_epsilon(self) -> float:
-        """Return what is added to a mixture's probabilities: the authors' 1e-8 when scoring loaded weights, else 0."""
+        """Return the epsilon added to a mixture's probabilities; default: 1e-8 to score loaded weights, else 0."""
         if self.mos_epsilon >= 0:
             return self.mos_epsilon
         return 1e-8 if self.eval and self.load_weight else 0.0
@@ -290,7 +290,7 @@ def _build(config: LanguageModelConfig, vocab_size: int) -> TrellisLanguageModel
 
 
 def _only_held_out(corpus: Corpus, token: str) -> list[str]:
-    """Return a notice that counts the words that only valid and test have, which the model cannot learn."""
+    """Return a notice that counts the words that occur only in valid and test, which the model cannot learn."""
     held_out = only_held_out(corpus)
     counts = [f"{split} {types:,} ({counted(tokens, 'occurrences')})" for split, (types, tokens) in held_out.items()]
     return [f"{token} that the training text lacks: {', '.join(counts)}"] if held_out else []

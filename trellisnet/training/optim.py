@@ -207,7 +207,7 @@ class Schedule:
 
     After an epoch the rate is divided by `factor` if the validation loss exceeds the best one older than `anneal`
     epochs, as long as the rate is above `floor`; otherwise by 10 if the epoch is one of `when`, as long as the rate is
-    above `when_floor`. After every epoch from `decay_from` on it is divided by `decay` besides.
+    above `when_floor`. After every epoch from `decay_from` on it is also divided by `decay`.
 
     Args:
         lr: current rate.

@@ -127,8 +127,8 @@ class Splits:
         sha256: digest of the data.
         sizes: of train, valid and test, in the task's units.
         extra_evaluations: scores to report at the end besides valid and test: name → (method, data).
-        vocabulary_sha256: digest of the meaning of ids or positions, stored with the weights.
-        vocabulary: what ids stand for, written beside the weights; None for data without ids.
+        vocabulary_sha256: digest of the vocabulary, or of the order of the positions, stored with the weights.
+        vocabulary: tokens of the ids, written beside the weights; None for data without ids.
         choices: facts to store in config.json.
         notices: lines for the user.
         changed: how the data are read now, if version 0.1.0 read them differently.
@@ -151,7 +151,7 @@ class Splits:
 
     @property
     def fingerprint(self) -> list[Any]:
-        """Equal for equal data; the digest alone does not show where one split ends and the next begins."""
+        """Identifier of the data, with the sizes because the digest does not show where one split ends."""
         return [self.sha256, *self.sizes, self.vocabulary_sha256]
 
     def check_same(self, fingerprint: list[Any]) -> None:
