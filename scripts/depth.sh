@@ -7,7 +7,7 @@
 # plan TASK FLAGS...: train the row that calls the function that calls this.
 plan() { ROW_NAME="${FUNCNAME[2]}" train "$1" --preset small --schedule cosine "${@:2}"; }
 word() { plan word_ptb --emsize 64 --nhid 96 --nout 64 "$@"; }
-char() { plan char_ptb --emsize 32 --nhid 96 --nout 32 "$@"; }
+char() { plan char_ptb --emsize 16 --nhid 48 --nout 16 "$@"; }
 
 word_fixed() { word --epochs 3; }
 word_grown() { word --epochs 4 --grow 2:2; }
