@@ -12,20 +12,23 @@ MINUTES="${MINUTES:-60}"
 TABLE="compare-$MINUTES-minutes"
 PROBE=300 # updates of the measurement; the first ones are faster than later ones
 
+# In $(…) a failed command does not end the script, so these functions return at once.
+
 # probe NAME FLAGS...: make PROBE updates, and print the seconds per update and the updates per epoch.
 probe() {
     local out="$ROOT/runs/tables/$TABLE/$ROW_NAME/probe-$1"
     shift
     read -ra more <<<"${ARGS:-}"
     "$PY" "$ROOT/word_ptb/train.py" "$@" ${more[@]+"${more[@]}"} --max_steps "$PROBE" --max_eval_tokens 1 --overwrite \
-        --out "$out" >&2
+        --out "$out" >&2 || return
     "$PY" - "$out" <<'PYTHON'
 import json, pathlib, sys
 
 folder = pathlib.Path(sys.argv[1])
 records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-last = [r for r in records if r["event"] == "epoch"][-1]
-print(last["train_seconds"] / last["step"], json.loads((folder / "config.json").read_text())["steps an epoch"])
+epochs = [r for r in records if r["event"] == "epoch"]
+seconds = sum(r["train_seconds"] for r in epochs)
+print(seconds / epochs[-1]["step"], json.loads((folder / "config.json").read_text())["steps an epoch"])
 PYTHON
 }
 
@@ -35,14 +38,16 @@ budget() {
     local file="$ROOT/runs/tables/$TABLE/$ROW_NAME/budget" layers="$1" fp32 bf16 precision=fp32 shallow
     shift
     if [ ! -s "$file" ]; then
-        fp32="$(probe fp32 "$@" --precision fp32)"
-        bf16="$(probe bf16 "$@" --precision bf16)"
+        fp32="$(probe fp32 "$@" --precision fp32)" || return
+        bf16="$(probe bf16 "$@" --precision bf16)" || return
         if "$PY" -c 'import sys; sys.exit(not float(sys.argv[2]) < float(sys.argv[1]))' "${fp32% *}" "${bf16% *}"; then
             precision=bf16
         fi
         shallow="${!precision}"
-        [ "$layers" = 0 ] || shallow="$(probe shallow "$@" --precision "$precision" --nlevels "$layers")"
-        "$PY" - "$MINUTES" "$precision" "$layers" ${!precision} "${shallow% *}" >"$file" <<'PYTHON'
+        if [ "$layers" != 0 ]; then
+            shallow="$(probe shallow "$@" --precision "$precision" --nlevels "$layers")" || return
+        fi
+        "$PY" - "$MINUTES" "$precision" "$layers" ${!precision} "${shallow% *}" >"$file" <<'PYTHON' || return
 import sys
 
 minutes, precision, layers, update, epoch, shallow = sys.argv[1:]
@@ -58,8 +63,9 @@ PYTHON
 
 # timed MODEL [LAYERS]: train the row that calls it for MINUTES, half of them with LAYERS layers if given.
 timed() {
-    local ROW_NAME="${FUNCNAME[1]}" model="$1" layers="${2:-0}" updates=3 precision=fp32 epochs=1 grow=()
-    [ -n "${SMOKE:-}" ] || read -r updates precision epochs <<<"$(budget "$layers" --model "$model" --preset small)"
+    local ROW_NAME="${FUNCNAME[1]}" model="$1" layers="${2:-0}" found="3 fp32 1" updates precision epochs grow=()
+    [ -n "${SMOKE:-}" ] || found="$(budget "$layers" --model "$model" --preset small)"
+    read -r updates precision epochs <<<"$found"
     [ "$layers" = 0 ] || grow=(--grow "$layers:$epochs")
     train word_ptb --model "$model" --preset small --precision "$precision" --epochs 1000 --schedule cosine \
         --max_steps "$updates" ${grow[@]+"${grow[@]}"}

@@ -277,6 +277,16 @@ def test_accuracies_and_the_order_of_pixels(root):
     assert "accuracy **0.9877** (10,000 examples scored); the paper reports 98.13 %, 99.20 % without" in text
 
 
+def test_a_run_that_recites_is_reported_by_its_accuracy(root):
+    scores = {"loss": 6.8, "tokens": 73044, "accuracy": 0.2, "ppl": 900.0}
+    folder = root(valid=scores, test=scores)
+    assert collect.main(["--root", str(folder)]) == 0
+    text = (folder / "RESULTS.md").read_text()
+    assert "- Test: accuracy **0.2000** (73,044 tokens scored); " in text
+    assert "| epoch | lr | train accuracy | valid accuracy | minutes |" in text
+    assert "900" not in text and "| 1 | word_ptb |" not in text  # the paper has no such run
+
+
 def test_the_weights_that_a_run_started_from_are_named(root):
     folder = root(load_weight="results/a/weights.pkl")
     assert collect.main(["--root", str(folder)]) == 0
@@ -301,8 +311,9 @@ def test_a_table_of_the_paper_beside_our_runs(root, capsys):
     assert "| TrellisNet-MoS | 25M | 54.67 | not run |  |" in out
     assert not (folder / "RESULTS.md").exists()
     last = folder / "runs" / "tables" / "table1" / "trellisnet" / "seed-1" / "metrics.json"
-    for bad in ("{", METRICS | {"params": 7}, METRICS | {"epochs": 1}, METRICS | {"commit": "0123-dirty"}):
-        last.write_text(bad if bad == "{" else json.dumps(bad))
+    changed = [{"params": 7}, {"epochs": 1}, {"data": "0"}, {"commit": "0123-dirty"}]
+    for bad in ("{", *(json.dumps(METRICS | change) for change in changed)):
+        last.write_text(bad)
         assert collect.main(["--root", str(folder), "--table", "1"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 

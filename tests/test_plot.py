@@ -100,6 +100,8 @@ def test_a_curve_holds_the_scores_of_finished_epochs(tmp_path):
     assert charts.read_curve(run / "metrics.jsonl", "b")[1:] == ("bpc", [1], [1.0], [1.2 / math.log(2)], [])
     run = written(tmp_path / "c", epoch(1, 1.2, 1.3, lambda loss: 0.5))
     assert charts.read_curve(run, "c").score == "accuracy"
+    run = written(tmp_path / "d", epoch(1, 0.2, 0.3, lambda loss: loss))  # the adding problem
+    assert charts.read_curve(run, "d").score == "mse"
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
         "seconds = (200.0 if 'bf16' in argv else 400.0) / (1 + ('--nlevels' in argv))\n"
         "record = {'event': 'epoch', 'step': 100, 'train_seconds': seconds}\n"
         "(out / 'metrics.jsonl').write_text(json.dumps(record) + '\\n')\n"
-        "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'seconds': 3600.0}\n"
-        "done['test'] = {'ppl': 99.0, 'loss': 4.6}\n"
+        "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'data': 'd'}\n"
+        "done |= {'seconds': 3600.0, 'test': {'ppl': 99.0, 'loss': 4.6}}\n"
         "if '--metrics' in argv: pathlib.Path(argv[-1]).write_text(json.dumps(done, indent=1))\n"
     )
     for _ in range(2):
@@ -248,6 +248,16 @@ def test_variables_are_checked_before_training(stub, name, value, message):
     refused = table(3, stub, **{name: value})
     assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"error: {message}\n")
     assert not (stub / "runs").exists()
+
+
+def test_a_comparison_whose_measurement_fails_trains_nothing(stub):
+    (stub / "char_ptb").rename(stub / "word_ptb")
+    for _ in range(2):  # nor does it keep anything
+        done = script("compare", stub, ROWS="rhn", FAIL="early")
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    (called,) = (stub / "runs").rglob("calls")
+    assert called.parent.name == "probe-fp32"
+    assert len(called.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("minutes", ["x", "0", "-5", "1.5"])

@@ -15,7 +15,7 @@ class Curve(NamedTuple):
     """Scores of a run by epoch; `valid` is empty without validation data."""
 
     label: str
-    score: str  # ppl, bpc or accuracy
+    score: str  # ppl, bpc, accuracy or mse
     epochs: list[int]
     minutes: list[float]
     train: list[float]
@@ -41,6 +41,8 @@ class Chart(NamedTuple):
 
 def score_name(loss: float, score: float) -> str:
     """Name of a score, inferred from the loss that it was computed from."""
+    if score == loss:  # a squared error is its own score
+        return "mse"
     if loss < 700 and math.isclose(score, math.exp(loss), rel_tol=1e-6):
         return "ppl"
     return "bpc" if math.isclose(score, loss / math.log(2), rel_tol=1e-6) else "accuracy"

@@ -147,10 +147,11 @@ class Score:
 
 
 def score_of(result: Record) -> Score:
-    """The score of a split."""
-    for name, (_, digits) in SCORES.items():
-        if name in result:
-            return Score(name, float(result[name]), digits, "examples" if "examples" in result else "tokens")
+    """The score of a split: the first one in its result, since a run that recites also has a perplexity."""
+    for name in result:
+        if name in SCORES:
+            digits, count = SCORES[name][1], "examples" if "examples" in result else "tokens"
+            return Score(name, float(result[name]), digits, count)
     raise KeyError("score")
 
 
@@ -266,7 +267,7 @@ def read_row(folder: Path, recited: bool = False) -> Finished | None:
     if not runs:
         return None
     with refusing(folder):
-        check_alike(folder, runs, "params epochs augment")
+        check_alike(folder, runs, "params epochs augment data")
         name, one = scores[0].score_name, runs[0]
         values = [100 * score.value if name == "accuracy" else score.value for score in scores]
         minutes = [run["seconds"] / 60 for run in runs if "seconds" in run]

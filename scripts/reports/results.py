@@ -40,7 +40,6 @@ def section(run: Run) -> str:
 
 def _section(run: Run, metrics: dict[str, Any]) -> str:
     score, published = score_of(metrics["test"]), PUBLISHED[metrics["task"]]
-    units = "examples" if score.score_name == "accuracy" else "tokens"
     paper = published.score
     if published.not_permuted:
         paper += f", {published.not_permuted} without permutation,"
@@ -51,7 +50,7 @@ def _section(run: Run, metrics: dict[str, Any]) -> str:
         valid = f"{score_of(metrics['valid'])} {when}"
     facts = {
         "Command": f"`{metrics['command']}`",
-        "Test": f"{all_scores(metrics['test'])} ({metrics['test'][units]:,} {units} scored); "
+        "Test": f"{all_scores(metrics['test'])} ({metrics['test'][score.count]:,} {score.count} scored); "
         f"the paper reports {paper} with another configuration ({published.setting})",
         "Validation": valid,
         "Parameters": f"{metrics['params']:,}",
@@ -83,6 +82,8 @@ def summary(runs: Iterable[Run]) -> str:
     """Tables 1 to 4 beside the best result of each kind."""
     best: dict[tuple[str, str, str], dict[str, Any]] = {}
     for metrics in (run.metrics for run in runs):
+        if (score_of(metrics["test"]).score_name == "accuracy") != PUBLISHED[metrics["task"]].score.endswith("%"):
+            continue  # a run that recites, which the paper has none of
         order = ORDERS[metrics["permute"]] if metrics["task"] == "pmnist" else ""
         key = metrics["task"], order, "augmented" if metrics.get("augment") else ""
         if key not in best or score_of(metrics["test"]).is_better(score_of(best[key]["test"])):
