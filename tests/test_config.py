@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 
 from char_ptb.model import Config as CharConfig
 from pmnist.model import Config as PixelConfig
@@ -58,6 +59,14 @@ def test_flags_override_files_override_presets_override_defaults(tmp_path):
     c = config("--config", str(path), "--epochs", "4")
     assert (c.epochs, c.nlevels, c.emsize, c.lr) == (4, 9, Config.presets["tiny"]["emsize"], 20)
     assert config("--config", str(path), "--preset", "paper", "--aux", "0").emsize == 400
+
+
+def test_scores_without_history_are_announced():
+    deep = ["--eval", "--load_weight", "w", "--nlevels", "120", "--horizon", "auto"]
+    (notice,) = config(*deep).notices(torch.device("cpu"))
+    assert notice.startswith("NOTICE: --seq_len 110 does not exceed --horizon 120, so windows of 120 positions are ")
+    assert config(*deep, "--seq_len", "130").notices(torch.device("cpu")) == []
+    assert config(*deep[:3], "--seq_len", "0", "--repack").notices(torch.device("cpu")) == []
 
 
 def test_settings_survive_json(tmp_path):
@@ -135,6 +144,8 @@ def test_defaults_are_relative_to_the_project_and_typed_paths_to_the_working_dir
         (["--schedule", "onecycle", "--asgd"], "--asgd: has no effect with --schedule onecycle"),
         (["--ema", "0.9", "--asgd"], "--ema: --asgd averages the weights as well; leave one of the two out"),
         (["--ema", "0.9", "--nonmono", "3"], "--ema: --nonmono 3 averages the weights as well; leave one"),
+        (["--asgd", "--anneal", "0"], "--asgd: begins on a plateau, of which --anneal 0 finds none; pass --nonmono N"),
+        (["--asgd", "--model", "rhn"], "--asgd: begins on a plateau, of which --anneal 0 finds none"),
         (["--label_smoothing", "0.1", "--n_experts", "3"], "--label_smoothing: needs the log-probabilities of all"),
     ],
 )

@@ -84,6 +84,9 @@ def test_schedule_switches_to_averaging_at_the_first_plateau_and_never_anneals_a
     for epoch, loss in enumerate([3.0, 2.0, 9.0, 9.0, 9.0], start=1):
         rates.append((schedule.step(epoch, loss), schedule.averaging))
     assert rates == [(2.0, False), (2.0, False), (20.0, True), (20.0, True), (20.0, True)]
+    low = Schedule(0.01, anneal=1, factor=4.0, floor=0.02, asgd=True)  # the floor is one of annealing
+    rates = [(low.step(epoch, loss), low.averaging) for epoch, loss in enumerate([3.0, 2.0, 9.0], start=1)]
+    assert rates == [(0.01, False), (0.01, False), (0.01, True)]
 
 
 @pytest.mark.parametrize(("min_epochs", "last"), [(0, 5), (5, 5), (6, 6), (7, 8)])

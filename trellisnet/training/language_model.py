@@ -130,6 +130,11 @@ class LanguageModelConfig(CoreConfig):
             raise UserError(
                 "--grow: finetuning starts from trained weights, and could end before the last stage; pass --grow none"
             )
+        plateaus = self.nonmono or self.patience() or self.anneal_recent
+        if self.asgd and not (plateaus or self.eval or self.resume):
+            raise UserError(
+                "--asgd: begins on a plateau, of which --anneal 0 finds none; pass --nonmono N or --anneal N"
+            )
         if self.ema and self.schedule == "step" and (self.asgd or self.nonmono or self.finetune):
             flag = "--finetune" if self.finetune else "--asgd" if self.asgd else f"--nonmono {self.nonmono}"
             raise UserError(f"--ema: {flag} averages the weights as well; leave one of the two out")
@@ -186,6 +191,15 @@ class LanguageModelConfig(CoreConfig):
 
     def no_graph(self, device: torch.device) -> str:
         return super().no_graph(device) or ("--random_length makes windows of many shapes" * self.random_length)
+
+    def notices(self, device: torch.device) -> list[str]:
+        notices, horizon = super().notices(device), self.horizon or self.core.reach(self)
+        if not self.repack and self.task_seq_len() <= horizon:  # only with --eval
+            notices.append(
+                f"NOTICE: --seq_len {self.seq_len} does not exceed --horizon {horizon}, so windows of {horizon} "
+                "positions are scored from the first on, without history; pass a larger --seq_len to score with it"
+            )
+        return notices
 
     def patience(self) -> int:
         """Return the plateau patience in epochs; 0 for no annealing on plateaus."""

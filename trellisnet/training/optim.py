@@ -262,11 +262,11 @@ class Schedule:
     def step(self, epoch: int, loss: float) -> float:
         """Record the validation loss of `epoch`, and return the rate for the next one."""
         if not self.averaging:
-            if self._is_plateau(loss, self.history) and self.lr > self.floor:
-                if self.asgd:
-                    self.averaging, self.lr = True, self.initial
-                else:
-                    self.lr /= self.factor
+            plateau = self._is_plateau(loss, self.history)
+            if plateau and self.asgd:
+                self.averaging, self.lr = True, self.initial
+            elif plateau and self.lr > self.floor:
+                self.lr /= self.factor
             elif epoch in self.when and self.lr > self.when_floor:
                 self.lr /= 10
             if epoch >= self.decay_from and not self.averaging:
