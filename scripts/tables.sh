@@ -69,7 +69,7 @@ train() {
                 echo "error: $TABLE $row, seed $seed: starts from the row $FROM, which is not finished; train it first" >&2
                 exit 2
             fi
-            if [ -f "$out/last.pt" ]; then
+            if [ -f "$out/last.pt" ] || [ -f "$out/last.previous.pt" ] || [ -f "$out/best.pt" ]; then # any is enough
                 flags=(--resume ${STEPS:+--max_steps "$STEPS"})
             else
                 flags+=(${STEPS:+--max_steps "$STEPS"} --overwrite) # a run that ended before its first checkpoint

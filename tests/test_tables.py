@@ -192,6 +192,10 @@ def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
     calls = (runs / "trellisnet" / "seed-1111" / "calls").read_text().splitlines()
     start, on = "--preset paper --seed 1111 --overwrite", "--resume"
     assert calls == [start, start, on, on]
+    (runs / "tcn" / "seed-1111" / "metrics.json").unlink()
+    (runs / "tcn" / "seed-1111" / "best.pt").touch()  # as a full disk may leave it, without last.pt
+    assert table(3, stub, ROWS="tcn").returncode == 0
+    assert (runs / "tcn" / "seed-1111" / "calls").read_text().splitlines()[1:] == [on]
     again = table(3, stub)
     assert again.stdout.splitlines() == [
         f"table3 {row}, seed 1111: finished" for row in ("trellisnet", "trellisnet_standard", "tcn", "awd_lstm")

@@ -239,6 +239,31 @@ def test_a_run_killed_between_two_files_ends_like_an_uninterrupted_one(run, tmp_
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_a_previous_checkpoint_is_named_where_files_have_no_second_name(run, tmp_path, monkeypatch):
+    """Without hard links there is no last.pt until the new one is complete."""
+    write, written = serialization.save, []
+
+    def refused(*_):
+        raise OSError(1, "Operation not permitted")
+
+    def fails(path, content, **options):
+        written.append(path.name)
+        if path.name == "last.pt" and written.count("last.pt") == 2:
+            raise OSError(28, "No space left on device")
+        write(path, content, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refused)
+        patch.setattr(serialization, "save", fails)
+        code, _, err, _ = run("--checkpoint_steps", "1")
+    assert not (tmp_path / "run" / "last.pt").exists()
+    way_on = runnable("word_ptb/train.py", ["--resume", str(tmp_path / "run" / "last.pt")])
+    assert (code, err.endswith(f"; the last checkpoint is kept; continue with: {way_on}\n")) == (1, True)
+    _, out, _, metrics = run("--resume")
+    assert "continuing from last.previous.pt, step 1\n" in out
+    assert metrics["test"] == run(out="whole")[3]["test"]
+
+
 def test_only_the_seed_changes_the_result(run, tmp_path):
     results = [run("--seed", seed, out=name)[3]["test"] for seed, name in ((1, "a"), (1, "b"), (2, "c"))]
     assert results[0] == results[1]

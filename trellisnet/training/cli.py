@@ -45,6 +45,7 @@ from trellisnet.training.tasks import Splits, Task
 
 OURS = (PROJECT, Path(weights.__file__).parent)  # where our warnings come from
 CHOICES = ("precision", "backend", "gemm", "gates", "cuda_graph")  # settings that records keep of how a run computes
+CHECKPOINTS = ("last.pt", "last.previous.pt", "best.pt")  # with any of them --resume continues a run
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
 # A task's setup: from settings, device and ranks to the task, its data, its learning-rate schedule, and facts to print.
@@ -192,7 +193,7 @@ class _Program:
             return "nothing was written"
         if not self.folder.is_dir():
             return "there is nothing left to continue from"
-        if not (self.folder / "last.pt").is_file():
+        if not any((self.folder / name).is_file() for name in CHECKPOINTS):
             deleted = ", and the earlier run is deleted (--overwrite)" * self.replaced
             return f"no checkpoint had been written yet{deleted}"
         resume = ["--resume", str(self.folder / "last.pt")]
@@ -471,13 +472,13 @@ def _newest(path: Path) -> tuple[dict[str, Any], str | None]:
     Raises:
         UserError: there is none.
     """
-    content, error, newest, others = None, None, path, []
+    content, error, newest, others = None, None, path, ()
     try:
         content = checkpoint.load(path)
     except UserError as e:
         error = e
     if path.name == "last.pt":
-        others = ["best.pt"] if content is not None else ["last.previous.pt", "best.pt"]
+        others = CHECKPOINTS[2:] if content is not None else CHECKPOINTS[1:]
     for other in filter(Path.is_file, map(path.with_name, others)):
         with contextlib.suppress(UserError):  # a corrupt best.pt is reported when it is needed
             later = checkpoint.load(other, mmap=True)
