@@ -74,6 +74,9 @@ def test_settings_survive_json(tmp_path):
     path.write_text(json.dumps(to_settings(config("--preset", "small", "--dilation", "1", "2"))))
     again = config("--config", str(path))
     assert (again.dilation, again.emsize) == ([1, 2], Config.presets["small"]["emsize"])
+    assert config("--config", str(path), "--preset", "small") == dataclasses.replace(again, config=str(path))
+    with pytest.raises(UserError, match=r"^--preset paper: has no effect beside --config .*, which sets all that "):
+        config("--config", str(path), "--preset", "paper")
 
 
 def test_lists_are_not_shared_between_configurations():

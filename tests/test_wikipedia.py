@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 
@@ -16,6 +17,7 @@ from char_ptb.train import main
 from trellisnet.data import corpus, download, wikipedia
 from trellisnet.data.corpus import SPLITS
 from trellisnet.data.spelling import BYTE_TOKENS, BYTES
+from trellisnet.data.vocabulary import Vocabulary
 from trellisnet.errors import UserError
 from trellisnet.models import count_parameters
 from trellisnet.training.config import parse
@@ -171,6 +173,10 @@ def test_bytes_are_spelled_as_they_are():
     assert tokens == ["a", " ", "<c3>", "<a9>", "<0a>", "<09>", "<e2>", "<82>", "<ac>"]
     assert BYTES.text(tokens) == text
     assert BYTES.text(tokens[:3]) == "a \ufffd"  # cut within a character
+    vocabulary = Vocabulary(BYTE_TOKENS, BYTES)
+    read = list(b"\xef\xbb\xbfa\r\nb\r")  # not without its byte order mark, nor with other line ends
+    assert (vocabulary.encode("\ufeffa\r\nb\r"), vocabulary.encode_prompt("\ufeffa\r\nb\r")) == ((read, {}), read)
+    assert vocabulary.encode_prompt(os.fsdecode(b"a\xff")) == list(b"a\xff")
     assert len(set(BYTE_TOKENS)) == 256
 
 

@@ -71,7 +71,8 @@ def _inverse(symbols: dict[str, str]) -> Callable[[Iterable[str]], str]:
 
 
 def _bytes(text: str) -> list[str]:
-    return [BYTE_TOKENS[byte] for byte in text.encode("utf-8")]
+    # In the arguments of a program, Python escapes bytes that are not UTF-8 as surrogates.
+    return [BYTE_TOKENS[byte] for byte in text.encode("utf-8", "surrogateescape")]
 
 
 def _text_of_bytes(tokens: Iterable[str]) -> str:

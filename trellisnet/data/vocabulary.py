@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from trellisnet.data.corpus import digest_of_tokens, unknown_tokens
-from trellisnet.data.spelling import SPELLINGS, Spelling
+from trellisnet.data.spelling import BYTES, SPELLINGS, Spelling
 from trellisnet.data.text import normalised
 from trellisnet.errors import NAME, UserError, counted, shown
 from trellisnet.serialization import atomic_write, read_regular
@@ -55,7 +55,7 @@ class Vocabulary:
         Raises:
             UserError: a token is unknown and the vocabulary has no `<unk>`.
         """
-        tokens = list(self.spelling.tokens(normalised(text)))
+        tokens = list(self.spelling.tokens(self._as_read(text)))
         unknown: dict[str, int] = {}
         for token in tokens:
             if token not in self.ids:
@@ -70,10 +70,14 @@ class Vocabulary:
         Raises:
             UserError: a token is unknown.
         """
-        tokens = self.spelling.open_tokens(normalised(prompt))
+        tokens = self.spelling.open_tokens(self._as_read(prompt))
         if unknown := unknown_tokens(tokens, self.ids):
             raise self._refusal("prompt", unknown)
         return [self.ids[token] for token in tokens]
+
+    def _as_read(self, text: str) -> str:
+        """Return a text as it is read from a file; bytes are never normalised."""
+        return text if self.spelling is BYTES else normalised(text)
 
     def _refusal(self, name: str, unknown: list[str]) -> UserError:
         known = [token for token in (unknown[0].lower(), UNKNOWN) if token in self.ids]

@@ -413,17 +413,25 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
         UserError: an unknown flag or an invalid value.
     """
     flags = vars(build_parser(cls).parse_args(argv))
-    explicit = {}
+    stored: dict[str, Any] = {}
     if flags.get("run"):
         if doubled := [name for name in ("config", "load_weight", "resume") if flags.get(name)]:
             raise UserError(f"--run and --{doubled[0]} exclude each other: --run names settings and weights at once")
         flags["run"] = str(find_run(flags["run"]))
-        explicit = read_config_file(cls, flags["run"], "--run") | AUTOMATIC | {"load_weight": flags["run"]}
+        stored = read_config_file(cls, flags["run"], "--run") | AUTOMATIC | {"load_weight": flags["run"]}
     elif "config" in flags:
-        explicit = read_config_file(cls, flags["config"])
-    explicit |= flags
+        stored = read_config_file(cls, flags["config"])
+    explicit = stored | flags
     if "preset" in explicit:
         explicit["preset"] = cls.preset_of(explicit)
+    if "preset" in flags and explicit["preset"] != stored.get("preset"):
+        overridden = cls.presets[explicit["preset"]].keys()
+        if overridden and overridden <= stored.keys():  # the file is that of a run, which has all settings
+            flag = "run" if flags.get("run") else "config"
+            raise UserError(
+                f"--preset {flags['preset']}: has no effect beside --{flag} {flags[flag]}, which sets all that the "
+                "preset would; leave one of the two out"
+            )
     return from_settings(cls, explicit), explicit
 
 
