@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 
@@ -350,6 +351,27 @@ def test_weights_of_another_task_name_it(tmp_path):
     (tmp_path / "config.json").write_text('{"task": "char_ptb"}')  # as in the folder of a run
     with pytest.raises(UserError, match=message):
         load_weights(model(), tmp_path / "w.pkl", task="word_ptb")
+
+
+@pytest.mark.parametrize(
+    ("dilation", "config", "warned"),
+    [
+        ([1], '{"settings": {"dilation": [1, 2]}}', "trained with dilation 1 2, the model has 1, which makes another"),
+        ([1, 1], '{"settings": {"dilation": [1]}}', ""),
+        ([1], '{"settings": {"dilation": [1, 1, 1, 2]}}', ""),  # the fourth of three layers
+        ([1], '{"settings": {"dilation": []}}', ""),
+        ([1], '{"settings": 3}', ""),
+        ([1], "3", ""),
+        ([1], "{", ""),
+    ],
+)
+def test_another_dilation_than_that_of_the_run_is_reported(saved, dilation, config, warned):
+    saved.with_name("config.json").write_text(config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_weights(model(dilation=dilation), saved)
+    assert len(caught) == bool(warned)
+    assert all(warned in str(warning.message) for warning in caught)
 
 
 def test_a_runs_folder_stands_for_its_weights(tmp_path):

@@ -9,6 +9,7 @@ that the authors do not have. Models with another core than TrellisNet keep the 
 
 import json
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,8 @@ def load_weights(
         task: name of the task that the model is for. If weights that do not fit name another one, or the config.json
             beside them does, the error says so.
 
+    A warning says so if the config.json beside the file names other dilations, which neither names nor shapes show.
+
     Returns:
         names of the parameters that the file lacks: the tail vectors with `init_tail`, otherwise none.
 
@@ -216,13 +219,15 @@ def load_weights(
     path = locate(path)
     loaded = serialization.load(path, WHAT)
     try:
-        return _load(model, loaded, path, init_tail, vocabulary, changed)
+        missing = _load(model, loaded, path, init_tail, vocabulary, changed)
     except UserError as e:
         owner = _metadata(loaded).get("task") or task_beside(path)
         if task is None or not isinstance(owner, str) or owner == task:
             raise
         owner = shown(owner, NAME)
         raise UserError(f"{path}: holds weights of {owner}, not of {task}; load them with {owner}/train.py") from e
+    _compare_dilation(model, path)
+    return missing
 
 
 def locate(path: str | os.PathLike) -> str | os.PathLike:
@@ -282,10 +287,32 @@ def shipped() -> list[Path]:
 
 def task_beside(path: str | os.PathLike) -> Any:
     """Return the task named in the config.json beside the file; None if there is none."""
+    return _config_beside(path).get("task")
+
+
+def _config_beside(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the content of the config.json beside the file; empty if there is none."""
     try:
-        return json.loads(serialization.read_regular(os.path.join(os.path.dirname(path), "config.json")))["task"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        content = json.loads(serialization.read_regular(os.path.join(os.path.dirname(path), "config.json")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _compare_dilation(model: Model, path: str | os.PathLike) -> None:
+    """Warn if the weights were trained with other dilations, which only the config.json beside them can tell."""
+    settings = _config_beside(path).get("settings")
+    theirs = settings.get("dilation") if isinstance(settings, dict) else None
+    if not _is_trellis(model) or not isinstance(theirs, list) or not theirs:
+        return
+    ours, layers = model.core.dilation, range(model.core.num_layers)
+    if any(theirs[i % len(theirs)] != ours[i % len(ours)] for i in layers):
+        theirs, ours = (shown(" ".join(map(str, dilation)), NAME) for dilation in (theirs, ours))
+        warnings.warn(
+            f"{path}: was trained with dilation {theirs}, the model has {ours}, which makes another network of the "
+            "same weights",
+            stacklevel=3,
+        )
 
 
 def _load(
