@@ -47,6 +47,15 @@ def test_random_number_generators_resume(tmp_path):
     assert draw() == expected
 
 
+@pytest.mark.parametrize(("devices", "restored"), [(0, []), (1, [3]), (2, [3, 4]), (3, [3, 4])])
+def test_random_number_generators_resume_on_the_devices_that_there_are(monkeypatch, devices, restored):
+    found = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("torch.cuda.set_rng_state_all", found.extend)
+    checkpoint.set_rng_state(checkpoint.rng_state() | {"cuda": [3, 4]})
+    assert found == restored
+
+
 VALUES = {
     "float32": torch.arange(6.0).view(2, 3),
     "bfloat16": torch.randn(3, 5).bfloat16(),

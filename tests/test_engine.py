@@ -103,6 +103,14 @@ def test_resumed_after_epochs_it_ends_bit_equal(tmp_path, optim):
     assert (result.test, result.best_epoch, result.steps) == (again.test, again.best_epoch, again.steps)
 
 
+def test_a_run_with_nothing_left_to_train_says_so(tmp_path):
+    run(tmp_path, max_steps=3)
+    line = "NOTICE: nothing is left to train, so the run is only scored"
+    assert run(tmp_path, max_steps=3, epochs=9, resume="last.pt")[2][0] == f"{line}; raise --max_steps to train on"
+    assert not run(tmp_path, resume="last.pt")[2][0].startswith("NOTICE")
+    assert run(tmp_path, resume="last.pt")[2][0] == f"{line}; raise --epochs to train on"
+
+
 def test_resumed_within_an_epoch_it_ends_bit_equal(tmp_path):
     run(tmp_path / "whole")
     run(tmp_path / "parts", max_steps=8)
@@ -234,7 +242,9 @@ def test_finetuning_averages_from_the_first_update_and_ends_with_the_plateau(tmp
         a, b = (checkpoint.load(p / "last.pt") for p in (tmp_path / "whole", path))
         assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "average") for k in a["model"])
         assert (a["step"], a["best"], a["schedule"]) == (b["step"], b["best"], b["schedule"])
-    assert finetune(path, 1.0, resume="last.pt")[1].steps == result.steps  # it has ended
+    _, again, said = finetune(path, 1.0, resume="last.pt")
+    assert again.steps == result.steps
+    assert said[0] == "NOTICE: nothing is left to train, so the run is only scored"
 
     task, result, _ = finetune(tmp_path / "small", 0.02)
     assert result.best_epoch > 0

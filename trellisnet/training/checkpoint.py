@@ -146,10 +146,9 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`rng_state` returned; CUDA states only if there are as many devices."""
+    """Restore what :func:`rng_state` returned; CUDA states for the devices that there are, which may be others now."""
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     np.random.set_state(_numpy_state(state))
     random.setstate(_python_state(state))
 

@@ -241,6 +241,8 @@ class Trainer:
         if resume_from is not None:
             with self.ranks.agreed():
                 self.restore(resume_from)
+            if self._is_done() or self._stopped():
+                self._announce(f"NOTICE: nothing is left to train, so the run is only scored{self._extension()}")
         if self.ranks.size > 1:
             self.interrupts.note()  # ranks must end together, or some would wait for the others in vain
         try:
@@ -271,6 +273,11 @@ class Trainer:
         """Return whether the last epoch, finetuning, or a rate that falls until `max_steps` has ended."""
         falls = self.config.schedule != "step"
         return self.epoch >= self.config.epochs or self.schedule.ended or (falls and self._stopped())
+
+    def _extension(self) -> str:
+        """Say how a run without anything left to train can be extended; empty if it cannot."""
+        name = "max_steps" if self._stopped() else "epochs"
+        return "" if self.schedule.ended or self.config.fixed(name) else f"; raise --{name} to train on"
 
     def _stopped(self) -> bool:
         return bool(self.config.max_steps) and self.step >= self.config.max_steps
