@@ -120,6 +120,7 @@ def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds {replaced[0]} of another export or run; name another folder or pass --overwrite")
     # An earlier export of the run may hold files that its folder lacks.
     sources = {name: out for name in there.intersection(COPIED) if not other} | dict.fromkeys(present, run)
+    sources |= {CARD: out} if CARD in there else {}  # of which scripts/collect.py writes one block anew
     for name, source in sources.items():
         shutil.copyfile(source / name, new / name)
 

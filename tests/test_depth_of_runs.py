@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 from pmnist.train import main as pmnist_main
 from trellisnet import load_pretrained
+from trellisnet.baselines import AWDLSTM
+from trellisnet.equilibrium import EquilibriumTrellisNet
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import checkpoint, depth
@@ -264,6 +266,10 @@ def test_context_follows_the_depth_and_targets_stay():
 def test_a_horizon_that_follows_the_depth_carries_no_state():
     with pytest.raises(ValueError, match="^horizon: expected a number with repackage, got None$"):
         LanguageModeling(language_model(2), horizon=None, repackage=True)
+    message = "^horizon: expected a number, got None; this core has no reach to take it from$"
+    for core in (AWDLSTM, EquilibriumTrellisNet):
+        with pytest.raises(ValueError, match=message):
+            LanguageModeling(TrellisLanguageModel(11, 4, 6, 2, output_size=4, core=core), horizon=None, seq_len=30)
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

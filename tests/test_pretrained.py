@@ -184,8 +184,9 @@ def test_an_interrupted_export_leaves_the_earlier_one_intact(run_folder, earlier
 
 
 def test_an_export_replaces_nothing_but_exports(run_folder, earlier, capsys):
-    (earlier / "README.md").write_text("a card")  # which scripts/collect.py writes anew
+    (earlier / "README.md").write_text("a card")  # of which scripts/collect.py writes one block anew
     assert export.main([str(run_folder), str(earlier), "--overwrite", "--max_eval_tokens", "50"]) == 0
+    assert (earlier / "README.md").read_text() == "a card"
     (earlier / "thesis.tex").write_text("years of work")
     assert export.main([str(run_folder), str(earlier), "--overwrite"]) == 2
     assert "my_words: holds thesis.tex, which no export wrote; name another folder" in capsys.readouterr().err

@@ -86,7 +86,9 @@ class LanguageModeling(Task):
         if horizon is None:
             if repackage:
                 raise ValueError("horizon: expected a number with repackage, got None")
-            horizon = model.core.reach
+            horizon = getattr(model.core, "reach", math.inf)
+            if horizon == math.inf:
+                raise ValueError("horizon: expected a number, got None; this core has no reach to take it from")
         if horizon < 1:
             raise ValueError(f"horizon: expected at least 1, got {horizon}")
         if seq_len < 0:
