@@ -175,7 +175,7 @@ training() { # training SECONDS NAME TASK FLAG...: train in RUNS/NAME and keep t
     local limit=$1 name=$2 task=$3 run="$RUNS/$2" more
     shift 3
     if [ "$stopped" != 0 ]; then return; fi
-    rm -rf "${run:?}"
+    rm -rf "${run:?}" "$OUT/$name".* # or what this training does not reach would be that of an earlier one
     read -ra more <<<"${MORE:-}"
     step "$limit" "$name" "$PY" "$task/train.py" --device cuda --checkpoint_minutes 0 "$@" ${more[@]+"${more[@]}"} \
         --out "$run" --metrics "$OUT/$name.metrics.json"
@@ -236,6 +236,7 @@ sweep() { SHOWN=10 step 120 sweep "$PY" scripts/profile_step.py sweep; }
 benchmark() { # benchmark SECONDS NAME FLAG...
     local limit=$1 name=$2
     shift 2
+    if [ "$stopped" = 0 ]; then rm -f "$OUT/$name.json"; fi
     SHOWN=20 step "$limit" "$name" "$PY" scripts/bench.py --device cuda --json "$OUT/$name.json" "$@"
 }
 

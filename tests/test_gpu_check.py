@@ -171,6 +171,14 @@ def test_a_skipped_test_has_not_passed(check, tmp_path):
     assert verdicts(tmp_path) == [("tests", "passed"), ("tests", "3 of them skipped")]
 
 
+def test_results_of_an_earlier_call_are_not_those_of_a_failed_one(check, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("look_graph_on.weights.pkl", "bench.json", "other.json"):
+        (tmp_path / "out" / name).write_text("old")
+    assert check("look", "bench", FAIL="*bench.py*")[0] == 1
+    assert {"look_graph_on.weights.pkl", "bench.json", "other.json"} & packed(tmp_path).keys() == {"other.json"}
+
+
 def test_later_calls_add_to_the_results(check, tmp_path):
     assert check("sweep")[0] == 0
     assert check("profile")[0] == 0
