@@ -104,6 +104,8 @@ def test_separate_masks_and_passes_in_a_file(run, tmp_path):
     ):
         code, _, err, _ = run(*weights, *argv)
         assert (code, err.count("\n"), message in err) == (2, 1, True), err
+    code, _, err, _ = run(*flags, "--mc_dropout", "9", *passes, out="more")
+    assert (code, "holds passes, but the weights are yet to be trained; name a new file\n" in err) == (2, True)
     code, _, err, _ = run(*MODELS["tcn"].split(), "--rhn_masks", "separate")
     assert (code, err) == (2, "error: --rhn_masks: has no effect on --model tcn; leave it out\n")
 

@@ -249,6 +249,8 @@ class LanguageModelConfig(CoreConfig):
         path = Path(self.mc_file)
         if not path.absolute().parent.is_dir():
             raise UserError(f"--mc_file {path}: no such folder; make it, or name another file")
+        if path.exists() and not (self.eval or self.resume):
+            raise UserError(f"--mc_file {path}: holds passes, but the weights are yet to be trained; name a new file")
         depends = {
             name: value
             for name, value in to_settings(self).items()
