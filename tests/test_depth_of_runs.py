@@ -100,6 +100,11 @@ def _options(flags):
             "--mixed_group 2: the input climbs one group per layer and would not reach the output; begin --grow or "
             "--random_depth with 2 layers or more",
         ),
+        (
+            "--mixed_group 2 --nhid 8 --eval_depths 3 1",
+            "--mixed_group 2: the input climbs one group per layer and would not reach the output of 1 layer; score "
+            "with 2 layers or more",
+        ),
         ("--model rhn --grow 1:1", "--grow: has no effect on --model rhn; leave it out"),
         (
             "--horizon auto --repack",

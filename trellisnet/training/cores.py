@@ -11,7 +11,7 @@ from trellisnet import ops
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseStack, rhn, tcn
 from trellisnet.core import TrellisNet
 from trellisnet.equilibrium import EquilibriumTrellisNet
-from trellisnet.errors import UserError
+from trellisnet.errors import UserError, counted
 from trellisnet.ops import gemm
 from trellisnet.training.hardware import HardwareConfig
 
@@ -184,6 +184,11 @@ class _Trellis(Core):
                 advice = f"begin --grow or --random_depth with {climbs + 1} layers or more"
             raise UserError(
                 f"--mixed_group {groups}: the input climbs one group per layer and would not reach the output; {advice}"
+            )
+        if shallow := [depth for depth in (*config.eval_depths, config.eval_nlevels) if 0 < depth <= climbs]:
+            raise UserError(
+                f"--mixed_group {groups}: the input climbs one group per layer and would not reach the output of "
+                f"{counted(shallow[0], 'layers')}; score with {climbs + 1} layers or more"
             )
         solving = {}
         if config.equilibrium:
