@@ -4,9 +4,9 @@
     python scripts/generate.py --task char_ptb --preset small --load_weight weights.pkl --temperature 0.7 --samples 3
 
 The text goes to standard output, with a line feed for each `<eos>`, the speed to standard error. The model reads the
-prompt from a zero state, as the first words (or characters) of a text. A line feed in the prompt is `<eos>`, and an
-empty prompt is a single `<eos>`. All words must be in the vocabulary, which lies beside the weights; the data are read
-only if it does not. The same seed gives the same text on the same machine.
+prompt from a zero state, as the first words (or characters) of a text. A line feed in the prompt is `<eos>`, unless the
+model reads bytes, and an empty prompt is a single line feed. All words must be in the vocabulary, which lies beside the
+weights; the data are read only if it does not. The same seed gives the same text on the same machine.
 """
 
 import functools
@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 from scripts import trained
 from scripts.common import check_bounds
-from trellisnet.data.corpus import EOS
 from trellisnet.errors import UserError, shown
 from trellisnet.evaluation.generate import Sampling
 from trellisnet.models import count_parameters
@@ -41,7 +40,7 @@ def run(argv: Sequence[str]) -> None:
     """Parse, load, generate, print."""
     parser = Parser(description=__doc__.splitlines()[0])
     trained.add_flags(parser)
-    parser.add_argument("--prompt", default="", help="beginning of the text (default: a single <eos>)")
+    parser.add_argument("--prompt", default="", help="beginning of the text (default: the end of a line)")
     parser.add_argument("--length", type=int, default=200, help="tokens to generate (default: 200)")
     parser.add_argument("--samples", type=int, default=1, help="number of texts, generated in parallel (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most probable token (default: 1)")
@@ -59,10 +58,11 @@ def run(argv: Sequence[str]) -> None:
     vocabulary = model.vocabulary
     try:
         prompt = vocabulary.encode_prompt(args.prompt)
+        start = prompt or vocabulary.line_end()
     except UserError as e:
         raise UserError(f"--{e}") from e
     if not prompt:
-        print(f"empty prompt: starting from {EOS}, the end of a line", file=sys.stderr)
+        print(f"empty prompt: starting from {vocabulary.tokens[start[0]]}, the end of a line", file=sys.stderr)
     begin = time.perf_counter()
     texts = model.continuations(prompt, args.length, sampling, samples=args.samples, seed=args.seed)
     seconds = time.perf_counter() - begin
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
     count, parameters, noun = args.length * args.samples, count_parameters(model.model), vocabulary.spelling.noun
     print(
         f"{count:,} {noun} in {seconds:.1f} s, {count / seconds:,.0f} {noun}/s, "
-        f"prompt of {len(prompt) or 1:,} included; {model.config.model}, {parameters:,} parameters, {model.device}",
+        f"prompt of {len(start):,} included; {model.config.model}, {parameters:,} parameters, {model.device}",
         file=sys.stderr,
     )
 

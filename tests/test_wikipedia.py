@@ -14,12 +14,14 @@ import torch
 from char_ptb import data
 from char_ptb.model import Config, build_model
 from char_ptb.train import main
+from scripts import generate
 from trellisnet.data import corpus, download, wikipedia
 from trellisnet.data.corpus import SPLITS
 from trellisnet.data.spelling import BYTE_TOKENS, BYTES
 from trellisnet.data.vocabulary import Vocabulary
 from trellisnet.errors import UserError
-from trellisnet.models import count_parameters
+from trellisnet.evaluation.pretrained import Pretrained
+from trellisnet.models import TrellisLanguageModel, count_parameters
 from trellisnet.training.config import parse
 
 SIZE = 200_000
@@ -195,6 +197,18 @@ def test_training_scores_bits_per_character(file, tmp_path, capsys, model):
     vocabulary = json.loads((tmp_path / "run" / "vocabulary.json").read_text())
     assert vocabulary["spelling"] == "bytes"
     assert len(vocabulary["ids"]) == 60
+    assert "<0a>" not in vocabulary["ids"]
+    assert generate.main(["--run", str(tmp_path / "run")]) == 2
+    expected = "error: --prompt: expected some text, as no line ends among the symbols of the vocabulary\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_an_empty_prompt_of_bytes_is_a_line_feed():
+    vocabulary = Vocabulary(["a", "<0a>", "<ff>"], BYTES)
+    model = TrellisLanguageModel(3, 4, 6, 2, output_size=4).eval()
+    loaded = Pretrained(model, Config(dataset="enwik8"), torch.device("cpu"), vocabulary)
+    assert vocabulary.line_end() == [1]
+    assert loaded.generate("", 9) == loaded.generate("\n", 9)[1:]
 
 
 @pytest.mark.parametrize(

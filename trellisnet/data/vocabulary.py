@@ -75,6 +75,18 @@ class Vocabulary:
             raise self._refusal("prompt", unknown)
         return [self.ids[token] for token in tokens]
 
+    def line_end(self) -> list[int]:
+        """Return the ids that an empty prompt stands for: `<eos>`, or in bytes a line feed.
+
+        Raises:
+            UserError: the vocabulary has no end of a line, as that of text8.
+        """
+        try:
+            return self.encode_prompt("\n")
+        except UserError as e:
+            noun = self.spelling.noun
+            raise UserError(f"prompt: expected some text, as no line ends among the {noun} of the vocabulary") from e
+
     def _as_read(self, text: str) -> str:
         """Return a text as it is read from a file; bytes are never normalised."""
         return text if self.spelling is BYTES else normalised(text)

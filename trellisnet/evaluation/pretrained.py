@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from trellisnet import weights
-from trellisnet.data.corpus import EOS
 from trellisnet.data.spelling import WORDS
 from trellisnet.data.vocabulary import FILE, Vocabulary
 from trellisnet.errors import NAME, UserError, shown
@@ -102,7 +101,7 @@ class Pretrained:
         """Continue a text.
 
         Args:
-            prompt: its beginning, whose last line is unfinished; an empty one stands for `<eos>`.
+            prompt: its beginning, whose last line is unfinished; an empty one stands for `<eos>`, in bytes a line feed.
             length: tokens to generate.
             temperature, top_k, top_p: as in :class:`Sampling <trellisnet.evaluation.generate.Sampling>`.
             seed: the same seed gives the same text on the same machine.
@@ -111,7 +110,8 @@ class Pretrained:
             the prompt and its continuation.
 
         Raises:
-            UserError: no language model, or a word of the prompt is not in the vocabulary.
+            UserError: no language model, or a word of the prompt is not in the vocabulary, nor, if the prompt is empty,
+                the end of a line.
             ValueError: a number out of range.
         """
         ids = self._language("generate").encode_prompt(prompt)
@@ -129,7 +129,7 @@ class Pretrained:
             samples: number of continuations.
         """
         vocabulary = self._language("generate")
-        start = torch.tensor([prompt or [vocabulary.ids[EOS]]] * samples, device=self.device)
+        start = torch.tensor([prompt or vocabulary.line_end()] * samples, device=self.device)
         generator = torch.Generator().manual_seed(seed)
         with self.config.float32_products(), self.config.autocast(self.device):
             drawn = [token.cpu() for token in generate(self.model, start, length, sampling, generator=generator)]
