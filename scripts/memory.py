@@ -41,7 +41,7 @@ from trellisnet.training.distributed import Ranks
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import Classification, Splits, evaluating
-from trellisnet.training.tasks.base import tracked
+from trellisnet.training.tasks.base import mean, tracked
 
 DIGITS, BLANK, MARKER = 10, 0, 9  # number of digits to remember, each from 1 to 8; the other two symbols
 DATA_SEED = 2018  # of the examples, the same for every --seed
@@ -230,7 +230,7 @@ class MemoryTask(Classification):
                 sums = self.sums(self.prepare(x), y)
                 totals += torch.stack([*(part.double().cpu() for part in sums), torch.tensor(float(len(y)))])
         loss, score, examples = self.ranks.sum(*totals.tolist())
-        return {"loss": loss / examples, self.score_name: score / examples, "examples": int(examples)}
+        return {"loss": mean(loss, examples), self.score_name: mean(score, examples), "examples": int(examples)}
 
     def training_score(self, means: dict[str, float]) -> float:
         """Score during training."""

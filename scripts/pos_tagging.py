@@ -53,7 +53,7 @@ from trellisnet.training.distributed import Ranks
 from trellisnet.training.optim import Schedule, make_schedule
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import AccuracyTask, Splits, evaluating
-from trellisnet.training.tasks.base import tracked
+from trellisnet.training.tasks.base import mean, tracked
 from trellisnet.wrappers import both_ways
 
 PAD, UNKNOWN, NO_TAG = "<pad>", "<unk>", -100  # cross_entropy ignores the last
@@ -386,7 +386,7 @@ class Tagging(AccuracyTask):
                 loss, right, tokens = loss + sums[0].item(), right + sums[-1].item(), tokens + self.size(batch)
                 if max_tokens is not None and tokens >= max_tokens:
                     break
-        return {"loss": loss / tokens, "accuracy": right / tokens, "tokens": int(tokens)}
+        return {"loss": mean(loss, tokens), "accuracy": mean(right, tokens), "tokens": int(tokens)}
 
 
 def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, Splits, Schedule, dict[str, Any]]:

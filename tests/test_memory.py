@@ -110,6 +110,14 @@ def test_a_plateau_divides_the_rate():
     assert [schedule.step(epoch, 1.0 + epoch) for epoch in (1, 2, 3)] == [1.0, 1.0, 0.25]
 
 
+@pytest.mark.parametrize("problem", ["copy", "adding"])
+def test_a_rank_that_a_signal_stops_at_once_has_no_mean(problem):
+    config, _ = parse(memory.Config, ["--problem", problem, "--examples", "1", "--length", "2", "--dilation", "1"])
+    task, splits, *_ = memory.setup(config, torch.device("cpu"), Ranks())
+    result = task.evaluate(splits.valid, progress=lambda batches, total: ())
+    assert (math.isnan(result["loss"]), math.isnan(result[task.score_name]), result["examples"]) == (True, True, 0)
+
+
 def test_data_folders_are_refused(run):
     code, printed, _ = run("--data", "somewhere")
     assert (code, printed.err.count("\n")) == (2, 1)

@@ -1,10 +1,12 @@
 """scripts/pos_tagging.py and scripts/bench_sparse.py: a sparse embedding, ways of computing a sparse layer."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +270,12 @@ def test_files_from_the_command_line(run, tmp_path):
 def test_the_ways_of_computing_a_sparse_layer_agree(capsys):
     assert bench.main(["--quick"]) == 0
     assert "40 → 60, 5 parts: parts " in capsys.readouterr().out
+
+
+def test_a_rank_that_a_signal_stops_at_once_has_no_mean():
+    task = pos.Tagging(pos.Tagger(9, 3, 4, 4), batch_size=4, eval_batch_size=4, seed=0)
+    result = task.evaluate(SimpleNamespace(lengths=torch.ones(5)), progress=lambda batches, total: ())
+    assert (math.isnan(result["loss"]), math.isnan(result["accuracy"]), result["tokens"]) == (True, True, 0)
 
 
 def test_ids_beyond_a_sentence_have_no_influence():
