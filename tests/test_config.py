@@ -75,8 +75,11 @@ def test_settings_survive_json(tmp_path):
     again = config("--config", str(path))
     assert (again.dilation, again.emsize) == ([1, 2], Config.presets["small"]["emsize"])
     assert config("--config", str(path), "--preset", "small") == dataclasses.replace(again, config=str(path))
-    with pytest.raises(UserError, match=r"^--preset paper: has no effect beside --config .*, which sets all that "):
-        config("--config", str(path), "--preset", "paper")
+    for preset in ("paper", "default"):
+        with pytest.raises(UserError, match=rf"^--preset {preset}: has no effect beside --config .*, which sets all "):
+            config("--config", str(path), "--preset", preset)
+    path.write_text('{"lr": 9}')
+    assert config("--config", str(path), "--preset", "default").lr == 9
 
 
 def test_lists_are_not_shared_between_configurations():

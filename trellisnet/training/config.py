@@ -425,8 +425,8 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     if "preset" in explicit:
         explicit["preset"] = cls.preset_of(explicit)
     if "preset" in flags and explicit["preset"] != stored.get("preset"):
-        overridden = cls.presets[explicit["preset"]].keys()
-        if overridden and overridden <= stored.keys():  # the file is that of a run, which has all settings
+        presets = [cls.presets[explicit["preset"]]] if cls.presets[explicit["preset"]] else cls.presets.values()
+        if set().union(*presets) <= stored.keys():  # the file is that of a run, which has all settings
             flag = "run" if flags.get("run") else "config"
             raise UserError(
                 f"--preset {flags['preset']}: has no effect beside --{flag} {flags[flag]}, which sets all that the "
