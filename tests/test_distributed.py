@@ -27,6 +27,7 @@ from trellisnet.ops import compiled
 from trellisnet.training import checkpoint
 from trellisnet.training.config import PROJECT
 from trellisnet.training.distributed import Ranks, StepStatus
+from trellisnet.training.hardware import HardwareConfig
 from trellisnet.training.runlog import runnable
 
 # With dropout, so that random numbers matter; the state is carried, and Adam has one of its own.
@@ -118,6 +119,25 @@ def test_only_torchrun_makes_ranks(monkeypatch):
     ranks = Ranks.of_environment()
     assert (ranks.rank, ranks.size, ranks.local_rank, ranks.first) == (5, 8, 1, False)
     assert ranks.launcher() == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4"]
+
+
+def test_ranks_that_compute_on_the_cpu_need_no_cuda_devices(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    cpu = (HardwareConfig(cuda=False), HardwareConfig(device="cpu"))
+    for rank in range(2):
+        for config in cpu:
+            Ranks(rank, 2, rank, 2).device(config.wanted_device())
+    assert not taken
+    Ranks(0, 2, 0, 2).device(HardwareConfig().wanted_device())
+    assert taken == [0]
+    with pytest.raises(UserError, match="--nproc_per_node 2: there are 1 CUDA devices?; start no more processes, or"):
+        Ranks(1, 2, 1, 2).device(HardwareConfig().wanted_device())
+    with pytest.raises(UserError, match="--device cuda:0: every rank needs a device of its own; pass --device cuda"):
+        Ranks(1, 2, 1, 2).device("cuda:0")
+    Ranks().device("cuda:0")
 
 
 def test_every_rank_but_the_first_has_random_numbers_of_its_own():

@@ -221,8 +221,13 @@ def test_what_cannot_be_recorded_fails_in_one_line(counts, tmp_path, monkeypatch
 def test_where_steps_are_recorded(config, flags, reason, monkeypatch):
     settings, _ = parse(config.Config, flags)
     assert settings.no_graph(CUDA) == reason
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert settings.no_graph(CUDA)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for size in ("1", "2"):  # a single process of torchrun trains alone
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
+        alone = settings.no_graph(CUDA) == reason
+        assert alone == (size == "1")
     assert settings.no_graph(torch.device("cpu")) == "needs a CUDA device, got cpu"
 
 

@@ -225,7 +225,7 @@ class _Program:
                 torch.set_num_threads(config.threads)
             if config.deterministic:  # required by cuBLAS, which reads it when it is first used
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            ranks.device(config.device)
+            ranks.device(config.wanted_device())
             # What "auto" resolves to is part of the run: a continuation makes the same choices.
             device = config.torch_device()
             config = config.resolved(device)

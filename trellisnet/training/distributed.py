@@ -206,7 +206,7 @@ class Ranks:
         Raises:
             UserError: there are fewer devices than ranks, or `wanted` is one device for all.
         """
-        if self.size == 1 or not wanted.startswith(("auto", "cuda")) or not torch.cuda.is_available():
+        if self.size == 1 or not wanted.startswith("cuda") or not torch.cuda.is_available():
             return
         if wanted.startswith("cuda:"):
             raise UserError(f"--device {wanted}: every rank needs a device of its own; pass --device cuda")

@@ -11,6 +11,7 @@ import torch
 
 from trellisnet import ops
 from trellisnet.errors import UserError
+from trellisnet.training.distributed import Ranks
 from trellisnet.training.settings import Settings, setting
 
 GRAPHS = ("auto", "on", "off")
@@ -54,15 +55,19 @@ class HardwareConfig(Settings):
         """Return whether this process resumes a run, perhaps on other hardware."""
         return False
 
+    def wanted_device(self) -> str:
+        """Return the name of the device to run on, whether this machine has it or not."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
+
     def torch_device(self) -> torch.device:
         """Return the device to run on.
 
         Raises:
             UserError: this machine does not have it.
         """
-        wanted = self.device
-        if wanted == "auto":
-            wanted = "cuda" if self.cuda and torch.cuda.is_available() else "cpu"
+        wanted = self.wanted_device()
         try:
             device = torch.device(wanted)
             torch.empty(1, device=device).item()
@@ -121,5 +126,5 @@ class HardwareConfig(Settings):
         """Say why a training step cannot be a CUDA graph; empty if it can."""
         if device.type != "cuda":
             return f"needs a CUDA device, got {device.type}"
-        several = torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+        several = Ranks.of_environment().size > 1
         return "processes that train together exchange gradients within a step" if several else ""
