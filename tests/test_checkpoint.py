@@ -47,13 +47,22 @@ def test_random_number_generators_resume(tmp_path):
     assert draw() == expected
 
 
-@pytest.mark.parametrize(("devices", "restored"), [(0, []), (1, [3]), (2, [3, 4]), (3, [3, 4])])
-def test_random_number_generators_resume_on_the_devices_that_there_are(monkeypatch, devices, restored):
-    found = []
-    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
-    monkeypatch.setattr("torch.cuda.set_rng_state_all", found.extend)
-    checkpoint.set_rng_state(checkpoint.rng_state() | {"cuda": [3, 4]})
-    assert found == restored
+@pytest.mark.parametrize("there", [0, 1, 2])
+def test_random_number_generators_resume_on_another_device(monkeypatch, there):
+    found, states = [], {0: 5, 1: 6, 2: 7}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: device)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda: states[device])
+    monkeypatch.setattr("torch.cuda.set_rng_state", found.append)
+    device = 1
+    state, device = checkpoint.rng_state(), there
+    assert state["cuda"] == [6]
+    checkpoint.set_rng_state(state)
+    checkpoint.set_rng_state(state | {"cuda": [3, 4]})  # of a file with the states of two devices
+    checkpoint.set_rng_state(state | {"cuda": []})  # of a run on the CPU
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+    checkpoint.set_rng_state(state)  # in a run on the CPU
+    assert found == [6, [3, 4, 4][there]]
 
 
 VALUES = {

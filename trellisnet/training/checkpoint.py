@@ -19,7 +19,7 @@ a dict of tensors and plain values:
     seconds     wall time of training so far
     running     sums of the unfinished epoch's losses
     skipped     steps skipped so far because their loss or gradient was not finite
-    rng         states of the random number generators of torch (CPU and CUDA), numpy and python
+    rng         states of the random number generators of torch (CPU and current CUDA device), numpy and python
     rng_others  those of the ranks after the first, a list
 """
 
@@ -135,20 +135,25 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def rng_state() -> dict[str, Any]:
-    """States of the random number generators of torch (CPU and CUDA), numpy and python, as tensors and plain values."""
+    """States of the random number generators of torch (CPU and current CUDA device), numpy and python.
+
+    The values are tensors and plain values.
+    """
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`rng_state` returned; CUDA states for the devices that there are, which may be others now."""
+    """Restore what :func:`rng_state` returned; the current CUDA device may be another one now."""
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if state["cuda"] and torch.cuda.is_initialized():
+        # Older files hold a state for every device of their machine, by number.
+        torch.cuda.set_rng_state(state["cuda"][min(torch.cuda.current_device(), len(state["cuda"]) - 1)])
     np.random.set_state(_numpy_state(state))
     random.setstate(_python_state(state))
 

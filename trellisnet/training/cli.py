@@ -228,6 +228,8 @@ class _Program:
             ranks.device(config.wanted_device())
             # What "auto" resolves to is part of the run: a continuation makes the same choices.
             device = config.torch_device()
+            if device.index is not None and device.type == "cuda":
+                torch.cuda.set_device(device)  # checkpoints hold the random numbers of the current device
             config = config.resolved(device)
             if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # imports torch's compiler
                 torch.use_deterministic_algorithms(config.deterministic)
