@@ -636,6 +636,22 @@ def test_a_sparse_lstm_equals_a_dense_one_with_zeros(rate):
     assert_close((h, c), (eh.squeeze(0), ec.squeeze(0)))
 
 
+@pytest.mark.parametrize("name", ["awd-lstm", "sparse-lstm"])
+def test_states_are_contiguous_as_cudnn_demands(name, monkeypatch):
+    lstm, contiguous = torch.lstm, []
+
+    def recorded(x, state, *arguments):
+        contiguous.extend(part.is_contiguous() for part in state)
+        return lstm(x, state, *arguments)
+
+    monkeypatch.setattr(torch, "lstm", recorded)
+    core = CORES[name](10, 12, 2, output_size=10)
+    _, state, _ = core(torch.randn(3, 4, 10))
+    core(torch.randn(3, 4, 10), state)
+    assert len(contiguous) >= 8
+    assert all(contiguous)
+
+
 def test_a_sparse_embedding_equals_its_assembled_matrix_in_and_out():
     embedding = functools.partial(SparseEmbedding, blocks=3, density=0.5)
     module, ids = model("awd-lstm", embedding=embedding), tokens()

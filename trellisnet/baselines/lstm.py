@@ -79,7 +79,8 @@ class WeightDropLSTM(nn.LSTM):
             zeros = x.new_zeros(x.size(0), self.hidden_size)
             state = zeros, zeros
         weights = [self.weight_ih_l0, scaled(weight, scale), self.bias_ih_l0, self.bias_hh_l0]
-        h, c = (part.to(x.dtype).unsqueeze(0) for part in state)
+        # cuDNN refuses the columns of a wider state, which a sparse layer passes.
+        h, c = (part.to(x.dtype).unsqueeze(0).contiguous() for part in state)
         with torch.autocast(x.device.type, enabled=False) if wide else contextlib.nullcontext():
             # has_biases, num_layers, dropout, train, bidirectional, batch_first
             x, h, c = torch.lstm(x, (h, c), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
