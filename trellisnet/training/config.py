@@ -424,7 +424,7 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     explicit = stored | flags
     if "preset" in explicit:
         explicit["preset"] = cls.preset_of(explicit)
-    if "preset" in flags and explicit["preset"] != stored.get("preset"):
+    if "preset" in flags and explicit["preset"] in cls.presets and explicit["preset"] != stored.get("preset"):
         presets = [cls.presets[explicit["preset"]]] if cls.presets[explicit["preset"]] else cls.presets.values()
         if set().union(*presets) <= stored.keys():  # the file is that of a run, which has all settings
             flag = "run" if flags.get("run") else "config"
