@@ -134,8 +134,9 @@ def test_a_block_that_results_quotes_may_stand_on_any_page(root):
     assert "\n## What is not comparable in the published tables\n\n- sizes\n" in (folder / "RESULTS.md").read_text()
 
 
-def test_shipped_models(root):
-    folder = root(load_weight="results/zero/weights.pkl")
+@pytest.mark.parametrize("weights", ["results/zero/weights.pkl", "results/zero/weights.safetensors", "results/zero"])
+def test_shipped_models(root, weights):
+    folder = root(load_weight=weights)
     (folder / "README.md").write_text("a\n<!-- shipped: begin -->\n<!-- shipped: end -->\nb\n")
     exported = EXPORTED
     path = folder / "results" / "one" / "weights.json"
@@ -793,7 +794,7 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
         "char": {"task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.4, "tokens": 5}, "valid": None},
         "sequential": images | {"permute": False},
         "permuted": images | {"permute": True, "augment": False},
-        "varied": images | {"permute": True, "augment": True},
+        "varied": images | {"permute": True, "augment": True, "load_weight": "results/permuted"},
         "better": {
             "load_weight": "results/one/weights.pkl", "params": 7, "test": METRICS["test"] | {"ppl": 20.0},
         },
@@ -809,10 +810,11 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
         f"| 1 | word_ptb | {size['word_ptb']} | 56.97 | 20.00 | `small` | 7 | Penn Treebank | 60 after `results/one` |",
         f"| 3 | char_ptb | {size['char_ptb']} | 1.158 | 1.4000 | {after} |",
         f"| 4 | pmnist, permuted | {size['pmnist']} | 98.13 % | 95.00 % | {after} |",
-        f"| 4 | pmnist, permuted, augmented | {size['pmnist']} | 98.13 % | 95.00 % | {after} |",
+        f"| 4 | pmnist, permuted, augmented | {size['pmnist']} | 98.13 % | 95.00 % | "
+        f"{after} after `results/permuted` |",
         f"| 4 | pmnist, not permuted | {size['pmnist']} | 99.20 % | 95.00 % | {after} |",
     ]
-    assert "\n## pmnist, preset `small`, augmented\n" in text
+    assert "\n## pmnist, preset `small`, augmented, from `results/permuted`\n" in text
     assert text.count("\n## pmnist, preset `small`\n") == 1
 
 

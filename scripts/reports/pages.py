@@ -8,7 +8,7 @@ from typing import Any
 from scripts.reports import records
 from scripts.reports.flags import flags
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import refusing, score_of, without
+from scripts.reports.records import refusing, score_of, started_from, without
 from scripts.reports.tables import LICENCES, PUBLISHED
 from trellisnet.training import programs
 from trellisnet.training.language_model import LanguageModelConfig
@@ -113,7 +113,7 @@ def shipped(root: Path) -> list[str]:
     for name, (weights, metrics) in records.read_shipped(root).items():
         with refusing(root / "results" / name):
             paper, order = _published(metrics)
-            start = Path(metrics["load_weight"]).parent.name
+            start = Path(started_from(metrics)).name
             minutes = f"{metrics['seconds'] / 60:.0f}" + (f" after `{start}`" if start else "")
             score, text = score_of(weights["test"]), _score_text(weights["test"])
             rows.append(
@@ -160,7 +160,7 @@ def card(folder: Path) -> list[str]:
     task, (paper, order) = weights["task"], _published(metrics)
     scores = [_score_text(weights[split]) if weights[split] else "" for split in ("valid", "test")]
     reference = f"{paper} ({PUBLISHED[task].setting})"
-    start = Path(metrics["load_weight"]).parent.name
+    start = Path(started_from(metrics)).name
     begun = f"It continues [`{start}`](../{start}/README.md)." if start else "It started from random weights."
     licence = LICENCES.get(weights["corpus"], "see their source")
     config = programs.get(task).config_class

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from scripts.reports.tables import COMPARED, GROWTH, MEMORY, PUBLISHED, RECIPE, TABLES, TAGGED, WEIGHTS, Row
 from trellisnet.data import wikipedia
 from trellisnet.errors import NAME, UserError, shown
-from trellisnet.serialization import read_regular
+from trellisnet.serialization import SAFETENSORS, read_regular
 from trellisnet.training.runlog import read_records
 
 Record = Mapping[str, Any]
@@ -187,6 +187,14 @@ class Run(NamedTuple):
     metrics: Record
     epochs: list[Record]
     evaluations: dict[str, Record]  # by split, in the order they were printed
+
+
+def started_from(record: Record) -> str:
+    """Return the folder of the weights that a run started from, or nothing; the flag takes a file or a folder."""
+    weights = Path(record["load_weight"])
+    if not weights.name:
+        return ""
+    return str(weights.parent if weights.suffix in (".pkl", SAFETENSORS) else weights)
 
 
 def read_run(folder: Path, *ignored: str) -> Run:

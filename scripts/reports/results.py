@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.reports import records
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import ADAPTED, Run, Score, options, place, refusing, score_of, without
+from scripts.reports.records import ADAPTED, Run, Score, options, place, refusing, score_of, started_from, without
 from scripts.reports.tables import EQUILIBRIA, GROWTH, PUBLISHED, TAGGED, WEIGHTS
 from trellisnet.errors import counted
 
@@ -96,7 +96,7 @@ def summary(runs: Iterable[Run]) -> str:
     rows = []
     for task, order, augmented in sorted(best, key=position):
         metrics, published = best[task, order, augmented], PUBLISHED[task]
-        score, start = score_of(metrics["test"]), metrics["load_weight"].rpartition("/")[0]
+        score, start = score_of(metrics["test"]), started_from(metrics)
         rows.append(
             (
                 published.table, ", ".join(filter(None, (task, order, augmented))), published.setting,
