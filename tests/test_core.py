@@ -285,7 +285,7 @@ def test_a_size_set_later_must_fit_the_kernels(backend, name, message):
 @pytest.mark.parametrize("arguments", [{}, {"last_only": True}, {"lengths": [7, 3]}])
 @pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"activation": "gru"}])
 def test_an_input_in_16_bits_within_autocast_gives_float32(options, arguments):
-    """The input is rounded in the products, whatever its dtype; cells and outputs are in the dtype of the weights."""
+    """Products round inputs of any dtype; cells and outputs keep the dtype of the weights."""
     torch.manual_seed(0)
     module, x, state = TrellisNet(3, 5, 4, init_gain=2.0, **options), torch.randn(2, 7, 3), torch.randn(2, 5)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
