@@ -7,6 +7,7 @@ per step then combines its status: whether all numbers are finite, whether a che
 
 import contextlib
 import datetime
+import importlib
 import os
 import platform
 import re
@@ -126,6 +127,10 @@ class Ranks:
         """
         if self.size == 1:
             return
+        # Its functions have the default group of the moment of import as a default argument. DistributedDataParallel
+        # imports it too; if only then, the group and gloo's threads outlive leave(), and a thread that frees a tensor
+        # while the interpreter ends aborts the process.
+        importlib.import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
