@@ -44,7 +44,7 @@ TEXT = """--emsize 8 --nout 8 --nlevels 4 --horizon 6 --batch_size 12 --emb_drop
 --aux_freq 2 --alpha 2 --beta 1 --lr 1 --optim SGD --clip 0.25 --mc_dropout 2 --eval_all""".split()
 DOUBLE = "--gemm mm --gates eager".split()  # these can compute in float64
 CARRIED = "--repack --seq_len 0".split()
-IMAGES = "--nlevels 6 --batch_size 8 --optim SGD --lr 0.5 --no-validation".split()
+IMAGES = "--nlevels 6 --batch_size 12 --optim SGD --lr 0.5 --no-validation".split()
 CASES = {
     "word_ptb": [*TEXT, *"--no-repack --seq_len 20 --horizon auto --random_depth 1 --eval_depths 2 6".split()],
     "word_ptb, carried, mixture, 2 slices": [*TEXT, *CARRIED, *"--n_experts 3 --accumulate 2".split()],
