@@ -394,9 +394,11 @@ def test_without_a_tolerance_an_exit_scores_exact_histories(windows):
 
 
 def test_a_run_is_scored_with_early_exit(run_folder, tmp_path, capsys):
-    run = ["--run", str(run_folder), *"--eval --threads 1 --early_exit 0.1".split(), "--metrics", str(tmp_path / "m")]
-    assert main(run) == 0
+    run = ["--run", str(run_folder), "--metrics", str(tmp_path / "m")]
+    assert main([*run, *"--eval --threads 1 --early_exit 0.1 0.10000001".split()]) == 0
     metrics = json.loads((tmp_path / "m").read_text())
+    exits = ["test_exit_0", "test_exit_0.1", "test_exit_0.10000001"]
+    assert [key for key in metrics if key.startswith("test_exit")] == exits
     exact, early = metrics["test_exit_0"], metrics["test_exit_0.1"]
     assert exact["layers"] == 3
     assert 1 < early["layers"] <= 3

@@ -88,7 +88,7 @@ class AdaptiveConfig(LanguageModelConfig):
         extra = super().extra_evaluations(task, corpus, rows) | scores(self, task, corpus)
         for split in SPLITS if self.early_exit else ():
             for share in sorted({0.0, *self.early_exit}):  # 0: all layers, for comparison
-                extra[f"{split}_exit_{share:g}"] = functools.partial(_timed_exit, task, share), rows[split]
+                extra[f"{split}_exit_{share:.15g}"] = functools.partial(_timed_exit, task, share), rows[split]
         return extra
 
 
@@ -147,9 +147,18 @@ class _Adapted:
                 raise UserError(
                     f"--adapt_rows {config.adapt_rows}: rows of {short} of {split} are too short; pass fewer"
                 )
-            if config.cache and config.cache[0] >= text.size(1) - 2:
+            scored = min(self._scored(windows, text) for windows in cuts)
+            if config.cache and config.cache[0] > scored - 2:  # it would act nowhere
                 given = f"--cache {' '.join(f'{number:.15g}' for number in config.cache)}"
-                raise UserError(f"{given}: WINDOW: expected less than the {text.size(1)} tokens of a row of {split}")
+                raise UserError(
+                    f"{given}: WINDOW: expected at most {scored - 2}, as {counted(scored, 'positions')} of a row of "
+                    f"{split} are scored"
+                )
+
+    def _scored(self, windows: Windows, text: Tensor) -> int:
+        """Number of positions of a row that are scored in these windows."""
+        starts = windows.starts_to_score(text, self.config.max_eval_tokens or None)
+        return min(starts[-1] + windows.length, text.size(1) - 1) - windows.context
 
     def methods(self) -> dict[str, Method]:
         """Methods that score a split, by name: (split, rows, max_tokens=…, progress=…) → result."""
