@@ -266,7 +266,7 @@ class Tagged:
 
 
 def encode(data: list[Sentence], words: dict[str, int], tags: dict[str, int], device: torch.device) -> Tagged:
-    """Encode sentences; unknown words become `<unk>`, unknown tags count as errors."""
+    """Encode sentences; unknown words become `<unk>`, unknown tags count as errors, without a loss."""
     lengths = torch.tensor([len(sentence) for sentence in data])
     shape = len(data), int(lengths.max())
     ids, targets = torch.full(shape, words[PAD]), torch.full(shape, NO_TAG)
@@ -360,40 +360,40 @@ class Tagging(AccuracyTask):
         return int(batch[2].sum())
 
     def _sums(self, words: Tensor, tags: Tensor, lengths: Tensor, smoothing: float = 0.0) -> tuple[Tensor, ...]:
-        """Summed losses without and with label smoothing, and the number of correct tags."""
+        """Summed losses without and with label smoothing, and the numbers of correct and of known tags."""
         logits = self.model(words, lengths).flatten(0, 1)
         tags = hide_padding(tags, lengths, NO_TAG)
         known = tags.flatten().masked_fill(tags.flatten() >= logits.size(1), NO_TAG)
         loss = smoothed = F.cross_entropy(logits, known, reduction="sum")
         if smoothing:
             smoothed = F.cross_entropy(logits, known, reduction="sum", label_smoothing=smoothing)
-        return loss, smoothed, (logits.argmax(1) == tags.flatten()).sum()
+        return loss, smoothed, (logits.argmax(1) == tags.flatten()).sum(), (known != NO_TAG).sum()
 
     def loss(self, words: Tensor, tags: Tensor, lengths: Tensor, state: None = None) -> tuple[dict[str, Tensor], None]:
         """Mean loss and accuracy of the words of a batch."""
-        sums = self._sums(words, tags, lengths, self.label_smoothing)
-        raw, loss, right = (part / lengths.sum() for part in sums)
-        return {"loss": loss, "raw": raw, "accuracy": right}, None
+        raw, loss, right, known = self._sums(words, tags, lengths, self.label_smoothing)
+        return {"loss": loss / known, "raw": raw / known, "accuracy": right / lengths.sum()}, None
 
     @torch.no_grad()
     def evaluate(self, data: Tagged, *, max_tokens: int | None = None, progress: Any = None) -> dict[str, Any]:
-        """Mean loss and accuracy of all words in evaluation mode."""
-        loss = right = tokens = 0.0
+        """Accuracy of all words in evaluation mode, and the mean loss of those with a known tag."""
+        loss = right = known = tokens = 0.0
         with evaluating(self.model):
             for start in tracked(range(0, len(data.lengths), self.eval_batch_size), progress):
                 batch = data.batch(slice(start, start + self.eval_batch_size))
                 sums = self._sums(*batch)
-                loss, right, tokens = loss + sums[0].item(), right + sums[-1].item(), tokens + self.size(batch)
+                loss, right, known = loss + sums[0].item(), right + sums[2].item(), known + sums[3].item()
+                tokens += self.size(batch)
                 if max_tokens is not None and tokens >= max_tokens:
                     break
-        return {"loss": mean(loss, tokens), "accuracy": mean(right, tokens), "tokens": int(tokens)}
+        return {"loss": mean(loss, known), "accuracy": mean(right, tokens), "tokens": int(tokens)}
 
 
 def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, Splits, Schedule, dict[str, Any]]:
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
     Raises:
-        UserError: files that cannot be read; several processes, whose shares would have unequal numbers of words.
+        UserError: files that cannot be read, or whose tags have nothing in common; several processes, whose shares would have unequal numbers of words.
     """
     if ranks.size > 1:
         raise UserError("this program runs in one process; start it with python")
@@ -403,6 +403,9 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     counts.update(word for sentence in parts[0] for word, _ in sentence)
     words = {word: i for i, word in enumerate(ordered(counts, order))}
     tags = {tag: i for i, tag in enumerate(dict.fromkeys(tag for sentence in parts[0] for _, tag in sentence))}
+    for split, part in zip(SPLITS[1:], parts[1:], strict=True):
+        if tags.keys().isdisjoint(tag for sentence in part for _, tag in sentence):
+            raise UserError(f"{split}: has no tag of the training text; name the column of the tags with --columns")
     model = Tagger(
         len(words), len(tags), config.emsize, config.nhid,
         num_layers=config.nlevels if config.model == TrellisNet.core_name else None,

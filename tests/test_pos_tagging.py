@@ -115,6 +115,17 @@ def test_columns_of_other_formats():
         pos.sentences("1 a", columns=(2, 4))
 
 
+def test_unknown_tags_are_errors_without_a_loss():
+    torch.manual_seed(0)
+    words, tags = {pos.PAD: 0, pos.UNKNOWN: 1, "a": 2, "b": 3}, {"X": 0, "Y": 1}
+    known, unknown = [("a", "X"), ("b", "Y"), ("b", "X")], [("a", "Z")]
+    task = pos.Tagging(pos.Tagger(4, 2, 4, 3), batch_size=2, eval_batch_size=2, seed=0)
+    scores, both = (task.evaluate(pos.encode(data, words, tags, "cpu")) for data in ([known], [known, unknown]))
+    assert (scores["tokens"], both["tokens"]) == (3, 4)
+    assert both["loss"] == pytest.approx(scores["loss"])
+    assert both["accuracy"] == pytest.approx(scores["accuracy"] * 3 / 4)
+
+
 def test_the_papers_commands(tmp_path, capsys):
     """The three of its README, on a folder of files and on a single one."""
     parts = pos.synthetic()
@@ -247,6 +258,7 @@ def test_files_from_the_command_line(run, tmp_path):
     code, _, err, metrics = run(*files, "--epochs", "1", base=SMALL)
     assert (code, err, metrics["corpus"]) == (0, "", "tagged sentences")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "others.conll").write_text("w3-4\tnoun\n")
     for path in files[1::2]:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     code, out, err, same = run(*files, "--epochs", "1", "--overwrite", base=SMALL)
@@ -261,6 +273,7 @@ def test_files_from_the_command_line(run, tmp_path):
         (["--data", "synthetic", "--save", "x"], "--save and --out both name the folder of the run"),
         ([*files, "--emb_blocks", "4", "--emb_density", "0.1"], "--emb_density: expected 1/4 to 1"),
         ([*files[:5], tmp_path / "nothing"], "nothing: cannot be read"),
+        ([*files[:5], tmp_path / "others.conll"], "test: has no tag of the training text; name the column of the tags"),
     ):
         code, _, err, _ = run(*argv, "--overwrite", base=SMALL)
         assert (code, err.count("\n")) == (2, 1)
