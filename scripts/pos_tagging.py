@@ -393,7 +393,8 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
     """Task, data, schedule and facts of a run, for :func:`trellisnet.training.cli.main`.
 
     Raises:
-        UserError: files that cannot be read, or whose tags have nothing in common; several processes, whose shares would have unequal numbers of words.
+        UserError: files that cannot be read, or whose tags have nothing in common; several processes, whose shares
+            would have unequal numbers of words.
     """
     if ranks.size > 1:
         raise UserError("this program runs in one process; start it with python")
