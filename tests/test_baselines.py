@@ -17,7 +17,7 @@ import wt103.model
 from trellisnet import serialization
 from trellisnet.baselines import AWDLSTM, RHN, TCN, SparseEmbedding, SparseLSTM, SparseStack
 from trellisnet.baselines.lstm import WeightDropLSTM
-from trellisnet.baselines.sparse import _ratio, staircase
+from trellisnet.baselines.sparse import _ratio, segments, staircase
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel, count_parameters
 from trellisnet.regularization import Masks
@@ -177,6 +177,18 @@ def test_the_geometry_of_a_sparse_lstm(sizes, how, density, inputs, outputs, par
         assert layer.outputs == outputs
     assert density is None or layer.density == pytest.approx(density, abs=1e-7)
     assert count_parameters(layer) == parameters
+
+
+def test_hidden_channels_are_divided_without_overlap():
+    """Rounding once made 15 channels of 14 in 6 blocks."""
+    for total in range(2, 120):
+        for count in range(1, total + 1):
+            spans = segments(total, count, 1 / count)
+            assert [n for begin, end in spans for n in range(begin, end)] == list(range(total))
+            assert {end - begin for begin, end in spans} <= {total // count, -(-total // count)}
+    layer = SparseLSTM(30, 14, blocks=6, density=0.5)
+    y, state = layer(torch.randn(2, 3, 30))
+    assert [part.size(-1) for part in (y, *state)] == [14, 14, 14]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def segments(total: int, count: int, density: float) -> list[Segment]:
     begins = [i * (total * density - overlap) for i in range(count)]
     spans = [(int(begin), int(begin + total * density + 1e-7)) for begin in begins]
     spans[-1] = (spans[-1][0], total)
+    if count * density <= 1 + 1e-9:  # a begin that rounding leaves just below a whole number would be one too early
+        spans = list(pairwise([0, *(end for _, end in spans)]))
     if any(begin >= end for begin, end in spans):
         raise ValueError(f"blocks: {count} are too many for {total} positions, some would be empty")
     assert all(end >= begin for (_, end), (begin, _) in pairwise(spans)), "a position is in no segment"
