@@ -346,6 +346,13 @@ def test_an_epoch_of_nothing_but_skipped_steps_ends(tmp_path):
     _, result, said = run(tmp_path / "run", task=Regression(bad_at=range(7, 13)), skip_bad_steps=6)
     assert (result.steps, result.epochs) == (18, 4)
     assert len([line for line in said if line.startswith("skipped: ")]) == 6
+    # Its training loss is unknown; it once was 0, the best of all.
+    epochs = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["event"] == "epoch"]
+    assert [r["count"] for r in epochs] == [60, 0, 60, 60]
+    assert [r["train_loss"] is None for r in epochs] == [False, True, False, False] == [
+        r["train_score"] is None for r in epochs
+    ]
+    assert all(checkpoint.load(tmp_path / "run" / "last.pt")["schedule"]["history"])
 
 
 def test_the_previous_checkpoint_is_kept_until_the_run_is_done(tmp_path):

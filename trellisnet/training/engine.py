@@ -35,6 +35,7 @@ from trellisnet.training.reporting import Meter, bar, duration_line, epoch_line,
 from trellisnet.training.runlog import NoFolder, RunFolder
 from trellisnet.training.scoring import Method, evaluate, set_depth
 from trellisnet.training.tasks import Splits, Task
+from trellisnet.training.tasks.base import mean
 
 FIRST_STEPS, FIRST_SECONDS = 10, 30  # steps or seconds after which the duration of an epoch is estimated
 
@@ -432,9 +433,9 @@ class Trainer:
 
     def _close_epoch(self, finished: bool, valid: dict[str, Any] | None) -> None:
         epoch, lr, name, seconds = self.epoch + 1, self.lr, self.task.score_name, self.running["seconds"]
-        train = {key: self.running[key] / max(self.running["count"], 1) for key in self.task.measured}
+        count = int(self.running["count"])  # 0, and means of NaN, if every step was skipped
+        train = {key: mean(self.running[key], count) for key in self.task.measured}
         train_score = self.task.training_score(train)
-        count = int(self.running["count"])
         # Without validation data the last epoch is the best; so is the first one of a depth.
         first = self.best is None or valid is None or self._depth_of_best() != self.depth
         better = (finished or self._is_done()) and (first or self.task.is_better(valid, self.best["valid"]))

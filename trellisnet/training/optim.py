@@ -260,7 +260,7 @@ class Schedule:
         return self.lr if self.curve is None else self.lr * self.curve.factor(update)
 
     def step(self, epoch: int, loss: float) -> float:
-        """Record the validation loss of `epoch`, and return the rate for the next one."""
+        """Record the validation loss of `epoch` (NaN if there is none), and return the rate for the next one."""
         if not self.averaging:
             plateau = self._is_plateau(loss, self.history)
             if plateau and self.asgd:
@@ -271,7 +271,8 @@ class Schedule:
                 self.lr /= 10
             if epoch >= self.decay_from and not self.averaging:
                 self.lr /= self.decay
-        self.history.append(loss)
+        if not math.isnan(loss):
+            self.history.append(loss)
         return self.lr
 
     @property

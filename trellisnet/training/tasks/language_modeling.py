@@ -458,7 +458,7 @@ class LanguageModeling(Task):
     @staticmethod
     def score(loss: float) -> float:
         """Perplexity of a mean loss in nats."""
-        return math.exp(loss) if loss < 700 else math.inf
+        return math.inf if loss > 700 else math.exp(loss)
 
 
 class _Totals:
