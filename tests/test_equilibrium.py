@@ -222,6 +222,19 @@ def test_a_solver_that_stops_early_says_so(backend):
 def test_what_has_no_equilibrium_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EquilibriumTrellisNet(*SIZES, **settings)
+    ((name, value),) = settings.items()
+    if name != "activation":  # the others can be set later, which once changed nothing
+        net = EquilibriumTrellisNet(*SIZES)
+        setattr(net, name, value)
+        with pytest.raises(ValueError, match=message):
+            net(torch.randn(3, 5, 4))
+
+
+def test_more_outputs_than_channels_are_refused():
+    net = EquilibriumTrellisNet(*SIZES)
+    net.output_size = 14  # of 12; a slice from 12 − 14 would be two channels
+    with pytest.raises(ValueError, match="output_size: expected 1 to hidden_size = 12, got 14"):
+        net(torch.randn(3, 5, 4))
 
 
 def test_arguments_are_checked():

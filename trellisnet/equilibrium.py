@@ -304,18 +304,22 @@ class EquilibriumTrellisNet(TrellisNet):
         **options: Any,
     ):
         super().__init__(input_size, hidden_size, num_layers, **options)
+        self.solver, self.tolerance, self.max_evaluations, self.phantom = solver, tolerance, max_evaluations, phantom
+        self._check_settings()
+        self.solved: dict[str, tuple[Tensor, float]] = {}
+
+    def _check_settings(self) -> None:
+        """Raise ValueError for a setting out of range, or one that an equilibrium does not have."""
         needs = {"kernel_size": 2, "dilation": (1,), "kernel_groups": None, "inject_every": 1, "recompute": False}
         for name, value in (needs | {"activation": "lstm"}).items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: an equilibrium needs {value}, got {getattr(self, name)}")
-        if solver not in WAYS:
-            raise ValueError(f"solver: expected one of {', '.join(WAYS)}, got {solver!r}")
-        if not tolerance >= 0:
-            raise ValueError(f"tolerance: expected 0 or more, got {tolerance}")
-        check_at_least(1, max_evaluations=max_evaluations)
-        check_at_least(0, phantom=phantom)
-        self.solver, self.tolerance, self.max_evaluations, self.phantom = solver, tolerance, max_evaluations, phantom
-        self.solved: dict[str, tuple[Tensor, float]] = {}
+        if self.solver not in WAYS:
+            raise ValueError(f"solver: expected one of {', '.join(WAYS)}, got {self.solver!r}")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: expected 0 or more, got {self.tolerance}")
+        check_at_least(1, max_evaluations=self.max_evaluations)
+        check_at_least(0, phantom=self.phantom)
 
     def state_widths(self) -> dict[str, int]:
         return super().state_widths() | {"x": self.input_size}
@@ -346,6 +350,7 @@ class EquilibriumTrellisNet(TrellisNet):
         """
         if ops.traced() or ops.transformed():
             raise ValueError("an equilibrium stops by the values it computes: torch cannot compile or transform it")
+        self._check_settings()  # again, because they can be set
         lengths = self._check_call(x, state, start, last_only, lengths)
         for name, value in (("aux_every", aux_every), ("num_layers", num_layers)):
             if value is not None:
@@ -358,6 +363,7 @@ class EquilibriumTrellisNet(TrellisNet):
             state = tuple(x.new_zeros(N, width) for width in self.state_widths().values())
         state = tuple(ops.widened(part, self.bias) for part in state)
         weights = self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias
+        self.spec.check_kernel(weights[1])
         scale = dropout_scale(x, (N, H, 1), self.hidden_dropout, self.training, masks, "hidden")
         layer = _Layer(weights, x, state, scale)
         z = self._equilibrium(layer, weights, N, L)
