@@ -45,7 +45,8 @@ def test_a_plateau_at_a_given_epoch_divides_once():
 
 def test_an_epoch_without_a_loss_is_no_plateau_nor_the_best():
     schedule = Schedule(1.0, anneal=1, when=[2])
-    assert [schedule.step(epoch, loss) for epoch, loss in ((1, 2.0), (2, math.nan), (3, 1.0), (4, 0.5))][1:] == 3 * [0.1]
+    losses = ((1, 2.0), (2, math.nan), (3, 1.0), (4, 0.5))
+    assert [schedule.step(epoch, loss) for epoch, loss in losses] == [1.0, 0.1, 0.1, 0.1]
     assert schedule.history == [2.0, 1.0, 0.5]
 
 
