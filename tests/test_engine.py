@@ -349,9 +349,11 @@ def test_an_epoch_of_nothing_but_skipped_steps_ends(tmp_path):
     # Its training loss is unknown; it once was 0, the best of all.
     epochs = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["event"] == "epoch"]
     assert [r["count"] for r in epochs] == [60, 0, 60, 60]
-    assert [r["train_loss"] is None for r in epochs] == [False, True, False, False] == [
-        r["train_score"] is None for r in epochs
-    ]
+    assert (
+        [r["train_loss"] is None for r in epochs]
+        == [False, True, False, False]
+        == [r["train_score"] is None for r in epochs]
+    )
     assert all(checkpoint.load(tmp_path / "run" / "last.pt")["schedule"]["history"])
 
 
