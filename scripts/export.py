@@ -84,7 +84,7 @@ def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict
 
 
 def before(run: Path) -> dict[str, Any] | None:
-    """Scores of a finished run; None without them.
+    """Scores of a finished run; None without them, or if it was continued later.
 
     Raises:
         UserError: its metrics.jsonl is corrupt.
@@ -92,8 +92,8 @@ def before(run: Path) -> dict[str, Any] | None:
     path = run / "metrics.jsonl"
     events = read_events(path) if path.is_file() else []
     with refusing(path):
-        ends = [{key: r[key] for key in ("valid", "test")} for r in events if r["event"] == "result"]
-    return ends[-1] if ends else None
+        last = next((r for r in reversed(events) if r["event"] in ("epoch", "result")), None)
+        return {key: last[key] for key in ("valid", "test")} if last and last["event"] == "result" else None
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -118,8 +118,9 @@ def copy(run: Path, out: Path, new: Path, overwrite: bool) -> None:
     other = [name for name in sorted(present & there) if (out / name).read_bytes() != (run / name).read_bytes()]
     if (replaced := [*other, *(name for name in WRITTEN if name in there)]) and not overwrite:
         raise UserError(f"{out}: holds {replaced[0]} of another export or run; name another folder or pass --overwrite")
-    # An earlier export of the run may hold files that its folder lacks.
-    sources = {name: out for name in there.intersection(COPIED) if not other} | dict.fromkeys(present, run)
+    # An earlier export of the run, with the same log or metrics, may hold files that its folder lacks.
+    same = bool(present & there) and not other
+    sources = {name: out for name in there.intersection(COPIED) if same} | dict.fromkeys(present, run)
     sources |= {CARD: out} if CARD in there else {}  # of which scripts/collect.py writes one block anew
     for name, source in sources.items():
         shutil.copyfile(source / name, new / name)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 
 import pytest
 
@@ -28,20 +27,22 @@ EXPORTED = {
 }  # fmt: skip
 
 
+def write_run(folder, metrics):
+    """Write the three files of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    epoch = {"event": "epoch", "lr": 20.0, "finished": True, "best": True, "count": 5000, "train_seconds": 100.0}
+    epochs = [epoch | {"epoch": i, "train_score": 300 / i, "valid_score": 250 / i, "seconds": 60 * i} for i in (1, 2)]
+    result = {"event": "result", "step": 20, **{key: metrics[key] for key in ("valid", "test", "best_epoch")}}
+    lines = map(json.dumps, [{"event": "train", "loss": 5}, *epochs, result])
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "log.txt").write_text("for readers\n")
+
+
 @pytest.fixture
 def root(tmp_path):
     def write(**changes):
-        folder = tmp_path / "results" / "one"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(METRICS | changes))
-        epoch = {"event": "epoch", "lr": 20.0, "finished": True, "best": True, "count": 5000, "train_seconds": 100.0}
-        epochs = [
-            epoch | {"epoch": i, "train_score": 300 / i, "valid_score": 250 / i, "seconds": 60 * i} for i in (1, 2)
-        ]
-        result = {"event": "result", "step": 20, "valid": METRICS["valid"], "test": METRICS["test"], "best_epoch": 2}
-        lines = map(json.dumps, [{"event": "train", "loss": 5}, *epochs, result])
-        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        (folder / "log.txt").write_text("for readers\n")
+        write_run(tmp_path / "results" / "one", METRICS | changes)
         (tmp_path / "README.md").write_text("hello\n")
         return tmp_path
 
@@ -67,6 +68,8 @@ def test_a_section_has_all_facts_of_a_run(root):
         ({"epochs": 3}, "not a complete run"),
         ({"corpus": "synthetic"}, "a run on synthetic data is no result"),
         ({"corpus": "enwik8"}, "the paper has no score on enwik8; use a folder for short runs"),
+        ({"task": "cifar10", "permute": True}, "the paper has no score on permuted CIFAR-10; use a folder for short"),
+        ({"test": METRICS["test"] | {"init_tail": True}}, "its scores are those of tail vectors that were not trained"),
         ({"commit": "0123456789ab-dirty"}, "the code was not committed"),
         ({"commit": None}, "the code was not committed"),
         ({"command": "python word_ptb/train.py --data /home/me/penn"}, "names a path of one machine"),
@@ -81,6 +84,24 @@ def test_unquotable_runs_are_refused(root, capsys, changes, message):
     assert collect.main(["--root", str(folder)]) == 2
     assert message in capsys.readouterr().err
     assert not (folder / "RESULTS.md").exists()
+
+
+def test_files_of_different_runs_are_refused(root, capsys):
+    folder = root()
+    one, exported = folder / "results" / "one", EXPORTED | {"before_rounding": {"valid": METRICS["valid"], "test": {}}}
+    for name, content, message in (
+        ("weights.json", exported, "weights.json: of another run than metrics.json beside it; export the run again"),
+        ("weights.json", EXPORTED | {"params": 7}, "weights.json: of another run than metrics.json beside it"),
+        (
+            "metrics.json",
+            METRICS | {"test": METRICS["test"] | {"ppl": 99.9}},
+            "one: metrics.json and metrics.jsonl are",
+        ),
+    ):
+        (one / name).write_text(json.dumps(content))
+        assert collect.main(["--root", str(folder)]) == 2
+        assert message in capsys.readouterr().err
+        (one / "weights.json").unlink(missing_ok=True)
 
 
 def test_a_result_of_an_earlier_version_is_refused(root, capsys):
@@ -582,6 +603,10 @@ def test_cache_and_dynamic_evaluation(root, capsys):
         ({"complete": False}, "not a complete run"),
         ({"command": "python word_ptb/train.py --load_weight /tmp/w.pkl"}, "names a path of one machine"),
         ({"test_static": {}}, "it has no 'score'"),
+        (
+            {"test_cache": metrics["test_cache"] | {"tokens": 9}},
+            "the ways are scored on different parts of the test data",
+        ),
         ({"test_cache": 7}, "corrupt"),
     ]:
         path.write_text(json.dumps(metrics | change))
@@ -662,10 +687,13 @@ def write_equilibrium(root):
 
 def test_training_at_the_equilibrium(root):
     path = root()
-    write_equilibrium(path)
+    start = write_equilibrium(path) / "start_solved.json"
+    start.write_text(json.dumps(json.loads(start.read_text()) | {"commit": "cafe"}))
     (path / "README.md").write_text("<!-- equilibrium: begin -->\n<!-- equilibrium: end -->\n")
     assert collect.main(["--root", str(path)]) == 0
-    rows = (path / "RESULTS.md").read_text().splitlines()
+    text = (path / "RESULTS.md").read_text()
+    assert ", torch 2.13.0, commits `0123456789ab`, `cafe`, Penn Treebank, one seed (1)." in text
+    rows = text.splitlines()
     for row in (
         "| as shipped | 16 layers | 100.00 | 100.00 |  |  |  |",
         "| as shipped | equilibrium | 99.50 | 99.50 | 7.5e-04 | 9.2 | 1.25% |",
@@ -787,11 +815,41 @@ def test_scores_by_depth_and_with_early_exit(root, capsys):
         file.write_text(json.dumps(metrics if file == path else exits))
 
 
+def test_of_equal_accuracies_the_loss_chooses_the_depth(root):
+    folder = root()
+    (folder / "results" / "depth").mkdir()
+    metrics = METRICS | {"task": "pmnist", "command": "python pmnist/train.py --run x --eval --eval_depths 4 16"}
+    for key, layers, loss in (("", 8, 0.3), ("_depth_4", 4, 0.4), ("_depth_16", 16, 0.2)):
+        result = {"loss": loss, "accuracy": 0.5, "examples": 9, "nlevels": layers, "receptive_field": layers + 1}
+        metrics |= {f"valid{key}": result, f"test{key}": result}
+    (folder / "results" / "depth" / "images.json").write_text(json.dumps(metrics))
+    assert collect.main(["--root", str(folder)]) == 0
+    rows = (folder / "RESULTS.md").read_text().splitlines()
+    assert [row.split(" | ")[1] for row in rows if row.endswith("| chosen |")] == ["16"]
+
+
+def test_a_card_names_the_order_of_the_pixels(root):
+    split = {"loss": 0.1, "accuracy": 0.5, "examples": 10_000}
+    for task, permute, order in (
+        ("cifar10", False, "row by row"), ("pmnist", True, "in the order of `permutation` in [config.json](config"),
+    ):  # fmt: skip
+        folder = root(task=task, valid=split, test=split, permute=permute)
+        exported = EXPORTED | {"task": task, "valid": split, "test": split}
+        for name, content in (("weights", exported), ("config", {"pixels": 1024})):
+            (folder / "results" / "one" / f"{name}.json").write_text(json.dumps(content))
+        assert collect.main(["--root", str(folder)]) == 0
+        assert f"\nPixels are read {order}" in (folder / "results" / "one" / "README.md").read_text()
+
+
 def test_the_best_results_stand_beside_the_papers(root, capsys):
     folder = root()
     images = {"task": "pmnist", "test": {"loss": 0.1, "accuracy": 0.95, "examples": 5}, "valid": None}
     for name, changes in {
         "char": {"task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.4, "tokens": 5}, "valid": None},
+        "standard": {  # its score on the stream of the paper's counts
+            "task": "char_ptb", "test": {"loss": 1.0, "bpc": 1.41, "bpc_authors": 1.39, "tokens": 5}, "valid": None,
+        },
+        "own": {"corpus": "own corpus", "test": METRICS["test"] | {"ppl": 9.0}},
         "sequential": images | {"permute": False},
         "permuted": images | {"permute": True, "augment": False},
         "varied": images | {"permute": True, "augment": True, "load_weight": "results/permuted"},
@@ -799,8 +857,7 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
             "load_weight": "results/one/weights.pkl", "params": 7, "test": METRICS["test"] | {"ppl": 20.0},
         },
     }.items():  # fmt: skip
-        shutil.copytree(folder / "results" / "one", folder / "results" / name)
-        (folder / "results" / name / "metrics.json").write_text(json.dumps(METRICS | changes))
+        write_run(folder / "results" / name, METRICS | changes)
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     rows = text[text.index("| table |") : text.index("## word_ptb")].strip().splitlines()[2:]
@@ -808,7 +865,8 @@ def test_the_best_results_stand_beside_the_papers(root, capsys):
     after = "`small` | 123,456 | Penn Treebank | 60"
     assert rows == [
         f"| 1 | word_ptb | {size['word_ptb']} | 56.97 | 20.00 | `small` | 7 | Penn Treebank | 60 after `results/one` |",
-        f"| 3 | char_ptb | {size['char_ptb']} | 1.158 | 1.4000 | {after} |",
+        f"| 1 | word_ptb | {size['word_ptb']} | 56.97 | 9.00 | `small` | 123,456 | own corpus | 60 |",
+        f"| 3 | char_ptb | {size['char_ptb']} | 1.158 | 1.3900 | {after} |",
         f"| 4 | pmnist, permuted | {size['pmnist']} | 98.13 % | 95.00 % | {after} |",
         f"| 4 | pmnist, permuted, augmented | {size['pmnist']} | 98.13 % | 95.00 % | "
         f"{after} after `results/permuted` |",
@@ -827,15 +885,11 @@ def test_a_mistyped_flag_gets_a_suggestion(capsys):
 
 def test_networks_are_compared_after_equal_time(root, capsys):
     folder = root()
-    one, compare = folder / "results" / "one", folder / "results" / "compare_25_minutes"
+    compare = folder / "results" / "compare_25_minutes"
     out = "/home/me/runs/tables/compare-25-minutes/x"
     metrics = METRICS | {"command": f"{METRICS['command']} --model rhn --threads 1 --out {out} --metrics /x.json"}
     for row, ppl in (("trellisnet", 140.0), ("rhn", 150.0)):
-        (compare / row).mkdir(parents=True)
-        changed = metrics | {"test": metrics["test"] | {"ppl": ppl}}
-        (compare / row / "metrics.json").write_text(json.dumps(changed))
-        for name in ("metrics.jsonl", "log.txt"):
-            shutil.copy(one / name, compare / row / name)
+        write_run(compare / row, metrics | {"test": metrics["test"] | {"ppl": ppl}})
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     assert "after about 25 minutes each, word_ptb" in text
@@ -848,7 +902,7 @@ def test_networks_are_compared_after_equal_time(root, capsys):
     assert (
         "rhn: was planned for another time (--out /home/me/runs/tables/compare-20-minutes/x)" in capsys.readouterr().err
     )
-    (compare / "rhn" / "metrics.json").write_text(json.dumps(metrics | {"threads": 1}))
+    write_run(compare / "rhn", metrics | {"threads": 1})
     assert collect.main(["--root", str(folder)]) == 2
     assert "the runs differ in threads; keep those of one kind" in capsys.readouterr().err
     (compare / "rhn").rename(compare / "other")

@@ -12,7 +12,7 @@ import pytest
 from cases import committed
 from scripts import plot
 from scripts.reports import charts
-from scripts.reports.pictures import draw_speeds
+from scripts.reports.pictures import draw_contexts, draw_speeds, mean_text
 from scripts.reports.records import read_memories, read_speeds
 from scripts.reports.trellis import trellis
 from trellisnet import TrellisNet
@@ -74,7 +74,7 @@ def root(tmp_path):
         write(folder / "metrics.json", metrics(ppl))
         written(folder, epoch(1, 6.0, 5.0))
         (folder / "log.txt").touch()
-    static, dynamic = {"ppl": 101.0}, {"ppl": 89.0}
+    static, dynamic = {"ppl": 101.0, "tokens": 7}, {"ppl": 89.0, "tokens": 7}
     content = metrics(test_static=static, valid_static=static, test_dynamic=dynamic, valid_dynamic=dynamic)
     write(results / "adapted" / "word_ptb_small.json", content)
     for task in ("pmnist", "word_ptb"):
@@ -178,6 +178,20 @@ def test_contexts_in_different_units_are_refused(tmp_path):
     for other in others:
         with pytest.raises(UserError, match="corrupt or of another kind"):
             charts.read_contexts([other])
+
+
+def test_a_picture_of_contexts_names_all_texts():
+    pytest.importorskip("matplotlib")
+    records = [{"context": n, "loss": 2.0, "error": 0.1} for n in (1, 2)]
+    content = {"token": "words", "receptive_field": None, "split": "valid", "targets": 9, "records": records}
+    (axes,) = draw_contexts([(text, content | {"corpus": text}) for text in ("a", "b", "a")]).axes
+    assert axes.get_title(loc="left").startswith("a, valid, 9 targets; b, valid, 9 targets; bands: ")
+
+
+def test_a_spread_has_the_digits_of_its_mean():
+    assert mean_text([1.158, 1.161]) == "1.1595 ± 0.0021"
+    assert mean_text([58.5, 59.5]) == "59.00 ± 0.71"
+    assert mean_text([1234.5]) == "1,234.50"
 
 
 def test_scores_by_depth_are_drawn_with_the_receptive_fields(tmp_path):

@@ -140,12 +140,31 @@ def test_an_export_of_any_name_can_be_read(run_folder, tmp_path, capsys):
     capsys.readouterr()
     assert collect.main(["--root", str(root)]) == 0  # none of these has a metrics.json
     assert capsys.readouterr().err.count("has no metrics.json, so it is left out\n") == 5
-    for name in ("log.txt", "metrics.jsonl", "metrics.json"):
+    for name in ("log.txt", "metrics.jsonl", "metrics.json", "weights.json"):
         (out / name).write_bytes((PROJECT / "results" / "word_ptb_small" / name).read_bytes())
     assert collect.main(["--root", str(root)]) == 0
     headings = re.findall("^## (word_ptb|char_ptb|wt103|pmnist|cifar10),.*", (root / "RESULTS.md").read_text(), re.M)
     assert headings == sorted(headings, key=list(PUBLISHED).index)
     assert headings.count("word_ptb") == 3
+
+
+def test_an_export_takes_no_files_of_another_run(tmp_path):
+    run, out, new = folders = [tmp_path / name for name in ("run", "out", "new")]
+    for folder in folders:
+        folder.mkdir()
+    (run / "weights.pkl").write_text("of this run")
+    for name in (*export.WRITTEN, *export.COPIED):
+        (out / name).write_text("of another run")
+    export.copy(run, out, new, overwrite=True)
+    assert contents(new) == {}
+
+
+def test_scores_before_rounding_are_those_of_the_last_epoch(run_folder, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    assert export.before(tmp_path).keys() == {"valid", "test"}
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # by --resume, and killed before the end
+        file.write('{"event": "epoch"}\n')
+    assert export.before(tmp_path) is None
 
 
 @pytest.fixture

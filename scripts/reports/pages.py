@@ -8,7 +8,7 @@ from typing import Any
 from scripts.reports import records
 from scripts.reports.flags import flags
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import refusing, score_of, started_from, without
+from scripts.reports.records import comparable, refusing, score_of, started_from, without
 from scripts.reports.tables import LICENCES, PUBLISHED
 from trellisnet.training import programs
 from trellisnet.training.language_model import LanguageModelConfig
@@ -115,7 +115,7 @@ def shipped(root: Path) -> list[str]:
             paper, order = _published(metrics)
             start = Path(started_from(metrics)).name
             minutes = f"{metrics['seconds'] / 60:.0f}" + (f" after `{start}`" if start else "")
-            score, text = score_of(weights["test"]), _score_text(weights["test"])
+            score, text = comparable(weights["test"]), _score_text(weights["test"])
             rows.append(
                 (
                     f"[`{name}`](results/{name})", weights["task"] + (f", {order}" if order else ""),
@@ -136,8 +136,8 @@ def _published(metrics: records.Record) -> tuple[str, str]:
 
 
 def _score_text(result: records.Record) -> str:
-    """The score of a split, an accuracy in percent."""
-    score = score_of(result)
+    """The score of a split beside the paper's, an accuracy in percent."""
+    score = comparable(result)
     return f"{100 * score.value:.2f} %" if score.score_name == "accuracy" else str(score)
 
 
@@ -157,7 +157,7 @@ def card(folder: Path) -> list[str]:
     """A shipped model: its scores, how to load it, how it was trained, its data and their licence."""
     name, root = folder.name, folder.parent.parent
     weights, metrics = records.read_shipped(root)[name]
-    task, (paper, order) = weights["task"], _published(metrics)
+    task, (paper, _) = weights["task"], _published(metrics)
     scores = [_score_text(weights[split]) if weights[split] else "" for split in ("valid", "test")]
     reference = f"{paper} ({PUBLISHED[task].setting})"
     start = Path(started_from(metrics)).name
@@ -172,7 +172,8 @@ def card(folder: Path) -> list[str]:
         size = records.read_json(folder / "config.json")["pixels"]
         example = _IMAGES.format(name=name, pixels=size, colours=len(config.mean), classes=config.classes)
         mean, std = (", ".join(map(str, values)) for values in (config.mean, config.std))
-        place = "row by row" if order == "sequential" else "in the order of `permutation` in [config.json](config.json)"
+        permuted = "in the order of `permutation` in [config.json](config.json)"
+        place = permuted if metrics["permute"] else "row by row"
         scaling = f"scaled to [0, 1] and normalised by the mean {mean} and the standard deviation {std}"
         pixels = [f"Pixels are read {place}, {scaling}.", ""]
     return [

@@ -80,6 +80,14 @@ def draw_curves(curves: Sequence[Curve], by: str) -> Any:
     return figure
 
 
+def mean_text(values: Sequence[float]) -> str:
+    """Mean of the runs of a row, with their standard deviation in as many digits."""
+    mean = statistics.mean(values)
+    digits = 4 if mean < 10 else 2
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:,.{digits}f}{spread}"
+
+
 def draw_chart(chart: Chart) -> Any:
     """Draw scores, a line for each row: a dot for each of our runs, a ring for the paper."""
     plt = pyplot()
@@ -98,10 +106,7 @@ def draw_chart(chart: Chart) -> Any:
             paper = "paper" if i == next(k for k, r in enumerate(rows) if r.paper is not None) else None
             axes.plot([row.paper], [i], "o", mfc="none", mec=COLOURS[1], ms=8, mew=1.5, label=paper)
         if row.ours:
-            mean = statistics.mean(row.ours)
-            spread = f" ± {statistics.stdev(row.ours):.2f}" if len(row.ours) > 1 else ""
-            text = f"{mean:,.{4 if mean < 10 else 2}f}{spread}"
-            axes.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            axes.annotate(mean_text(row.ours), (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     wide = max(shown) > WIDE * min(shown)
     if wide:
         axes.set_xscale("log")
@@ -243,7 +248,7 @@ def draw_contexts(found: Sequence[tuple[str, dict[str, Any]]]) -> Any:
     unit = first["token"].removesuffix("s")
     axes.set_xlabel(f"{first['token']} visible before the target")
     axes.set_ylabel(f"loss, nats per {unit}")
-    what = f"{first['corpus']}, {first['split']}, {first['targets']:,} targets"
-    axes.set_title(f"{what}; bands: ± 2 s.e. of the difference from the longest", fontsize=9, loc="left")
+    texts = dict.fromkeys(f"{c['corpus']}, {c['split']}, {c['targets']:,} targets" for _, c in found)
+    axes.set_title(f"{'; '.join(texts)}; bands: ± 2 s.e. of the difference from the longest", fontsize=9, loc="left")
     axes.legend(fontsize=9)
     return figure

@@ -8,6 +8,7 @@ synthetic data, unfinished, or made by code that was not committed; or runs that
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import shlex
@@ -155,6 +156,12 @@ def score_of(result: Record) -> Score:
     raise KeyError("score")
 
 
+def comparable(result: Record) -> Score:
+    """:func:`score_of`; of characters, on the authors' stream, as the paper's score."""
+    score = score_of(result)
+    return dataclasses.replace(score, value=float(result.get(f"{score.score_name}_authors", score.value)))
+
+
 def read_metrics(path: Path, *, complete: bool = True) -> dict[str, Any]:
     """A metrics file; with `complete` that of a finished run."""
     metrics = read_json(path)
@@ -164,6 +171,8 @@ def read_metrics(path: Path, *, complete: bool = True) -> dict[str, Any]:
         check_committed(path, metrics)
         if complete and not metrics["complete"]:
             raise UserError(f"{path}: not a complete run")
+        if any("init_tail" in result for result in metrics.values() if isinstance(result, dict)):
+            raise UserError(f"{path}: its scores are those of tail vectors that were not trained")
     return metrics
 
 
@@ -215,8 +224,12 @@ def read_run(folder: Path, *ignored: str) -> Run:
         last = [r for r in events if r["event"] == "result"][-1:]
         evaluations = {name: result for r in last for name, result in r.items() if isinstance(result, dict)}
         score_of(metrics["test"])
+        if any(r[split] != metrics[split] for r in last for split in ("valid", "test")):
+            raise UserError(f"{folder}: metrics.json and metrics.jsonl are of different runs; copy those of one")
         if metrics["corpus"] in wikipedia.DATASETS:
             raise UserError(f"{folder}: the paper has no score on {metrics['corpus']}; use a folder for short runs")
+        if metrics["task"] == "cifar10" and metrics["permute"]:
+            raise UserError(f"{folder}: the paper has no score on permuted CIFAR-10; use a folder for short runs")
     return Run(folder, metrics | {"command": command}, epochs, evaluations)
 
 
@@ -227,7 +240,13 @@ def read_shipped(root: Path) -> dict[str, tuple[Record, Record]]:
         weights, metrics = read_json(path), path.with_name("metrics.json")
         if metrics.is_file():
             check_committed(path, weights)
-            found[path.parent.name] = weights, read_metrics(metrics)
+            run = read_metrics(metrics)
+            with refusing(path):
+                before = weights.get("before_rounding") or run
+                same = all(weights[key] == run[key] for key in ("task", "params", "data"))
+                if not same or any(before[split] != run[split] for split in ("valid", "test")):
+                    raise UserError(f"{path}: of another run than metrics.json beside it; export the run again")
+            found[path.parent.name] = weights, run
     return found
 
 
@@ -408,6 +427,9 @@ def read_adapted(path: Path) -> tuple[Record, dict[str, tuple[Record, Record]]]:
         check_portable(path, command)
         score_of(metrics["test_static"])
         ways = {way: (metrics[f"valid_{way}"], metrics[f"test_{way}"]) for way in ADAPTED if f"test_{way}" in metrics}
+        for split, results in zip(("valid", "test"), zip(*ways.values(), strict=True), strict=True):
+            if len({result["tokens"] for result in results}) > 1:
+                raise UserError(f"{path}: the ways are scored on different parts of the {split} data")
     return metrics | {"command": command}, ways
 
 

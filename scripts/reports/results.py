@@ -7,7 +7,18 @@ from typing import Any
 
 from scripts.reports import records
 from scripts.reports.markdown import HERE_ONLY, table, threads
-from scripts.reports.records import ADAPTED, Run, Score, options, place, refusing, score_of, started_from, without
+from scripts.reports.records import (
+    ADAPTED,
+    Run,
+    Score,
+    comparable,
+    options,
+    place,
+    refusing,
+    score_of,
+    started_from,
+    without,
+)
 from scripts.reports.tables import EQUILIBRIA, GROWTH, PUBLISHED, TAGGED, WEIGHTS
 from trellisnet.errors import counted
 
@@ -80,29 +91,29 @@ def _section(run: Run, metrics: dict[str, Any]) -> str:
 
 def summary(runs: Iterable[Run]) -> str:
     """Tables 1 to 4 beside the best result of each kind."""
-    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    best: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for metrics in (run.metrics for run in runs):
         if (score_of(metrics["test"]).score_name == "accuracy") != PUBLISHED[metrics["task"]].score.endswith("%"):
             continue  # a run that recites, which the paper has none of
         order = ORDERS[metrics["permute"]] if metrics["task"] == "pmnist" else ""
-        key = metrics["task"], order, "augmented" if metrics.get("augment") else ""
-        if key not in best or score_of(metrics["test"]).is_better(score_of(best[key]["test"])):
+        key = metrics["task"], order, "augmented" if metrics.get("augment") else "", metrics["corpus"]
+        if key not in best or comparable(metrics["test"]).is_better(comparable(best[key]["test"])):
             best[key] = metrics
 
-    def position(key: tuple[str, str, str]) -> tuple:
-        task, order, augmented = key
-        return PUBLISHED[task].table, list(PUBLISHED).index(task), order == ORDERS[False], augmented
+    def position(key: tuple[str, str, str, str]) -> tuple:
+        task, order, augmented, corpus = key
+        return PUBLISHED[task].table, list(PUBLISHED).index(task), order == ORDERS[False], augmented, corpus
 
     rows = []
-    for task, order, augmented in sorted(best, key=position):
-        metrics, published = best[task, order, augmented], PUBLISHED[task]
-        score, start = score_of(metrics["test"]), started_from(metrics)
+    for key in sorted(best, key=position):
+        (task, order, augmented, corpus), metrics = key, best[key]
+        published, score, start = PUBLISHED[task], comparable(metrics["test"]), started_from(metrics)
         rows.append(
             (
                 published.table, ", ".join(filter(None, (task, order, augmented))), published.setting,
                 published.not_permuted if order == ORDERS[False] else published.score,
                 f"{100 * score.value:.2f} %" if score.score_name == "accuracy" else score,
-                f"`{metrics['preset']}`", f"{metrics['params']:,}", metrics["corpus"],
+                f"`{metrics['preset']}`", f"{metrics['params']:,}", corpus,
                 minutes(metrics["seconds"]) + (f" after `{start}`" if start else ""),
             )
         )  # fmt: skip
@@ -333,7 +344,7 @@ def growth(folder: Path) -> str:
     runs = records.read_growth(folder)
     with refusing(folder):
         equal, every, one = [], [], next(iter(runs.values()))[0]
-        commits = dict.fromkeys(f"`{m['commit']}`" for found in runs.values() for m in found)
+        commits = _commits(m for found in runs.values() for m in found)
         for text, (outside, layer, plans) in GROWTH.items():
             for plan, epochs in plans.items():
                 if found := runs.get(f"{text}_{plan}"):
@@ -352,7 +363,7 @@ def growth(folder: Path) -> str:
             "## Growing and random depth",
             "",
             f"`bash scripts/depth.sh`, which has the commands: small networks on {one['machine']}, {one['precision']}, "
-            f"torch {one['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}, {one['corpus']}; "
+            f"torch {one['torch']}, {commits}, {one['corpus']}; "
             "perplexity for words, bits per symbol for characters.",
         ]
         if equal:
@@ -368,6 +379,11 @@ def growth(folder: Path) -> str:
         return _text(lines)
 
 
+def _commits(runs: Iterable[records.Record]) -> str:
+    commits = dict.fromkeys(f"`{m['commit']}`" for m in runs)
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
 def _mean(scores: Sequence[Score]) -> str:
     values = [score.value for score in scores]
     spread = f" ± {statistics.stdev(values):.{scores[0].digits}f}" if len(values) > 1 else ""
@@ -380,6 +396,7 @@ def equilibrium(folder: Path) -> str:
     with refusing(folder):
         one, rows, ways = found.scores["equilibrium"], [], []
         name = score_of(one["test"]).score_name
+        commits = _commits([*found.scores.values(), *found.memories.values()])
         for label, pair in WEIGHTS.items():
             for way, row in zip(("16 layers", "equilibrium"), pair, strict=True):
                 m = found.scores[row]
@@ -397,8 +414,8 @@ def equilibrium(folder: Path) -> str:
                 "",
                 "`bash scripts/equilibrium.sh`: `word_ptb_small`, trained with 8 layers, continues with 16 layers or "
                 f"at the equilibrium, for {found.epochs['equilibrium']['step']:,} updates each. {one['params']:,} "
-                f"parameters, {one['machine']}, {threads(one)}, {one['precision']}, torch {one['torch']}, commit "
-                f"`{one['commit']}`, {one['corpus']}, one seed ({one['seed']}). *Residual* is the largest one in a "
+                f"parameters, {one['machine']}, {threads(one)}, {one['precision']}, torch {one['torch']}, {commits}, "
+                f"{one['corpus']}, one seed ({one['seed']}). *Residual* is the largest one in a "
                 "window and *evaluations* their number per step, both averaged over windows; *unsolved* is the share "
                 "of windows with a residual above the tolerance.",
                 "",
@@ -452,9 +469,7 @@ def depths(root: Path) -> str:
         metrics, pairs = records.read_depths(path)
         with refusing(path):
             commands.append((path.stem, metrics))
-            own, best = metrics["nlevels"], pairs[0]
-            for pair in pairs[1:]:
-                best = pair if score_of(pair[0]).is_better(score_of(best[0])) else best
+            own, best = metrics["nlevels"], min(pairs, key=_rank)
             for valid, test in pairs:
                 layers = test["nlevels"]
                 marks = ["as trained"] * (layers == own) + ["chosen"] * (valid is best[0])
@@ -481,6 +496,12 @@ def depths(root: Path) -> str:
     for path in sorted((root / "results" / "exit").glob("*.json"), key=place):
         lines += ["", *_exits(path)]
     return _text(lines)
+
+
+def _rank(pair: tuple[records.Record, records.Record]) -> tuple[float, float]:
+    """Sorting key by the validation result, as `--eval_nlevels auto` chooses: of equal accuracies the loss decides."""
+    score = score_of(pair[0])
+    return -score.value if score.score_name == "accuracy" else score.value, pair[0]["loss"]
 
 
 def _exits(path: Path) -> list[str]:
