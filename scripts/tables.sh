@@ -36,17 +36,31 @@ fi
 SMOKE_ALL="--data synthetic --overwrite --epochs 9 --max_steps 2 --max_eval_tokens 100 --nhid 8"
 SMOKE_LANGUAGE="--emsize 8 --nout 8 --nlevels 4 --horizon 6 --aux_freq 2 --batch_size 4"
 
-# finished OUT: whether the run in a folder has come to its end.
-finished() { grep -qs -e '"complete": true' ${STEPS:+-e "\"steps\": $STEPS,"} "$1/metrics.json"; }
+# limit FLAGS...: print the number of updates at which these flags end a run; nothing if they do not.
+limit() {
+    local word flag="" updates=""
+    for word in "$@"; do
+        case "$flag$word" in
+        --max_steps=* | "--max_steps "*) updates="${word#--max_steps=}" ;;
+        esac
+        case "$word" in --max_steps) flag="$word " ;; *) flag="" ;; esac
+    done
+    echo "$updates"
+}
+
+# finished OUT LIMIT: whether the run in a folder has come to its end, or to that number of updates.
+finished() { grep -qs -e '"complete": true' ${2:+-e "\"steps\": $2,"} "$1/metrics.json"; }
 
 # train TASK FLAGS...: train the row that calls it (or that ROW_NAME names), once per seed, from the weights of the row
 # that FROM names, if it does. The tasks `memory` and `pos_tagging` are scripts.
 train() {
-    local task="$1" program="$1/train.py" row="${ROW_NAME:-${FUNCNAME[1]}}" folder seed out flags
+    local task="$1" program="$1/train.py" row="${ROW_NAME:-${FUNCNAME[1]}}" folder seed out flags more limit
     case "$task" in memory | pos_tagging) program="scripts/$task.py" ;; esac
     folder="$ROOT/runs/tables/$TABLE${STEPS:+-$STEPS-steps}"
     [ -z "${SMOKE:-}" ] || folder="$ROOT/runs/smoke/$TABLE"
     shift
+    read -ra more <<<"${ARGS:-}"
+    limit="$(limit "$@" ${STEPS:+--max_steps "$STEPS"} ${more[@]+"${more[@]}"})"
     for seed in ${SEEDS:-1111}; do
         out="$folder/$row/seed-$seed"
         flags=("$@" --seed "$seed" ${FROM:+--load_weight "$folder/$FROM/seed-$seed"})
@@ -61,11 +75,11 @@ train() {
             memory) flags+=(--length 20 --examples 64) ;;
             esac
         else
-            if finished "$out"; then
+            if finished "$out" "$limit"; then
                 echo "$TABLE $row, seed $seed: finished"
                 continue
             fi
-            if [ -n "${FROM:-}" ] && ! finished "$folder/$FROM/seed-$seed"; then
+            if [ -n "${FROM:-}" ] && ! finished "$folder/$FROM/seed-$seed" "${STEPS:-}"; then
                 echo "error: $TABLE $row, seed $seed: starts from the row $FROM, which is not finished; train it first" >&2
                 exit 2
             fi

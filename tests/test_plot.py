@@ -160,6 +160,10 @@ def test_charts_hold_the_scores_of_the_files(root):
     write(root / "results" / "table6_small" / "trellisnet.json", metrics(test={}))
     with pytest.raises(UserError, match="trellisnet.json: corrupt or of another kind"):
         charts.read_charts(root)
+    path = root / "results" / "memory" / "pmnist.json"
+    write(path, json.loads(path.read_text()) | {"resumed_with": "python pmnist/train.py --resume"})
+    with pytest.raises(UserError, match="pmnist.json: of a resumed run"):
+        read_memories(root)
 
 
 def test_contexts_in_different_units_are_refused(tmp_path):

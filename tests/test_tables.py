@@ -232,6 +232,20 @@ def test_rows_at_equal_steps(stub):
     assert table(3, stub, STEPS="70", ROWS="trellisnet").stdout.startswith("table3 trellisnet, seed 1111: python")
 
 
+def test_a_row_that_ends_after_a_few_updates_is_not_scored_again(stub):
+    """The memory of a process that only scores once replaced that of training in its record."""
+    (stub / "char_ptb").rename(stub / "word_ptb")
+    row = {"ROWS": "paper_unrolled"}
+    assert script("equilibrium", stub, **row, PARTLY="1").returncode == 0
+    metrics = stub / "runs" / "tables" / "equilibrium" / "paper_unrolled" / "seed-1111" / "metrics.json"
+    metrics.write_text(json.dumps({"complete": False, "steps": 2, "seed": 1}, indent=1))
+    assert script("equilibrium", stub, **row).stdout == "equilibrium paper_unrolled, seed 1111: finished\n"
+    for longer in ("--max_steps 4", "--max_steps=4"):
+        done = script("equilibrium", stub, **row, ARGS=longer, PARTLY="1")
+        assert f"--resume {longer}\n" in done.stdout
+        metrics.write_text(json.dumps({"complete": False, "steps": 2, "seed": 1}, indent=1))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

@@ -591,4 +591,6 @@ def read_memories(root: Path) -> dict[str, Record]:
         found[path.stem] = metrics = read_metrics(path, complete=False)
         with refusing(path):
             float(metrics["peak_memory"])
+            if metrics.get("resumed_with"):
+                raise UserError(f"{path}: of a resumed run, whose peak memory is that of its last process; train anew")
     return found
