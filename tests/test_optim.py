@@ -2,6 +2,7 @@
 
 import functools
 import math
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from trellisnet.errors import UserError
 from trellisnet.training.config import RunConfig
+from trellisnet.training.interrupts import Interrupted, Interrupts
 from trellisnet.training.optim import (
     EMA,
     Curve,
@@ -133,6 +135,22 @@ def test_averaged_swaps_and_restores_even_after_an_error():
     assert p.item() == seen[-1]
     with averaged(averages(torch.optim.SGD([p], lr=1.0))):
         assert p.item() == seen[-1]
+
+
+def test_a_signal_before_the_weights_are_put_back_leaves_no_averages():
+    """The checkpoint of the interruption would hold them as the weights to train on with."""
+    p, calls = nn.Parameter(torch.tensor([1.0])), []
+    with Interrupts() as interrupts:
+
+        def held():
+            calls.append(p.item())
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return interrupts.held()
+
+        with pytest.raises(Interrupted), averaged([(p, torch.tensor([5.0]))], held):
+            pass
+    assert (calls, p.item()) == ([1.0, 5.0], 1.0)
 
 
 def rates_of_torch(make, updates, lr):

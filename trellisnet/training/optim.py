@@ -152,8 +152,12 @@ def averaged(
             put(pairs)
         yield
     finally:
-        with held():
+        try:
+            with held():
+                put(raw)
+        except BaseException:  # a signal that came just before `held` delays them
             put(raw)
+            raise
 
 
 class Curve:
