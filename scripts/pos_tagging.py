@@ -41,7 +41,7 @@ from trellisnet import ops
 from trellisnet.baselines import SparseEmbedding
 from trellisnet.baselines.lstm import WeightDropLSTM
 from trellisnet.core import TrellisNet, check_lengths, check_tensor
-from trellisnet.data.corpus import ALL_ORDERS, SPLITS
+from trellisnet.data.corpus import ALL_ORDERS, SPLITS, digest_of_tokens
 from trellisnet.data.text import HELD_OUT, Part, Texts
 from trellisnet.errors import UserError
 from trellisnet.ops import hide_padding
@@ -424,6 +424,7 @@ def setup(config: Config, device: torch.device, ranks: Ranks) -> tuple[Tagging, 
         label="synthetic" if config.data == "synthetic" else "tagged sentences",
         sha256=hashlib.sha256(repr(parts).encode()).hexdigest(),
         sizes=tuple(int(part.lengths.sum()) for part in data.values()),
+        vocabulary_sha256=digest_of_tokens([*words, *tags]),
         notices=tuple(notices),
     )
     facts = {"training tokens": splits.sizes[0], "words": len(words), "tags": len(tags)}

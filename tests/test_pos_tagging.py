@@ -115,6 +115,24 @@ def test_columns_of_other_formats():
         pos.sentences("1 a", columns=(2, 4))
 
 
+def test_weights_of_another_order_of_the_words_are_refused(run, tmp_path):
+    assert run("--vocab_order", "down", "--max_steps", "1")[0] == 0
+    weights = ["--eval", "--load_weight", tmp_path / "run" / "weights.pkl"]
+    assert run(*weights, "--vocab_order", "frequency")[0] == 0
+    code, _, err, _ = run(*weights)
+    assert code == 2
+    assert "weights.pkl: was trained on another vocabulary (sha256 " in err
+
+
+def test_a_checkpoint_without_a_vocabulary_is_of_the_same_data():
+    config = parse(pos.Config, ["--data", "synthetic"])[0]
+    splits = pos.setup(config, torch.device("cpu"), Ranks())[1]
+    splits.check_same(splits.fingerprint)
+    splits.check_same([*splits.fingerprint[:-1], None])
+    with pytest.raises(UserError, match="the data differ"):
+        splits.check_same([*splits.fingerprint[:-1], "0" * 64])
+
+
 def test_unknown_tags_are_errors_without_a_loss():
     torch.manual_seed(0)
     words, tags = {pos.PAD: 0, pos.UNKNOWN: 1, "a": 2, "b": 3}, {"X": 0, "Y": 1}

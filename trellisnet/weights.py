@@ -359,7 +359,7 @@ def _load(
         if "mixed_group" in differ:
             differ["kernel_groups"] = differ.pop("mixed_group") or None
         raise ArgumentError(f"{path}: was trained with another kind of layer", **differ)
-    _check_vocabulary(metadata.get("vocabulary"), vocabulary, path, language, changed)
+    _check_vocabulary(metadata.get("vocabulary"), vocabulary, path, isinstance(model, TrellisClassifier), changed)
     for name, parameter in expected.items():
         if state[name].shape != parameter.shape:
             advice: Advice = _SIZES
@@ -424,12 +424,10 @@ def _metadata(loaded: dict[str, Tensor]) -> dict[str, Any]:
     return ours if isinstance(ours, dict) else {}
 
 
-def _check_vocabulary(
-    theirs: Any, vocabulary: str | None, path: str | os.PathLike, language: bool, changed: str
-) -> None:
+def _check_vocabulary(theirs: Any, vocabulary: str | None, path: str | os.PathLike, pixels: bool, changed: str) -> None:
     """Refuse weights of another vocabulary or order of the pixels; files that do not name theirs pass."""
     if vocabulary is not None and isinstance(theirs, str) and theirs != vocabulary:
-        noun = "vocabulary" if language else "order of the pixels"
+        noun = "order of the pixels" if pixels else "vocabulary"
         advice = f"; if it was this very text, train again: version 0.1.0 read it differently, now it is read {changed}"
         digests = f"{shown(theirs[:12])}… instead of {vocabulary[:12]}…"
         raise ArgumentError(

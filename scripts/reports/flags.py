@@ -7,7 +7,7 @@ from scripts.reports.markdown import table
 from trellisnet.training import programs
 from trellisnet.training.classification import ClassificationConfig
 from trellisnet.training.config import default_text
-from trellisnet.training.settings import GROUPS, flag_of, properties_of
+from trellisnet.training.settings import GROUPS, Setting, flag_of, properties_of
 
 CONFIGS = {task: programs.get(task).config_class for task in programs.TASKS}
 IMAGES = [task for task, config in CONFIGS.items() if issubclass(config, ClassificationConfig)]
@@ -31,15 +31,20 @@ def flags() -> list[str]:
         flag = flag_of(CONFIGS[task], name)
         switch = f", `--no-{flag[2:]}`" if isinstance(fields[task].default, bool) else ""
         scope = f" ({named(fields)})" if len(fields) < len(CONFIGS) else ""
-        meaning = by_task({task: each.help.format(**PLACEHOLDERS) for task, each in properties.items()})
-        choices = f" ({', '.join(first.choices)})" if first.choices else ""
+        meaning = by_task({task: described(each) for task, each in properties.items()})
         default = "" if "default:" in meaning else by_task({task: default_text(each) for task, each in fields.items()})
         mark = " †" if first.resumable else ""
-        rows[first.group].append((f"`{flag}`{switch}{scope}{mark}", meaning + choices, default))
+        rows[first.group].append((f"`{flag}`{switch}{scope}{mark}", meaning, default))
     lines = []
     for group in GROUPS:
         lines += [f"### {group.capitalize()}", "", *table(["flag", "meaning", "default"], rows[group]), ""]
     return lines[:-1]
+
+
+def described(setting: Setting) -> str:
+    """The help of a setting, with its choices."""
+    choices = f" ({', '.join(setting.choices)})" if setting.choices else ""
+    return setting.help.format(**PLACEHOLDERS) + choices
 
 
 def by_task(texts: Mapping[str, str]) -> str:
