@@ -393,6 +393,15 @@ def test_without_a_tolerance_an_exit_scores_exact_histories(windows):
     assert early["loss"] == pytest.approx(exact["loss"], rel=1e-2)
 
 
+def test_weights_that_were_trained_with_other_layers_are_reported(run_folder, sizes, capsys):
+    at = sizes.index("--nlevels")
+    flags = [*sizes[:at], *sizes[at + 2 :], *"--eval --max_eval_tokens 20 --threads 1 --load_weight".split()]
+    notice = f"NOTICE: {run_folder}: was trained with 3 layers, this network of the same weights has 58; for the one"
+    for more, said in (([], True), (["--nlevels", "3"], False), (["--nlevels", "4"], False)):
+        assert main([*flags, str(run_folder), *more]) == 0
+        assert (notice in capsys.readouterr().out) == said
+
+
 def test_a_run_is_scored_with_early_exit(run_folder, tmp_path, capsys):
     run = ["--run", str(run_folder), "--metrics", str(tmp_path / "m")]
     assert main([*run, *"--eval --threads 1 --early_exit 0.1 0.10000001".split()]) == 0

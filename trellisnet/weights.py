@@ -290,6 +290,12 @@ def task_beside(path: str | os.PathLike) -> Any:
     return _config_beside(path).get("task")
 
 
+def layers_beside(path: str | os.PathLike) -> Any:
+    """Return the number of layers named in the config.json beside the file; None if there is none, or no layers."""
+    settings = _config_beside(path).get("settings")
+    return settings.get("nlevels") if isinstance(settings, dict) and not settings.get("equilibrium") else None
+
+
 def _config_beside(path: str | os.PathLike) -> dict[str, Any]:
     """Return the content of the config.json beside the file; empty if there is none."""
     try:

@@ -260,6 +260,8 @@ class _Program:
         if device.type == "cpu" and ranks.size == 1 and (line := busy(env["threads"])):
             _say(line)
         notices = [*splits.notices, *config.notices(device), *([notice] if notice else [])]
+        if resumed is None and (line := _other_depth(config, given)):
+            notices.append(line)
         for line in notices:
             _say(line)
         command = command_line(config.program(), argv, ranks.launcher())
@@ -425,6 +427,23 @@ def _shipped(config: RunConfig) -> str:
     ours = [os.path.relpath(path) for path in weights.shipped() if weights.task_beside(path / weights.FILE) == task]
     others = f" (or {', '.join(ours[1:])})" if ours[1:] else ""
     return f", for example --run {ours[0]}{others}" if ours else ""
+
+
+def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
+    """A notice if --load_weight was trained with other layers than a preset or default sets; else "".
+
+    The layers of a trellis share their weights, so that neither names nor shapes show it.
+    """
+    ours = getattr(config, "nlevels", None)
+    if not config.load_weight or ours is None or "nlevels" in given or getattr(config, "equilibrium", False):
+        return ""
+    theirs = weights.layers_beside(weights.locate(config.load_weight))
+    if type(theirs) is not int or theirs == ours:
+        return ""
+    return (
+        f"NOTICE: {config.load_weight}: was trained with {counted(theirs, 'layers')}, this network of the same weights "
+        f"has {ours}; for the one that was trained pass --nlevels {theirs}"
+    )
 
 
 def _read_by_all(splits: Splits, weight_file: str) -> dict[str, Any]:
