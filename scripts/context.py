@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> None:
         has = f"{stream.numel():,} {model.config.spelling.noun}"
         raise UserError(f"--lengths {max(lengths)}: the {args.split} text has only {has}")
     count = min(args.targets, stream.numel() - max(lengths))
-    with model.config.autocast(model.device):
+    with model.config.float32_products(), model.config.autocast(model.device):
         records = loss_by_context(model.model, stream.to(model.device), lengths, targets=count)
     print(f"{'context':>8}  {'loss':>8}  {'against the longest':>20}")
     for row in records:
