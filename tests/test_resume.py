@@ -1,5 +1,6 @@
 """Runs that are killed or interrupted and continued end bit-equal to uninterrupted ones."""
 
+import functools
 import json
 import random
 import shutil
@@ -63,7 +64,8 @@ sys.exit(main(sys.argv[3:]))
 
 def interrupted(at, signum, *argv):
     command = [sys.executable, "-c", CHILD, str(at), str(int(signum)), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    hung_up = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, preexec_fn=hung_up)
 
 
 @pytest.fixture(autouse=True)
