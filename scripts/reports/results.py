@@ -206,7 +206,7 @@ def recipe(folder: Path) -> str:
     """Validation scores of a recipe, part by part, from results/recipe."""
     runs = records.read_recipe(folder)
     with refusing(folder):
-        one, commands = runs[0][1], [options(without(m["command"], *HERE_ONLY, "threads")) for _, m in runs]
+        one, commands = runs[0][1], [options(without(m["command"], *HERE_ONLY, "threads", "seed")) for _, m in runs]
         common = [words for words in commands[0] if all(words in command for command in commands)]
         rows, before = [], None
         for (label, metrics), command in zip(runs, commands, strict=True):
