@@ -396,7 +396,7 @@ def test_without_a_tolerance_an_exit_scores_exact_histories(windows):
 def test_weights_that_were_trained_with_other_layers_are_reported(run_folder, sizes, capsys):
     at = sizes.index("--nlevels")
     flags = [*sizes[:at], *sizes[at + 2 :], *"--eval --max_eval_tokens 20 --threads 1 --load_weight".split()]
-    notice = f"NOTICE: {run_folder}: was trained with 3 layers, this network of the same weights has 58; for the one"
+    notice = f"NOTICE: {run_folder}: was trained with 3 layers, but this network has 58; pass --nlevels 3 for"
     for more, said in (([], True), (["--nlevels", "3"], False), (["--nlevels", "4"], False)):
         assert main([*flags, str(run_folder), *more]) == 0
         assert (notice in capsys.readouterr().out) == said

@@ -64,8 +64,8 @@ sys.exit(main(sys.argv[3:]))
 
 def interrupted(at, signum, *argv):
     command = [sys.executable, "-c", CHILD, str(at), str(int(signum)), *map(str, argv)]
-    hung_up = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, preexec_fn=hung_up)
+    hear = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, preexec_fn=hear)
 
 
 @pytest.fixture(autouse=True)

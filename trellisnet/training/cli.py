@@ -430,7 +430,7 @@ def _shipped(config: RunConfig) -> str:
 
 
 def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
-    """A notice if --load_weight was trained with other layers than a preset or default sets; else "".
+    """Return a notice if the weights were trained with another number of layers than the preset or default has.
 
     The layers of a trellis share their weights, so that neither names nor shapes show it.
     """
@@ -441,8 +441,8 @@ def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
     if type(theirs) is not int or theirs == ours:
         return ""
     return (
-        f"NOTICE: {config.load_weight}: was trained with {counted(theirs, 'layers')}, this network of the same weights "
-        f"has {ours}; for the one that was trained pass --nlevels {theirs}"
+        f"NOTICE: {config.load_weight}: was trained with {counted(theirs, 'layers')}, but this network has {ours}; "
+        f"pass --nlevels {theirs} for the depth of training"
     )
 
 

@@ -127,9 +127,9 @@ class Ranks:
         """
         if self.size == 1:
             return
-        # Its functions have the default group of the moment of import as a default argument. DistributedDataParallel
-        # imports it too; if only then, the group and gloo's threads outlive leave(), and a thread that frees a tensor
-        # while the interpreter ends aborts the process.
+        # Functions of this module have the default group as a default argument, evaluated when it is imported, at the
+        # latest by DistributedDataParallel. Imported once there is a group, it would keep the group and gloo's threads
+        # alive past leave(), and a thread that frees a tensor while the interpreter ends aborts the process.
         importlib.import_module("torch.distributed.nn.functional")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
