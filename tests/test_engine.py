@@ -4,7 +4,8 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 
 from trellisnet import serialization
 from trellisnet.errors import RunError, UserError, counted
-from trellisnet.training import checkpoint
+from trellisnet.training import checkpoint, cli
 from trellisnet.training.config import RunConfig
 from trellisnet.training.engine import Trainer
+from trellisnet.training.interrupts import Interrupted
 from trellisnet.training.optim import Schedule, make_optimizer, make_schedule
 from trellisnet.training.reporting import Bar, duration, duration_line, epoch_line
 from trellisnet.training.runlog import RunFolder, read_records
@@ -77,6 +79,9 @@ def splits(sha256="abc"):
 
 def run(path, *, resume=None, task=None, sha256="abc", schedule=None, **options):
     config = Config(**{"epochs": 4, "lr": 0.05, "clip": 1.0, "log_interval": 2} | options)
+    if isinstance(schedule, str):
+        config = replace(config, schedule=schedule)
+        schedule = make_schedule(config, lambda _: 6)
     task = task or Regression()
     torch.manual_seed(1)
     content = checkpoint.load(path / resume) if resume else None
@@ -109,6 +114,45 @@ def test_a_run_with_nothing_left_to_train_says_so(tmp_path):
     assert run(tmp_path, max_steps=3, epochs=9, resume="last.pt")[2][0] == f"{line}; raise --max_steps to train on"
     assert not run(tmp_path, resume="last.pt")[2][0].startswith("NOTICE")
     assert run(tmp_path, resume="last.pt")[2][0] == f"{line}; raise --epochs to train on"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_steps": 12}, {"max_steps": 9, "schedule": "cosine"}],  # at the end of an epoch of six, and within one
+    ids=["step", "cosine"],
+)
+@pytest.mark.parametrize("files", [(), ("best.pt",)])  # written after the interrupted validation, before a kill
+def test_a_validation_after_the_last_update_is_made_up_for(tmp_path, monkeypatch, settings, files):
+    def interrupted(trainer, *args):
+        if trainer.step == settings["max_steps"]:
+            raise Interrupted(signal.SIGTERM)
+        return evaluate(trainer, *args)
+
+    def killed(path, content):
+        if path.name not in files:
+            raise KeyboardInterrupt
+        save(path, content)
+
+    _, whole, _ = run(tmp_path / "whole", **settings)
+    assert whole.best_epoch == 2
+    evaluate, save = Trainer._evaluate, checkpoint.save
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", **settings)
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", resume="last.pt", **settings)
+    monkeypatch.setattr(checkpoint, "save", save)
+    last = tmp_path / "parts" / "last.pt"
+    newest, _ = cli._newest(last)
+    assert newest["best"]["epoch"] == (2 if files else 1)
+    save(last, newest)
+    for _ in range(2):  # and it is not validated again
+        _, result, _ = run(tmp_path / "parts", resume="last.pt", **settings)
+        assert (result.valid, result.test, result.best_epoch) == (whole.valid, whole.test, whole.best_epoch)
+    epochs = [r for r in read_records(tmp_path / "parts" / "metrics.jsonl") if r["event"] == "epoch"]
+    assert [(r["epoch"], r["best"]) for r in epochs] == [(1, True), (2, True), *([] if files else [(2, True)])]
 
 
 def test_resumed_within_an_epoch_it_ends_bit_equal(tmp_path):

@@ -516,7 +516,9 @@ def _newest(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def _is_ahead(later: dict[str, Any], content: dict[str, Any]) -> bool:
     """Return whether `later` was written after `content`."""
-    return (later["step"], later["epoch"]) > (content["step"], content["epoch"])
+    # Of an epoch cut short at the end of a planned rate, only the best result tells the state after its validation.
+    after, before = ((c["step"], c["epoch"], c["best"]["epoch"] if c["best"] else -1) for c in (later, content))
+    return after > before
 
 
 def _check_config(path: Path, settings: dict[str, Any], cls: type[RunConfig]) -> None:

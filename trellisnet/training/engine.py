@@ -249,6 +249,8 @@ class Trainer:
         try:
             if self.schedule.finetune and self.best is None:
                 self._score_loaded()
+            if self._awaits_validation():
+                self._end_epoch(finished=self._has_all_batches())
             while not self._is_done() and not self._stopped():
                 finished = self._train_epoch(self.task.batches(self.splits.train, self.epoch))
                 self._end_epoch(finished)
@@ -269,6 +271,17 @@ class Trainer:
             if valid is not None:
                 self._announce(f"as loaded: {score_line(self.task, 'valid', valid)}")
             self._save(best=True)
+
+    def _awaits_validation(self) -> bool:
+        """Return whether the run was stopped after its last update, before a validation that counts."""
+        if not self.batch or self.epoch >= self.config.epochs or not self._stopped():
+            return False
+        is_best = self.best is not None and self.best["epoch"] == self.epoch + 1  # of an epoch cut short, already
+        return self._has_all_batches() or (self._is_done() and not is_best)
+
+    def _has_all_batches(self) -> bool:
+        """Return whether the epoch only lacks its validation."""
+        return self.batch == len(self.task.batches(self.splits.train, self.epoch))
 
     def _is_done(self) -> bool:
         """Return whether the last epoch, finetuning, or a rate that falls until `max_steps` has ended."""
