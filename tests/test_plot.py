@@ -65,7 +65,8 @@ def root(tmp_path):
          "per_second": 5.0, **({"gflops": 3.0} if part == "step" else {})}
         for part in ("step", "generation") for i, variant in enumerate(("reference", "fused"))
     ]  # fmt: skip
-    records.append({"task": "word_ptb", "part": "memory", "variant": "reference", "bytes": 3e9})
+    for part in ("memory", "head memory"):
+        records.append({"task": "word_ptb", "part": part, "variant": "reference", "bytes": 3e9})
     content = {"machine": "CPU, 2 cores", "command": "python scripts/bench.py", "commit": "a1", "records": records}
     for name in ("word_ptb", "word_ptb_recompute"):  # with the same parts
         write(results / "speed" / f"{name}.json", content)
@@ -102,6 +103,21 @@ def test_a_curve_holds_the_scores_of_finished_epochs(tmp_path):
     assert charts.read_curve(run, "c").score == "accuracy"
     run = written(tmp_path / "d", epoch(1, 0.2, 0.3, lambda loss: loss))  # the adding problem
     assert charts.read_curve(run, "d").score == "mse"
+
+
+def test_scores_that_are_not_finite_leave_a_gap(tmp_path):
+    """A perplexity beyond all numbers is recorded as null, and so is the score of an epoch whose steps were skipped."""
+    null = {"train_score": None}
+    run = written(tmp_path / "a", epoch(1, 6.0, 5.0) | {"train_loss": 900.0} | null, epoch(2, 5.5, 4.5))
+    curve = charts.read_curve(run, "a")
+    assert math.isnan(curve.train[0])
+    assert (curve.train[1], curve.valid) == (math.exp(5.5), [math.exp(5), math.exp(4.5)])
+    other = charts.read_curve(written(tmp_path / "b", epoch(1, 6.0, None) | null, epoch(2, 5.5, None)), "b")
+    assert (other.score, other.valid) == ("ppl", [])
+    with pytest.raises(UserError, match="no epoch has a finite score"):
+        charts.read_curve(written(tmp_path / "c", epoch(1, 6.0, None) | null), "c")
+    pytest.importorskip("matplotlib")
+    assert plot.main(["curves", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "curves.svg")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -156,7 +172,7 @@ def test_charts_hold_the_scores_of_the_files(root):
     assert [(row.label, row.ours) for row in tables["precision"].rows] == [("fp32", [101, 102]), ("bf16", [101, 102])]
     assert list(read_memories(root)) == ["word_ptb", "pmnist"]
     counts = {name: len(content["records"]) for name, content in read_speeds(root).items()}
-    assert counts == {"word_ptb": 5, "word_ptb_recompute": 5}
+    assert counts == {"word_ptb": 6, "word_ptb_recompute": 6}
     write(root / "results" / "table6_small" / "trellisnet.json", metrics(test={}))
     with pytest.raises(UserError, match="trellisnet.json: corrupt or of another kind"):
         charts.read_charts(root)

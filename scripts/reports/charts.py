@@ -12,7 +12,7 @@ from trellisnet.errors import UserError
 
 
 class Curve(NamedTuple):
-    """Scores of a run by epoch; `valid` is empty without validation data."""
+    """Scores of a run by epoch, NaN where they were not finite; `valid` is empty without validation data."""
 
     label: str
     score: str  # ppl, bpc, accuracy or mse
@@ -63,13 +63,19 @@ def read_curve(path: Path, label: str) -> Curve:
         if not epochs:
             raise UserError(f"{file}: no epoch is finished yet")
         split = "train" if epochs[0]["valid_score"] is None else "valid"
+        scored = [e for e in epochs if e[f"{split}_score"] is not None]
+        if not scored:
+            raise UserError(f"{file}: no epoch has a finite score")
+        train, valid = (
+            [math.nan if e[key] is None else e[key] for e in epochs] for key in ("train_score", "valid_score")
+        )
         return Curve(
             label,
-            score_name(epochs[0][f"{split}_loss"], epochs[0][f"{split}_score"]),
+            score_name(scored[0][f"{split}_loss"], scored[0][f"{split}_score"]),
             [e["epoch"] for e in epochs],
             [e["seconds"] / 60 for e in epochs],
-            [e["train_score"] for e in epochs],
-            [] if split == "train" else [e["valid_score"] for e in epochs],
+            train,
+            [] if split == "train" else valid,
         )
 
 

@@ -1,5 +1,6 @@
 """Charts drawn with matplotlib; the numbers come from charts.py and records.py."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def draw_curves(curves: Sequence[Curve], by: str) -> Any:
             if c.valid:
                 axes.plot(x, c.valid, label=c.label, **style)
             axes.plot(x, c.train, "--", alpha=0.6, label=None if c.valid else c.label, **style)
-        values = [v for c in own for v in (*c.train, *c.valid)]
+        values = [v for c in own for v in (*c.train, *c.valid) if math.isfinite(v)]
         wide = score == "ppl" and max(values) > WIDE * min(values)
         if wide:
             axes.set_yscale("log")
@@ -125,8 +126,8 @@ def draw_speeds(content: dict[str, Any]) -> Any:
     """Draw the speed of each variant relative to the reference, and its memory, as bars."""
     plt = pyplot()
     records = content["records"]
-    timed = [r for r in records if r["part"] != "memory"]
-    weighed = [r for r in records if r["part"] == "memory"]
+    timed = [r for r in records if "bytes" not in r]
+    weighed = [r for r in records if "bytes" in r]
     panels = [
         ("times as fast as the reference", timed, lambda r: r["ratio"], speed_text),
         ("peak memory, GB", weighed, lambda r: r["bytes"] / 1e9, lambda r: f"{r['bytes'] / 1e9:.2f} GB"),
