@@ -339,6 +339,11 @@ def test_a_table_of_the_paper_beside_our_runs(root, capsys):
         last.write_text(bad)
         assert collect.main(["--root", str(folder), "--table", "1"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    last.write_text(json.dumps(METRICS))
+    for seed, epochs in ((1, 31), (2, 17), (3, 23)):  # each ends on its own plateau
+        finish("awd_lstm_finetuned", seed, preset="awd-lstm-finetune", epochs=epochs)
+    assert collect.main(["--root", str(folder), "--table", "1"]) == 0
+    assert " ± 0.00 (n = 3, 17 to 31 epochs) | 123,456 |" in capsys.readouterr().out
 
 
 def test_a_run_without_validation_is_collected(root):

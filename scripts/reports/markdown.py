@@ -35,7 +35,8 @@ def ours(found: Finished | None) -> tuple[str, str]:
         return "not run", ""
     digits, values = 4 if found.score_name == "bpc" else 2, found.values
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    kind = f"n = {len(values)}, {found.epochs} epochs" + (", augmented" if found.augmented else "")
+    epochs = " to ".join(map(str, sorted({min(found.epochs), max(found.epochs)})))
+    kind = f"n = {len(values)}, {epochs} epochs" + (", augmented" if found.augmented else "")
     return f"{statistics.mean(values):.{digits}f}{spread} ({kind})", f"{found.params:,}"
 
 

@@ -271,7 +271,7 @@ class Finished(NamedTuple):
     score_name: str
     values: list[float]
     params: int
-    epochs: int
+    epochs: list[int]
     augmented: bool
     minutes: list[float]
 
@@ -294,11 +294,13 @@ def read_row(folder: Path, recited: bool = False) -> Finished | None:
     if not runs:
         return None
     with refusing(folder):
-        check_alike(folder, runs, "params epochs augment data")
+        check_alike(folder, runs, "params augment data")
         name, one = scores[0].score_name, runs[0]
+        if not one["preset"].endswith("finetune"):  # which ends on a plateau, in another epoch for every seed
+            check_alike(folder, runs, "epochs")
         values = [100 * score.value if name == "accuracy" else score.value for score in scores]
         minutes = [run["seconds"] / 60 for run in runs if "seconds" in run]
-    return Finished(name, values, one["params"], one["epochs"], one["augment"], minutes)
+    return Finished(name, values, one["params"], [run["epochs"] for run in runs], one["augment"], minutes)
 
 
 def read_ablations(folder: Path) -> list[tuple[Row, Record]]:
