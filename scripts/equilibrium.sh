@@ -6,15 +6,15 @@
 # `paper_…` measure the memory of the paper's model. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
-start=(--load_weight "$ROOT/results/word_ptb_small")
-[ -z "${SMOKE:-}" ] || start=() # of another size
+start=(--preset small)
+[ -n "${SMOKE:-}" ] || start+=(--load_weight "$ROOT/results/word_ptb_small") # of another size
 # The rate of the shipped model's seventh and eighth epochs.
-go_on=(--preset small "${start[@]}" --lr 2 --schedule cosine --epochs 1 --max_steps 500)
+go_on=("${start[@]}" --lr 2 --schedule cosine --epochs 1 --max_steps 500)
 timed=("${go_on[@]}" --max_steps 30 --max_eval_tokens 100)
 paper=(--preset paper --aux 0 --max_steps 2 --max_eval_tokens 100)
 
-start_unrolled() { train word_ptb --preset small "${start[@]}" --nlevels 16 --eval; }
-start_solved() { train word_ptb --preset small "${start[@]}" --equilibrium --eval; }
+start_unrolled() { train word_ptb "${start[@]}" --nlevels 16 --eval; }
+start_solved() { train word_ptb "${start[@]}" --equilibrium --eval; }
 unrolled() { train word_ptb "${go_on[@]}" --nlevels 16; }
 unrolled_solved() { FROM=unrolled train word_ptb --preset small --equilibrium --eval; }
 equilibrium() { train word_ptb "${go_on[@]}" --equilibrium; }

@@ -44,7 +44,7 @@
 #   WORKERS  processes of the tests; default: 8
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 PY="${PYTHON:-}"
 if [ -z "$PY" ]; then

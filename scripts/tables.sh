@@ -10,7 +10,7 @@
 #   PY=python       this Python instead of one in .venv
 
 set -euo pipefail
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -z "${PY:-}" ]; then
     . "$ROOT/scripts/venv.sh"
     use_venv ""

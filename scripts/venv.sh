@@ -1,7 +1,7 @@
 # Sourced by the other scripts: create or reuse .venv, and install the project into it.
 # usage: use_venv EXTRAS     EXTRAS is empty or e.g. "dev"; sets $ROOT and $PY.
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PY="$ROOT/.venv/bin/python"
 
 # patiently COMMAND...: show what a command prints and, whenever it says nothing for four seconds, how long it has run.

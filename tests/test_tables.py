@@ -126,7 +126,7 @@ def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
         "record = {'event': 'epoch', 'step': 100, 'train_seconds': seconds}\n"
         "(out / 'metrics.jsonl').write_text(json.dumps(record) + '\\n')\n"
         "done = {'complete': True, 'corpus': 'real', 'commit': 'a', 'params': 7, 'epochs': 6, 'data': 'd'}\n"
-        "done |= {'seconds': 3600.0, 'test': {'ppl': 99.0, 'loss': 4.6}}\n"
+        "done |= {'preset': 'rhn-small', 'seconds': 3600.0, 'test': {'ppl': 99.0, 'loss': 4.6}}\n"
         "if '--metrics' in argv: pathlib.Path(argv[-1]).write_text(json.dumps(done, indent=1))\n"
     )
     for _ in range(2):
@@ -180,6 +180,16 @@ def test_seeds_rows_and_further_flags(stub):
     done = table(3, stub, ROWS="nothing")
     assert done.returncode == 2
     assert done.stderr == "error: table3 has no row nothing; it has: trellisnet trellisnet_standard tcn awd_lstm\n"
+
+
+def test_an_exported_cdpath_does_not_lead_elsewhere(stub):
+    """With it, `cd` may go to another folder, and prints where it went."""
+    (stub / "elsewhere" / "scripts").mkdir(parents=True)
+    environment = {**os.environ, "PY": sys.executable, "ROWS": "trellisnet", "CDPATH": str(stub / "elsewhere")}
+    command = ["bash", "scripts/table3.sh"]
+    done = subprocess.run(command, cwd=stub, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (stub / "runs" / "tables" / "table3" / "trellisnet" / "seed-1111" / "calls").is_file()
 
 
 def test_finished_rows_are_skipped_and_interrupted_ones_continued(stub):
