@@ -559,3 +559,22 @@ def test_plans_are_shared_and_hold_no_inference_tensors():
     assert plan.layer_steps == sum(layer.size for layer in plan.layers) == 4_831
     again = TrellisNet(1, 3, 16, dilation=IMAGE).spec  # equal, but another object
     assert pruning.plan(784, again, 783, torch.device("cpu")) is plan
+
+
+def test_the_default_device_has_no_influence():
+    module, cpu = TrellisNet(1, 3, 11, dilation=IMAGE), torch.device("cpu")
+    x = torch.randn(2, 784, 1)
+
+    def found(default):
+        pruning.plan.cache_clear()
+        gemm._works.cache_clear()
+        with torch.device(default):
+            layers = pruning.plan(784, module.spec, 783, cpu).layers
+            places = [pruning.places(*pair, cpu) for pair in zip(layers, [*layers[1:], None], strict=True)]
+            readers = pruning.readers_of_x([(layers[1], 0), (layers[0], 9)], 784, 2, cpu)
+            indices = [t for place in places for t in place if t is not None]
+            return [*indices, readers, module(x, last_only=True).output], gemm.usable("onednn", cpu, x.dtype)
+
+    expected, got = found("cpu"), found("meta")
+    assert_close(got, expected, rtol=0, atol=0)
+    assert {t.device for t in got[0]} == {cpu}

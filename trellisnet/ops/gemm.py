@@ -38,7 +38,7 @@ def usable(route: str, device: torch.device, dtype: torch.dtype) -> bool:
 @torch.inference_mode(False)
 def _works(route: str, dtype: torch.dtype) -> bool:
     """Return whether the route multiplies a small matrix correctly on the CPU."""
-    a = torch.arange(6.0, dtype=dtype).view(2, 3)
+    a = torch.arange(6.0, dtype=dtype, device="cpu").view(2, 3)
     try:
         return torch.equal(ROUTES[route](a, a), a @ a.t())
     except (RuntimeError, AttributeError, NotImplementedError):

@@ -146,15 +146,15 @@ def places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
 def _places(layer: Layer, above: Layer | None, device: torch.device) -> Places:
     def inverse(index: Index, first: int) -> Tensor:
         """Return, for each position of the layer, which of first, first + 1, … reads it."""
-        readers = torch.full((layer.size,), -1)
-        readers[_array(index).long()] = torch.arange(first, first + len(index))
+        readers = torch.full((layer.size,), -1, device="cpu")  # which need not be torch's default device
+        readers[_array(index).long()] = torch.arange(first, first + len(index), device="cpu")
         return readers
 
-    taps, dc = None, torch.arange(layer.size)
+    taps, dc = None, torch.arange(layer.size, device="cpu")
     if above is not None:
         taps = torch.stack([inverse(read.rows, read.left) for read in above.taps])
         dc = inverse(above.cell.rows, above.cell.left)
-    cell = torch.cat([torch.full((layer.cell.left,), -1), _array(layer.cell.rows)])
+    cell = torch.cat([torch.full((layer.cell.left,), -1, device="cpu"), _array(layer.cell.rows)])
     x = None if layer.x is None else _array(layer.x)
     arrays = (x, cell, inverse(layer.wanted, 0), taps, dc)
     return Places(*(None if a is None else a.to(device, torch.int32) for a in arrays))
@@ -180,14 +180,15 @@ def readers_of_x(layers: Sequence[tuple[Layer, int]], rows: int, batch: int, dev
 
 @torch.inference_mode(False)
 def _readers_of_x(layers: Sequence[tuple[Layer, int]], rows: int, batch: int) -> Tensor:
-    readers = torch.full((len(layers), rows), -1, dtype=torch.int32)
+    readers = torch.full((len(layers), rows), -1, dtype=torch.int32, device="cpu")
     for reader, (layer, first) in zip(readers, layers, strict=True):
-        reader[_array(layer.x).long()] = torch.arange(first, first + layer.size * batch, batch, dtype=torch.int32)
+        at = torch.arange(first, first + layer.size * batch, batch, dtype=torch.int32, device="cpu")
+        reader[_array(layer.x).long()] = at
     return readers
 
 
 def _array(index: Index) -> Tensor:
-    return torch.tensor(index) if isinstance(index, range) else index.cpu()
+    return torch.tensor(index, device="cpu") if isinstance(index, range) else index.cpu()
 
 
 def rows(source: Tensor, index: Index, first: int = 0, last: int | None = None, dim: int = 0) -> Tensor:
