@@ -282,6 +282,38 @@ def test_autocast(dtype):
     assert net.weight_h_v.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("solver", WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_16_bits_are_solved_in_single_precision(backend, solver, dtype):
+    torch.manual_seed(0)
+    options = {"init_gain": 1.0, "weight_norm": False, "solver": solver, "backend": backend, "tolerance": 1e-5}
+    net, wide = EquilibriumTrellisNet(*SIZES, **options).to(dtype), EquilibriumTrellisNet(*SIZES, **options)
+    wide.load_state_dict(net.state_dict())
+    x = torch.randn(3, 9, 4).to(dtype)
+    outs = []
+    for core in (net, wide):
+        first = core(x[:, :5].to(core.bias.dtype))
+        state = tuple(part.to(dtype).to(core.bias.dtype) for part in first.state)
+        outs.append(core(x[:, 5:].to(core.bias.dtype), state, lengths=[4, 2, 1]))
+        outs[-1].output.square().sum().backward()
+    assert net.solved["forward"][0] <= 1e-5 >= net.solved["backward"][0]
+    for got, want in zip((outs[0].output, *outs[0].state), (outs[1].output, *outs[1].state), strict=True):
+        assert torch.equal(got, want.to(dtype))
+    for got, want in zip(net.parameters(), wide.parameters(), strict=True):
+        assert_close(got.grad.float(), want.grad, rtol=0.02, atol=0.02 * want.grad.abs().max().item())
+    output, _ = net.step(x[:, 0], net.init_stream(3))
+    assert output.dtype == dtype
+
+
+@pytest.mark.parametrize("solver", WAYS)
+def test_an_empty_batch(backend, solver):
+    net, _ = network(backend, solver=solver)
+    out = net(torch.randn(0, 5, 4, dtype=torch.float64))
+    out.output.sum().backward()
+    assert out.output.shape == (0, 5, 5)
+    assert net.bias.grad.abs().max() == 0
+
+
 def test_language_models_read_what_they_score():
     torch.manual_seed(0)
     model = TrellisLanguageModel(11, 6, 12, 1, output_size=6, core=EquilibriumTrellisNet, tolerance=1e-6, init_gain=1.0)

@@ -56,8 +56,10 @@ def _norm(z: Tensor) -> Tensor:
     return torch.linalg.vector_norm(z, dim=tuple(range(1, z.dim())))  # (N,)
 
 
-def _residual(f_z: Tensor, z: Tensor) -> Tensor:
-    return (_norm(f_z - z) / _norm(f_z).clamp_min(torch.finfo(z.dtype).tiny)).max()
+def _residual(difference: Tensor, f_z: Tensor) -> Tensor:
+    """Return the largest ratio of these norms, (N,) each; 0 if N is 0."""
+    ratios = difference / f_z.clamp_min(torch.finfo(f_z.dtype).tiny)
+    return ratios.max() if ratios.numel() else ratios.new_zeros(())
 
 
 def iterate(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Solution:
@@ -72,7 +74,7 @@ def iterate(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Soluti
     evaluations = 0
     while True:
         before, z = z, f(z)
-        evaluations, residual = evaluations + 1, _residual(z, before)
+        evaluations, residual = evaluations + 1, _residual(_norm(z - before), _norm(z))
         if residual <= tolerance or evaluations == max_evaluations:
             return Solution(z, residual, evaluations)
 
@@ -98,7 +100,7 @@ def anderson(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Solut
             differences[:, slot] = values[:, slot] - z.flatten(1)
             column = differences[:, :mixed] @ differences[:, slot].unsqueeze(2)  # (N, mixed, 1)
             gram[:, :mixed, slot] = gram[:, slot, :mixed] = column.squeeze(2)
-            residual = (gram[:, slot, slot].sqrt() / _norm(values[:, slot]).clamp_min(tiny)).max()
+            residual = _residual(gram[:, slot, slot].sqrt(), _norm(values[:, slot]))
             if residual <= tolerance or evaluations == max_evaluations:
                 return Solution(f_z, residual, evaluations)
             used = gram[:, :mixed, :mixed]
@@ -358,29 +360,34 @@ class EquilibriumTrellisNet(TrellisNet):
         (N, L, _), H = x.shape, self.hidden_size
         if lengths is not None:
             x = ops.hide_padding(x, lengths)
-        x = ops.widened(x, self.bias)
+        weights = self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias
+        # Solved in float32 at least: 16 bits do not resolve the tolerance.
+        weights = tuple(weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights)
+        x = ops.widened(x, weights[2])
         if state is None:
             state = tuple(x.new_zeros(N, width) for width in self.state_widths().values())
-        state = tuple(ops.widened(part, self.bias) for part in state)
-        weights = self.effective_weight("weight_x", masks), self.effective_weight("weight_h", masks), self.bias
+        state = tuple(ops.widened(part, weights[2]) for part in state)
         self.spec.check_kernel(weights[1])
         scale = dropout_scale(x, (N, H, 1), self.hidden_dropout, self.training, masks, "hidden")
         layer = _Layer(weights, x, state, scale)
         z = self._equilibrium(layer, weights, N, L)
         h, c = z.chunk(2, dim=1)  # (N, H, L)
         output = h[:, H - self.output_size :, L - 1 if last_only else start :].transpose(1, 2)
-        if lengths is None:  # copied, because the caller may change x and the output in place
-            return TrellisOutput(output, tuple(part.clone() for part in (h[:, :, -1], c[:, :, -1], x[:, -1])), [])
-        last = (lengths - 1).view(N, 1, 1)
-        state = (part.gather(2, last.expand(-1, part.size(1), 1)).squeeze(2) for part in (h, c, x.transpose(1, 2)))
-        return TrellisOutput(output, tuple(state), [])
+        if lengths is None:
+            state = h[:, :, -1], c[:, :, -1], x[:, -1]
+        else:
+            last = (lengths - 1).view(N, 1, 1)
+            state = (part.gather(2, last.expand(-1, part.size(1), 1)).squeeze(2) for part in (h, c, x.transpose(1, 2)))
+        dtype = self.bias.dtype
+        # Copied, because the caller may change x and the output in place.
+        return TrellisOutput(output.to(dtype), tuple(part.to(dtype, copy=True) for part in state), [])
 
     def _equilibrium(self, layer: _Layer, weights: ops.Weights, N: int, L: int) -> Tensor:
         """Return z* (N, 2H, L) as a function of weights, x and state."""
         with torch.no_grad():
             rows = N if self.solver == "stepwise" else N * L
             fast = _FastLayer(layer, weights, self.spec, self.execution, rows)
-            zero = self.bias.new_zeros(L, N, 2 * self.hidden_size)
+            zero = layer.h_left.new_zeros(L, N, 2 * self.hidden_size)
             if self.solver == "stepwise":
                 solution = fast.in_time(self.tolerance, self.max_evaluations)
             elif ops.resolve(self.spec, self.execution) == "reference":
