@@ -272,6 +272,15 @@ def test_a_checkpoint_beside_the_settings_of_another_run_is_refused(cut, capsys)
     assert main(["--resume", str(folder / "last.pt"), "--max_steps", "1"]) == 0
 
 
+def test_a_run_without_effect_of_averaging_that_an_earlier_version_started_is_continued(cut):
+    folder, _ = cut
+    content = checkpoint.load(folder / "last.pt")
+    content["settings"] |= {"asgd": True, "anneal": 0}
+    checkpoint.save(folder / "last.pt", content)
+    (folder / "config.json").unlink()
+    assert main(["--resume", str(folder / "last.pt"), "--max_steps", "1"]) == 0
+
+
 def test_one_process_per_folder(tmp_path, capsys):
     argv = [*MODEL, "--lr", "5", "--max_steps", "3", "--out", str(tmp_path / "run")]
     assert main(argv) == 0

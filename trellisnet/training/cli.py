@@ -554,7 +554,8 @@ def _resume(cls: type[RunConfig], path: Path, given: dict[str, Any]) -> tuple[Ru
         raise UserError(f"{path}: belongs to a run of {owner}; continue it with {command}")
     settings = check_settings(cls, content["settings"], f"{path}")
     _check_config(path.with_name("config.json"), settings, cls)
-    stored = from_settings(cls, settings)  # with today's defaults for settings that an earlier version did not have
+    # With today's defaults for settings that an earlier version did not have.
+    stored = from_settings(cls, {**settings, "resume": str(path)})
     for name, value in given.items():
         if (reason := stored.fixed(name)) and value != getattr(stored, name):
             raise UserError(
