@@ -69,6 +69,14 @@ def test_scores_without_history_are_announced():
     assert config(*deep[:3], "--seq_len", "0", "--repack").notices(torch.device("cpu")) == []
 
 
+def test_a_length_without_effect_is_announced():
+    long = parse(CharConfig, ["--seq_len", "200"])[0]
+    (notice,) = long.notices(torch.device("cpu"))
+    assert notice == "NOTICE: --seq_len 200 has no effect with --repack, which makes windows of --horizon 140 positions"
+    for flags in (["--seq_len", "200", "--no-repack"], []):
+        assert parse(CharConfig, flags)[0].notices(torch.device("cpu")) == []
+
+
 def test_settings_survive_json(tmp_path):
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(to_settings(config("--preset", "small", "--dilation", "1", "2"))))
@@ -151,6 +159,7 @@ def test_defaults_are_relative_to_the_project_and_typed_paths_to_the_working_dir
         (["--ema", "0.9", "--asgd"], "--ema: --asgd averages the weights as well; leave one of the two out"),
         (["--ema", "0.9", "--nonmono", "3"], "--ema: --nonmono 3 averages the weights as well; leave one"),
         (["--asgd", "--anneal", "0"], "--asgd: begins on a plateau, of which --anneal 0 finds none; pass --nonmono N"),
+        (["--anneal_by", "2", "--anneal", "0"], "--anneal_by 2: divides the learning rate on plateaus, of which these"),
         (["--asgd", "--model", "rhn"], "--asgd: begins on a plateau, of which --anneal 0 finds none"),
         (["--label_smoothing", "0.1", "--n_experts", "3"], "--label_smoothing: needs the log-probabilities of all"),
     ],

@@ -1,6 +1,7 @@
 """Runs of changing depth: stages, a depth drawn for every update, and scores at every depth."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -393,12 +394,20 @@ def test_without_a_tolerance_an_exit_scores_exact_histories(windows):
     assert early["loss"] == pytest.approx(exact["loss"], rel=1e-2)
 
 
-def test_weights_that_were_trained_with_other_layers_are_reported(run_folder, sizes, capsys):
+def test_weights_that_were_trained_with_other_layers_are_reported(run_folder, sizes, tmp_path, capsys):
     at = sizes.index("--nlevels")
     flags = [*sizes[:at], *sizes[at + 2 :], *"--eval --max_eval_tokens 20 --threads 1 --load_weight".split()]
     notice = f"NOTICE: {run_folder}: was trained with 3 layers, but this network has 58; pass --nlevels 3 for"
     for more, said in (([], True), (["--nlevels", "3"], False), (["--nlevels", "4"], False)):
         assert main([*flags, str(run_folder), *more]) == 0
+        assert (notice in capsys.readouterr().out) == said
+    solved = shutil.copytree(run_folder, tmp_path / "solved")
+    content = json.loads((solved / "config.json").read_text())
+    content["settings"]["equilibrium"] = True
+    (solved / "config.json").write_text(json.dumps(content))
+    notice = f"NOTICE: {solved}: was trained at the equilibrium, but this network has 58 layers; pass --equilibrium"
+    for more, said in (([], True), (["--nlevels", "3"], False), (["--no-equilibrium"], False)):
+        assert main([*flags, str(solved), *more]) == 0
         assert (notice in capsys.readouterr().out) == said
 
 

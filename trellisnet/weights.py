@@ -8,6 +8,7 @@ that the authors do not have. Models with another core than TrellisNet keep the 
 """
 
 import json
+import math
 import os
 import warnings
 from collections import OrderedDict
@@ -291,9 +292,11 @@ def task_beside(path: str | os.PathLike) -> Any:
 
 
 def layers_beside(path: str | os.PathLike) -> Any:
-    """Return the number of layers named in the config.json beside the file; None if there is none, or no layers."""
+    """Return the number of layers named in the config.json beside the file, inf at an equilibrium; None without it."""
     settings = _config_beside(path).get("settings")
-    return settings.get("nlevels") if isinstance(settings, dict) and not settings.get("equilibrium") else None
+    if not isinstance(settings, dict):
+        return None
+    return math.inf if settings.get("equilibrium") is True else settings.get("nlevels")
 
 
 def _config_beside(path: str | os.PathLike) -> dict[str, Any]:

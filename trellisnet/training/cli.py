@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -438,6 +439,11 @@ def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
     if not config.load_weight or ours is None or "nlevels" in given or getattr(config, "equilibrium", False):
         return ""
     theirs = weights.layers_beside(weights.locate(config.load_weight))
+    if theirs == math.inf and "equilibrium" not in given:
+        return (
+            f"NOTICE: {config.load_weight}: was trained at the equilibrium, but this network has "
+            f"{counted(ours, 'layers')}; pass --equilibrium for that of training"
+        )
     if type(theirs) is not int or theirs == ours:
         return ""
     return (

@@ -135,6 +135,11 @@ class LanguageModelConfig(CoreConfig):
             raise UserError(
                 "--asgd: begins on a plateau, of which --anneal 0 finds none; pass --nonmono N or --anneal N"
             )
+        if self.anneal_by and not (plateaus or self.eval or self.resume):
+            raise UserError(
+                f"--anneal_by {self.anneal_by:g}: divides the learning rate on plateaus, of which these settings find "
+                "none; pass --anneal_recent N, or divide it after certain epochs by --when"
+            )
         if self.ema and self.schedule == "step" and (self.asgd or self.nonmono or self.finetune):
             flag = "--finetune" if self.finetune else "--asgd" if self.asgd else f"--nonmono {self.nonmono}"
             raise UserError(f"--ema: {flag} averages the weights as well; leave one of the two out")
@@ -194,6 +199,11 @@ class LanguageModelConfig(CoreConfig):
 
     def notices(self, device: torch.device) -> list[str]:
         notices, horizon = super().notices(device), self.horizon or self.core.reach(self)
+        if self.seq_len > self.task_seq_len():
+            notices.append(
+                f"NOTICE: --seq_len {self.seq_len} has no effect with --repack, which makes windows of --horizon "
+                f"{horizon} positions"
+            )
         if not self.repack and self.task_seq_len() <= horizon:  # only with --eval
             notices.append(
                 f"NOTICE: --seq_len {self.seq_len} does not exceed --horizon {horizon}, so windows of {horizon} "
