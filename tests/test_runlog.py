@@ -55,6 +55,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         write_json(tmp_path / "nowhere" / "m.json", "--metrics", {})
 
 
+def test_a_result_on_a_full_disk_is_no_wrong_input(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trellisnet.serialization.os.fsync", full)
+    with pytest.raises(RunError, match=r"--metrics .*m.json: cannot be written \(No space left on device\); make room"):
+        write_json(tmp_path / "m.json", "--metrics", {})
+
+
 def test_config_log_and_records_of_a_run(tmp_path):
     folder = RunFolder(tmp_path / "run", fresh=True)
     folder.write_config(Config(), {"data": "abc"})

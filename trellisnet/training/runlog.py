@@ -22,7 +22,7 @@ import numpy
 import torch
 
 import trellisnet
-from trellisnet.errors import RunError, UserError, counted, shown
+from trellisnet.errors import RunError, UserError, counted, shown, unwritable
 from trellisnet.serialization import atomic_write, lock, read_regular, sha256_of_file, stands_for, sync_file
 from trellisnet.training.config import PROJECT, RunConfig, to_settings
 
@@ -264,12 +264,13 @@ def write_json(path: str | os.PathLike, flag: str, content: dict[str, Any]) -> N
 
     Raises:
         UserError: the file that `flag` named cannot be written.
+        RunError: the disk is full.
     """
     try:
         with atomic_write(path) as file:
             file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
     except OSError as e:
-        raise UserError(f"{flag} {path}: cannot be written ({e.strerror})") from e
+        raise unwritable(f"{flag} {path}: cannot be written", e) from e
 
 
 @contextlib.contextmanager
