@@ -24,6 +24,10 @@ PUBLISHED = {
 
 # Licences of data, by the label of the corpus.
 _WIKIPEDIA = "articles of Wikipedia, under the Creative Commons Attribution-ShareAlike License"
+_CIFAR = (
+    "its authors state no licence and ask for a citation: Krizhevsky (2009), Learning Multiple Layers of Features from "
+    "Tiny Images"
+)
 LICENCES = {
     "Penn Treebank": "articles of the Wall Street Journal as Mikolov prepared them, licensed by the Linguistic Data "
     "Consortium (LDC99T42)",
@@ -32,8 +36,8 @@ LICENCES = {
     "enwik8": _WIKIPEDIA,
     "text8": _WIKIPEDIA,
     "MNIST": "copyright Yann LeCun and Corinna Cortes, under the Creative Commons Attribution-Share Alike 3.0 License",
-    "CIFAR-10": "its authors state no licence and ask for a citation: Krizhevsky (2009), Learning Multiple Layers of "
-    "Features from Tiny Images",
+    "CIFAR-10": _CIFAR,
+    "CIFAR-10 (JPEG)": f"the images of CIFAR-10, compressed again; {_CIFAR}",
 }
 
 
