@@ -136,14 +136,18 @@ def test_links_lead_somewhere(name):
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], link
 
 
+def written_by_hand(text):
+    """Remove what programs write into a guide."""
+    return re.sub(r"<!-- ([\w ]+): begin -->\n.*?<!-- \1: end -->\n", "", text, flags=re.DOTALL)
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_prose_fits_into_120_columns(name):
-    prose = re.sub(r"<!-- ([\w ]+): begin -->\n.*?<!-- \1: end -->", "", GUIDES[name], flags=re.DOTALL)  # by programs
-    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+    assert [line for line in written_by_hand(GUIDES[name]).splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_the_front_page_is_short():
-    assert len(TEXTS["README.md"].splitlines()) <= 280
+    assert len(written_by_hand(TEXTS["README.md"]).splitlines()) <= 265
 
 
 def test_every_program_is_listed():
