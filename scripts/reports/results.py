@@ -331,8 +331,9 @@ def long_memory(root: Path) -> str:
                 "[Bai, Kolter & Koltun (2018)](https://arxiv.org/abs/1803.01271): `bash scripts/memory.sh`. "
                 f"{first['machine']}, {threads(first)}, torch {first['torch']}, seed {first['seed']}. "
                 "The loss is the cross-entropy in nats per step for copying, and the mean squared error for "
-                "adding. A network that sees too little stays at chance, as it must: see "
-                "[the curves](results/figures/long_memory.svg).",
+                "adding. A network that sees too little cannot solve them "
+                "([curves](results/figures/long_memory.svg)); one that sees everything need not learn to in so few "
+                "updates.",
                 "",
                 *table(columns, rows),
             ]
