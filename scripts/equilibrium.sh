@@ -7,7 +7,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 start=(--preset small)
-[ -n "${SMOKE:-}" ] || start+=(--load_weight "$ROOT/results/word_ptb_small") # of another size
+[ -n "${SMOKE:-}" ] || start+=(--load_weight "$ROOT/results/word_ptb_small") # smoke runs have another size
 # The rate of the shipped model's seventh and eighth epochs.
 go_on=("${start[@]}" --lr 2 --schedule cosine --epochs 1 --max_steps 500)
 timed=("${go_on[@]}" --max_steps 30 --max_eval_tokens 100)
