@@ -113,6 +113,15 @@ def test_short_is_look_tests_and_profile(check, tmp_path):
     assert out.splitlines()[-1] == f"passed: short; results in {tmp_path}/out.tar"
 
 
+def test_relative_paths_start_from_the_callers_directory(check, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = check("look", OUT="out", RUNS="here/runs")
+    assert code == 0, err
+    assert verdicts(tmp_path) == [("look_graph_on", "passed"), ("look_graph_off", "passed")]
+    assert (tmp_path / "here" / "runs" / "look_graph_on").is_dir()
+    assert out.splitlines()[-1] == f"passed: look; results in {tmp_path}/out.tar"
+
+
 def test_a_failure_does_not_end_the_rest(check, tmp_path):
     code, out, err = check("look", "sweep", FAIL="*--cuda_graph on*")
     assert code == 1
