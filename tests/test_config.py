@@ -161,6 +161,9 @@ def test_defaults_are_relative_to_the_project_and_typed_paths_to_the_working_dir
         (["--asgd", "--anneal", "0"], "--asgd: begins on a plateau, of which --anneal 0 finds none; pass --nonmono N"),
         (["--anneal_by", "2", "--anneal", "0"], "--anneal_by 2: divides the learning rate on plateaus, of which these"),
         (["--asgd", "--model", "rhn"], "--asgd: begins on a plateau, of which --anneal 0 finds none"),
+        (["--horizon", "0"], "argument --horizon: expected at least 1, or auto, got 0"),
+        (["--eval_nlevels", "-1", "--eval_depths", "3"], "--eval_nlevels: expected at least 0, or auto, got -1"),
+        (["--mos_epsilon", "-2"], "--mos_epsilon: expected at least 0, or -1 for the default, got -2.0"),
         (["--label_smoothing", "0.1", "--n_experts", "3"], "--label_smoothing: needs the log-probabilities of all"),
     ],
 )

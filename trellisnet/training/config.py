@@ -334,11 +334,19 @@ _READERS = {int: whole_number, list[int]: whole_number, list[str]: str, list[flo
 
 def _reader(kind: type, properties: Setting) -> Callable[[str], Any]:
     """Return the function that reads a single value of a setting."""
-    read = _READERS.get(kind, kind)
-    if not properties.word:
+    read, word = _READERS.get(kind, kind), properties.word
+    if not word:
         return read
-    special = properties.word if isinstance(properties.special, list) else properties.special
-    return lambda text: special if text == properties.word else read(text)
+    special = word if isinstance(properties.special, list) else properties.special
+
+    def number(text: str) -> Any:
+        if text == word:
+            return special
+        if (value := read(text)) == special:  # as in config.json; a user who types it means the number
+            raise argparse.ArgumentTypeError(f"expected at least {properties.at_least}, or {word}, got {text}")
+        return value
+
+    return number
 
 
 class _Values(argparse.Action):

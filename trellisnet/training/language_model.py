@@ -62,8 +62,9 @@ class LanguageModelConfig(CoreConfig):
     tied: bool = setting(True, "share the embedding matrix with the softmax", group="model")
     n_experts: int = setting(0, "number of softmaxes in a mixture; 0: a plain softmax", group="model", at_least=0)
     mos_epsilon: float = setting(
-        -1.0, "added to a mixture's probabilities; -1: 1e-8 when scoring loaded weights, else 0", group="model"
-    )
+        -1.0, "added to a mixture's probabilities; -1: 1e-8 when scoring loaded weights, else 0", group="model",
+        at_least=0, special=-1,
+    )  # fmt: skip
 
     asgd: bool = setting(
         False, "switch to averaged SGD on the first plateau instead of annealing", group="optimisation", step_rule=True
