@@ -114,7 +114,7 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
         # Under tracing the reference runs even if `recompute` is set, so that any model can be exported.
         if execution.recompute and not traced():
             reason = reason or "the backend is reference"
-            raise ValueError(f"recompute: only the backend fused can, and {reason}; pass recompute=False")
+            raise ValueError(f"recompute: only the backend fused can, and {reason}; turn it off")
         return "reference"
     return "fused" if backend == "auto" else backend
 
