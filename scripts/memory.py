@@ -149,7 +149,7 @@ class Config(CoreConfig):
         "nhid": "hidden channels",
         "batch_size": "examples in a training batch",
         "eval_batch_size": "examples evaluated at a time",
-        "anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never",
+        "anneal": "divide the learning rate by 4 on a plateau, with a patience of N epochs; 0: never",
     }
 
     problem: str = setting("copy", "task to learn", group="data", choices=tuple(PROBLEMS))

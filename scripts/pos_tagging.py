@@ -79,7 +79,7 @@ class Config(RunConfig):
         "'synthetic' for sentences drawn from a chain of tags",
         "batch_size": "sentences in a training batch",
         "eval_batch_size": "sentences evaluated at a time",
-        "anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never",
+        "anneal": "divide the learning rate by 4 on a plateau, with a patience of N epochs; 0: never",
     }
 
     train: str = setting("", "file of tagged sentences", group="data")

@@ -64,7 +64,7 @@ class Config(AdaptiveConfig):
         "dropoutl": 0.29, "emb_dropout": 0.1, "wdrop": 0.5, "seq_len": 110, "aux": 0.05, "aux_freq": 12, "alpha": 2.0,
         "beta": 1.0,
     }  # fmt: skip
-    helps: ClassVar = {"anneal": "plateau patience in epochs: divide the learning rate by 4; 0: never"}
+    helps: ClassVar = {"anneal": "divide the learning rate by 4 on a plateau, with a patience of N epochs; 0: never"}
 
     recite: bool = setting(
         False, "score by accuracy, the share of words that the model ranks first", group="evaluation"

@@ -35,7 +35,7 @@ class Config(AdaptiveConfig):
             "name": "paper", "nhid": 1500, "nlevels": 70, "horizon": 70, "wdrop": 0.1, "aux": 0.08, "clip": 0.1,
             "vocab_order": "frequency",
         },
-        # For a sample of some hundred thousand tokens, on two CPU cores. Here plain SGD learns faster than Adam.
+        # For a sample of a few hundred thousand tokens, on two CPU cores. Here plain SGD learns faster than Adam.
         "small": {
             "name": "small", "emsize": 128, "nhid": 96, "nout": 128, "nlevels": 6, "horizon": 30, "batch_size": 10,
             "wnorm": False, "optim": "SGD", "lr": 20.0, "clip": 0.25, "dropout": 0.4, "dropouti": 0.3, "dropouth": 0.2,
@@ -58,7 +58,7 @@ class Config(AdaptiveConfig):
         "repack": True, "aux": 0.1, "aux_freq": 25,
     }  # fmt: skip
     helps: ClassVar = {
-        "anneal": "plateau patience in epochs: divide the learning rate by 10; 0: never",
+        "anneal": "divide the learning rate by 10 on a plateau, with a patience of N epochs; 0: never",
         "horizon": "length of a window; without --repack: its unscored positions; auto: as many as the layers reach "
         "back",
     }
@@ -67,7 +67,7 @@ class Config(AdaptiveConfig):
         "appearance", "order of the vocabulary, which determines the bands", group="data", choices=ORDERS
     )
     cutoffs: list[int] = setting(
-        [], "cut-offs of the split softmax; default: the authors' if V > 75,000; 0: none", group="model"
+        [], "cut-offs of the split softmax; default: the authors' for more than 75,000 words; 0: none", group="model"
     )
     init_tail: bool = setting(
         False, "accept weights without the vectors of the bands, and mark the score", group="run and checkpoints"

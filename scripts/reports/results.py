@@ -123,7 +123,7 @@ def summary(runs: Iterable[Run]) -> str:
             "## Tables 1 to 4 of the paper, and our results",
             "",
             "The paper's TrellisNet (without a mixture of softmaxes), beside the best result below on the same task. "
-            "Where sizes or data differ, the two do not compare; what the paper's models reach with this code is "
+            "Where sizes or data differ, the two are not comparable; what the paper's models reach with this code is "
             "unknown until they are trained.",
             "",
             *table(columns.replace("table: ", "table:|").split("|"), rows),
@@ -269,7 +269,7 @@ def tagging(folder: Path) -> str:
                 "",
                 f"`bash scripts/pos_table.sh` on {TAGGED[one['data']]}: {one['train']['tokens']:,} training tokens, "
                 f"{one['test']['tokens']:,} test tokens, {one['epochs']} epochs. The paper used another text, so "
-                f"its scores do not compare. {one['machine']}, {threads(one)}, torch {one['torch']}, one seed "
+                f"its scores are not comparable. {one['machine']}, {threads(one)}, torch {one['torch']}, one seed "
                 f"({one['seed']}); minutes are wall time, not a measure of speed.",
                 "",
                 *table(["model", "parameters:", "minutes:", "valid accuracy:", "test accuracy:", "commit"], rows),
@@ -327,13 +327,13 @@ def long_memory(root: Path) -> str:
             [
                 "## Copy task and adding problem",
                 "",
-                "The tests of memory of "
+                "The memory tests of "
                 "[Bai, Kolter & Koltun (2018)](https://arxiv.org/abs/1803.01271): `bash scripts/memory.sh`. "
                 f"{first['machine']}, {threads(first)}, torch {first['torch']}, seed {first['seed']}. "
                 "The loss is the cross-entropy in nats per step for copying, and the mean squared error for "
                 "adding. A network that sees too little cannot solve them "
-                "([curves](results/figures/long_memory.svg)); one that sees everything need not learn to in so few "
-                "updates.",
+                "([curves](results/figures/long_memory.svg)); one that sees everything need not learn to solve them in "
+                "so few updates.",
                 "",
                 *table(columns, rows),
             ]
@@ -416,9 +416,9 @@ def equilibrium(folder: Path) -> str:
                 "`bash scripts/equilibrium.sh`: `word_ptb_small`, trained with 8 layers, continues with 16 layers or "
                 f"at the equilibrium, for {found.epochs['equilibrium']['step']:,} updates each. {one['params']:,} "
                 f"parameters, {one['machine']}, {threads(one)}, {one['precision']}, torch {one['torch']}, {commits}, "
-                f"{one['corpus']}, one seed ({one['seed']}). *Residual* is the largest one in a "
-                "window and *evaluations* their number per step, both averaged over windows; *unsolved* is the share "
-                "of windows with a residual above the tolerance.",
+                f"{one['corpus']}, one seed ({one['seed']}). *Residual* is the largest in a "
+                "window, *evaluations* the number of layer evaluations per time step, both averaged over windows; "
+                "*unsolved* is the share of windows with a residual above the tolerance.",
                 "",
                 *table(f"trained with|scored with|valid {name}:|test {name}:|{_SOLVED}".split("|"), rows),
                 "",
@@ -428,7 +428,7 @@ def equilibrium(folder: Path) -> str:
                 "",
                 *table(training.split("|"), [*ways, recomputed]),
                 "",
-                "Published numbers, and ours:",
+                "Published numbers and ours:",
                 "",
                 *table(columns.split("|"), [*printed, _ours(found)]),
             ]
@@ -484,9 +484,9 @@ def depths(root: Path) -> str:
     lines = [
         "## Depth of scoring",
         "",
-        "Shipped models, scored with more or fewer layers than they were trained with, with the same weights: `--run "
+        "Shipped models, scored with the same weights but more or fewer layers than in training: `--run "
         "results/NAME --eval --eval_depths …`. The depth that `--eval_nlevels auto` takes, the best one on the "
-        "validation data, is marked *chosen*. The language models [as a picture](results/figures/depth.svg): `python "
+        "validation data, is marked *chosen*. A [picture](results/figures/depth.svg) of the language models: `python "
         "scripts/plot.py depth results/depth/*_ptb_*.json --out results/figures/depth.svg`.",
         "",
         *table(["model", "layers:", "receptive field:", "valid:", "test:", "score", "test units scored:", ""], rows),

@@ -43,10 +43,11 @@ class AdaptiveConfig(LanguageModelConfig):
     )
     dynamic_eval_rule: str = setting("rms", "update rule of dynamic evaluation", **_DYNAMIC, choices=dynamic.RULES)
     dynamic_eval_lr: float = setting(
-        -1.0, "learning rate; -1: 1e-5 per position of a segment, with sgd 0.02", **_DYNAMIC, at_least=0, special=-1
-    )
+        -1.0, "learning rate of dynamic evaluation; -1: 1e-5 (with sgd: 0.02) per position of a segment",
+        **_DYNAMIC, at_least=0, special=-1,
+    )  # fmt: skip
     dynamic_eval_decay: float = setting(
-        -1.0, "decay towards the trained weights; -1: 4e-4 per position of a segment, with sgd 0",
+        -1.0, "decay towards the trained weights; -1: 4e-4 (with sgd: 0) per position of a segment",
         **_DYNAMIC, at_least=0, special=-1,
     )  # fmt: skip
     dynamic_eval_epsilon: float = setting(2e-5, "epsilon of the rule rms", **_DYNAMIC, above=0)
@@ -55,7 +56,7 @@ class AdaptiveConfig(LanguageModelConfig):
         0, "segments of the training data for the gradient statistics of rms; 0: all", **_DYNAMIC, at_least=0
     )
     early_exit: list[float] = setting(
-        [], "with --eval: also score with early exit from the layer whose output moves by less than these shares",
+        [], "with --eval: also score with early exit at the first layer whose output changes by less than these shares",
         **_SCORING,
     )  # fmt: skip
     adapt_rows: int = setting(

@@ -77,8 +77,8 @@ class ClassificationConfig(CoreConfig):
         group="model",
         choices=(TrellisNet.core_name, TCN.core_name),
     )
-    dropout: float = setting(0.1, "dropout of single logits", group="regularisation", rate="probability")
-    dropouti: float = setting(0.2, "dropout of single pixels", group="regularisation", rate="probability")
+    dropout: float = setting(0.1, "elementwise dropout of the logits", group="regularisation", rate="probability")
+    dropouti: float = setting(0.2, "elementwise dropout of the pixels", group="regularisation", rate="probability")
     aux: float = setting(
         0.0, "no effect: the authors' script computes auxiliary outputs but never uses them",
         group="regularisation",
@@ -88,7 +88,7 @@ class ClassificationConfig(CoreConfig):
     permute: bool = setting(True, "permute the pixels, in the same order for all images", group="data")
     permutation_seed: int = setting(0, "seed of the permutation, independent of --seed", group="data", at_least=0)
     augment: bool = setting(
-        False, "transform training images at random, before the permutation; how depends on the task", group="data"
+        False, "transform training images at random, before the permutation, in ways that suit the task", group="data"
     )
     validation: bool = setting(True, "hold out the last 5,000 training images to choose the best epoch", group="data")
 

@@ -53,7 +53,7 @@ class CoreConfig(RunConfig):
         group="optimisation", at_least=0,
     )  # fmt: skip
     eval_depths: list[int] = setting(
-        [], "also score with these numbers of layers, or none", group="evaluation", resumable=True,
+        [], "also score with these numbers of layers; none: off", group="evaluation", resumable=True,
         at_least=1, at_most=MOST_LAYERS, special=[], word="none",
     )  # fmt: skip
     eval_nlevels: int = setting(
@@ -93,11 +93,11 @@ class CoreConfig(RunConfig):
         False, "solve for the output of infinitely many layers instead of computing --nlevels of them", group="model"
     )
     solver: str = setting(
-        "stepwise", "solver of --equilibrium: step by step, or for all steps at once", group="model", choices=WAYS
+        "stepwise", "solver of --equilibrium: one time step after another, or all at once", group="model", choices=WAYS
     )
     tolerance: float = setting(1e-3, "relative residual at which --equilibrium is solved", group="model", at_least=0)
     max_evaluations: int = setting(
-        60, "limit on evaluations of the layer with --equilibrium; per step with stepwise", group="model", at_least=1
+        60, "limit on layer evaluations with --equilibrium; per time step with stepwise", group="model", at_least=1
     )
     phantom: int = setting(
         0, "backpropagate through the last N evaluations of --equilibrium; 0: implicit gradient",

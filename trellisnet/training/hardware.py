@@ -36,7 +36,7 @@ class HardwareConfig(Settings):
         group="hardware", resumable=True, choices=ops.GEMMS,
     )  # fmt: skip
     gates: str = setting(
-        "auto", "gate kernels of the fused operator; auto: compiled if built",
+        "auto", "gate kernels of the fused operator; auto: the fastest here",
         group="hardware", resumable=True, choices=ops.GATE_KERNELS,
     )  # fmt: skip
     precision: str = setting(

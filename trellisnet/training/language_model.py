@@ -49,10 +49,10 @@ class LanguageModelConfig(CoreConfig):
         "direct", "layers of a sparse LSTM that are made sparse", group="settings of other cores", choices=sparse.MODES
     )
     sparse_fract: float = setting(
-        1.0, "fraction of inputs or outputs that these layers keep", group="settings of other cores", above=0, at_most=1
+        1.0, "share of inputs or outputs that sparse layers keep", group="settings of other cores", above=0, at_most=1
     )
     emb_blocks: int = setting(
-        1, "column blocks of a sparse embedding, shorter for words with low ids; 1: dense", group="model", at_least=1
+        1, "column blocks of a sparse embedding; words with low ids have fewer; 1: dense", group="model", at_least=1
     )
     emb_density: float = setting(1.0, "fraction of a sparse embedding's entries that is kept", group="model")
     vocab_order: str = setting(
@@ -112,8 +112,8 @@ class LanguageModelConfig(CoreConfig):
     )
     aux: float = setting(0.0, "weight of the auxiliary losses; 0: none", group="regularisation")
     aux_freq: int = setting(20, "auxiliary loss after every Nth layer", group="regularisation")
-    alpha: float = setting(0.0, "activation regularisation (AR)", group="regularisation", at_least=0)
-    beta: float = setting(0.0, "temporal activation regularisation (TAR)", group="regularisation", at_least=0)
+    alpha: float = setting(0.0, "weight of activation regularisation (AR)", group="regularisation", at_least=0)
+    beta: float = setting(0.0, "weight of temporal activation regularisation (TAR)", group="regularisation", at_least=0)
     mc_file: str = setting(
         "", "keep the passes of --mc_dropout in FILE, and continue from it", group="evaluation", process=True,
         needs=["mc_dropout"],
