@@ -282,7 +282,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(tmp_path):
     assert time.monotonic() - begin < 20
     assert processes[0].returncode == 1
     processes[1].communicate()
-    assert err.startswith("failed: a process of this run has ended or cannot be reached any more; the last checkpoint")
+    assert err.startswith("failed: a process of this run has ended or can no longer be reached; the last checkpoint")
     assert err.count("\n") == 1
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 40
 
@@ -293,7 +293,7 @@ def test_torchrun_ends_when_a_rank_dies_and_three_continue(tmp_path, torchrun, d
     flags = [*MODEL, "--checkpoint_steps", "20", "--max_steps", "90"]
     codes, _, err = torchrun(3, ["word_ptb", "kill", dies, 50, *flags, "--out", tmp_path / "parts"], timeout=120)
     assert codes == [[1], [1]]
-    assert err.count("failed: a process of this run has ended or cannot be reached any more; the last checkpoint") == 1
+    assert err.count("failed: a process of this run has ended or can no longer be reached; the last checkpoint") == 1
     assert "exitcode  : -9" in err
     resumed = ["word_ptb", "--resume", tmp_path / "parts" / "last.pt"]
     codes, _, err = torchrun(3, resumed, ["word_ptb", *flags, "--out", tmp_path / "whole"])

@@ -153,7 +153,7 @@ def test_a_file_is_fetched_once(mirror, tmp_path, capsys):
 def test_a_file_of_another_content_is_not_replaced(mirror, tmp_path):
     (tmp_path / "train.txt").write_bytes(b"mine")
     sources = [mirror.source("/whole", name="valid.txt"), mirror.source("/whole")]
-    with pytest.raises(UserError, match=f"train.txt: has md5 {md5(b'mine')}, the file to fetch {md5(BODY)}; it is not"):
+    with pytest.raises(UserError, match=f"train.txt: has md5 {md5(b'mine')}, expected {md5(BODY)}; it is not"):
         fetch_all(sources, tmp_path)
     assert (tmp_path / "train.txt").read_bytes() == b"mine"
     assert left(tmp_path) == ["train.txt"]

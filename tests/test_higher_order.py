@@ -388,7 +388,7 @@ def test_a_transform_that_cannot_be_says_so_in_one_sentence():
         with pytest.raises(ValueError, match="^stream: torch.func cannot transform it; call the network on whole"):
             torch.func.vmap(call)(x[None])
     net, x = trellisnet("auto", recompute=True)
-    with pytest.raises(ValueError, match="torch.func cannot transform it; turn it off"):
+    with pytest.raises(ValueError, match="torch.func cannot transform it; turn recompute off"):
         torch.func.grad(lambda z: net(z).output.sum())(x)
 
 

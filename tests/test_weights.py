@@ -356,7 +356,7 @@ def test_weights_of_another_task_name_it(tmp_path):
 @pytest.mark.parametrize(
     ("dilation", "config", "warned"),
     [
-        ([1], '{"settings": {"dilation": [1, 2]}}', "trained with dilation 1 2, the model has 1, which makes another"),
+        ([1], '{"settings": {"dilation": [1, 2]}}', "trained with dilation 1 2, but the model has 1, which makes"),
         ([1, 1], '{"settings": {"dilation": [1]}}', ""),
         ([1], '{"settings": {"dilation": [1, 1, 1, 2]}}', ""),  # the fourth of three layers
         ([1], '{"settings": {"dilation": []}}', ""),

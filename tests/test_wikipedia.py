@@ -164,7 +164,7 @@ def test_the_archive_is_taken_apart(published, tmp_path, monkeypatch):
     assert wikipedia.main([name, str(folder)]) == 0  # it is there
     assert asked == [source]
     (folder / f"{name}.zip").write_bytes(archive[:-1] + b"x")
-    with pytest.raises(UserError, match=f"{name}.zip: has sha256 .*, the file to fetch {source.checksum}; it is not"):
+    with pytest.raises(UserError, match=f"{name}.zip: has sha256 .*, expected {source.checksum}; it is not"):
         download.is_there(source, folder)
     assert wikipedia.main(["enwik9"]) == 2
 
@@ -199,7 +199,7 @@ def test_training_scores_bits_per_character(file, tmp_path, capsys, model):
     assert len(vocabulary["ids"]) == 60
     assert "<0a>" not in vocabulary["ids"]
     assert generate.main(["--run", str(tmp_path / "run")]) == 2
-    expected = "error: --prompt: expected some text, as no line ends among the symbols of the vocabulary\n"
+    expected = "error: --prompt: expected some text; the symbols of the vocabulary include no line end\n"
     assert capsys.readouterr().err == expected
 
 

@@ -149,9 +149,9 @@ class TrellisNet(nn.Module):
         kernel_groups: None for a dense kernel, else the number of equal groups of the mixed group convolution (Theorem
             1, Eq. 5): group g reads its own past taps and the current tap of group g − 1; x enters group 1.
         inject_every: inject x into layers 1, 1 + inject_every, … only (Table 6). The bias enters every layer.
-        init_gain: None to start from the authors' N(0, 0.01²). Otherwise kernels start from N(0, gain² / fan-in),
-            biases from zero, and those of an LSTM's forget gate from one. The authors' small weights let almost no
-            signal of a distant input through many dilated layers; a gain of 2 does.
+        init_gain: None to start from the authors' N(0, 0.01²). Otherwise kernels start from N(0, gain² / fan-in) and
+            biases from zero, except those of an LSTM's forget gate, which start from one. With the authors' small
+            weights almost no signal of a distant input passes through many dilated layers; with a gain of 2 it does.
         recompute: store only the input of every `recompute_every`-th layer for the backward pass and recompute the
             layers in between: less memory, a third more time.
         recompute_every: None for about √num_layers, which needs least memory.
@@ -464,7 +464,7 @@ class TrellisNet(nn.Module):
         Args:
             x: (N, T, input_size), T ≥ 1; pieces may differ in length.
             stream: the stream after the steps before. It is left unchanged, so that several continuations can share it.
-            tolerance: above 0, stop at the first layer whose output moves by less than this share of its norm ("early
+            tolerance: above 0, stop at the first layer whose output changes by less than this share of its norm ("early
                 exit"); `stream.layers` then says how many were computed. 0 is exact, anything above an approximation.
 
         Returns:
@@ -472,7 +472,7 @@ class TrellisNet(nn.Module):
 
         Raises:
             TypeError: x is not a tensor, or has another dtype than the weights.
-            ValueError: x has another shape; or a program with a fixed number of layers is to exit early.
+            ValueError: x has another shape; or tolerance is above 0 in a compiled, exported or traced program.
         """
         self._check_piece(x, stream, 3)
         if tolerance > 0 and ops.traced():

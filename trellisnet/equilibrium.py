@@ -5,9 +5,9 @@ settles, solves
 
 .. math:: z^*_t = (h^*_t, c^*_t) = f(\tilde x_t + W_1 h^*_{t-1} + W_2 h^*_t,\; c^*_{t-1})
 
-for all t (Bai, Kolter & Koltun, 2019, "Deep Equilibrium Models", arXiv:1909.01377). A solver takes the place of the
-layers and the implicit function theorem that of backpropagation through them, so that memory does not grow with the
-number of evaluations.
+for all t (Bai, Kolter & Koltun, 2019, "Deep Equilibrium Models", arXiv:1909.01377). A solver replaces the layers, and
+the implicit function theorem replaces backpropagation through them, so that memory does not grow with the number of
+evaluations.
 
 There are two ways to solve. *By segments*, as in that paper, all steps of a segment are updated at once. *In time
 order*, step t is solved once t − 1 is: of z only h*_t is then unknown, and the trellis is a recurrent network with an
@@ -82,8 +82,8 @@ def iterate(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Soluti
 def anderson(f: Map, z: Tensor, tolerance: float, max_evaluations: int) -> Solution:
     """Solve z = f(z) by Anderson mixing (Walker & Ni, 2011); arguments as in :func:`iterate`.
 
-    The next z of a row is the affine combination of its last m values of f whose residuals f(z) − z, combined with the
-    same weights, are smallest. This finds fixed points that iteration circles around.
+    The next z of a row is an affine combination of its last m values of f, with the weights that minimise the norm of
+    the same combination of the residuals f(z) − z. This finds fixed points that iteration circles around.
     """
     rows, tiny, eps = z.flatten(1), torch.finfo(z.dtype).tiny, torch.finfo(z.dtype).eps
     values, differences = rows.new_empty(2, rows.size(0), MIXED, rows.size(1))  # (N, m, …)
@@ -218,8 +218,8 @@ class _Adjoint:
         z_i, z_o, z_g, z_f = z_hat.chunk(4, dim=2)
         i, o, g, f = z_i.sigmoid(), z_o.sigmoid(), z_g.tanh(), z_f.sigmoid()
         tanh_c = (f * cells + i * g).tanh()
-        self.forget, self.cell = f, o * (1 - tanh_c.square())  # dc/dc_{t−1}, dh/dc
-        self.by_o = tanh_c * o * (1 - o)  # of h by the gate; of c by the others
+        self.forget, self.cell = f, o * (1 - tanh_c.square())  # ∂c/∂c_{t−1}, ∂h/∂c
+        self.by_o = tanh_c * o * (1 - o)  # ∂h/∂z_o; below, ∂c by the other pre-activations
         self.by_i, self.by_g, self.by_f = g * i * (1 - i), i * (1 - g.square()), cells * f * (1 - f)
 
     def gates(self, u_h: Tensor, u_c: Tensor, t: Any = slice(None)) -> tuple[Tensor, Tensor]:
@@ -348,10 +348,10 @@ class EquilibriumTrellisNet(TrellisNet):
 
         Raises:
             TypeError: x is not a tensor, or x or the state is not in the dtype of the weights.
-            ValueError: a shape or setting does not fit; or torch is to compile, export, trace or transform the call.
+            ValueError: a shape or setting does not fit; or torch compiles, exports, traces or transforms the call.
         """
         if ops.traced() or ops.transformed():
-            raise ValueError("an equilibrium stops by the values it computes: torch cannot compile or transform it")
+            raise ValueError("torch cannot compile or transform an equilibrium, which stops by the values it computes")
         self._check_settings()  # again, because they can be set
         lengths = self._check_call(x, state, start, last_only, lengths)
         for name, value in (("aux_every", aux_every), ("num_layers", num_layers)):

@@ -73,7 +73,7 @@ class ArgumentError(UserError):
 
 
 class RunError(_Message, RuntimeError):
-    """A failed run although the input was right (a non-finite loss, a full disk); exit code 1."""
+    """A failure of a run whose input was right (a non-finite loss, a full disk); exit code 1."""
 
 
 def of_system(error: OSError, path: object = None) -> str:

@@ -236,7 +236,7 @@ class MixtureOfSoftmaxes(_Softmax):
             Default: a new one, U(±0.1).
         bias: parameter (V,) to share. Default: a new one, zero.
         dropout: probability of dropping a channel of a latent vector, one mask per sequence.
-        log_epsilon: the result is log(p + log_epsilon). The authors' code adds 1e-8, which flatters improbable words.
+        log_epsilon: the result is log(p + log_epsilon). The authors' code adds 1e-8, which favours improbable words.
         prior_bias: whether the prior has a bias. Yang et al. have none.
         dropout_after_tanh: apply latent dropout after the tanh, as Yang et al. do.
         gemm: matrix products of the losses, one of `trellisnet.ops.GEMMS`.

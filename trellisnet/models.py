@@ -258,7 +258,7 @@ class TrellisLanguageModel(nn.Module):
         return self.core.stream(F.embedding(tokens, self.embedding.weight), stream, tolerance)
 
     def step(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
-        """Read one more token of each text, int64 (N,): features (N, output_size), and the stream after it."""
+        """Read one more token of each text, int64 (N,); return features (N, output_size), and the stream after it."""
         check_tensor("tokens", tokens)
         return self.core.step(F.embedding(tokens, self.embedding.weight), stream)
 
@@ -304,7 +304,7 @@ class TrellisLanguageModel(nn.Module):
             outputs: S outputs, (N, L, output_size) each: `output` and `aux` of :meth:`forward`.
             target: int64 (N, L).
             weights: S numbers.
-            latent_masks: one mask per output, as in :meth:`loss`; where some are None, nothing is dropped there.
+            latent_masks: one mask per output, as in :meth:`loss`. If only some are None, those outputs drop nothing.
             draw: as in :meth:`loss`.
 
         Returns:

@@ -318,8 +318,8 @@ def _compare_dilation(model: Model, path: str | os.PathLike) -> None:
     if any(theirs[i % len(theirs)] != ours[i % len(ours)] for i in layers):
         theirs, ours = (shown(" ".join(map(str, dilation)), NAME) for dilation in (theirs, ours))
         warnings.warn(
-            f"{path}: was trained with dilation {theirs}, the model has {ours}, which makes another network of the "
-            "same weights",
+            f"{path}: was trained with dilation {theirs}, but the model has {ours}, which makes the same weights "
+            "another network",
             stacklevel=3,
         )
 

@@ -116,7 +116,7 @@ class TrellisLSTM(nn.Module):
       from it, so two calls do not equal one call with the whole sequence.
     - `dropout` drops hidden channels of all layers, with one mask per sequence (Appendix B.1), and acts with one layer
       too; the output itself is not dropped.
-    - Weights start from N(0, 0.01²); `init_gain=2` learns distant dependencies sooner.
+    - Weights start from N(0, 0.01²); with `init_gain=2` distant dependencies are learned sooner.
     - There are no `bias=False`, `proj_size`, `flatten_parameters`, and no parameters `weight_ih_l0`, ….
 
     Args:

@@ -26,7 +26,7 @@ MODES = ("direct", "sparse_hidden", "sparse_emb", "sparse_all")
 
 
 def segments(total: int, count: int, density: float) -> list[Segment]:
-    """Cover `total` positions by `count` equally spaced segments of `density`·total positions each.
+    """Cover `total` positions with `count` equally spaced segments of `density`·total positions each.
 
     Raises:
         ValueError: the density is outside [1/count, 1], or a segment would be empty.
@@ -286,5 +286,5 @@ class SparseEmbedding(nn.Module):
         return torch.cat([F.pad(block, (0, 0, V - block.size(0), 0)) for block in self.blocks], dim=1)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up ids, int64 (...), to vectors (..., E)."""
+        """Look up the vectors (..., E) of ids, int64 (...)."""
         return F.embedding(ids, self.weight)

@@ -38,7 +38,7 @@ class _Member:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses overlong headers, which would otherwise be read into memory regardless of their size."""
+    """Member of a tar archive. Overlong headers, which would be read into memory whatever their size, are refused."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _LONG and self.size > _HEADER:

@@ -148,8 +148,8 @@ def is_there(source: Source, folder: Path) -> bool:
         raise UserError(f"{path}: cannot be read ({e.strerror}); move it away or name another folder") from e
     if checksum != source.checksum:
         raise UserError(
-            f"{path}: has {source.algorithm} {checksum}, the file to fetch {source.checksum}; it is not replaced: move "
-            "it away, or, if it is your own, put the files that belong with it beside it"
+            f"{path}: has {source.algorithm} {checksum}, expected {source.checksum}; it is not replaced: move it away, "
+            "or, if it is your own, put the files that belong with it beside it"
         )
     return True
 
@@ -312,7 +312,7 @@ def _blocks(response: HTTPResponse) -> Iterator[bytes]:
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """Leaves redirects to :func:`_open`. The parent class would read the whole body of a redirect, however long."""
+    """Handler that leaves redirects to :func:`_open`; its parent would read the whole body of one, however long."""
 
     def http_error_302(self, *_args):
         """Do not handle the redirect, so that it becomes an HTTPError."""

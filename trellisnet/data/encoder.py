@@ -264,7 +264,7 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 
 class _Encoder:
-    """Numbers words by first appearance.
+    """Numbering of words by first appearance.
 
     Looking up words one by one would take most of the time. So all words of a piece of text are looked up at once in a
     hash table, which keeps the first word of up to eight bytes, packed into an integer, that fell into each slot.

@@ -216,7 +216,7 @@ def synthetic_strokes(*, colour: bool, seed: int = SEED) -> tuple[Split, Split]:
     """Draw small images of strokes, crosses, arcs and boxes: 28 × 28 in grey, or 32 × 32 in colour.
 
     Size, position, slant, thickness and brightness vary, and noise is added. The images are artificial, so scores on
-    them compare with nothing.
+    them are not comparable with any others.
 
     Returns:
         train and test split, determined by the seed on every machine.

@@ -3,7 +3,7 @@
 A model can learn from it, in order of distance: articles and adjectives go with the noun's class; the verb agrees in
 number with its subject across a relative clause or a prepositional phrase; a question ends with the word that its
 opening asks for; and every paragraph keeps to one topic, named by its first word. The text is artificial, so scores on
-it compare with nothing.
+it are not comparable with any others.
 """
 
 import random
@@ -24,7 +24,7 @@ _ASKED = {"who": "someone", "where": "somewhere", "when": "someday"}
 
 
 class _Grammar:
-    """Draws sentences with `Random.random` alone, whose sequence for a given seed Python promises to keep."""
+    """Source of sentences, drawn with `Random.random` alone, whose sequence for a seed Python promises to keep."""
 
     def __init__(self, seed: int):
         self._random = random.Random(seed).random

@@ -79,13 +79,13 @@ class Vocabulary:
         """Return the ids that an empty prompt stands for: `<eos>`, or in bytes a line feed.
 
         Raises:
-            UserError: the vocabulary has no end of a line, as that of text8.
+            UserError: the vocabulary has no line end; that of text8 has none.
         """
         try:
             return self.encode_prompt("\n")
         except UserError as e:
             noun = self.spelling.noun
-            raise UserError(f"prompt: expected some text, as no line ends among the {noun} of the vocabulary") from e
+            raise UserError(f"prompt: expected some text; the {noun} of the vocabulary include no line end") from e
 
     def _as_read(self, text: str) -> str:
         """Return a text as it is read from a file; bytes are never normalised."""
@@ -94,7 +94,7 @@ class Vocabulary:
     def _refusal(self, name: str, unknown: list[str]) -> UserError:
         known = [token for token in (unknown[0].lower(), UNKNOWN) if token in self.ids]
         advice = f"write {' or '.join(known)} for it" if known else "leave it out"
-        first, more = repr(self.spelling.text(unknown[:1])), " (nor are others of it)" * (len(unknown) > 1)
+        first, more = repr(self.spelling.text(unknown[:1])), f" (nor are others in the {name})" * (len(unknown) > 1)
         return UserError(
             f"{name}: {shown(first, NAME)} is not among the {counted(len(self), self.spelling.noun)} of the "
             f"vocabulary{more}; {advice}"

@@ -1,4 +1,4 @@
-r"""The neural cache: recent words are more likely to come again (Grave, Joulin & Usunier, 2017, "Improving
+r"""The neural cache: recent words are more likely to recur (Grave, Joulin & Usunier, 2017, "Improving
 Neural Language Models with a Continuous Cache", arXiv:1612.04426).
 
 With the features h of a trained model (the input of its head) and the words y that followed, at a position t with more

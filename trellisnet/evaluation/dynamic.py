@@ -72,7 +72,7 @@ class Update:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.rule == "rms" and not self.epsilon:
-            raise ValueError("epsilon: expected more than 0, for some gradients are 0, got 0")
+            raise ValueError("epsilon: expected more than 0, because some gradients are 0, got 0")
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -237,7 +237,7 @@ def tune(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Update, list[dict[str, float]]]:
-    """Choose half, once or twice the rate and the decay of `update` by the loss of rows of validation data.
+    """Choose 0.5, 1 or 2 times the rate and the decay of `update` by the loss on validation rows (N, L).
 
     Arguments and errors as in :func:`evaluate`.
 

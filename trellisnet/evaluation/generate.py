@@ -76,7 +76,7 @@ class Sampling:
 
 
 class Reader:
-    """Reads texts side by side and predicts their next tokens, without dropout and gradients.
+    """Reader of texts side by side, which predicts their next tokens, without dropout and gradients.
 
     A TrellisNet reads them as a stream (:mod:`trellisnet.ops.streaming`): each token costs one step, and predictions
     are those of one long forward pass from a zero state. Recurrent networks carry their state. For each token a TCN

@@ -73,7 +73,7 @@ class Pretrained:
             `tokens`, the number of scored tokens; and `unknown`, how often each word occurs that was read as `<unk>`.
 
         Raises:
-            UserError: no language model, a text of fewer than two tokens, or a character outside the alphabet.
+            UserError: not a language model, a text of fewer than two tokens, or a character outside the alphabet.
         """
         vocabulary, config = self._language("score"), self.config
         ids, unknown = vocabulary.encode(text)
@@ -110,8 +110,8 @@ class Pretrained:
             the prompt and its continuation.
 
         Raises:
-            UserError: no language model, or a word of the prompt is not in the vocabulary, nor, if the prompt is empty,
-                the end of a line.
+            UserError: not a language model; or the vocabulary lacks a word of the prompt or, for an empty prompt, the
+                end of a line.
             ValueError: a number out of range.
         """
         ids = self._language("generate").encode_prompt(prompt)
@@ -204,8 +204,9 @@ def restore(config: CoreConfig, vocabulary: Vocabulary | None, changed: str = ""
         model.core.num_layers = depths[0]
     elif depths:
         warnings.warn(
-            "validation data chose the depth of this run's scores (--eval_nlevels auto), but are not read here: the "
-            f"model has {config.nlevels} layers; for others set model.core.num_layers, in programs --eval_nlevels",
+            "the run chose the depth of its scores on the validation data (--eval_nlevels auto), which are not read "
+            f"here: the model has {config.nlevels} layers; to change that, set model.core.num_layers or, in programs, "
+            "pass --eval_nlevels",
             stacklevel=3,
         )
     return Pretrained(model.to(device).eval(), config, device, vocabulary)

@@ -49,7 +49,7 @@ class Trellis(NamedTuple):
         output: (N, L − start, output_size).
         state: (h, c) of the last layer at the last step, (N, H) each.
         aux: auxiliary outputs, (N, L − start, output_size) each.
-        layer_steps: number of (layer, time step) pairs that were computed; in a compiled program, of all.
+        layer_steps: number of (layer, time step) pairs computed; in a compiled program, the number of all pairs.
     """
 
     output: Tensor
@@ -103,7 +103,7 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
     """Return the backend that runs `spec`: for `auto` the fastest that can.
 
     Raises:
-        ValueError: the chosen backend cannot run it, or cannot recompute although that is asked for.
+        ValueError: the chosen backend cannot run it, or cannot recompute as requested.
     """
     backend, reason = execution.backend, not_fused(spec)
     if backend == "triton" and not torch.compiler.is_compiling():  # torch cannot compile an import
@@ -114,7 +114,7 @@ def resolve(spec: TrellisSpec, execution: Execution) -> str:
         # Under tracing the reference runs even if `recompute` is set, so that any model can be exported.
         if execution.recompute and not traced():
             reason = reason or "the backend is reference"
-            raise ValueError(f"recompute: only the backend fused can, and {reason}; turn it off")
+            raise ValueError(f"recompute: needs the backend fused, but {reason}; turn recompute off")
         return "reference"
     return "fused" if backend == "auto" else backend
 

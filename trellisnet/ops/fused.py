@@ -13,7 +13,7 @@ It computes the equation of :mod:`trellisnet.ops.reference`, with these differen
 - **The gradient of the kernel** is summed in single precision in one buffer, from products over several layers at once:
   on a GPU over all of them, if their operands take no more than `ARENA`.
 - **The gradient of x̃** is summed on a GPU once per dilation, in single precision, from the operands of these products.
-  On a CPU each layer adds to it in the gate kernels, which have its numbers in the cache.
+  On a CPU the gate kernels of each layer add to it while its values are in the cache.
 
 Products may be in bfloat16; cells, gate arithmetic and sums over layers are then in float32.
 
@@ -42,7 +42,7 @@ from trellisnet.ops.pruning import Layer, Plan
 from trellisnet.ops.spec import Execution, TrellisSpec, Weights
 
 empty = torch.empty  # a name in this module, so that tests can fill uninitialised memory with NaN
-BUCKET = 128  # round the rows of a CPU product up to a multiple: oneDNN caches something for every distinct number
+BUCKET = 128  # round the rows of a CPU product up to a multiple of it: oneDNN caches data for every distinct number
 LAYERS_AT_ONCE = 4  # layers per product for the gradient of the kernel, on a CPU
 ARENA = 2 << 30  # bytes of rows that are collected for that product on a GPU
 

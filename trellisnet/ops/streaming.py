@@ -215,7 +215,7 @@ def _product(product: products.Product, rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _moved(below: Tensor, above: Tensor, channels: int) -> float:
-    """Return how far the last `channels` of h moved from one layer to the next, relative to their norm."""
+    """Return how much the last `channels` of h change from one layer to the next, relative to their norm."""
     a, b = (h[:, :, h.size(2) - channels :].float() for h in (below, above))
     return (torch.linalg.vector_norm(b - a) / torch.linalg.vector_norm(b)).item()
 
@@ -227,7 +227,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
     Args:
         x: (N, T, C), T ≥ 1.
         stream: the stream after the steps before; it is left unchanged.
-        tolerance: above 0, stop at the first layer whose output moves by less than this share of its norm, over the
+        tolerance: above 0, stop at the first layer whose output changes by less than this share of its norm, over the
             whole piece, and assume that all layers above hold the same h and c.
 
     Returns:
@@ -254,7 +254,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
         z_h = _product(kernels.product, _taps(below, k, d, T), kernels.weight_h)
         before, (h, c) = h, cell(z_x, z_h, cells[:T], last=i == last)
         layers = i + 1
-        # x climbs one of the groups per layer, and moves no output before it has reached the last one.
+        # x climbs one group per layer, and changes no output before it has reached the last one.
         settled = tolerance > 0 and i >= (spec.kernel_groups or 1) and _moved(before, h, spec.output_size) < tolerance
     rest = stream._replace(x=x[T:].clone(), h=tuple(new_h), c=tuple(new_c), layers=layers)
     return h.to(kernels.bias.dtype).transpose(0, 1), c.transpose(0, 1), rest

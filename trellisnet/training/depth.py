@@ -51,7 +51,7 @@ def read_stages(words: Sequence[str], nlevels: int, epochs: int) -> list[Stage]:
 
 
 def depth_of(stages: Sequence[Stage], epoch: int, nlevels: int) -> int:
-    """Return the number of layers in an epoch, counted from 0; before the first epoch it has all layers."""
+    """Return the number of layers in an epoch, counted from 0; for a negative number, `nlevels`."""
     return next((stage.layers for stage in stages if 0 <= epoch < stage.end), nlevels)
 
 

@@ -37,7 +37,7 @@ class LostError(RunError):
     """Another rank has ended, or cannot be reached."""
 
     def __init__(self) -> None:
-        super().__init__("a process of this run has ended or cannot be reached any more")
+        super().__init__("a process of this run has ended or can no longer be reached")
 
 
 @contextlib.contextmanager

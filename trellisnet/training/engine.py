@@ -219,7 +219,7 @@ class Trainer:
         if ranks.size != len(states):
             line = (
                 f"NOTICE: the checkpoint was written by {counted(len(states), 'ranks')}, this run has {ranks.size}: "
-                "the first continues its random numbers, the others start new ones"
+                "the first rank continues its random numbers, the others start new ones"
             )
             self._announce(line)
 

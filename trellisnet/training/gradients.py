@@ -13,7 +13,7 @@ from trellisnet.training.tasks import Task
 
 
 class Gradients:
-    """Computes the gradients of a task's loss, batch by batch. Each rank computes its own rows of a batch.
+    """Gradients of a task's loss, batch by batch. Each rank computes its own rows of a batch.
 
     Args:
         task: the model and its losses.

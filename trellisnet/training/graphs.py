@@ -34,7 +34,7 @@ class Recorder(Protocol):
 
 
 class CUDARecorder:
-    """Records on a stream of its own, on which the earlier calls run too, because autograd remembers streams."""
+    """Recorder on a stream of its own, on which the earlier calls run too, because autograd remembers streams."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)

@@ -97,7 +97,7 @@ def make_averaging(parameters: Iterable[nn.Parameter], config: RunConfig) -> tor
 
 
 class EMA:
-    """Exponential moving average of the weights after every update, which starts with those after the first.
+    """Exponential moving average of the weights after every update, starting with those after the first update.
 
     Args:
         parameters: the weights.
@@ -197,7 +197,7 @@ class Curve:
             self._scheduler = lr_scheduler.SequentialLR(optimizer, parts, [warmup] * (len(parts) - 1))
 
     def factor(self, update: int) -> float:
-        """Factor of the update after `update` others, which must not decrease from call to call."""
+        """Factor of update number `update`, counted from 0; the number must not decrease from call to call."""
         while self._scheduler is not None and self._update < update:
             self._optimizer.step()  # first, or torch warns; there is nothing to update
             self._scheduler.step()
@@ -260,7 +260,7 @@ class Schedule:
         self.lr, self.history, self.averaging = state["lr"], list(state["history"]), bool(state["averaging"])
 
     def rate(self, update: int) -> float:
-        """Rate of the update after `update` others, which must not decrease from call to call."""
+        """Rate of update number `update`, counted from 0; the number must not decrease from call to call."""
         return self.lr if self.curve is None else self.lr * self.curve.factor(update)
 
     def step(self, epoch: int, loss: float) -> float:

@@ -416,8 +416,8 @@ class LanguageModeling(Task):
         Ghahramani, 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", section 5).
 
         Each pass draws one set of masks for its rows and keeps it from the first window to the last. A core whose
-        dropout has no mask per sequence draws as in training instead. Each rank takes some of the rows and draws for
-        them alone.
+        dropout has no mask per sequence instead draws as in training. Each rank takes some of the rows and draws masks
+        for them alone.
 
         Args:
             rows: int64 (N, L).
