@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Training at the equilibrium against training with 16 layers: both continue from the shipped word-level model, for equally
-# many updates. `…_unrolled` and `…_solved` score the weights of a row, or the shipped ones, with 16 layers and at the equilibrium.
-# `timed_…` are a few updates, to be alternated on an idle machine:
+# Training at the equilibrium against training with 16 layers: both continue from the shipped word-level model, for the same
+# number of updates. `…_unrolled` scores the weights of a row, or the shipped ones, with 16 layers, `…_solved` at the
+# equilibrium. `timed_…` are a few updates, to be alternated on an idle machine:
 #   for seed in 1 2 3; do SEEDS=$seed ROWS="timed_unrolled timed_equilibrium" bash scripts/equilibrium.sh; done
 # `paper_…` measure the memory of the paper's model. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The recipe behind the presets `best` and `gpu`, on permuted MNIST, part by part: each row adds one part to the row before
-# it, and all train for a fifth of the epochs of `best`; the last two rows are its complete recipe and that with --augment. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
+# it, and all train for a fifth of the epochs of `best`. The last two rows are its complete recipe, and that recipe with
+# --augment. See tables.sh for SEEDS, ROWS, STEPS, SMOKE and ARGS.
 . "$(dirname "${BASH_SOURCE[0]}")/tables.sh"
 
 short() { ROW_NAME="${FUNCNAME[1]}" train pmnist --preset best --epochs 2 "$@"; }

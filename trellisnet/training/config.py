@@ -235,7 +235,7 @@ class RunConfig(HardwareConfig):
         except ArgumentError as e:
             names = {field.name for field in dataclasses.fields(self)}
             if not names.issuperset(self.settings_of(e.arguments)):
-                raise UserError(f"{e.line}, which no flag of {self.task} does") from e
+                raise UserError(f"{e.line}, for which {self.task} has no flag") from e
             raise UserError(e.advise(self.flags(e.arguments))) from e
 
     def flags(self, arguments: dict[str, Any]) -> str:
