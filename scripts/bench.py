@@ -174,7 +174,7 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     names = [*LANGUAGE, *IMAGES]
     parser.add_argument("--tasks", nargs="+", choices=names, help="default: word_ptb and pmnist; with --quick all")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all; without a name: memory alone")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all; no name: memory")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, reduced to their median (default: 3)")
     parser.add_argument("--quick", action="store_true", help="small networks, a few minutes")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="also measure memory")
