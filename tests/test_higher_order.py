@@ -1,9 +1,15 @@
 """Higher derivatives, against the reference and finite differences, through every interface of torch."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from test_ops import SHAPES, random_inputs, trellis
 from trellisnet import TrellisNet
@@ -390,6 +396,33 @@ def test_a_transform_that_cannot_be_says_so_in_one_sentence():
     net, x = trellisnet("auto", recompute=True)
     with pytest.raises(ValueError, match="torch.func cannot transform it; turn recompute off"):
         torch.func.grad(lambda z: net(z).output.sum())(x)
+
+
+def test_python_code_that_records_operations_or_carries_them_out_sees_all_of_them():
+    """In float32, because gate kernels in C write into memory unseen; tensors may have none."""
+    torch.manual_seed(0)
+    net, (x, other) = TrellisNet(4, 8, 5, init_gain=2), torch.randn(2, 2, 3, 4)
+    parameters, stream = list(net.parameters()), net.init_stream(2)
+
+    def gradients(output):
+        return torch.autograd.grad(output.square().sum(), parameters)
+
+    for call in (lambda z: net.step(z[:, 0], stream)[0], lambda z: gradients(net(z).output)):
+        assert_close(make_fx(call)(x)(other), call(other))
+
+    def kept(*_, **__):
+        return CheckpointPolicy.MUST_SAVE
+
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    output, *_ = checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+    assert_close(gradients(output), gradients(net(x).output))
+    with FakeTensorMode():
+        for options in ({}, {"backend": "fused"}):
+            net = TrellisNet(4, 8, 5, **options)
+            net(torch.empty(2, 3, 4)).output.sum().backward()
+            assert net.step(torch.empty(2, 4), net.init_stream(2))[0].shape == (2, 8)
+    net, two = TrellisNet(4, 8, 5, init_gain=2), TwoTensor(x.clone(), other.clone())
+    assert_close(net(two).output.b, net(other).output)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -13,7 +13,7 @@ from torch import Tensor
 from trellisnet.ops import fused, gates, mixed_group, operators, reference
 from trellisnet.ops.fused import resolve_gates
 from trellisnet.ops.gemm import GEMMS
-from trellisnet.ops.higher_order import for_onnx, transformed
+from trellisnet.ops.higher_order import for_onnx, intercepted, transformed
 from trellisnet.ops.last_step import last_step as _last_step
 from trellisnet.ops.pruning import dependencies
 from trellisnet.ops.reference import ACTIVATIONS
@@ -166,7 +166,7 @@ def trellis(
         if backend in ("fused", "triton"):
             raise ValueError(f"hidden_scale: {backend} has no gradient for it; detach it or take backend='reference'")
         backend = "reference"
-    if x.is_meta and backend == "auto":
+    if backend == "auto" and (x.is_meta or intercepted(x, *weights)):
         backend = "reference"
     if backend != execution.backend:
         execution = dataclasses.replace(execution, backend=backend)

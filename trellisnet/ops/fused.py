@@ -72,6 +72,8 @@ def reason_against(choice: str, device: torch.device, compute: torch.dtype, acti
     """Say why these gate kernels cannot run here; empty if they can."""
     if choice == "eager":
         return ""
+    if higher_order.intercepted():
+        return "Python code intercepts torch's operations"
     if choice == "compiled":
         return compiled.reason_against(device, compute, activation)
     return no_triton() or _triton().reason_against(device, compute, activation)

@@ -26,6 +26,7 @@ from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
 from trellisnet.ops.fused import gates_of
 from trellisnet.ops.gates import Step
+from trellisnet.ops.higher_order import intercepted
 from trellisnet.ops.pruning import Layer, Read
 from trellisnet.ops.spec import Activation, Execution, TrellisSpec, Weights
 
@@ -183,8 +184,11 @@ def start(kernels: Kernels, batch_size: int) -> Stream:
 
 
 def _usable(kernels: Kernels) -> Kernels:
-    """Return the kernels, for torch's own operations while torch is compiling, exporting or tracing this code."""
-    if not traced():
+    """Return the kernels, for torch's own operations while torch is compiling, exporting or tracing this code.
+
+    Likewise where Python code intercepts these operations.
+    """
+    if not traced() and not intercepted():
         return kernels
     H = kernels.weight_h.size(1) // kernels.spec.kernel_size
     oldest, newest, product = kernels.weight_h[:, :-H], kernels.weight_h[:, -H:], products.ROUTES["mm"]
