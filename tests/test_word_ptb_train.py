@@ -332,8 +332,15 @@ def test_the_authors_weights_get_their_scores(tmp_path, capsys):
         (["--device", "meta"], "error: --device meta: not usable here"),
         (["--load_weight", "x" * 300], "error: xxx"),
         (["--resume", "x" * 300], "error: --out "),
-        (["--batch_size", "9999"], "error: the corpus is too short for these settings"),
+        (
+            ["--batch_size", "9999"],
+            "error: the corpus is too short for these settings: --batch_size 9999: train has only ",
+        ),
         (["--eval_batch_size", "60"], "error: the corpus is too short for these settings: valid: rows of 4 tokens"),
+        (
+            ["--eval_batch_size", "999"],
+            "error: the corpus is too short for these settings: --eval_batch_size 999: valid",
+        ),
         (
             ["--eval"],
             "error: --eval: scores trained weights; pass --run FOLDER or --load_weight FILE, for example --run ",

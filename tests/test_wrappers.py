@@ -195,5 +195,9 @@ def test_wrong_input_is_refused():
         model([[1.0]])
     with pytest.raises(ValueError, match=r"^hx h: expected \(1, 2, 4\), got \(2, 4\)"):
         model(torch.randn(2, 5, 3), (torch.randn(2, 4), torch.randn(2, 4)))
+    with pytest.raises(ValueError, match=r"^hx: expected \(h, c\), got 1 parts$"):
+        model(torch.randn(2, 5, 3), torch.randn(1, 2, 4))  # as of a GRU
+    with pytest.raises(ValueError, match=r"^input: expected 2 or 3 dimensions, got \(3,\)$"):
+        TrellisLSTM(3, 4, 2)(torch.randn(3))
     with pytest.raises(TypeError, match="bias"):
         TrellisLSTM(3, 4, 2, bias=False)

@@ -183,10 +183,14 @@ class TrellisLSTM(nn.Module):
             x, lengths = pad_packed_sequence(input, batch_first=True)
         else:
             check_tensor("input", input)
+            if input.dim() not in (2, 3):
+                raise ValueError(f"input: expected 2 or 3 dimensions, got {tuple(input.shape)}")
             unbatched = input.dim() == 2
             x = input.unsqueeze(0) if unbatched else input if self.batch_first else input.transpose(0, 1)
         state = None
         if hx is not None:
+            if len(hx) != 2:
+                raise ValueError(f"hx: expected (h, c), got {len(hx)} parts")
             shape = (1 + self.bidirectional, *([] if unbatched else [x.size(0)]), self.hidden_size)
             for name, part in zip("hc", hx, strict=True):
                 if tuple(part.shape) != shape:

@@ -353,9 +353,14 @@ class LanguageModelProgram(Program):
             label_smoothing=config.label_smoothing,
             ranks=ranks,
         )
-        sizes = {"train": config.batch_size, "valid": config.eval_batch_size, "test": config.eval_batch_size}
+        rows = {}
         try:
-            rows = {split: batchify(getattr(corpus, split), sizes[split]).to(device) for split in SPLITS}
+            for split in SPLITS:
+                flag = "batch_size" if split == "train" else "eval_batch_size"
+                ids, size = getattr(corpus, split), getattr(config, flag)
+                if len(ids) < size:
+                    raise ValueError(f"--{flag} {size}: {split} has only {counted(len(ids), 'tokens')}")
+                rows[split] = batchify(ids, size).to(device)
             steps = 0 if config.eval else len(task.batches(rows["train"]))
             for split in ("valid", "test"):
                 if not task.evaluation_windows.starts(rows[split].size(1)):
