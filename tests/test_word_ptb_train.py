@@ -107,6 +107,20 @@ def test_resume_needs_only_the_folder(run, tmp_path):
     assert [json.loads(line)["epoch"] for line in lines if '"event": "epoch"' in line] == [1, 2, 3, 4]
 
 
+def test_resumed_flags_are_validated_with_the_settings_of_the_run(run, tmp_path, capsys):
+    run("--epochs", "1", "--mc_dropout", "2", "--eval_depths", "2")
+    resume = ["--resume", str(tmp_path / "run"), "--nout", "8"]  # alone, --nout does not fit the default --emsize
+    passes = tmp_path / "passes"
+    assert main([*resume, "--mc_file", str(passes), "--eval_nlevels", "auto"]) == 0, capsys.readouterr().err
+    assert passes.is_file()
+    for flags, message in (
+        (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--eval_nlevels", "auto", "--eval_depths", "none"], "--eval_nlevels auto: has no depths to choose from"),
+    ):
+        assert main([*resume, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_resume_takes_only_the_named_run(run, tmp_path, monkeypatch, capsys):
     run("--epochs", "1", out="a")
     run("--epochs", "1", "--seed", "5", out="b")

@@ -175,6 +175,10 @@ class RunConfig(HardwareConfig):
                 )
         if self.schedule == "onecycle" and self.warmup == 1:
             raise UserError("--warmup 1: with --schedule onecycle expected 0 or at least 2 updates")
+        self.check_purpose()
+
+    def check_purpose(self) -> None:
+        """Raise UserError if the flags ask this process for more than one thing."""
         if self.eval and self.resume:
             raise UserError("--eval and --resume exclude each other: to score a run pass --run FOLDER --eval")
         if self.run and not self.eval:
@@ -415,7 +419,8 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
     """Read the settings of a command line.
 
     Returns:
-        the validated settings, and those among them that come from flags or the `--config` file.
+        the settings, validated unless they continue a run, and those among them that come from flags or the `--config`
+        file.
 
     Raises:
         UserError: an unknown flag or an invalid value.
@@ -440,18 +445,27 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
                 f"--preset {flags['preset']}: has no effect beside --{flag} {flags[flag]}, which sets all that the "
                 "preset would; leave one of the two out"
             )
-    return from_settings(cls, explicit), explicit
+    config = _laid_over(cls, explicit)
+    if config.resume:  # what the flags leave out is not the default but the run's own, with which it is validated
+        config.check_purpose()
+    else:
+        config.validate()
+    return config, explicit
 
 
 def from_settings(cls: type[Config], explicit: dict[str, Any]) -> Config:
     """Lay explicit settings over their preset and the defaults of `cls`, and validate the result."""
+    config = _laid_over(cls, explicit)
+    config.validate()
+    return config
+
+
+def _laid_over(cls: type[Config], explicit: dict[str, Any]) -> Config:
     preset = cls.preset_of(explicit)
     if preset not in cls.presets:
         near = did_you_mean(str(preset), cls.presets)
         raise UserError(f"--preset: expected one of {', '.join(cls.presets)}, got {shown(repr(preset), NAME)}{near}")
-    config = cls(**{**cls.presets[preset], **explicit, "preset": preset})
-    config.validate()
-    return config
+    return cls(**{**cls.presets[preset], **explicit, "preset": preset})
 
 
 def from_run(cls: type[Config], stored: dict[str, Any], where: str, changes: dict[str, Any]) -> Config:
