@@ -65,11 +65,11 @@ def find(name: str) -> Path | None:
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
-ROWS = re.findall(r"^\| .+ \| (`.+`.*) \|$", PAGE.partition("## The way of a batch")[2], re.MULTILINE)
+ROWS = re.findall(r"^\| .+ \| (`.+`.*) \|$", PAGE.partition("## The path of a batch")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize("where", ROWS)
-def test_the_ways_lead_through_what_is_there(where):
+def test_the_paths_lead_through_what_is_there(where):
     """Every name of a row is defined in one of its files."""
     names = re.findall(r"`([\w./]+)`", where)
     text = "\n".join(path.read_text(encoding="utf-8") for path in map(find, names) if path)
@@ -97,6 +97,7 @@ def test_a_task(copy, tmp_path, capsys):
         (tmp_path / f"{split}.txt").write_text("the cat sat\n" * lines)
     assert main("text8", "--preset", "tiny", *STEP, "--data", tmp_path, "--out", tmp_path / "run") == 0
     assert "8 symbols" in capsys.readouterr().out
+    assert main("text8", "--preset", "tiny", *STEP, "--data", "synthetic", "--out", tmp_path / "synthetic") == 0
 
 
 def test_a_core(copy, tmp_path, capsys):
