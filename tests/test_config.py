@@ -195,6 +195,7 @@ def test_invalid_settings_are_named(argv, message):
         ('{"overwrite": true}', "overwrite is not stored in files; pass it on the command line"),
         ('{"lr": 1' + "0" * 400 + "}", "lr expects float"),
         ("[" * 100_000, "not JSON"),
+        ('{"task": "word_ptb", "settings": {"lr": 5, "clip": 1, "lr": 20}}', "it holds 'lr' twice; delete one of them"),
     ],
 )
 def test_invalid_files_are_named(tmp_path, content, message):
@@ -239,6 +240,12 @@ def test_windows_that_cannot_be_trained_may_be_scored():
 )
 def test_the_authors_epsilon_is_used_only_to_score_loaded_weights(argv, epsilon):
     assert config("--n_experts", "2", *argv).log_epsilon() == epsilon
+
+
+def test_a_second_settings_file_is_refused(tmp_path):
+    (tmp_path / "c.json").write_text('{"nlevels": 9}')
+    with pytest.raises(UserError, match="--config: expected one file, got several"):
+        config("--config", "other.json", f"--config={tmp_path / 'c.json'}")
 
 
 def test_the_folder_of_a_run_is_a_config(tmp_path):

@@ -433,6 +433,8 @@ def parse(cls: type[Config], argv: Sequence[str]) -> tuple[Config, dict[str, Any
         flags["run"] = str(find_run(flags["run"]))
         stored = read_config_file(cls, flags["run"], "--run") | AUTOMATIC | {"load_weight": flags["run"]}
     elif "config" in flags:
+        if sum(argument.partition("=")[0] == "--config" for argument in argv) > 1:  # argparse keeps the last
+            raise UserError("--config: expected one file, got several; join them, or pass the rest as flags")
         stored = read_config_file(cls, flags["config"])
     explicit = stored | flags
     if "preset" in explicit:
@@ -541,9 +543,19 @@ def read_run_config(folder: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; JSON itself would keep the last of equal names."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it holds {shown(repr(name), NAME)} twice; delete one of them")
+        content[name] = value
+    return content
+
+
 def _read_json(path: str, where: str) -> Any:
     try:
-        return json.loads(serialization.read_regular(path))
+        return json.loads(serialization.read_regular(path), object_pairs_hook=_once)
     except OSError as e:
         raise UserError(f"{where}: cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e:
