@@ -52,6 +52,11 @@ def test_impossible_lengths_and_targets_are_refused(lengths, targets, size):
         loss_by_context(model(), torch.zeros(size, dtype=torch.int64), lengths, targets=targets)
 
 
+def test_real_numbers_are_no_ids():
+    with pytest.raises(TypeError, match="^stream: expected ids in int64, got float32$"):
+        loss_by_context(model(), torch.rand(50), [3], targets=3)
+
+
 def test_the_program(capsys, tmp_path, run_folder):
     path = tmp_path / "context.json"
     assert context.main(["--run", str(run_folder), "--targets", "50", "--json", str(path)]) == 0

@@ -57,6 +57,13 @@ def test_windows(options, training, expected):
         assert torch.equal(targets, data[:, start + 1 : start + 1 + inputs.size(1)])
 
 
+def test_real_numbers_are_no_ids():
+    t, rows = task(), torch.rand(3, 30)
+    for call in (lambda: t.evaluate(rows), lambda: t.evaluate_all(rows[0]), lambda: next(t.windows(rows))):
+        with pytest.raises(TypeError, match="^rows: expected ids in int64, got float32$"):
+            call()
+
+
 def test_windows_with_nothing_to_score_are_skipped():
     assert starts(task().windows(rows(length=20))) == [(0, 12), (7, 12)]
     assert starts(task().windows(rows(length=7))) == [(0, 6)]

@@ -52,6 +52,7 @@ def loss_by_context(
         because the tokens are the same.
 
     Raises:
+        TypeError: a stream of real numbers.
         ValueError: no lengths, one below 1, or a stream that is too short for the longest.
     """
     if not lengths or min(lengths) < 1 or targets < 1:
@@ -61,6 +62,8 @@ def loss_by_context(
     room = stream.numel() - longest
     if stream.dim() != 1 or room < 1:
         raise ValueError(f"stream: expected 1-D, more than {longest} tokens, got {tuple(stream.shape)}")
+    if stream.is_floating_point():
+        raise TypeError(f"stream: expected ids in int64, got {str(stream.dtype).removeprefix('torch.')}")
     count = min(targets, room)
     places = longest + torch.arange(count, device=stream.device) * room // count
     losses = {n: _losses(model, stream, places, n) for n in lengths}

@@ -135,7 +135,13 @@ class Windows:
 
 
 def cut(rows: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Inputs at positions start … end − 1 of rows (N, L) and their targets, int64 (N, l)."""
+    """Inputs at positions start … end − 1 of rows (N, L) and their targets, int64 (N, l).
+
+    Raises:
+        TypeError: rows of real numbers.
+    """
+    if rows.is_floating_point():
+        raise TypeError(f"rows: expected ids in int64, got {str(rows.dtype).removeprefix('torch.')}")
     return rows[:, start:end].long(), rows[:, start + 1 : end + 1].long()
 
 
