@@ -24,7 +24,7 @@ from trellisnet.evaluation.pretrained import read_vocabulary
 from trellisnet.models import TrellisClassifier
 from trellisnet.ops import gemm
 from trellisnet.training import programs
-from trellisnet.training.config import PROJECT, read_run_config
+from trellisnet.training.config import PROJECT, parse, read_run_config
 
 SIZES = "--emsize 8 --nhid 6 --nout 8 --nlevels 3 --horizon 5 --batch_size 8 --aux 0".split()
 RUN = "--epochs 1 --max_steps 12 --eval_batch_size 2".split()
@@ -292,6 +292,9 @@ def test_programs_take_names_of_shipped_models_from_any_folder(tmp_path, monkeyp
     assert capsys.readouterr().out.startswith("the ")
     assert script.main(["--run", "word_ptb_smal"]) == 2
     assert capsys.readouterr().err == "error: word_ptb_smal: no such folder; did you mean word_ptb_small?\n"
+    # The folder of its data is in the project, not here.
+    config, _ = parse(programs.get("cifar10").config_class, ["--run", "cifar10_best", "--eval"])
+    assert config.data == str(PROJECT / "data" / "cifar10-jpeg")
 
 
 def test_unknown_names_are_refused():

@@ -308,6 +308,17 @@ def test_a_single_file_trains(run, tmp_path, task):
     assert (resumed[0], resumed[2]) == (0, "")
 
 
+def test_weights_that_were_trained_on_another_text_are_reported(run, tmp_path):
+    """The lines that are now the test text were training lines."""
+    book, notice = tmp_path / "book.txt", f"NOTICE: {tmp_path / 'run'}: was trained on other data (sha256 "
+    book.write_text("the cat sat on the mat\na dog ran off the mat\n" * 60)
+    assert run("word_ptb", *SMALL, "--data", book, "--out", tmp_path / "run")[0] == 0
+    for lines, said in ((60, False), (40, True)):
+        book.write_text("the cat sat on the mat\na dog ran off the mat\n" * lines)
+        code, out, err = run("word_ptb", "--run", tmp_path / "run", "--eval")
+        assert (code, err, notice in out) == (0, "", said)
+
+
 def started_by_an_earlier_version(path, sha256, vocabulary=None):
     """Give a checkpoint the digests that an earlier version would have written."""
     stored = checkpoint.load(path)

@@ -291,6 +291,11 @@ def task_beside(path: str | os.PathLike) -> Any:
     return _config_beside(path).get("task")
 
 
+def data_beside(path: str | os.PathLike) -> Any:
+    """Return the digest of the data named in the config.json beside the file; None if there is none."""
+    return _config_beside(path).get("data")
+
+
 def layers_beside(path: str | os.PathLike) -> Any:
     """Return the number of layers named in the config.json beside the file, inf at an equilibrium; None without it."""
     settings = _config_beside(path).get("settings")

@@ -261,8 +261,8 @@ class _Program:
         if device.type == "cpu" and ranks.size == 1 and (line := busy(env["threads"])):
             _say(line)
         notices = [*splits.notices, *config.notices(device), *([notice] if notice else [])]
-        if resumed is None and (line := _other_depth(config, given)):
-            notices.append(line)
+        if resumed is None:
+            notices += filter(None, [_other_depth(config, given), _other_data(config, splits)])
         for line in notices:
             _say(line)
         command = command_line(config.program(), argv, ranks.launcher())
@@ -449,6 +449,20 @@ def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
     return (
         f"NOTICE: {config.load_weight}: was trained with {counted(theirs, 'layers')}, but this network has {ours}; "
         f"pass --nlevels {theirs} for the depth of training"
+    )
+
+
+def _other_data(config: RunConfig, splits: Splits) -> str:
+    """Return a notice if `--eval` scores other data than those of the run that the weights are from.
+
+    Whoever has changed a text since then scores, say, lines that the weights were trained on.
+    """
+    theirs = weights.data_beside(weights.locate(config.load_weight)) if config.eval and config.load_weight else None
+    if type(theirs) is not str or theirs in (splits.sha256, splits.stored_sha256):
+        return ""
+    return (
+        f"NOTICE: {config.load_weight}: was trained on other data (sha256 {shown(theirs[:12], NAME)}… instead of "
+        f"{splits.sha256[:12]}…)"
     )
 
 

@@ -508,7 +508,11 @@ def read_config_file(cls: type[RunConfig], path: str, flag: str = "--config") ->
         raise UserError(
             f"{flag} {path}: holds settings of {shown(task, NAME)}, not of {cls.task}; name a run of this task"
         )
-    return check_settings(cls, content, f"{flag} {path}")
+    settings = check_settings(cls, content, f"{flag} {path}")
+    data = settings.get("data", "")
+    if data not in ("", "synthetic") and Path(path).absolute().parent in weights.shipped():
+        settings["data"] = str(PROJECT / data)  # scripts/export.py names folders in the project
+    return settings
 
 
 def find_run(run: str | os.PathLike) -> Path:
