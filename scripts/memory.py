@@ -121,8 +121,8 @@ class Config(CoreConfig):
         "default": {},
         "copy": {"lr": 0.02},  # 0.004 copies as surely, but ten epochs end at ten times the loss
         "adding": {
-            "problem": "adding", "name": "adding", "nlevels": 5, "nhid": 66, "ksize": 4, "epochs": 8,
-            "dilation": [4**i for i in range(5)],
+            "problem": "adding", "name": "adding", "nlevels": 5, "nhid": 66, "ksize": 4, "lr": 0.01,
+            "epochs": 24, "dilation": [4**i for i in range(5)],
         },
         "awd-lstm": {"model": "awd-lstm", "name": "copy-lstm", "nlevels": 1, "nhid": 59},
         "awd-lstm-adding": {
