@@ -15,12 +15,12 @@ word_random() { word --epochs 3 --random_depth 2 --eval_depths 2 4 6; }
 word_depth_2() { word --epochs 3 --nlevels 2; }
 word_depth_4() { word --epochs 3 --nlevels 4; }
 word_depth_6() { word --epochs 3 --nlevels 6; }
-char_fixed() { char --epochs 2; }
-char_grown() { char --epochs 4 --grow 2:2 3:1; }
-char_random() { char --epochs 2 --random_depth 2 --eval_depths 2 4 6; }
-char_depth_2() { char --epochs 2 --nlevels 2; }
-char_depth_4() { char --epochs 2 --nlevels 4; }
-char_depth_6() { char --epochs 2 --nlevels 6; }
+char_fixed() { char --epochs 3; }
+char_grown() { char --epochs 4 --grow 4:2; }
+char_random() { char --epochs 3 --random_depth 2 --eval_depths 2 4 6; }
+char_depth_2() { char --epochs 3 --nlevels 2; }
+char_depth_4() { char --epochs 3 --nlevels 4; }
+char_depth_6() { char --epochs 3 --nlevels 6; }
 
 rows word_fixed word_grown word_random word_depth_2 word_depth_4 word_depth_6 \
     char_fixed char_grown char_random char_depth_2 char_depth_4 char_depth_6

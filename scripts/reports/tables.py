@@ -195,7 +195,7 @@ MEMORY = {
 # epochs of each number of layers in the rows that cost equally much.
 GROWTH = {
     "word": (721_920, 204_800, {"fixed": {8: 3}, "grown": {2: 2, 8: 2}}),
-    "char": (8_992, 32_768, {"fixed": {8: 2}, "grown": {2: 2, 3: 1, 8: 1}}),
+    "char": (8_992, 32_768, {"fixed": {8: 3}, "grown": {4: 2, 8: 2}}),
 }
 # Rows of scripts/recipe.sh.
 RECIPE = {
