@@ -358,7 +358,7 @@ def test_a_loaded_run_has_the_depth_that_its_scores_have(tmp_path):
     train(tmp_path / "grown", *flags, *"--grow 2:1 --epochs 2".split())
     assert load_pretrained(tmp_path / "grown").model.core.num_layers == 4
     train(tmp_path / "chosen", *flags, *"--eval_depths 2 6 --eval_nlevels auto".split())
-    with pytest.warns(UserWarning, match="validation data chose .* the model has 4 layers"):
+    with pytest.warns(UserWarning, match="chose the depth .* the model has 4 layers"):
         assert load_pretrained(tmp_path / "chosen").model.core.num_layers == 4
 
 
