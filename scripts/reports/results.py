@@ -369,7 +369,8 @@ def growth(folder: Path) -> str:
         ]
         if equal:
             columns = "text|epochs|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
-            lines += ["", "Plans of equal cost, the softmax included; minutes are wall time, not a measure of speed:", "", *table(columns.split("|"), equal)]
+            head = "Plans of equal cost, the softmax included; minutes are wall time, not a measure of speed:"
+            lines += ["", head, "", *table(columns.split("|"), equal)]
         if every:
             columns = "text|layers:|seed:|test, trained for this depth:|test, random depth:|difference:"
             lines += [
