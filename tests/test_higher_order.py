@@ -423,6 +423,14 @@ def test_python_code_that_records_operations_or_carries_them_out_sees_all_of_the
             assert net.step(torch.empty(2, 4), net.init_stream(2))[0].shape == (2, 8)
     net, two = TrellisNet(4, 8, 5, init_gain=2), TwoTensor(x.clone(), other.clone())
     assert_close(net(two).output.b, net(other).output)
+    h, c = net(other).state
+    state = (TwoTensor(h, 2 * h), TwoTensor(c, 2 * c))
+    assert_close(net(x, state).output.b, net(x, (2 * h, 2 * c)).output)
+    for read in (lambda: net.step(two[:, 0], net.init_stream(2)), lambda: net.stream(two, net.init_stream(2))):
+        with pytest.raises(ValueError, match="x: a stream cannot read tensors of class TwoTensor; pass plain tensors"):
+            read()
+    with pytest.raises(ValueError, match="fused: cannot run on tensors of class TwoTensor; take backend='reference'"):
+        TrellisNet(4, 8, 5, backend="fused")(two)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -38,7 +38,7 @@ class _Member:
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Member of a tar archive. Overlong headers, which would be read into memory whatever their size, are refused."""
+    """Tar member that refuses overlong headers; its parent class reads a header of any size into memory."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _LONG and self.size > _HEADER:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trellisnet.ops import fused, gates, mixed_group, operators, reference
 from trellisnet.ops.fused import resolve_gates
 from trellisnet.ops.gemm import GEMMS
-from trellisnet.ops.higher_order import for_onnx, intercepted, transformed
+from trellisnet.ops.higher_order import dispatches, for_onnx, intercepted, transformed
 from trellisnet.ops.last_step import last_step as _last_step
 from trellisnet.ops.pruning import dependencies
 from trellisnet.ops.reference import ACTIVATIONS
@@ -166,8 +166,13 @@ def trellis(
         if backend in ("fused", "triton"):
             raise ValueError(f"hidden_scale: {backend} has no gradient for it; detach it or take backend='reference'")
         backend = "reference"
-    if backend == "auto" and (x.is_meta or intercepted(x, *weights)):
+    tensors = [t for t in (x, *weights, *(state or ()), hidden_scale) if t is not None]
+    if backend == "auto" and (x.is_meta or intercepted(*tensors)):
         backend = "reference"
+    elif backend in ("fused", "triton") and not traced() and not intercepted():  # a dispatch mode turns kernels off
+        for tensor in filter(dispatches, tensors):
+            kind = type(tensor).__name__
+            raise ValueError(f"{backend}: cannot run on tensors of class {kind}; take backend='reference'")
     if backend != execution.backend:
         execution = dataclasses.replace(execution, backend=backend)
     if lengths is not None:

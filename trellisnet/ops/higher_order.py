@@ -26,17 +26,18 @@ def only_torch() -> bool:
 
 
 def intercepted(*tensors: Tensor) -> bool:
-    """Return whether Python code records torch's operations or carries them out, so that none may escape it.
+    """Return whether Python code intercepts torch's operations, so that none may bypass it.
 
-    It does so by a dispatch mode, such as those of `make_fx`, `FakeTensorMode` and selective checkpoints, or by the
-    class of a tensor, such as `DTensor`. It does not see what kernels write into memory, if there is any.
+    A dispatch mode does (`make_fx`, `FakeTensorMode`, selective checkpoints), and so do tensor classes such as
+    `DTensor`. Neither sees what the gate kernels write through pointers, and such tensors may have no memory at all.
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._len_torch_dispatch_stack() > 0 or any(map(_dispatches, tensors))
+    return torch._C._len_torch_dispatch_stack() > 0 or any(map(dispatches, tensors))
 
 
-def _dispatches(tensor: Tensor) -> bool:
+def dispatches(tensor: Tensor) -> bool:
+    """Return whether the class of a tensor carries out torch's operations in Python."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -44,14 +45,14 @@ def needed(grads: Sequence[Tensor | None]) -> bool:
     """Return whether this backward pass must consist of torch's own operations.
 
     This is so if autograd records it (`create_graph=True`, which turns gradient mode on within `backward`), or if vmap
-    runs it for many gradients at once (`is_grads_batched=True`): vmap's tensors have no memory to point to. Nor need
-    tensors of other classes have any.
+    runs it for many gradients at once (`is_grads_batched=True`): vmap's tensors have no memory to point to, and those
+    of classes such as `DTensor` may have none.
     """
     return torch.is_grad_enabled() or not all(grad is None or _has_memory(grad) for grad in grads)
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    if _dispatches(tensor):
+    if dispatches(tensor):
         return False
     try:
         tensor.data_ptr()

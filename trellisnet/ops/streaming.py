@@ -26,7 +26,7 @@ from trellisnet.ops import gates as eager
 from trellisnet.ops import gemm as products
 from trellisnet.ops.fused import gates_of
 from trellisnet.ops.gates import Step
-from trellisnet.ops.higher_order import intercepted
+from trellisnet.ops.higher_order import dispatches, intercepted
 from trellisnet.ops.pruning import Layer, Read
 from trellisnet.ops.spec import Activation, Execution, TrellisSpec, Weights
 
@@ -183,12 +183,15 @@ def start(kernels: Kernels, batch_size: int) -> Stream:
     )
 
 
-def _usable(kernels: Kernels) -> Kernels:
-    """Return the kernels, for torch's own operations while torch is compiling, exporting or tracing this code.
+def _usable(kernels: Kernels, x: Tensor) -> Kernels:
+    """Return the kernels, limited to torch's own operations while torch traces this code or Python intercepts them.
 
-    Likewise where Python code intercepts these operations.
+    Raises:
+        ValueError: x is of a class that carries out operations in Python; a stream updates plain tensors in place.
     """
     if not traced() and not intercepted():
+        if dispatches(x):
+            raise ValueError(f"x: a stream cannot read tensors of class {type(x).__name__}; pass plain tensors")
         return kernels
     H = kernels.weight_h.size(1) // kernels.spec.kernel_size
     oldest, newest, product = kernels.weight_h[:, :-H], kernels.weight_h[:, -H:], products.ROUTES["mm"]
@@ -237,7 +240,7 @@ def piece(x: Tensor, stream: Stream, tolerance: float = 0.0) -> tuple[Tensor, Te
     Returns:
         h and c of the last layer, (N, T, H), float32 at least; and the stream after these steps.
     """
-    kernels, spec = _usable(stream.kernels), stream.kernels.spec
+    kernels, spec = _usable(stream.kernels, x), stream.kernels.spec
     cell = kernels.cell
     T, k, last = x.size(1), spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.transpose(0, 1)])
@@ -280,7 +283,7 @@ def step(x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Stream, int]:
     Returns:
         h and c of the last layer, (N, H), float32 at least; the stream after this step; number of layer-steps computed.
     """
-    kernels, spec = _usable(stream.kernels), stream.kernels.spec
+    kernels, spec = _usable(stream.kernels, x), stream.kernels.spec
     cell = kernels.cell
     k, last = spec.kernel_size, spec.num_layers - 1
     x = torch.cat([stream.x, x.unsqueeze(0)])

@@ -455,7 +455,7 @@ def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
 def _other_data(config: RunConfig, splits: Splits) -> str:
     """Return a notice if `--eval` scores other data than those of the run that the weights are from.
 
-    Whoever has changed a text since then scores, say, lines that the weights were trained on.
+    A text that has changed since then may test on lines that the weights were trained on.
     """
     theirs = weights.data_beside(weights.locate(config.load_weight)) if config.eval and config.load_weight else None
     if type(theirs) is not str or theirs in (splits.sha256, splits.stored_sha256):
