@@ -1,6 +1,7 @@
 """Settings and program that all language models share; a task folder adds data, defaults and presets."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -323,6 +324,15 @@ def _only_held_out(corpus: Corpus, token: str) -> list[str]:
     return [f"{token} that the training text lacks: {', '.join(counts)}"] if held_out else []
 
 
+def _repeated(corpus: Corpus) -> list[str]:
+    """Return a notice for every two splits that are the same text."""
+    return [
+        f"{first} and {second} are the same text, so the {second} score is not one of unseen text"
+        for first, second in itertools.combinations(SPLITS, 2)
+        if torch.equal(getattr(corpus, first), getattr(corpus, second))
+    ]
+
+
 class LanguageModelProgram(Program):
     """Program of a language model; `load(folder, download, **config.data_options())` returns a :class:`Corpus`."""
 
@@ -388,7 +398,7 @@ class LanguageModelProgram(Program):
             extra_evaluations=config.extra_evaluations(task, corpus, rows),
             vocabulary_sha256=corpus.vocabulary_sha256,
             vocabulary=Vocabulary(corpus.vocabulary, config.spelling),
-            notices=(*corpus.notices, *_only_held_out(corpus, config.spelling.noun)),
+            notices=(*corpus.notices, *_only_held_out(corpus, config.spelling.noun), *_repeated(corpus)),
             changed=corpus.changed,
             stored_sha256=corpus.stored_sha256,
         )
