@@ -299,11 +299,13 @@ def test_a_run_says_and_logs_how_its_text_was_read(run, tmp_path, task):
 
 @pytest.mark.parametrize("task", list(MAINS))
 def test_a_run_says_that_two_splits_are_the_same_text(run, tmp_path, task):
-    code, out, _ = run(task, *SMALL, "--data", written(tmp_path / "text", [LONG[0], LONG[2], LONG[2]]), "--out", tmp_path / "a")
+    folder = written(tmp_path / "text", [LONG[0], LONG[2], LONG[2]])
+    code, out, _ = run(task, *SMALL, "--data", folder, "--out", tmp_path / "a")
     assert code == 0
     assert out.count("are the same text") == 1
     assert "valid and test are the same text, so the test score is not one of unseen text\n" in out
-    code, out, _ = run(task, *SMALL, "--data", written(tmp_path / "others", LONG), "--out", tmp_path / "b")
+    folder = written(tmp_path / "others", LONG)
+    code, out, _ = run(task, *SMALL, "--data", folder, "--out", tmp_path / "b")
     assert code == 0
     assert "are the same text" not in out
 
