@@ -13,6 +13,7 @@ from cases import committed
 from scripts.reports.pages import PAGES
 from trellisnet.training import programs
 from trellisnet.training.config import PROJECT, Parser, build_parser
+from trellisnet.training.tasks.windows import Windows
 
 CONFIGS = [programs.get(task).config_class for task in programs.TASKS]
 TEXTS = {
@@ -161,6 +162,16 @@ def test_every_preset_is_described(config, preset):
     core = config.presets[preset].get("model")
     page = GUIDES["trellisnet/baselines/README.md" if core else f"{config.task}/README.md"]
     assert re.search(rf"^\| (`[\w-]+`, )*`{preset}`(, `[\w-]+`)* \|", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("task", "tokens"), [("word_ptb", 929_589), ("char_ptb", 5_101_618), ("wt103", 103_227_021)])
+def test_updates_per_epoch_are_those_of_the_released_defaults(task, tokens):
+    config = programs.get(task).config_class()
+    windows = Windows.for_training(config.horizon, config.task_seq_len(), config.repack)
+    updates = len(windows.starts(tokens // config.batch_size))
+    rows = re.findall(r"^\| `default` \|.* ([\d,]+) updates per epoch", GUIDES[f"{task}/README.md"], re.MULTILINE)
+    assert rows == [f"{updates:,}"]
+    assert f"{tokens:,}" in GUIDES[f"{task}/README.md"]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
