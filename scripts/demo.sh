@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a tiny TrellisNet for a few minutes, print its perplexities, a sample of generated text, and commands to continue with.
+# Train a tiny TrellisNet for a minute or two, print its perplexities, a sample of generated text, and commands to continue with.
 # usage: bash scripts/demo.sh [--data DIR] [any flag of word_ptb/train.py]
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

@@ -6,7 +6,7 @@
 *Copy*: ten random digits, T − 1 blanks, then eleven markers; while it reads the last ten markers, the network must
 output the ten digits. *Adding*: T pairs of a random number and a mark, which is set in two of them; the network must
 output the sum of the two marked numbers. Examples are generated, the same for every network; the networks have the same
-number of parameters within one per cent. The flags of the training programs work here too: run folders, --resume,
+number of parameters within two per cent. The flags of the training programs work here too: run folders, --resume,
 --metrics.
 
 Letters: N examples in a batch, L steps of an example, T as above.

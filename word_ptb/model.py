@@ -44,12 +44,12 @@ class Config(AdaptiveConfig):
         # Forty minutes on two CPU cores in bf16: shallow and narrow, with carried state (so that every position is
         # scored), many small updates, and no more regularisation than nine epochs need.
         "small": {"name": "small", **SMALL},
-        # As long as `small`: an epoch of two layers takes less than half the time of one of eight.
+        # About as long as `small`: an epoch of two layers takes little more than half the time of one of eight.
         "grow": {
             "name": "grow", **SMALL, "grow": ["2:6"], "epochs": 12, "schedule": "cosine", "when": [-1],
             "eval_depths": [12, 16], "eval_nlevels": -1,
         },
-        # The demo: a few minutes on two CPU cores.
+        # The demo: a minute or two on two CPU cores.
         "tiny": {
             "name": "tiny", "emsize": 48, "nhid": 32, "nout": 48, "nlevels": 4, "repack": True, "seq_len": 0,
             "horizon": 25, "batch_size": 20, "dropout": 0.1, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0,
