@@ -270,7 +270,8 @@ class LanguageModelConfig(CoreConfig):
         }
 
         def key() -> str:  # when the weights are loaded and the depth of the scores is known
-            depth = {"nlevels": task.model.core.num_layers} if self.scoring_depths() else {}
+            layers = task.model.core.num_layers if self.scoring_depths() else self.nlevels
+            depth = {"eval_nlevels": layers} if layers != self.nlevels else {}  # --nlevels decides on windows, too
             content = {"settings": depends | depth, "data": corpus.sha256, **task.model.state_dict()}
             return serialization.sha256_of(content)
 
