@@ -63,6 +63,8 @@ def test_stages_follow_each_other():
     stages = depth.read_stages(["2:3", "5:1"], 8, 6)
     assert [depth.depth_of(stages, epoch, 8) for epoch in range(7)] == [2, 2, 2, 5, 8, 8, 8]
     assert depth.read_stages([], 8, 1) == []
+    with pytest.raises(UserError, match="expected LAYERS:EPOCHS"):
+        depth.read_stages([f"2:{'1' * 5000}"], 8, 6)  # more digits than Python reads
 
 
 @pytest.mark.parametrize(
