@@ -206,11 +206,16 @@ def test_the_best_epoch_is_one_of_the_last_depth(tmp_path, monkeypatch, capsys):
     assert "epoch   2  lr 5  2 layers  train" in capsys.readouterr().out
 
 
-def test_a_run_that_is_stopped_at_a_lower_depth_is_scored_at_the_last(tmp_path):
+def test_a_run_that_is_stopped_at_a_lower_depth_is_scored_at_the_last(tmp_path, capsys):
     train(tmp_path / "run", *MODEL, *HISTORY, *GROW, "--lr", "5", "--max_steps", "25")
     (result,) = records(tmp_path / "run", "result")
     assert (result["best_epoch"], result["valid"]["nlevels"], result["test"]["nlevels"]) == (1, 4, 4)
     assert result["valid"]["loss"] != records(tmp_path / "run", "epoch")[0]["valid_loss"]
+    notice = "NOTICE: so far the run was trained with 1 layer (--grow), but it is scored with 4; --eval_nlevels 1 gives"
+    assert notice in capsys.readouterr().out
+    for flags in (("--eval_nlevels", "1"), ("--eval_nlevels", "0", "--max_steps", "0")):
+        go_on(tmp_path / "run", *flags)
+        assert "NOTICE: so far" not in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:the model sees only the last .* pixels")

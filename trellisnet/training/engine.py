@@ -506,6 +506,15 @@ class Trainer:
         """Number of layers that validated the best weights."""
         return self.config.depth(self.best["epoch"] - 1)
 
+    def _compare_depths(self) -> None:
+        """Say so if a run that has yet to grow is scored with another number of layers than it was trained with."""
+        trained = self._depth_of_best() if self.best else self.config.depth(self.epoch)
+        if trained not in (self.config.depth(self.config.epochs), self.task.model.core.num_layers):
+            self._announce(
+                f"NOTICE: so far the run was trained with {counted(trained, 'layers')} (--grow), but it is scored with "
+                f"{self.task.model.core.num_layers}; --eval_nlevels {trained} gives the scores of its own depth"
+            )
+
     @contextlib.contextmanager
     def _writing(self, name: str = "the checkpoint") -> Iterator[None]:
         """Let the first rank write while the others wait; if it cannot, all of them end."""
@@ -542,6 +551,7 @@ class Trainer:
             valid = self.best["valid"]
         else:
             valid = self._evaluate(self.splits.valid, "valid", method)
+        self._compare_depths()
         with self._writing("weights.pkl"):
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
