@@ -509,7 +509,9 @@ class Trainer:
     def _compare_depths(self) -> None:
         """Say so if a run that has yet to grow is scored with another number of layers than it was trained with."""
         trained = self._depth_of_best() if self.best else self.config.depth(self.epoch)
-        if trained not in (self.config.depth(self.config.epochs), self.task.model.core.num_layers):
+        if trained is None or trained == self.config.depth(self.config.epochs):
+            return
+        if trained != self.task.model.core.num_layers:
             self._announce(
                 f"NOTICE: so far the run was trained with {counted(trained, 'layers')} (--grow), but it is scored with "
                 f"{self.task.model.core.num_layers}; --eval_nlevels {trained} gives the scores of its own depth"
