@@ -61,18 +61,20 @@ PYTHON
     cat "$file"
 }
 
-# timed MODEL [LAYERS]: train the row that calls it for MINUTES, half of them with LAYERS layers if given.
+# timed MODEL [LAYERS [FLAGS...]]: train the row that calls it, with FLAGS, for MINUTES, half of them with LAYERS layers
+# unless that is 0.
 timed() {
     local ROW_NAME="${FUNCNAME[1]}" model="$1" layers="${2:-0}" found="3 fp32 1" updates precision epochs grow=()
-    [ -n "${SMOKE:-}" ] || found="$(budget "$layers" --model "$model" --preset small)"
+    shift "$(($# < 2 ? $# : 2))"
+    [ -n "${SMOKE:-}" ] || found="$(budget "$layers" --model "$model" --preset small "$@")"
     read -r updates precision epochs <<<"$found"
     [ "$layers" = 0 ] || grow=(--grow "$layers:$epochs")
-    train word_ptb --model "$model" --preset small --precision "$precision" --epochs 1000 --schedule cosine \
+    train word_ptb --model "$model" --preset small "$@" --precision "$precision" --epochs 1000 --schedule cosine \
         --max_steps "$updates" ${grow[@]+"${grow[@]}"}
 }
 
 trellisnet() { timed trellisnet; }
-grown() { timed trellisnet 2; }
+grown() { timed trellisnet 4 --horizon 4 --batch_size 75; } # as many tokens per update, all of which see the state
 awd_lstm() { timed awd-lstm; }
 tcn() { timed tcn; }
 rhn() { timed rhn; }

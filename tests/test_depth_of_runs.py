@@ -90,6 +90,7 @@ def _options(flags):
         ("--grow 4", "--grow 4: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 0:1", "--grow 0:1: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 2:1.5", "--grow 2:1.5: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
+        ("--grow 1:1234567890", "--grow 1:1234567890: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 5:1", "--grow 5:1: deeper than --nlevels 4, the depth after all stages"),
         (
             "--grow 1:1 2:2 --epochs 3",

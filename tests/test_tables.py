@@ -143,10 +143,10 @@ def test_a_comparison_measures_once_and_keeps_its_choices(tmp_path):
     done = script("compare", tmp_path, ROWS="grown")
     assert done.returncode == 0, done.stderr
     *_, shallow, trained = (folder / "calls").read_text().splitlines()
-    assert shallow == f"--model trellisnet --preset small --precision bf16 --nlevels 2 {rest}"
-    # Validation leaves 3,503 seconds, half of them 5.8 epochs with 2 layers; 6 leave 851 updates with all layers.
-    grown = "--model trellisnet --preset small --precision bf16 --epochs 1000 --schedule cosine --max_steps 2651"
-    assert trained == f"{grown} --grow 2:6 --seed 1111 --overwrite"
+    grown = "--model trellisnet --preset small --horizon 4 --batch_size 75 --precision bf16"
+    assert shallow == f"{grown} --nlevels 4 {rest}"
+    # Validation leaves 3,503 seconds, half of them 5.8 epochs with 4 layers; 6 leave 851 updates with all layers.
+    assert trained == f"{grown} --epochs 1000 --schedule cosine --max_steps 2651 --grow 4:6 --seed 1111 --overwrite"
 
 
 @pytest.fixture

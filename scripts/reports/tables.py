@@ -183,8 +183,8 @@ TABLES = {
 }  # fmt: skip
 # Rows of scripts/compare.sh: the name of a row and of its network.
 COMPARED = {
-    "trellisnet": "TrellisNet", "grown": "TrellisNet, half of the time with 2 layers", "awd_lstm": "AWD-LSTM",
-    "tcn": "Generic TCN", "rhn": "Recurrent highway network", "sparse_lstm": "Sparse LSTM",
+    "trellisnet": "TrellisNet", "grown": "TrellisNet, windows of 4 tokens, half of the time with 4 layers",
+    "awd_lstm": "AWD-LSTM", "tcn": "Generic TCN", "rhn": "Recurrent highway network", "sparse_lstm": "Sparse LSTM",
 }  # fmt: skip
 # Rows of scripts/memory.sh: the name of a row, without its problem, and of its network.
 MEMORY = {

@@ -36,7 +36,7 @@ def read_stages(words: Sequence[str], nlevels: int, epochs: int) -> list[Stage]:
     stages, end = [], 0
     for word in words:
         numbers = word.split(":")
-        if len(numbers) != 2 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", number) for number in numbers):
+        if len(numbers) != 2 or not all(re.fullmatch("[0-9]{1,9}", n) and int(n) for n in numbers):
             raise UserError(f"--grow {shown(word, NAME)}: expected LAYERS:EPOCHS, such as 4:10, each at least 1")
         layers, duration = map(int, numbers)
         if layers > nlevels:
