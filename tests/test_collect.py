@@ -626,9 +626,10 @@ def test_growing_and_random_depth(root, capsys):
     (folder / "results" / "growth").mkdir()
     fixed = METRICS | {"epochs": 3, "grow": [], "random_depth": 0}
     plans = {"fixed": fixed, "grown": fixed | {"epochs": 4, "grow": ["2:2"], "steps": 30, "commit": "cdef01234567"}}
+    plans["windows"] = fixed | {"command": fixed["command"] + " --horizon 8 --batch_size 38", "steps": 31}
     runs = {"word_fixed-1": 120.0, "word_grown-1": 110.0, "word_grown-2": 112.0, "word_depth_2-1": 150.0}
-    for name, ppl in runs.items():
-        metrics = plans["grown" if "grown" in name else "fixed"] | {"seed": int(name[-1])}
+    for name, ppl in (runs | {"word_windows-1": 115.0}).items():
+        metrics = plans.get(name[5:-2], fixed) | {"seed": int(name[-1])}
         metrics["test"] = METRICS["test"] | {"ppl": ppl}
         (folder / "results" / "growth" / f"{name}.json").write_text(json.dumps(metrics))
     depths = {f"test_depth_{layers}": {"ppl": 153.0} for layers in (2, 4, 6)}
@@ -638,6 +639,7 @@ def test_growing_and_random_depth(root, capsys):
     assert collect.main(["--root", str(folder)]) == 0
     rows = (folder / "RESULTS.md").read_text().splitlines()
     assert "| word | 3 epochs of 8 layers | 7.08M | 1 | 121.51 | 120.00 | 60 |" in rows
+    assert "| word | 3 epochs of 8 layers, in windows of 8 tokens | 7.08M | 1 | 121.51 | 115.00 | 60 |" in rows
     spread = "121.51 ± 0.00 | 111.00 ± 1.41"
     assert f"| word | 2 epochs of 2 layers, 2 epochs of 8 layers | 6.98M | 2 | {spread} | 60 |" in rows
     assert "| word | 2 | 1 | 150.00 | 153.00 | +2.0% |" in rows
@@ -651,10 +653,14 @@ def test_growing_and_random_depth(root, capsys):
         ("words-1", METRICS, "expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"),
         ("word_random-1", fixed | depths, "has random_depth 0, the row of scripts/depth.sh has 2"),
         ("word_grown-1", fixed, "has epochs 3, the row of scripts/depth.sh has 4"),
+        ("word_windows-1", fixed, "its windows are not those of the row of scripts/depth.sh"),
     ):
-        (path.parent / f"{name}.json").write_text(json.dumps(content))
+        path = folder / "results" / "growth" / f"{name}.json"
+        before = path.read_text() if path.exists() else None
+        path.write_text(json.dumps(content))
         assert collect.main(["--root", str(folder)]) == 2
         assert message in capsys.readouterr().err
+        path.unlink() if before is None else path.write_text(before)
 
 
 def write_equilibrium(root):

@@ -327,6 +327,7 @@ def test_growing_and_fixed_plans_cost_equally_much(text):
     program = programs.get(f"{text}_ptb")
     flags = re.search(rf"^{text}\(\) {{ plan {text}_ptb (.*) \"\$@\"; }}$", rows, re.M)[1].split()
     config, _ = parse(program.config_class, ["--preset", "small", *flags])
+    tokens = config.horizon * config.batch_size
     model = program.build_model(config, {"word": 10_000, "char": 50}[text])
     kernels = (model.core.effective_weight(name).numel() for name in ("weight_x", "weight_h"))
     assert [next(kernels) + model.head.weight.numel(), next(kernels)] == [outside, layer]
@@ -334,7 +335,9 @@ def test_growing_and_fixed_plans_cost_equally_much(text):
     for plan, epochs in plans.items():
         own = re.search(rf"^{text}_{plan}\(\) {{ {text} (.*); }}$", rows, re.M)[1].split()
         config, _ = parse(program.config_class, ["--preset", "small", *flags, *own])
+        assert (config.horizon == 8) == (plan == "windows")
+        assert config.horizon * config.batch_size == pytest.approx(tokens, rel=0.02)
         layers = [config.depth(epoch) or config.nlevels for epoch in range(config.epochs)]
         assert Counter(layers) == epochs
         costs.append(sum(outside + n * layer for n in layers))
-    assert abs(costs[1] / costs[0] - 1) < 0.03
+    assert costs == pytest.approx([costs[0]] * len(costs), rel=0.03)

@@ -465,7 +465,7 @@ def read_growth(folder: Path) -> dict[str, list[Record]]:
         row, metrics = path.stem.rpartition("-")[0], read_metrics(path)
         with refusing(path):
             text, _, plan = row.partition("_")
-            if text not in GROWTH or plan not in ("fixed", "grown", "random", "depth_2", "depth_4", "depth_6"):
+            if text not in GROWTH or plan not in (*GROWTH[text][2], "random", "depth_2", "depth_4", "depth_6"):
                 raise UserError(
                     f"{path}: expected the name of a row of scripts/depth.sh and a seed, as word_grown-1.json"
                 )
@@ -477,6 +477,8 @@ def read_growth(folder: Path) -> dict[str, list[Record]]:
             for key, value in planned.items():
                 if metrics[key] != value:
                     raise UserError(f"{path}: has {key} {metrics[key]}, the row of scripts/depth.sh has {value}")
+            if ("--horizon 8 " in metrics["command"]) != (plan == "windows"):
+                raise UserError(f"{path}: its windows are not those of the row of scripts/depth.sh")
             if plan == "random":
                 [score_of(metrics[f"test_depth_{layers}"]) for layers in (2, 4, 6)]
             runs.setdefault(row, []).append(metrics)
@@ -486,7 +488,7 @@ def read_growth(folder: Path) -> dict[str, list[Record]]:
         check_alike(folder, itertools.chain(*runs.values()), "machine torch corpus precision")
         for text in GROWTH:
             own = {row: found for row, found in runs.items() if row.startswith(text)}
-            equal = [m for row, found in own.items() for m in found if not row.endswith("grown")]
+            equal = [m for row, found in own.items() for m in found if not row.endswith(("grown", "windows"))]
             for several, keys in ((itertools.chain(*own.values()), "task preset params data"), (equal, "steps")):
                 if several := list(several):
                     check_alike(folder, several, keys)

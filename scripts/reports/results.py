@@ -351,6 +351,7 @@ def growth(folder: Path) -> str:
                 if found := runs.get(f"{text}_{plan}"):
                     cost = sum(n * (outside + layers * layer) for layers, n in epochs.items()) / 1e6
                     stages = ", ".join(f"{counted(n, 'epochs')} of {layers} layers" for layers, n in epochs.items())
+                    stages += ", in windows of 8 tokens" * (plan == "windows")
                     seconds = sum(m["seconds"] for m in found) / len(found)
                     scores = (_mean([score_of(m[split]) for m in found]) for split in ("valid", "test"))
                     equal.append((text, stages, f"{cost:.2f}M", len(found), *scores, minutes(seconds)))
@@ -368,8 +369,11 @@ def growth(folder: Path) -> str:
             "perplexity for words, bits per symbol for characters.",
         ]
         if equal:
-            columns = "text|epochs|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
-            head = "Plans of equal cost, the softmax included; minutes are wall time, not a measure of speed:"
+            columns = "text|plan|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
+            head = (
+                "Plans of equal cost, the softmax included, in windows of 30 words or 80 characters unless they say "
+                "otherwise; minutes are wall time, not a measure of speed:"
+            )
             lines += ["", head, "", *table(columns.split("|"), equal)]
         if every:
             columns = "text|layers:|seed:|test, trained for this depth:|test, random depth:|difference:"

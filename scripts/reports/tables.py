@@ -194,8 +194,8 @@ MEMORY = {
 # Rows of scripts/depth.sh: by text, the multiply-adds per token outside the layers and in each of them, and the
 # epochs of each number of layers in the rows that cost equally much.
 GROWTH = {
-    "word": (721_920, 204_800, {"fixed": {8: 3}, "grown": {2: 2, 8: 2}}),
-    "char": (8_992, 32_768, {"fixed": {8: 3}, "grown": {4: 2, 8: 2}}),
+    "word": (721_920, 204_800, {"fixed": {8: 3}, "grown": {2: 2, 8: 2}, "windows": {8: 3}}),
+    "char": (8_992, 32_768, {"fixed": {8: 3}, "grown": {4: 2, 8: 2}, "windows": {8: 3}}),
 }
 # Rows of scripts/recipe.sh.
 RECIPE = {
