@@ -146,13 +146,15 @@ def equal_time(folder: Path) -> str:
                 )
             )  # fmt: skip
         columns = "network|parameters:|precision|epochs:|minutes:|training tokens/s:|valid ppl:|test ppl:|command"
+        picture = folder.parent / "figures" / f"{folder.name}.svg"
+        curves = f" [Curves](results/figures/{picture.name})." * picture.is_file()
         return _text(
             [
                 f"## Networks of one size after about {planned} minutes each, {m['task']}",
                 "",
                 f"`MINUTES={planned} bash scripts/compare.sh`: each network in the precision in which it is faster. "
                 f"{m['machine']}, {threads(m)}, torch {m['torch']}, commit `{m['commit']}`, data sha256 "
-                f"`{m['data'][:16]}…`; one seed.",
+                f"`{m['data'][:16]}…`; one seed.{curves}",
                 "",
                 *table(columns.split("|"), rows),
             ]
