@@ -373,7 +373,7 @@ def growth(folder: Path) -> str:
         if equal:
             columns = "text|plan|multiply-adds per token of the text:|seeds:|valid:|test:|minutes:"
             head = (
-                "Plans of equal cost, the softmax included, in windows of 30 words or 80 characters unless they say "
+                "Plans of equal cost, the softmax included, in windows of 30 words or 80 characters unless stated "
                 "otherwise; minutes are wall time, not a measure of speed:"
             )
             lines += ["", head, "", *table(columns.split("|"), equal)]
