@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -212,6 +213,16 @@ def test_a_spread_has_the_digits_of_its_mean():
     assert mean_text([1.158, 1.161]) == "1.1595 ± 0.0021"
     assert mean_text([58.5, 59.5]) == "59.00 ± 0.71"
     assert mean_text([1234.5]) == "1,234.50"
+
+
+def test_scores_by_depth_are_read_from_the_working_directory(tmp_path, monkeypatch):
+    result = {"loss": 4.6, "tokens": 9, "nlevels": 8, "receptive_field": 9, "ppl": 99.0}
+    scores = dict.fromkeys(("valid", "test"), result)
+    scores |= dict.fromkeys(("valid_depth_16", "test_depth_16"), result | {"nlevels": 16})
+    write(tmp_path / "words.json", metrics() | scores)
+    monkeypatch.chdir(tmp_path)
+    ((name, pairs),) = charts.read_depths([Path("words.json")])
+    assert (name, [test["nlevels"] for _, test in pairs]) == ("words", [8, 16])
 
 
 def test_scores_by_depth_are_drawn_with_the_receptive_fields(tmp_path):

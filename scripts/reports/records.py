@@ -441,7 +441,7 @@ def read_depths(path: Path) -> tuple[Record, list[tuple[Record, Record]]]:
     The metrics have the depth that it was trained with as `nlevels`, from config.json if the model of this name is
     shipped, else that of its test score.
     """
-    metrics, config = read_metrics(path, complete=False), path.parents[1] / path.stem / "config.json"
+    metrics, config = read_metrics(path, complete=False), path.absolute().parent.parent / path.stem / "config.json"
     with refusing(path):
         command = without(metrics["command"], "metrics", "threads")
         check_portable(path, command)
