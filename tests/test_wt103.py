@@ -243,8 +243,9 @@ def test_weights_without_tail_vectors_are_refused_or_mark_the_score(run, text, t
     assert (code, err) == (0, "")
     assert metrics["test"]["init_tail"]
     assert "(partial, tail vectors not trained)" in out
-    hardly = run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--max_steps", "1", out="hardly")[3]
-    assert hardly["test"]["init_tail"]
+    flags = "--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--max_steps", "1", "--eval_depths", "2"
+    hardly = run(*flags, out="hardly")[3]
+    assert all(hardly[split]["init_tail"] for split in ("valid", "test", "valid_depth_2", "test_depth_2"))
     trained = run("--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--epochs", "1")[3]
     assert "init_tail" not in trained["test"]
     code, _, err, _ = run("--eval", "--load_weight", tmp_path / "theirs.pkl", "--init_tail", "--cutoffs", "0")

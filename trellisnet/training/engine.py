@@ -558,14 +558,15 @@ class Trainer:
             if self.ranks.first:
                 self.save_weights(self.task.model, self.folder.file("weights.pkl"))
         test = self._evaluate(self.splits.test, "test")
-        if not best_epoch:  # less than an epoch has hardly trained what a weight file lacked
-            valid, test = valid and valid | self.config.marks(), test | self.config.marks()
+        # Less than an epoch has hardly trained what a weight file lacked.
+        marks = {} if best_epoch else self.config.marks()
+        valid, test = valid and valid | marks, test | marks
         if valid is not None:
             self._announce(score_line(self.task, "valid", valid))
         self._announce(score_line(self.task, "test", test))
         extra_evaluations = {}
         for split, (method, data) in self.splits.extra_evaluations.items():
-            extra_evaluations[split] = self._evaluate(data, split, method)
+            extra_evaluations[split] = self._evaluate(data, split, method) | marks
             self._announce(score_line(self.task, split, extra_evaluations[split]))
         self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **extra_evaluations)
         with self._writing("the log"):
