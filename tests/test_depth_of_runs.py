@@ -91,7 +91,7 @@ def _options(flags):
         ("--grow 0:1", "--grow 0:1: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 2:1.5", "--grow 2:1.5: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 1:1234567890", "--grow 1:1234567890: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
-        ("--grow 5:1", "--grow 5:1: deeper than --nlevels 4, the depth after all stages"),
+        ("--grow 5:1", "--grow 5:1: deeper than --nlevels 4, the depth after all stages; raise --nlevels"),
         (
             "--grow 1:1 2:2 --epochs 3",
             "--grow 1:1 2:2: its 3 epochs leave none of --epochs 3 for the 4 layers of --nlevels; shorten a stage or "

@@ -147,7 +147,10 @@ def equal_time(folder: Path) -> str:
             )  # fmt: skip
         columns = "network|parameters:|precision|epochs:|minutes:|training tokens/s:|valid ppl:|test ppl:|command"
         picture = folder.parent / "figures" / f"{folder.name}.svg"
-        curves = f" [Curves](results/figures/{picture.name})." * picture.is_file()
+        curves = (
+            f" [Curves](results/figures/{picture.name}) of the rows kept here: `python scripts/plot.py curves "
+            f"results/{folder.name}/* --by minutes --out results/figures/{picture.name}`."
+        ) * picture.is_file()
         return _text(
             [
                 f"## Networks of one size after about {planned} minutes each, {m['task']}",

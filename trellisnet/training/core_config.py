@@ -159,7 +159,10 @@ class CoreConfig(RunConfig):
     def _check_depths(self) -> None:
         depth.read_stages(self.grow, self.nlevels, self.epochs)
         if self.random_depth and self.random_depth >= self.nlevels:
-            raise UserError(f"--random_depth {self.random_depth}: expected less than --nlevels {self.nlevels}")
+            raise UserError(
+                f"--random_depth {self.random_depth}: expected less than --nlevels {self.nlevels}; lower it or raise "
+                "--nlevels (to score at another depth, pass --eval_nlevels)"
+            )
         if self.random_depth and self.grow:
             raise UserError("--grow and --random_depth exclude each other: leave one of the two out")
         if self.eval_nlevels < 0 and not self.eval_depths:

@@ -40,7 +40,10 @@ def read_stages(words: Sequence[str], nlevels: int, epochs: int) -> list[Stage]:
             raise UserError(f"--grow {shown(word, NAME)}: expected LAYERS:EPOCHS, such as 4:10, each at least 1")
         layers, duration = map(int, numbers)
         if layers > nlevels:
-            raise UserError(f"--grow {word}: deeper than --nlevels {nlevels}, the depth after all stages")
+            raise UserError(
+                f"--grow {word}: deeper than --nlevels {nlevels}, the depth after all stages; raise --nlevels (to "
+                "score at another depth, pass --eval_nlevels)"
+            )
         end += duration
         stages.append(Stage(layers, end))
     if stages and end >= epochs:
