@@ -1,6 +1,7 @@
 """Runs of changing depth: stages, a depth drawn for every update, and scores at every depth."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -91,13 +92,21 @@ def _options(flags):
         ("--grow 0:1", "--grow 0:1: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 2:1.5", "--grow 2:1.5: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
         ("--grow 1:1234567890", "--grow 1:1234567890: expected LAYERS:EPOCHS, such as 4:10, each at least 1"),
-        ("--grow 5:1", "--grow 5:1: deeper than --nlevels 4, the depth after all stages; raise --nlevels"),
+        (
+            "--grow 5:1",
+            "--grow 5:1: deeper than --nlevels 4, the depth after all stages; raise --nlevels (to score at another "
+            "depth, pass --eval_nlevels)",
+        ),
         (
             "--grow 1:1 2:2 --epochs 3",
             "--grow 1:1 2:2: its 3 epochs leave none of --epochs 3 for the 4 layers of --nlevels; shorten a stage or "
             "pass --epochs 4 or more",
         ),
-        ("--random_depth 4", "--random_depth 4: expected less than --nlevels 4"),
+        (
+            "--random_depth 4",
+            "--random_depth 4: expected less than --nlevels 4; lower it or raise --nlevels (to score at another depth, "
+            "pass --eval_nlevels)",
+        ),
         ("--random_depth 2 --grow 1:1", "--grow and --random_depth exclude each other: leave one of the two out"),
         (
             "--mixed_group 2 --nhid 8 --grow 1:1",
@@ -335,6 +344,39 @@ def test_the_depth_of_scores_is_chosen_on_validation_data():
     result = set_depth(task, [1, 2, 3])(rows)
     best = min(losses, key=losses.get)
     assert (task.model.core.num_layers, result["loss"]) == (best, losses[best])
+
+
+@pytest.mark.parametrize("worthless", [math.nan, math.inf])
+def test_a_depth_without_a_finite_loss_is_never_chosen(monkeypatch, worthless):
+    task = LanguageModeling(language_model(4), horizon=9, seq_len=20)
+    losses = [worthless, 5.0, worthless, 4.0, 4.5, worthless]
+    monkeypatch.setattr(task, "evaluate_depths", lambda *_: [{"loss": loss} for loss in losses])
+    assert set_depth(task, range(1, 7))(None) == {"loss": 4.0}
+    assert task.model.core.num_layers == 4
+
+
+def test_a_finished_run_is_recorded_even_if_a_depth_cannot_be_scored(tmp_path, monkeypatch, capsys):
+    evaluate_depths = LanguageModeling.evaluate_depths
+
+    def diverging(self, rows, depths, **how):
+        results = evaluate_depths(self, rows, depths, **how)
+        return [r | {"loss": math.inf} if depth == 8 else r for r, depth in zip(results, depths, strict=True)]
+
+    monkeypatch.setattr(LanguageModeling, "evaluate_depths", diverging)
+    where = tmp_path / "metrics.json"
+    flags = [*MODEL, *CARRIED, *"--lr 5 --max_steps 9 --epochs 1 --eval_depths 2 8 --metrics".split(), str(where)]
+    assert main([*flags, "--out", str(tmp_path / "run")]) == 1
+    reason = "the valid_depth_8 loss is inf, ppl inf; leave this score out"
+    rest = f"valid_depth_8 was not finished; the scores before it are in {where}"
+    assert capsys.readouterr().err.splitlines()[-1] == f"failed: {reason}; {rest}"
+    metrics = json.loads(where.read_text())
+    (result,) = records(tmp_path / "run", "result")
+    for record in (metrics, result):
+        assert record["test"]["loss"] > 0
+        assert [name for name in record if "_depth_" in name] == ["valid_depth_2"]
+    assert not metrics["complete"]
+    assert "unfinished" not in metrics
+    assert load_pretrained(tmp_path / "run").model.core.num_layers == 4
 
 
 def test_scores_of_a_run_by_depth(tmp_path, capsys):

@@ -183,7 +183,7 @@ class _Program:
         self.ranks = ranks
         self.folder: Path | None = None  # of the run, once there is one
         self.replaced = self.stoppable = False  # the run has replaced another one; --max_steps may end it
-        self.unfinished, self.scored = "", ""  # of --eval: the evaluation that ended it; where the scores before are
+        self.unfinished, self.scored = "", ""  # the evaluation that ended the scoring; where the scores before are
         self.stack = contextlib.ExitStack()  # holds the lock of the run folder
 
     def way_on(self) -> str:
@@ -275,8 +275,9 @@ class _Program:
             facts |= {"notice": "; ".join(notices)} if notices else {}
             result = self._train(task, splits, schedule, config, resumed, command, env, facts, interrupts)
             peak = peak_memory(device)
-            outcome = {k: v for k, v in vars(result).items() if k != "extra_evaluations"} | result.extra_evaluations
-            ended = None
+            outcome = vars(result) | result.extra_evaluations
+            self.unfinished, ended = outcome.pop("unfinished"), outcome.pop("ended")
+            del outcome["extra_evaluations"]
         peaks = [peak] if ended else ranks.gather(peak)  # if ended, the other ranks may be gone
         if config.metrics:
             metrics = {

@@ -17,7 +17,7 @@ from trellisnet import serialization
 from trellisnet.errors import RunError, UserError, counted
 from trellisnet.training import checkpoint
 from trellisnet.training.config import RunConfig, to_settings
-from trellisnet.training.distributed import Ranks, StepStatus
+from trellisnet.training.distributed import LostError, Ranks, StepStatus
 from trellisnet.training.gradients import Gradients
 from trellisnet.training.graphs import CUDARecorder, Recorded
 from trellisnet.training.interrupts import Interrupted, Interrupts
@@ -42,7 +42,10 @@ FIRST_STEPS, FIRST_SECONDS = 10, 30  # steps or seconds after which the duration
 
 @dataclass
 class Result:
-    """Outcome of a run. `valid`, `test` and the values of `extra_evaluations` are results of :func:`evaluate`."""
+    """Outcome of a run. `valid`, `test` and the values of `extra_evaluations` are results of :func:`evaluate`.
+
+    `unfinished` names the extra evaluation that failed, if one did, and `ended` is its exception.
+    """
 
     valid: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
@@ -52,6 +55,8 @@ class Result:
     complete: bool = False
     seconds: float = 0.0
     extra_evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unfinished: str = ""
+    ended: Exception | None = None
 
 
 class Trainer:
@@ -564,17 +569,24 @@ class Trainer:
         if valid is not None:
             self._announce(score_line(self.task, "valid", valid))
         self._announce(score_line(self.task, "test", test))
-        extra_evaluations = {}
+        extra_evaluations, unfinished, ended = {}, "", None
         for split, (method, data) in self.splits.extra_evaluations.items():
-            extra_evaluations[split] = self._evaluate(data, split, method) | marks
+            try:
+                extra_evaluations[split] = self._evaluate(data, split, method) | marks
+            except Exception as e:
+                # A loss that is not finite is so on all ranks; anything else may have happened on this one alone.
+                if self.ranks.size > 1 and (isinstance(e, LostError) or not isinstance(e, RunError)):
+                    raise
+                unfinished, ended = split, e  # raised by the caller, when the other scores are written
+                break
             self._announce(score_line(self.task, split, extra_evaluations[split]))
         self.folder.record("result", step=self.step, valid=valid, test=test, best_epoch=best_epoch, **extra_evaluations)
         with self._writing("the log"):
             self.folder.sync()
         if self._is_done() and self.ranks.first:
             self.folder.file("last.previous.pt").unlink(missing_ok=True)
-        complete = self._is_done() and "partial" not in test
+        complete = self._is_done() and "partial" not in test and ended is None
         return Result(
             valid=valid, test=test, epochs=self.epoch, steps=self.step, best_epoch=best_epoch, complete=complete,
-            seconds=self.seconds, extra_evaluations=extra_evaluations,
+            seconds=self.seconds, extra_evaluations=extra_evaluations, unfinished=unfinished, ended=ended,
         )  # fmt: skip

@@ -60,7 +60,8 @@ def evaluate(
     result |= task.scores(result, name.split("_")[0])
     score = result[task.score_name]
     if not math.isfinite(result["loss"]) or not math.isfinite(score):
-        raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; lower --lr or --clip")
+        advice = "lower --lr or --clip" if name in ("valid", "test") else "leave this score out"
+        raise RunError(f"the {name} loss is {result['loss']:g}, {task.score_name} {score:g}; {advice}")
     if limit:
         result["partial"] = True
     return result
@@ -86,7 +87,8 @@ def set_depth(task: Task, depths: Sequence[int]) -> Method | None:
 def _choose(task: Task, depths: Sequence[int], data: Any, **how: Any) -> dict[str, Any]:
     best = None
     for depth, result in zip(depths, task.evaluate_depths(data, depths, **how), strict=True):
-        if best is None or task.is_better(result, best):
+        # Nothing is better than a loss that is not a number.
+        if best is None or math.isnan(best["loss"]) or task.is_better(result, best):
             best, task.model.core.num_layers = result, depth
     return best
 
