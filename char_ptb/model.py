@@ -32,7 +32,7 @@ _WIKIPEDIA = {
 }  # fmt: skip
 
 
-# What the presets `small` and `grow` share.
+# What the presets `small`, `grow` and `medium` share.
 SMALL = {
     "emsize": 64, "nhid": 256, "nout": 64, "nlevels": 8, "horizon": 80, "batch_size": 8,
     "lr": 1e-2, "dropout": 0.0, "dropouti": 0.0, "dropouth": 0.0, "emb_dropout": 0.0, "wdrop": 0.0,
@@ -62,6 +62,13 @@ class Config(AdaptiveConfig):
         "grow": {
             "name": "grow", **SMALL, "nlevels": 12, "grow": ["2:2", "6:2"], "epochs": 6, "decay": 1.0,
             "schedule": "cosine",
+        },
+        # Five to six hours on one CPU core in bf16, half of the epochs with 8 layers; wider and trained for longer than
+        # `small`, hence with some dropout and DropConnect.
+        "medium": {
+            "name": "medium", **SMALL, "nhid": 336, "nlevels": 12, "grow": ["8:7"], "epochs": 14, "decay": 1.0,
+            "schedule": "cosine", "aux_freq": 4, "dropout": 0.05, "dropouth": 0.1, "wdrop": 0.1,
+            "eval_depths": [16, 24], "eval_nlevels": -1,
         },
         # A few minutes on two CPU cores.
         "tiny": {

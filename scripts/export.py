@@ -5,7 +5,8 @@
 The second folder receives:
 
     weights.pkl     the weights in the authors' layout, rounded to float16; a model in float32 loads them as they are
-    config.json     the settings of the run, without those that belong to one machine
+    config.json     the settings of the run, without those that belong to one machine; of `--eval_nlevels auto`, the
+                    depth that validates best
     weights.json    checksum and scores of the file, measured after rounding, on all of the data and on their beginning
     vocabulary.json of a language model: its words or symbols with their ids
     log.txt, metrics.jsonl, metrics.json    if the run's folder has them
@@ -63,6 +64,14 @@ def portable(config: dict[str, Any]) -> dict[str, Any]:
         settings["data"] = "" if data == default else data.relative_to(PROJECT).as_posix()
     rest = {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
     return {**rest, "settings": settings}
+
+
+def at_chosen_depth(config: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """A config.json in which the depth of the scores `measured` replaces `--eval_nlevels auto` and its candidates."""
+    if config["settings"].get("eval_nlevels") != -1:
+        return config
+    chosen = {"eval_nlevels": measured["test"]["nlevels"], "eval_depths": []}
+    return {**config, "settings": config["settings"] | chosen}
 
 
 def score(task: str, folder: Path, flags: Sequence[str], limit: int = 0) -> dict[str, Any]:
@@ -160,6 +169,7 @@ def run(argv: Sequence[str]) -> None:
 
 def vocabulary_of(run: Path, flags: Sequence[str]) -> vocabulary.Vocabulary:
     """The vocabulary of a language model: that in its folder, else that of its data."""
+    flags = [*flags, "--eval_nlevels", "0"]  # any depth will do, and there is none to choose
     return trained.load(argparse.Namespace(run=str(run), task=None), flags).vocabulary
 
 
@@ -183,10 +193,12 @@ def fill(new: Path, config: dict[str, Any], args: argparse.Namespace, flags: Seq
     weights.round_weights(args.run / "weights.pkl", small, DTYPES[args.dtype])
     if (size := small.stat().st_size) > args.max_mb * 1e6:
         raise UserError(f"{args.run}: its weights take {size / 1e6:.1f} MB in {args.dtype}; see --max_mb")
-    write(new / "config.json", portable(config))
+    config = portable(config)
+    write(new / "config.json", config)
     if task in trained.PROGRAMS:
         vocabulary_of(args.run, flags).save(new / vocabulary.FILE)
     measured = score(task, new, flags)
+    write(new / "config.json", at_chosen_depth(config, measured))
     limit = args.partial or next(PARTIAL[count] for count in PARTIAL if count in measured["test"])
     short = score(task, new, flags, limit)
     splits = ("valid", "test")

@@ -16,12 +16,13 @@ from cases import committed
 from scripts import collect, export
 from scripts.reports.charts import read_charts
 from scripts.reports.tables import PUBLISHED
-from trellisnet import serialization
+from trellisnet import load_pretrained, serialization
 from trellisnet.errors import UserError
 from trellisnet.models import TrellisLanguageModel
 from trellisnet.training import programs
 from trellisnet.training.config import PROJECT
 from trellisnet.weights import WHAT, load_weights, round_weights, save_weights
+from word_ptb.train import main as word_ptb_main
 
 FOUND = [path.parent for path in committed("results/*/weights.pkl")]
 
@@ -114,6 +115,20 @@ def test_an_export_has_the_scores_it_records(run_folder, tmp_path, capsys):
     (out / "weights.pkl").unlink()
     assert export.main([str(run_folder), str(out)]) == 2
     assert "holds log.txt of another" in capsys.readouterr().err
+
+
+def test_an_export_keeps_the_depth_that_validated_best(tmp_path, sizes):
+    run, out = tmp_path / "run", tmp_path / "words"
+    flags = "--data synthetic --max_steps 3 --max_eval_tokens 200 --eval_depths 2 9 --eval_nlevels auto".split()
+    assert word_ptb_main([*sizes, *flags, "--out", str(run)]) == 0
+    assert export.main([str(run), str(out), "--partial", "50", "--max_eval_tokens", "200"]) == 0
+    recorded = json.loads((out / "weights.json").read_text())
+    layers = recorded["test"]["nlevels"]
+    assert layers in (2, 9, json.loads((run / "config.json").read_text())["settings"]["nlevels"])
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert (settings["eval_nlevels"], settings["eval_depths"]) == (layers, [])
+    assert {recorded["partial"][split]["nlevels"] for split in ("valid", "test")} == {layers}
+    assert load_pretrained(out).model.core.num_layers == layers  # without a warning
 
 
 def contents(folder):
