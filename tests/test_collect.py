@@ -595,7 +595,7 @@ def test_cache_and_dynamic_evaluation(root, capsys):
     assert collect.main(["--root", str(folder)]) == 0
     text = (folder / "RESULTS.md").read_text()
     for part in (
-        f"## Cache and dynamic evaluation, word_ptb, preset `small`\n\n`{command}` on CPU, 2 cores, 2 threads",
+        f"## Cache and dynamic evaluation, `word_ptb_small`\n\n`{command}` on CPU, 2 cores, 2 threads",
         "| static | 102.50 | 101.50 | 1.5 | 0.51 GB |  |  |",
         "| + cache | 93.25 | 92.25 | 1.5 | 0.51 GB |  |  |",
         "| + dynamic evaluation | 91.12 | 90.12 | 10.0 | 0.51 GB | 2.0 min | rule rms, lr 0.0001 |",

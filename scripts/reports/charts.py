@@ -117,9 +117,9 @@ def equal_time(folder: Path) -> Chart:
 
 def adapted(path: Path) -> Chart:
     """Test scores with a cache and dynamic evaluation."""
-    metrics, ways = records.read_adapted(path)
+    metrics, ways = records.read_adapted(path)  # named after the model
     rows = [Scores(ADAPTED[way], None, [score_of(test).value]) for way, (_, test) in ways.items()]
-    title = f"Cache and dynamic evaluation, {metrics['task']}, preset {metrics['preset']}"
+    title = f"Cache and dynamic evaluation, {path.stem}"
     return Chart(f"adapted_{path.stem}", title, _axis(metrics["test_static"]), rows)
 
 

@@ -546,7 +546,7 @@ def adapted(path: Path) -> str:
             rows.append((ADAPTED[way], score_of(valid), score_of(test), *cost, listed))
         return _text(
             [
-                f"## Cache and dynamic evaluation, {metrics['task']}, preset `{metrics['preset']}`",
+                f"## Cache and dynamic evaluation, `{path.stem}`",
                 "",
                 f"`{metrics['command']}` on {metrics['machine']}, {threads(metrics)}, {metrics['device']}, "
                 f"{metrics['precision']}, torch {metrics['torch']}, commit `{metrics['commit']}`, {metrics['corpus']}; "
