@@ -411,7 +411,7 @@ def test_scoring_needs_weights_except_on_synthetic_text(run):
     assert "NOTICE: no --load_weight: scoring untrained weights" in out
     assert metrics["test"]["ppl"] > 1
     code, _, err, _ = run("--eval")
-    shipped = re.search(r"for example --run (\S+)\n", err)
+    shipped = re.search(r"for example --run (\S+)(?: \(or .+\))?\n", err)
     config = json.loads((Path(shipped[1]) / "config.json").read_text())
     assert (code, config["task"]) == (2, "word_ptb")
 
