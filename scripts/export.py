@@ -5,8 +5,8 @@
 The second folder receives:
 
     weights.pkl     the weights in the authors' layout, rounded to float16; a model in float32 loads them as they are
-    config.json     the settings of the run, without those that belong to one machine; of `--eval_nlevels auto`, the
-                    depth that validates best
+    config.json     the settings of the run, without those that belong to one machine, and with the depth that
+                    validates best in place of `--eval_nlevels auto`
     weights.json    checksum and scores of the file, measured after rounding, on all of the data and on their beginning
     vocabulary.json of a language model: its words or symbols with their ids
     log.txt, metrics.jsonl, metrics.json    if the run's folder has them

@@ -117,9 +117,9 @@ def equal_time(folder: Path) -> Chart:
 
 def adapted(path: Path) -> Chart:
     """Test scores with a cache and dynamic evaluation."""
-    metrics, ways = records.read_adapted(path)  # named after the model
+    metrics, ways = records.read_adapted(path)
     rows = [Scores(ADAPTED[way], None, [score_of(test).value]) for way, (_, test) in ways.items()]
-    title = f"Cache and dynamic evaluation, {path.stem}"
+    title = f"Cache and dynamic evaluation, {path.stem}"  # the model's name, as several models may share a preset
     return Chart(f"adapted_{path.stem}", title, _axis(metrics["test_static"]), rows)
 
 
