@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -226,6 +227,25 @@ def test_a_run_that_is_stopped_at_a_lower_depth_is_scored_at_the_last(tmp_path, 
     for flags in (("--eval_nlevels", "1"), ("--eval_nlevels", "0", "--max_steps", "0")):
         go_on(tmp_path / "run", *flags)
         assert "NOTICE: so far" not in capsys.readouterr().out
+
+
+def test_the_depth_of_a_run_that_is_yet_to_grow_is_reported(tmp_path, capsys):
+    run, aside = tmp_path / "run", ("--eval", "--out", str(tmp_path / "scores"))
+    train(run, *MODEL, *HISTORY, *GROW, "--max_steps", "25")
+    notice = f"NOTICE: {run}: was trained with 1 layer, but this network has 4; pass --eval_nlevels 1 for the depth of"
+    for more, said in (([], True), (["--eval_nlevels", "1"], False), (["--eval_nlevels", "4"], False)):
+        capsys.readouterr()
+        assert main(["--run", str(run), *aside, *more]) == 0
+        assert (notice in capsys.readouterr().out) == said
+    with pytest.warns(UserWarning, match=r"^so far the run was trained with 1 layer \(--grow\): the model has 4"):
+        assert load_pretrained(run).model.core.num_layers == 4
+    go_on(run, "--max_steps", "0", "--epochs", "3")
+    capsys.readouterr()
+    assert main(["--run", str(run), *aside]) == 0
+    assert "NOTICE" not in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_pretrained(run).model.core.num_layers == 4
 
 
 @pytest.mark.filterwarnings("ignore:the model sees only the last .* pixels")

@@ -12,7 +12,7 @@ import torch
 from trellisnet import weights
 from trellisnet.data.spelling import WORDS
 from trellisnet.data.vocabulary import FILE, Vocabulary
-from trellisnet.errors import NAME, UserError, shown
+from trellisnet.errors import NAME, UserError, counted, shown
 from trellisnet.evaluation.generate import Sampling, generate
 from trellisnet.models import TrellisClassifier, TrellisLanguageModel
 from trellisnet.training import classification, language_model
@@ -21,6 +21,7 @@ from trellisnet.training.config import AUTOMATIC, find_run, from_run, read_run_c
 from trellisnet.training.core_config import CoreConfig
 from trellisnet.training.hardware import PRECISIONS
 from trellisnet.training.language_model import LanguageModelConfig
+from trellisnet.training.runlog import depth_of_best
 from trellisnet.training.settings import setting
 from trellisnet.training.tasks import CharacterModeling, LanguageModeling
 
@@ -202,14 +203,21 @@ def restore(config: CoreConfig, vocabulary: Vocabulary | None, changed: str = ""
     weights.load_weights(model, config.load_weight, **options, **config.load_options())
     if len(depths := config.scoring_depths()) == 1:
         model.core.num_layers = depths[0]
-    elif depths:
-        warnings.warn(
-            "the run chose the depth of its scores on the validation data (--eval_nlevels auto), which are not read "
-            f"here: the model has {config.nlevels} layers; to change that, set model.core.num_layers or, in programs, "
-            "pass --eval_nlevels",
-            stacklevel=3,
-        )
+    if warning := _depth_in_doubt(config):
+        advice = "to change that, set model.core.num_layers or, in programs, pass --eval_nlevels"
+        warnings.warn(f"{warning}: the model has {counted(config.nlevels, 'layers')}; {advice}", stacklevel=3)
     return Pretrained(model.to(device).eval(), config, device, vocabulary)
+
+
+def _depth_in_doubt(config: CoreConfig) -> str:
+    """Say why the scores of the run may be those of another number of layers than `nlevels`; "" if they are not."""
+    if len(config.scoring_depths()) > 1:
+        return "the run chose the depth of its scores on validation data (--eval_nlevels auto), which are not read here"
+    if config.eval_nlevels or not config.grow:
+        return ""
+    trained = depth_of_best(Path(weights.locate(config.load_weight)).with_name("metrics.jsonl"))
+    same = trained in (None, config.nlevels)
+    return "" if same else f"so far the run was trained with {counted(trained, 'layers')} (--grow)"
 
 
 def read_vocabulary(file: str | os.PathLike) -> Vocabulary:

@@ -34,6 +34,7 @@ from trellisnet.training.runlog import (
     busy,
     check_metrics_path,
     command_line,
+    depth_of_best,
     environment,
     peak_memory,
     runnable,
@@ -432,14 +433,20 @@ def _shipped(config: RunConfig) -> str:
 
 
 def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
-    """Return a notice if the weights were trained with another number of layers than the preset or default has.
+    """Return a notice if the weights were trained with another number of layers than the network has unasked.
 
-    The layers of a trellis share their weights, so that neither names nor shapes show it.
+    The layers of a trellis share their weights, so that neither names nor shapes show it. A run that has yet to grow
+    was trained with fewer than its settings say.
     """
     ours = getattr(config, "nlevels", None)
-    if not config.load_weight or ours is None or "nlevels" in given or getattr(config, "equilibrium", False):
+    if not config.load_weight or ours is None or getattr(config, "equilibrium", False):
         return ""
-    theirs = weights.layers_beside(weights.locate(config.load_weight))
+    file = Path(weights.locate(config.load_weight))
+    final = weights.layers_beside(file)
+    theirs = depth_of_best(file.with_name("metrics.jsonl")) or final
+    asked = config.eval_nlevels or theirs == final if config.run else "nlevels" in given
+    if asked:
+        return ""
     if theirs == math.inf and "equilibrium" not in given:
         return (
             f"NOTICE: {config.load_weight}: was trained at the equilibrium, but this network has "
@@ -447,9 +454,10 @@ def _other_depth(config: RunConfig, given: dict[str, Any]) -> str:
         )
     if type(theirs) is not int or theirs == ours:
         return ""
+    flag = "--eval_nlevels" if config.run else "--nlevels"  # --grow needs the --nlevels of the run
     return (
         f"NOTICE: {config.load_weight}: was trained with {counted(theirs, 'layers')}, but this network has {ours}; "
-        f"pass --nlevels {theirs} for the depth of training"
+        f"pass {flag} {theirs} for the depth of training"
     )
 
 

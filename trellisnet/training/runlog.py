@@ -455,6 +455,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def depth_of_best(path: Path) -> int | None:
+    """Return the number of layers that validated the best weights so far of a run with a schedule of depths.
+
+    Args:
+        path: the metrics.jsonl of the run; without one, or without a depth in it, the result is None.
+    """
+    try:
+        records = read_records(path)
+    except (OSError, ValueError, RecursionError):
+        return None
+    depths = [record.get("nlevels") for record in records if record.get("event") == "epoch" and record.get("best")]
+    return depths[-1] if depths and type(depths[-1]) is int else None
+
+
 class NoFolder:
     """Stand-in for :class:`RunFolder` on ranks that write nothing: the same methods, without effect."""
 
