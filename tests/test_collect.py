@@ -182,6 +182,14 @@ def test_shipped_models(root, weights):
     assert collect.main(["--root", str(folder)]) == 2
 
 
+def test_a_model_may_continue_a_run_in_its_default_folder(root):
+    folder = root(load_weight="runs/word_ptb/zero/weights.pkl")
+    (folder / "results" / "one" / "weights.json").write_text(json.dumps(EXPORTED))
+    assert collect.main(["--root", str(folder)]) == 0
+    page = (folder / "results" / "one" / "README.md").read_text()
+    assert "It continues [`word_ptb_zero`](../word_ptb_zero/README.md)" in page
+
+
 def test_flags_of_all_tasks(root):
     folder = root()
     (folder / "README.md").write_text("<!-- flags: begin -->\n<!-- flags: end -->\n")

@@ -113,7 +113,7 @@ def shipped(root: Path) -> list[str]:
     for name, (weights, metrics) in records.read_shipped(root).items():
         with refusing(root / "results" / name):
             paper, order = _published(metrics)
-            start = Path(started_from(metrics)).name
+            start = _continued(metrics)
             minutes = f"{metrics['seconds'] / 60:.0f}" + (f" after `{start}`" if start else "")
             score, text = comparable(weights["test"]), _score_text(weights["test"])
             rows.append(
@@ -125,6 +125,12 @@ def shipped(root: Path) -> list[str]:
                 )
             )  # fmt: skip
     return table("name in `results/`|task|parameters:|test:|paper:|trained on|minutes:|file:".split("|"), rows)
+
+
+def _continued(metrics: records.Record) -> str:
+    """Name in results/ of the model that a run continues, or nothing; runs/TASK/NAME is shipped as TASK_NAME."""
+    start = Path(started_from(metrics))
+    return "_".join(start.parts[1:]) if start.parts[:1] == ("runs",) else start.name
 
 
 def _published(metrics: records.Record) -> tuple[str, str]:
@@ -160,7 +166,7 @@ def card(folder: Path) -> list[str]:
     task, (paper, _) = weights["task"], _published(metrics)
     scores = [_score_text(weights[split]) if weights[split] else "" for split in ("valid", "test")]
     reference = f"{paper} ({PUBLISHED[task].setting})"
-    start = Path(started_from(metrics)).name
+    start = _continued(metrics)
     begun = f"It continues [`{start}`](../{start}/README.md)." if start else "It started from random weights."
     licence = LICENCES.get(weights["corpus"], "see their source")
     config = programs.get(task).config_class
