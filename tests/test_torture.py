@@ -64,6 +64,19 @@ def test_a_run_survives_jumping_clocks(folder):
     assert runs.clocks(folder, seed=1, epochs=1) == {"runs": 1}
 
 
+def test_a_run_is_struck_only_once_it_has_begun(tmp_path):
+    """The log of a run without a checkpoint stays until the next one overwrites it."""
+    job = runs.Job(tmp_path, 1, 1)
+    with job.started() as process:
+        process.kill()
+    left = (tmp_path / "log.txt").stat()
+    assert left.st_size
+    assert not job.last.exists()
+    with job.started() as process:
+        assert process.poll() is None
+        assert (tmp_path / "log.txt").stat().st_mtime_ns > left.st_mtime_ns
+
+
 def test_it_would_notice_a_difference(folder, tmp_path):
     expected = runs.reference(folder, seed=1, epochs=1)
     shutil.copytree(folder / "undisturbed-1-1", tmp_path / "run")

@@ -82,15 +82,22 @@ class Job:
         done = subprocess.run(self.command(*more), capture_output=True, text=True, check=False, preexec_fn=limit)
         return done.returncode, done.stderr.splitlines()
 
+    def _logged(self) -> int:
+        """When the log was last written, in nanoseconds; 0 while it is empty. A run leaves its own to the next one."""
+        try:
+            log = (self.folder / "log.txt").stat()
+        except FileNotFoundError:
+            return 0
+        return log.st_mtime_ns if log.st_size else 0
+
     @contextlib.contextmanager
     def started(self, *flags: str) -> Iterator[subprocess.Popen]:
         """Start a process and wait until it is about to train."""
-        log = self.folder / "log.txt"
-        size = log.stat().st_size if log.exists() and self.last.exists() else 0
+        before = self._logged()
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(self.command(*flags), **options) as process:
             try:
-                wait(lambda: process.poll() is not None or (log.exists() and log.stat().st_size > size), START)
+                wait(lambda: process.poll() is not None or self._logged() > before, START)
                 yield process
             finally:
                 process.kill()
@@ -110,6 +117,10 @@ class Job:
             if last["event"] == "train" and last["batch"] == steps:
                 return "evaluation"
         return "step"
+
+    def done(self) -> bool:
+        """Whether the run has recorded its result."""
+        return read_records(self.folder / "metrics.jsonl")[-1]["event"] == "result"
 
     def check(self) -> None:
         """Expect no checkpoint yet, or an intact one."""
@@ -199,6 +210,8 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
                 job.check()
             elif code == 0:
                 break
+            elif code == -signal.SIGTERM:  # it came while the interpreter was ending
+                expect(job.done(), "a run ended on SIGTERM without a checkpoint")
             else:
                 expect(code == 143, f"a resumed run ended with exit code {code}: {said}")
         job.expect_outcome(expected, f"{dict(moments)} (seed {job.seed})")
