@@ -197,7 +197,10 @@ def kill(folder: Path, count: int, seed: int, epochs: int) -> dict[str, Any]:
                     expect(seconds < DEADLINE, f"a run had not ended {DEADLINE:g} s after SIGTERM")
                     _, said = process.communicate()
                     if process.returncode == 143:
-                        expect(said.count("\n") == 1 and said.startswith("interrupted; "), f"it said: {said}")
+                        first, *more = said.splitlines()
+                        expect(first.startswith("interrupted; "), f"it said: {said}")
+                        advice = [line for line in more if line.startswith("no epoch is finished; ")]
+                        expect(more == advice[:1], f"it also said: {more}")
                         slowest, terms = max(slowest, seconds), terms + 1
                         moments["terminated"] += 1
                 else:
